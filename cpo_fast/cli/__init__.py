@@ -1,0 +1,69 @@
+"""The `cpo-fast` command: a click group whose commands are imported only when they run.
+
+Every command module holds one click command named like the file. Errors a user can mend (`CpoFastError`) print as one
+line and set the exit code; `--debug` shows their traceback.
+"""
+
+import importlib
+import sys
+
+import click
+
+from cpo_fast import __version__
+from cpo_fast.errors import CpoFastError
+
+# name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
+COMMANDS = {
+    "collect": "search: grow one tree of thoughts per question into trees.jsonl",
+    "pairs": "turn trees.jsonl into preference pairs (pairs.jsonl)",
+    "train": "train a LoRA adapter on trees, pairs or any preference JSONL",
+    "eval": "greedy chain-of-thought accuracy, seconds and tokens per question",
+    "demo": "collect, pairs, train and eval with a 135M model on shipped word problems",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands without importing them, and suggests the nearest name for an unknown one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Command names in the order of the pipeline."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import `cpo_fast.cli.<cmd_name>` and return its click command; None when there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"cpo_fast.cli.{cmd_name}"), f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the command table from `COMMANDS`, so that `--help` imports no command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cpo-fast")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Teach a language model to reason in one chain by learning from its own search tree."""
+    ctx.obj = {"debug": debug}
+
+
+def main() -> None:
+    """Entry point of the console script: run the group, map errors to one line and an exit code."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CpoFastError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,166 @@
+"""`cpo-fast demo`: the whole line once on this machine, with a small real model and word problems that are shipped.
+
+Model, search, pairs, training, evaluation of base and adapter, one table. The sizes are set so that two CPU cores need
+minutes; what takes long on a CPU is generating tokens one at a time. Run again, it goes on from the trees it has.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cpo_fast.config import Config, dump_config, validate_config
+
+if TYPE_CHECKING:
+    from cpo_fast.data.pairs import PairCounts
+    from cpo_fast.evaluate import Evaluation
+    from cpo_fast.search.collect import CollectResult
+    from cpo_fast.train.loop import TrainResult
+
+STATEMENT = (
+    "A model of 135M parameters shows that the pipeline works, not what it gains: it gets most of these questions wrong "
+    "before and after, and a dozen questions cannot tell a difference from chance (see the intervals)."
+)
+
+
+@click.command("demo")
+@click.option("--out", default="runs/demo", show_default=True, help="Folder that receives every file.")
+@click.option("--quick", is_flag=True, help="Four questions and two optimizer steps instead of twelve and six.")
+def demo_command(out: str, quick: bool) -> None:
+    """Search, pairs, training and evaluation with SmolLM2-135M on twelve shipped word problems."""
+    started = time.perf_counter()
+    # the hub client reads this once, when transformers is first imported: nothing here may reach for the network
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+    _stage(1, "model: SmolLM2-135M-Instruct (converted to safetensors on the first run)")
+    from cpo_fast.demo import convert_demo_model, find_gguf
+
+    gguf = find_gguf()
+    _quiet_libraries()
+    config = demo_config(convert_demo_model(gguf), out, quick)
+    click.echo(f"  {config.model.path}")
+
+    from cpo_fast.data.pairs import write_pairs
+    from cpo_fast.evaluate import evaluate
+    from cpo_fast.files import write_atomic
+    from cpo_fast.search.collect import collect
+    from cpo_fast.train.loop import train
+
+    run = Path(config.run)
+    write_atomic(run / "demo.yaml", dump_config(config))
+    _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
+    collected = collect(config, progress=_collect_line)
+    _stage(3, "pairs: every winning thought against its losing siblings")
+    counts = write_pairs(collected.trees_path, config.data.path)
+    click.echo(f"  {counts.num_pairs} pairs from {counts.num_trees} trees")
+    _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
+    trained = train(config, progress=_train_line)
+    _stage(5, "eval: greedy chain of thought, base and adapter")
+    base = evaluate(config, on_question=_eval_line("base"))
+    adapted = config.model.model_copy(update={"adapter": str(trained.adapter_path)})
+    adapter = evaluate(config.model_copy(update={"model": adapted}), on_question=_eval_line("adapter"))
+    _report(run, collected, counts, trained, [base, adapter], time.perf_counter() - started)
+
+
+def demo_config(model: Path, out: str, quick: bool) -> Config:
+    """The demonstration's configuration for the converted model in folder `model`, writing into `out`.
+
+    `quick` changes how many questions and steps there are and nothing else, so both may share one folder.
+    """
+    from cpo_fast.demo import QUESTIONS
+
+    return validate_config(
+        {
+            "run": out,
+            "model": {"path": str(model)},
+            "task": {"path": str(QUESTIONS), "num_questions": 4 if quick else None},
+            # a tenth of the paper's tree: 4 + 2 * 4 + 2 * 4 thoughts a question instead of 10 + 3 * 5 * 10
+            "search": {"num_candidates": 4, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 40},
+            "data": {"path": str(Path(out) / "pairs.jsonl")},
+            # the paper's rate is for hundreds of steps; with so few, a rate at which the loss visibly moves
+            "train": {
+                "lr": 2e-4,
+                "num_epochs": 1,
+                "max_steps": 2 if quick else 6,
+                "batch_pairs": 8,
+                "max_tokens": 2048,
+            },
+            "eval": {"max_new_tokens": 96},
+        },
+        source="demo",
+    )
+
+
+def _stage(number: int, text: str) -> None:
+    click.secho(f"[{number}/5] {text}", bold=True)
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own bars and notices off: this command shows its own progress, and errors still come through."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _collect_line(number: int, total: int, tree: Any, seconds: float) -> None:
+    click.echo(
+        f"  {number}/{total} {tree.id}: {len(tree.nodes)} thoughts, {len(tree.winning_nodes)} winning paths, "
+        f"answer {tree.answer}, {seconds:.1f} s"
+    )
+
+
+def _train_line(values: dict[str, Any], num_steps: int) -> None:
+    click.echo(
+        f"  step {values['step']}/{num_steps}: loss {values['loss']:.4f}, "
+        f"pairs ranked right {values['rewards/accuracies']:.0%}, {values['seconds']:.1f} s"
+    )
+
+
+def _eval_line(label: str) -> Any:
+    def show(done: int, total: int) -> None:
+        if done == total or done % 4 == 0:
+            click.echo(f"  {label}: {done}/{total} questions")
+
+    return show
+
+
+def _report(
+    run: Path,
+    collected: "CollectResult",
+    counts: "PairCounts",
+    trained: "TrainResult",
+    evaluations: "list[Evaluation]",
+    seconds: float,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cpo_fast.cli.eval import evaluation_table
+
+    first, last = trained.first, trained.last
+    table = Table(title="Demonstration", title_justify="left", show_header=False)
+    for name, value in (
+        ("questions searched", f"{collected.num_questions} ({collected.num_resumed} from an earlier run)"),
+        ("thoughts in the trees", str(collected.num_thoughts)),
+        ("answered by vote", f"{collected.num_correct} of {collected.num_gold} right"),
+        ("preference pairs", str(counts.num_pairs)),
+        ("optimizer steps", f"{trained.num_steps} in {trained.seconds:.0f} s"),
+        ("loss, first and last step", f"{first['loss']:.4f}, {last['loss']:.4f}"),
+        ("reward margin, first and last", f"{first['rewards/margins']:+.4f}, {last['rewards/margins']:+.4f}"),
+        ("tokens the forest saved", f"{first['tokens/saved']:.0%} of the first step's"),
+        ("seconds in all", f"{seconds:.0f}"),
+    ):
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    console.print(evaluation_table(evaluations))
+    click.echo(STATEMENT)
+    click.echo(f"files: {run} (trees.jsonl, pairs.jsonl, metrics.jsonl, adapter, eval-base.json, eval-adapter.json)")
+    click.echo(f"next: cpo-fast train {run / 'demo.yaml'} train.lr=5e-6, or another task.path and model.path")

@@ -1,0 +1,36 @@
+"""`cpo-fast train CONFIG [section.key=value ...]`: train a LoRA adapter."""
+
+import json
+from typing import Any
+
+import click
+
+from cpo_fast.config import load_config
+
+
+@click.command("train")
+@click.argument("config_path", metavar="CONFIG.yaml")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def train_command(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL."""
+    config = load_config(config_path, overrides)
+
+    from cpo_fast.cli.training_screen import TrainingScreen
+    from cpo_fast.train.loop import train
+
+    with TrainingScreen(quiet=as_json) as screen:
+        result = train(config, progress=screen.update)
+    if as_json:
+        values: dict[str, Any] = {
+            "adapter": str(result.adapter_path),
+            "metrics": str(result.metrics_path),
+            "num_pairs": result.num_pairs,
+            "num_steps": result.num_steps,
+            "first": result.first,
+            "last": result.last,
+            "seconds": result.seconds,
+        }
+        click.echo(json.dumps(values))
+    else:
+        screen.summary(result)

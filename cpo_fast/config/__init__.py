@@ -1,0 +1,28 @@
+"""Configuration: sections (what can be set), loading (YAML, overrides, errors). Imports neither torch nor transformers."""
+
+from cpo_fast.config.load import config_hash, dump_config, load_config, validate_config
+from cpo_fast.config.sections import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    SearchConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "config_hash",
+    "dump_config",
+    "load_config",
+    "validate_config",
+]

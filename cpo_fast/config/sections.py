@@ -1,0 +1,131 @@
+"""The configuration: one pydantic model a section, the same names in YAML, in dotted overrides and in Python.
+
+Values that the CPO paper (arXiv 2406.09136) fixes are the defaults; what it leaves open is marked as ours. Unknown keys
+are errors. Nothing here imports torch.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which language model, in which precision, on which device."""
+
+    path: str = Field("", description="folder or hub id of a Hugging Face causal language model")
+    adapter: str | None = Field(None, description="folder of a PEFT adapter to load on top")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
+    device: str = Field("auto", description="auto (cuda if there is one), cpu, or cuda:N")
+
+
+class TaskConfig(Section):
+    """Which questions are asked, and from where they come."""
+
+    name: Literal["svamp"] = Field("svamp", description="task family's data set: decides loader, prompts and answers")
+    path: str = Field("", description="the data set's released file, or a JSONL of question[, answer]")
+    num_questions: int | None = Field(None, ge=1, description="use only the first so many questions")
+    skip_questions: int = Field(0, ge=0, description="leave out the first so many questions")
+
+
+class SearchConfig(Section):
+    """Tree of thoughts: how states are expanded, judged and kept."""
+
+    engine: Literal["hf"] = Field("hf", description="hf: Hugging Face modules with batched sampling, the reference")
+    num_candidates: int = Field(10, ge=1, description="k: thoughts sampled per state (paper: 10)")
+    num_kept: int = Field(5, ge=1, description="n: states kept per level (paper: 5)")
+    max_steps: int = Field(4, ge=1, description="at most so many thoughts in a chain, the answer line included")
+    temperature: float = Field(0.9, gt=0, description="sampling temperature (paper: 0.4, arithmetic 0.9)")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    max_thought_tokens: int = Field(96, ge=1, description="a thought without a newline by then is cut and incomplete")
+    evaluator: Literal["logits", "sample"] = Field("logits", description="logits: one forward; sample: sampled verdicts")
+    num_verdicts: int = Field(5, ge=1, description="verdicts sampled per state with evaluator: sample (paper: 5)")
+    verdict_temperature: float = Field(0.4, gt=0, description="sampling temperature of verdicts")
+    max_verdict_tokens: int = Field(96, ge=1, description="cap on one sampled verdict")
+    value_likely: float = Field(10.0, description="value of the verdict likely (paper: 10)")
+    value_impossible: float = Field(1.0, description="value of the verdict impossible (paper: 1)")
+    batch_size: int = Field(40, ge=1, description="rows per forward pass; never changes the trees")
+
+
+class DataConfig(Section):
+    """Which preference data is trained on, and how it becomes token ids."""
+
+    path: str = Field("", description="trees.jsonl, pairs.jsonl or any prompt/chosen/rejected JSONL")
+    eos: Literal["final", "every", "never"] = Field(
+        "final", description="end-of-sequence trained after the final answer only, after every response, or never"
+    )
+    max_length: int | None = Field(None, ge=2, description="rows longer than this many tokens are dropped and counted")
+    max_drop: float = Field(0.05, ge=0, le=1, description="more than this share of bad rows ends the run with exit 3")
+
+
+class LoraConfig(Section):
+    """The adapter, in PEFT's terms (paper: rank 8, alpha 16; q, k and v are what its targets match)."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16, gt=0, description="scaling numerator: the update is scaled by alpha / r")
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj"), description="each must match a module")
+
+
+class TrainConfig(Section):
+    """The optimisation. `beta`, rate, batch and epochs are the paper's; the rest is ours."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference (paper: 0.1)")
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="as TRL names them")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a preference label is wrong")
+    lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6)")
+    num_epochs: int = Field(4, ge=1, description="passes over the pairs (paper: 4)")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps")
+    batch_pairs: int = Field(32, ge=1, description="pairs per optimizer step (paper: 32)")
+    batch_order: Literal["pairs", "questions"] = Field(
+        "pairs", description="pairs: independent shuffle; questions: a question's pairs together, more sharing"
+    )
+    max_tokens: int = Field(8192, ge=1, description="token budget of one forest micro-batch")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is for exactness tests")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="shape of the rate after warm-up")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate")
+    max_grad_norm: float = Field(1.0, ge=0, description="global gradient-norm clip; 0 turns it off")
+    reference: Literal["auto", "online", "cached"] = Field(
+        "auto", description="online: one fused pass; cached: once per unique sequence; auto: online for one epoch"
+    )
+    gradient_checkpointing: Literal["off", "non_reentrant", "reentrant"] = Field(
+        "off", description="recompute each layer in backward instead of storing its activations"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    impl: Literal["reference", "eager", "triton"] | None = Field(None, description="kernels; null chooses by device")
+    log_every: int = Field(1, ge=1, description="write metrics every so many steps")
+
+
+class EvalConfig(Section):
+    """Greedy chain-of-thought evaluation."""
+
+    max_new_tokens: int = Field(320, ge=1, description="cap on one chain, all its lines together")
+    batch_size: int = Field(1, ge=1, description="questions per forward pass; 1 is what latency is quoted at")
+
+
+class Config(Section):
+    """Everything one run needs. A command reads the sections it uses and leaves the others alone."""
+
+    run: str = Field("runs/default", description="folder that receives every file of this run")
+    seed: int = Field(0, ge=0, description="the one seed: search, data order and adapter initialisation derive from it")
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    search: SearchConfig = SearchConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _values_are_ordered(self) -> "Config":
+        if self.search.value_impossible >= self.search.value_likely:
+            raise ValueError("search.value_impossible must be smaller than search.value_likely")
+        return self

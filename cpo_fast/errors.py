@@ -1,0 +1,41 @@
+"""Errors that end a command: one clear sentence each, and the exit code that scripts can rely on.
+
+Every message says what is wrong, where (file:line, row or key), why, and how to mend it. Anything else that escapes a
+command is a bug of ours and keeps its traceback.
+"""
+
+
+class CpoFastError(Exception):
+    """Base of every error a user can cause and mend. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(CpoFastError):
+    """The configuration or the command line is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(CpoFastError):
+    """An input file or row is wrong (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(CpoFastError):
+    """An adapter or a checkpoint is missing, damaged, or of another run (exit code 4)."""
+
+    exit_code = 4
+
+
+class EnvironmentProblem(CpoFastError):
+    """A library, a device or a launcher is missing or does not fit (exit code 5)."""
+
+    exit_code = 5
+
+
+class NonFiniteError(CpoFastError):
+    """The loss or the gradient is not a finite number (exit code 7)."""
+
+    exit_code = 7

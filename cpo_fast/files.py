@@ -1,0 +1,75 @@
+"""Reading and writing JSON lines: every bad line is named by file:line, every file is whole or absent.
+
+`write_atomic` writes beside the target and renames; `append_line` is one `write` of one line followed by `fsync`, so a
+killed process leaves at most a last line without a newline, which `read_jsonl(drop_torn_tail=True)` recognises.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.errors import DataError
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal bytes. Raises ValueError on NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every line that is not blank.
+
+    Args:
+        path: UTF-8 text, one JSON object a line.
+        drop_torn_tail: ignore a last line without a newline, as a killed writer leaves it.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or a line is not a JSON object; names file:line.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+    if drop_torn_tail:
+        lines = lines[:-1]
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        try:
+            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: the line is not valid JSON ({error}); mend or delete it") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+        yield number, value
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Replace `path` by `text` in one step: written beside it, fsynced, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write canonical JSON lines atomically."""
+    write_atomic(path, "".join(canonical_json(row) + "\n" for row in rows))
+
+
+def append_line(path: str | Path, value: Any) -> None:
+    """Append one canonical JSON line and fsync: after return it survives a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.write((canonical_json(value) + "\n").encode("utf-8", "surrogatepass"))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,58 @@
+"""One token from one row of logits: inverse CDF in float64, one uniform number per (request, position).
+
+    u(uid, i) = the i-th number of a Philox stream keyed by SHA-256(uid)
+    token     = min { t : sum_{s <= t} p_s > u * sum_s p_s },   p = processed distribution, s in vocabulary order
+
+The generator is counter-based and keyed by the request's name, so a sample depends neither on the rows beside it, nor on
+the batch size, nor on what was sampled before it: a restarted run continues with the same numbers. A row is always
+processed alone, as one vector of the vocabulary's length, so its sums round the same way in every batch.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+Float64Array = npt.NDArray[np.float64]
+
+
+def uniforms(uid: str, count: int) -> Float64Array:
+    """The first `count` numbers in [0, 1) of a request's stream; float64 [count]. A longer table starts the same."""
+    key = int.from_bytes(hashlib.sha256(uid.encode("utf-8", "surrogatepass")).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def choose_token(logits: Float64Array, uniform: float, temperature: float, top_p: float) -> int:
+    """Token id for one row.
+
+    Args:
+        logits: [V] float64, unprocessed; -inf excludes a token.
+        uniform: in [0, 1); unused when greedy.
+        temperature: logits are divided by it; 0 takes the largest logit, the smallest id on a tie.
+        top_p: tokens in order of falling probability are kept while the mass before them is below it.
+
+    Raises:
+        ValueError: the logits hold NaN or +inf, or exclude every token.
+    """
+    largest = logits.max()
+    if not np.isfinite(largest):
+        raise ValueError("the model's logits are not finite; check the weights and the dtype")
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = np.exp((logits - largest) / temperature)
+    if top_p < 1:
+        probabilities = _nucleus(probabilities, top_p)
+    cumulative = probabilities.cumsum()
+    token = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    # u just below 1 can round up to the whole mass: then the last token that has any
+    return min(token, int(np.flatnonzero(probabilities)[-1]))
+
+
+def _nucleus(probabilities: Float64Array, top_p: float) -> Float64Array:
+    order = np.argsort(-probabilities, kind="stable")
+    mass = probabilities[order].cumsum()
+    before = np.concatenate([[0.0], mass[:-1]])
+    kept = order[before < top_p * mass[-1]]
+    nucleus = np.zeros_like(probabilities)
+    nucleus[kept] = probabilities[kept]
+    return nucleus

@@ -1,0 +1,116 @@
+"""Judge states with the model itself: is the last line likely right, or impossible?
+
+    logits   value = p v_likely + (1 - p) v_impossible,   p = P(" likely") / (P(" likely") + P(" impossible"))
+    sample   value = mean over the readable verdicts of v_likely or v_impossible
+
+`logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the line
+is one of the two labels and nothing else. What cannot be read is counted, never mapped to a label; a state without one
+readable verdict has value None and ranks last. Equal states of a question are judged once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpo_fast.config import SearchConfig
+from cpo_fast.search.engine import Engine, Request
+from cpo_fast.search.state import State
+from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt
+from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Value of a state (None: no readable verdict) and the records it was made from, as `tree.Node` stores them."""
+
+    value: float | None
+    evaluations: tuple[dict[str, Any], ...]
+
+
+class Evaluator:
+    """Judges the states of one question.
+
+    Args:
+        engine: scores labels or samples verdicts. tokenizer: turns evaluator prompts into ids.
+        task: gives the prompts. question: shown in them.
+        settings: `evaluator` and what belongs to it.
+        run_name: seed and question, part of the uid of sampled verdicts.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Any, task: Task, question: Question, settings: SearchConfig, run_name: str
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._task = task
+        self._question = question
+        self._settings = settings
+        self._run_name = run_name
+        self._judged: dict[str, Verdict] = {}
+
+    def evaluate(self, states: Sequence[State]) -> list[Verdict]:
+        """One verdict per state, in order."""
+        prompts = [self._task.evaluator_prompt(self._question, state.lines) for state in states]
+        judge = self._by_logits if self._settings.evaluator == "logits" else self._by_samples
+        for prompt in prompts:
+            if prompt not in self._judged:
+                self._judged[prompt] = judge(prompt)
+        return [self._judged[prompt] for prompt in prompts]
+
+    def _by_logits(self, prompt: str) -> Verdict:
+        prompt_ids, labels = label_ids(self._tokenizer, prompt)
+        likely, impossible = self._engine.score(prompt_ids, labels)
+        # logistic of the difference, written so that neither exponential overflows
+        difference = likely - impossible
+        share = 1 / (1 + math.exp(-difference)) if difference >= 0 else math.exp(difference) / (1 + math.exp(difference))
+        value = share * self._settings.value_likely + (1 - share) * self._settings.value_impossible
+        return Verdict(value, ({LIKELY: likely, IMPOSSIBLE: impossible},))
+
+    def _by_samples(self, prompt: str) -> Verdict:
+        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt))
+        state = State.root(prompt_ids)
+        settings = self._settings
+        requests = [
+            Request(
+                prompt_ids,
+                f"{self._run_name}/verdict/{state.digest}/{index}",
+                settings.verdict_temperature,
+                1.0,
+                settings.max_verdict_tokens,
+            )
+            for index in range(settings.num_verdicts)
+        ]
+        texts = [sample.text for sample in self._engine.sample(requests)]
+        labels = [parse_verdict(text) for text in texts]
+        values = {LIKELY: settings.value_likely, IMPOSSIBLE: settings.value_impossible}
+        readable = [values[label] for label in labels if label is not None]
+        records = tuple({"label": label, "text": text} for label, text in zip(labels, texts, strict=True))
+        return Verdict(sum(readable) / len(readable) if readable else None, records)
+
+
+def parse_verdict(text: str) -> str | None:
+    """The label a sampled verdict line consists of, or None.
+
+    Case and one full stop at the end do not matter. "unlikely", "not impossible", "likely or impossible" and
+    explanations are not verdicts.
+    """
+    word = text.strip().removesuffix(".").lower()
+    return word if word in (LIKELY, IMPOSSIBLE) else None
+
+
+def label_ids(tokenizer: Any, prompt: str) -> tuple[list[int], list[list[int]]]:
+    """Ids of an evaluator prompt and of its two labels (likely, impossible; leading space included).
+
+    The labels are tokenised together with the prompt, so that tokenizers which join or split at the boundary are
+    scored on the ids they would really produce.
+    """
+    plain = encode_prompt(tokenizer, prompt)
+    whole = [encode_prompt(tokenizer, f"{prompt} {label}") for label in (LIKELY, IMPOSSIBLE)]
+    length = min(common_prefix_length(plain, ids) for ids in whole)
+    return plain[:length], [ids[length:] for ids in whole]
+
+
+def num_unparseable(evaluations: Sequence[dict[str, Any]]) -> int:
+    """How many sampled verdicts among a node's records could not be read."""
+    return sum("label" in record and record["label"] is None for record in evaluations)

@@ -1,0 +1,55 @@
+"""A state of the search: the thoughts so far. Its token ids are what the model reads, its id names its random numbers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpo_fast.tree import ROOT, Stop
+
+
+@dataclass(frozen=True)
+class State:
+    """A path of thoughts.
+
+    Attributes:
+        node_id: the last node of the path, -1 for the root state.
+        token_ids: prompt, question and thoughts.
+        lines: text of each thought.
+    """
+
+    node_id: int
+    token_ids: tuple[int, ...]
+    lines: tuple[str, ...]
+
+    @classmethod
+    def root(cls, token_ids: Sequence[int]) -> "State":
+        """The question itself, no thought yet."""
+        return cls(ROOT, tuple(token_ids), ())
+
+    def extend(self, node_id: int, token_ids: Sequence[int], line: str) -> "State":
+        """The state after one more thought."""
+        return State(node_id, (*self.token_ids, *token_ids), (*self.lines, line))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token ids: equal states have equal names, whatever else was searched."""
+        return hashlib.sha256(" ".join(map(str, self.token_ids)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A thought sampled under a state and not yet judged.
+
+    Attributes:
+        parent_rank: place of the parent among the states of its level. sample_index: first sample with this text.
+        state: the state that includes the thought. token_ids, text, stop: as sampled.
+        count: samples merged into it.
+    """
+
+    parent_rank: int
+    sample_index: int
+    state: State
+    token_ids: tuple[int, ...]
+    text: str
+    stop: Stop
+    count: int

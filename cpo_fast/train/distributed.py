@@ -1,0 +1,85 @@
+"""DeepSpeed as the engine, on one process: its configuration written out in full, and the optimizer it drives.
+
+What the configuration must say, and why: `managed_gradient_accumulation` off, because the number of micro-batches varies
+from step to step (a fixed count gives wrong averages under ZeRO 1 and 2); `gradient_clipping` always, because DeepSpeed
+clips at 1.0 by default; no bf16 or fp16 section, because either casts the float32 adapters.
+"""
+
+import os
+import socket
+from typing import Any
+
+import torch
+
+from cpo_fast.config import TrainConfig
+from cpo_fast.errors import EnvironmentProblem
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """The dictionary given to `deepspeed.initialize`."""
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
+    if config.zero_stage == 3:
+        # adapters of a few thousand elements stay whole: gathering them costs more than they weigh
+        zero["stage3_param_persistence_threshold"] = 100_000
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or plain SGD for exactness tests."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def initialize_engine(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: TrainConfig
+) -> Any:
+    """A DeepSpeed engine around the one module that computes everything.
+
+    Raises:
+        EnvironmentProblem: DeepSpeed is missing, or the process was launched as one of several.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise EnvironmentProblem(f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'") from None
+    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        raise EnvironmentProblem(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this version trains in one process; start it without a launcher"
+        )
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if not torch.distributed.is_initialized():
+        device = next(module.parameters()).device
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        config=deepspeed_config(config),
+    )
+    return engine
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

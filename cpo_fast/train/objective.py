@@ -1,0 +1,108 @@
+"""The training objective as one module: a micro-batch of pairs in, the summed loss and its statistics out.
+
+    loss = sum over the micro-batch's pairs of -log sigmoid(beta (margin - reference margin))
+
+Backbone, needed head rows, log-probs and reference all happen in this module's forward, so that DeepSpeed gathers and
+releases each weight where it is used. The sum is scaled to the step's mean outside, where the global pair count is known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cpo_kernels import preference_loss
+from cpo_kernels.integrations.transformers import packed_logps
+
+from cpo_fast.config import TrainConfig
+from cpo_fast.data.pair import PreferencePair
+
+OUTPUTS = ("entropy", "mean_logit", "is_top1")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that share one forest, with their cached reference log-probs where there are any."""
+
+    pairs: Sequence[PreferencePair]
+    ref_chosen: Sequence[float] | None = None
+    ref_rejected: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """Loss and statistics of one micro-batch of N pairs; all detached but `loss_sum`."""
+
+    loss_sum: torch.Tensor  # scalar, differentiable
+    losses: torch.Tensor  # [N]
+    chosen_rewards: torch.Tensor  # [N]
+    rejected_rewards: torch.Tensor  # [N]
+    chosen_logps: torch.Tensor  # [N]
+    rejected_logps: torch.Tensor  # [N]
+    chosen_lengths: torch.Tensor  # [N] scored tokens
+    rejected_lengths: torch.Tensor  # [N]
+    entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
+    chosen_logit_sum: torch.Tensor  # scalar, mean logits summed over chosen tokens
+    rejected_logit_sum: torch.Tensor  # scalar
+    num_top1: torch.Tensor  # scalar, chosen tokens that have the row's largest logit
+    num_tokens: int  # tokens that met the backbone once
+    num_sequence_tokens: int  # tokens of the 2 N rows
+
+
+class PreferenceObjective(torch.nn.Module):
+    """Policy and reference log-probs of a micro-batch and their preference loss."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, reference: str) -> None:
+        """`model` is a prepared PeftModel, `reference` a name that `packed_logps` accepts."""
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.reference = reference
+
+    def forward(self, batch: MicroBatch) -> MicroBatchResult:
+        """Score chosen and rejected of every pair on one forest; the reference online unless the batch carries it."""
+        pairs = batch.pairs
+        sequences = [pair.chosen_sequence for pair in pairs] + [pair.rejected_sequence for pair in pairs]
+        starts = [len(pair.prompt_ids) for pair in pairs] * 2
+        reference = self.reference if batch.ref_chosen is None else None
+        packed = packed_logps(self.model, sequences, starts, reference, impl=self.config.impl, outputs=OUTPUTS)
+        chosen, rejected = packed.segment_logps.chunk(2)
+        if packed.ref_segment_logps is None:
+            ref_chosen, ref_rejected = chosen.new_tensor(batch.ref_chosen), chosen.new_tensor(batch.ref_rejected)
+        else:
+            ref_chosen, ref_rejected = packed.ref_segment_logps.chunk(2)
+        lengths = torch.bincount(packed.plan.segments, minlength=2 * len(pairs))
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        loss = preference_loss(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            beta=self.config.beta,
+            loss_type=self.config.loss_type,
+            label_smoothing=self.config.label_smoothing,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
+        return MicroBatchResult(
+            loss_sum=loss.losses.sum(),
+            losses=loss.losses.detach(),
+            chosen_rewards=loss.chosen_rewards,
+            rejected_rewards=loss.rejected_rewards,
+            chosen_logps=chosen.detach(),
+            rejected_logps=rejected.detach(),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            **_token_sums(packed.result, packed.plan.segments < len(pairs)),
+            num_tokens=packed.num_tokens,
+            num_sequence_tokens=packed.num_sequence_tokens,
+        )
+
+
+def _token_sums(result: Any, is_chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "entropy_sum": result.entropy.sum(),
+        "chosen_logit_sum": result.mean_logit[is_chosen].sum(),
+        "rejected_logit_sum": result.mean_logit[~is_chosen].sum(),
+        "num_top1": result.is_top1[is_chosen].sum(),
+    }

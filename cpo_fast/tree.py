@@ -1,0 +1,298 @@
+"""The search tree: what a search found for one question, and the line of `trees.jsonl` that keeps it.
+
+A node is one thought under its parent; the root state (the question itself) is not a node and has id -1. The tokens of a
+state are
+
+    prompt.token_ids[:num_shared_tokens] + question_token_ids + the token_ids of the nodes on its path
+
+exactly as the model read and generated them. The few-shot prompt is the same for every question of a task, so it is
+stored once, in `prompts/<hash>.json` beside the trees. Lines are canonical JSON without times, hosts or ranks: the same
+search gives the same bytes. Gold answers ride along for information; nothing here uses them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cpo_fast.errors import DataError
+from cpo_fast.files import canonical_json, read_jsonl, write_atomic
+
+SCHEMA_VERSION = 1
+ROOT = -1  # the id of the root state, as a parent
+
+# ok: at least one winning path; no_answer: thoughts, but no complete chain; no_candidates: not one usable thought under
+# the root; failed: the search of this question raised, `detail` says what
+Status = Literal["ok", "no_answer", "no_candidates", "failed"]
+Stop = Literal["newline", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thought: a line of the chain, under the state it continues.
+
+    Attributes:
+        id: place in `SearchTree.nodes`, in order of level, parent rank and sample index.
+        parent: id of the parent node, or -1 under the root state.
+        depth: step in the chain, from 1.
+        text: the thought as decoded, its newline included; for people, evaluators and answers.
+        token_ids: the ids as generated; what is trained and scored.
+        value: verdict of the evaluator, larger is better; None when every sampled verdict was unparseable.
+        evaluations: what `value` was made from: {"likely": log-prob, "impossible": log-prob}, or one
+            {"label": "likely" | "impossible" | None, "text": str} a sampled verdict.
+        kept: expanded on the next level, or complete and so part of the vote.
+        terminal: the search never continues it: an answer line, or a chain that broke off.
+        complete: an answer line with a readable answer that ended by newline or end-of-sequence.
+        count: how many samples of this parent had this text (merged by collapsed whitespace).
+        answer: the normalised answer of a complete node, else None.
+        stop: why generation ended: a newline, end-of-sequence, or the token cap.
+    """
+
+    id: int
+    parent: int
+    depth: int
+    text: str
+    token_ids: tuple[int, ...]
+    value: float | None
+    evaluations: tuple[dict[str, Any], ...]
+    kept: bool
+    terminal: bool
+    complete: bool
+    count: int
+    answer: str | None
+    stop: Stop
+
+
+@dataclass(frozen=True)
+class SearchTree:
+    """Everything a search found for one question.
+
+    Attributes:
+        id: the question's id. task: name of its task. question: its text. gold: normalised reference answer or None.
+        prompt_hash: names the few-shot prompt, `prompts/<prompt_hash>.json`.
+        num_shared_tokens: how many leading ids of that prompt the tokenised question prompt shares.
+        question_token_ids: the rest of the tokenised question prompt.
+        nodes: every generated thought that is not empty, losers included.
+        winning_nodes: ids of the complete nodes in the winning answer group, ascending.
+        answer: the winning answer or None. num_empty: samples dropped because they were only whitespace.
+        status: see `Status`. detail: the reason when failed, else "".
+        model_hash, adapter_hash ("" without one), config_hash: what produced the tree. seed: the run's seed.
+    """
+
+    id: str
+    task: str
+    question: str
+    gold: str | None
+    prompt_hash: str
+    num_shared_tokens: int
+    question_token_ids: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    winning_nodes: tuple[int, ...]
+    answer: str | None
+    num_empty: int
+    status: Status
+    detail: str
+    model_hash: str
+    adapter_hash: str
+    seed: int
+    config_hash: str
+    schema_version: int = SCHEMA_VERSION
+
+    def children(self, node_id: int) -> list[Node]:
+        """The generated children of a node (or of the root state, -1), in sample order."""
+        return [node for node in self.nodes if node.parent == node_id]
+
+    def path(self, node_id: int) -> list[Node]:
+        """The nodes from the first thought down to `node_id`; empty for the root state."""
+        path: list[Node] = []
+        while node_id != ROOT:
+            path.append(self.nodes[node_id])
+            node_id = self.nodes[node_id].parent
+        return path[::-1]
+
+    def path_ids(self, node_id: int) -> list[int]:
+        """Token ids of the thoughts from the first down to `node_id`, without the prompt."""
+        return [token for node in self.path(node_id) for token in node.token_ids]
+
+    def root_ids(self, prompt: "Prompt") -> list[int]:
+        """Token ids of the root state: few-shot prompt and question, as tokenised together.
+
+        Raises:
+            ValueError: `prompt` is not the one this tree was searched with.
+        """
+        if prompt.hash != self.prompt_hash:
+            raise ValueError(f"tree '{self.id}' was searched with prompt {self.prompt_hash}, got prompt {prompt.hash}")
+        return [*prompt.token_ids[: self.num_shared_tokens], *self.question_token_ids]
+
+    @property
+    def complete_paths(self) -> list[list[Node]]:
+        """Every path that ends in a complete node, in node order."""
+        return [self.path(node.id) for node in self.nodes if node.complete]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "SearchTree":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown, of a wrong type, or the nodes do not form a tree.
+        """
+        version = row.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+        _check_fields(cls, row, _TREE_TYPES, "tree")
+        if not isinstance(row["nodes"], list):
+            raise ValueError("'nodes' is not a list")
+        nodes = tuple(_node(entry, position) for position, entry in enumerate(row["nodes"]))
+        for node in nodes:
+            expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
+            if node.depth != expected_depth:
+                raise ValueError(f"node {node.id} has depth {node.depth}, its parent implies {expected_depth}")
+        if row["status"] not in get_args(Status):
+            raise ValueError(f"status {row['status']!r} is not one of {', '.join(get_args(Status))}")
+        winners = _ids(row["winning_nodes"], "winning_nodes")
+        for winner in winners:
+            if winner >= len(nodes) or not nodes[winner].complete:
+                raise ValueError(f"winning node {winner} is not a complete node of this tree")
+        question_token_ids = _ids(row["question_token_ids"], "question_token_ids")
+        rest = {"nodes": nodes, "winning_nodes": winners, "question_token_ids": question_token_ids}
+        return cls(**{**row, **rest})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task's few-shot text and its token ids, tokenised alone; `hash` names both."""
+
+    hash: str
+    text: str
+    token_ids: tuple[int, ...]
+
+    @classmethod
+    def build(cls, text: str, token_ids: Sequence[int]) -> "Prompt":
+        """A prompt named by the first 16 hex digits of the SHA-256 of its text and ids."""
+        content = canonical_json({"text": text, "token_ids": list(token_ids)})
+        return cls(hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16], text, tuple(token_ids))
+
+    def save(self, trees_path: str | Path) -> Path:
+        """Write `prompts/<hash>.json` beside `trees_path`, atomically; return its path."""
+        path = Path(trees_path).parent / "prompts" / f"{self.hash}.json"
+        write_atomic(path, canonical_json(asdict(self)) + "\n")
+        return path
+
+
+def read_prompt(trees_path: str | Path, prompt_hash: str) -> Prompt:
+    """Load the prompt `prompt_hash` stored beside a `trees.jsonl`.
+
+    Raises:
+        DataError: the file is missing, damaged, or its content does not have that hash.
+    """
+    path = Path(trees_path).parent / "prompts" / f"{prompt_hash}.json"
+    rows = [row for _, row in read_jsonl(path)]
+    if len(rows) != 1 or not isinstance(rows[0].get("text"), str) or not isinstance(rows[0].get("token_ids"), list):
+        raise DataError(f"{path}: expected one JSON object with 'text' and 'token_ids'; collect again")
+    prompt = Prompt.build(rows[0]["text"], rows[0]["token_ids"])
+    if prompt.hash != prompt_hash:
+        raise DataError(f"{path}: the content has hash {prompt.hash}; the file was changed after the search")
+    return prompt
+
+
+def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTree]:
+    """Every tree of a `trees.jsonl`, in file order.
+
+    Args:
+        path: the file.
+        drop_torn_tail: ignore a last line without a newline, as a killed `collect` leaves it.
+
+    Raises:
+        DataError: a line is not a search tree, or an id appears twice; names file:line.
+    """
+    trees: list[SearchTree] = []
+    first_line: dict[str, int] = {}
+    for number, row in read_jsonl(path, drop_torn_tail):
+        try:
+            tree = SearchTree.from_dict(row)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a search tree ({error}); mend or delete the line") from None
+        if tree.id in first_line:
+            raise DataError(f"{path}:{number}: tree '{tree.id}' is already on line {first_line[tree.id]}; delete one")
+        first_line[tree.id] = number
+        trees.append(tree)
+    return trees
+
+
+# what JSON must hold, field by field; nested fields are checked where they are built
+_NODE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "id": int,
+    "parent": int,
+    "depth": int,
+    "text": str,
+    "token_ids": list,
+    "value": (int, float, type(None)),
+    "evaluations": list,
+    "kept": bool,
+    "terminal": bool,
+    "complete": bool,
+    "count": int,
+    "answer": (str, type(None)),
+    "stop": str,
+}
+_TREE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "id": str,
+    "task": str,
+    "question": str,
+    "gold": (str, type(None)),
+    "prompt_hash": str,
+    "num_shared_tokens": int,
+    "question_token_ids": list,
+    "nodes": list,
+    "winning_nodes": list,
+    "answer": (str, type(None)),
+    "num_empty": int,
+    "status": str,
+    "detail": str,
+    "model_hash": str,
+    "adapter_hash": str,
+    "seed": int,
+    "config_hash": str,
+    "schema_version": int,
+}
+
+
+def _check_fields(cls: type, row: Any, types: dict[str, type | tuple[type, ...]], what: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{what} is not an object")
+    names = [field.name for field in fields(cls)]
+    missing = [name for name in names if name not in row]
+    unknown = [name for name in row if name not in names]
+    if missing or unknown:
+        raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    for name in names:
+        expected = types[name] if isinstance(types[name], tuple) else (types[name],)
+        # bool is a subclass of int in Python, not in JSON
+        if not isinstance(row[name], expected) or (isinstance(row[name], bool) and bool not in expected):
+            raise ValueError(f"{what}: '{name}' has type {type(row[name]).__name__}")
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise ValueError(f"'{name}' is not a list of non-negative integers")
+    return tuple(value)
+
+
+def _node(row: Any, position: int) -> Node:
+    what = f"node {position}"
+    _check_fields(Node, row, _NODE_TYPES, what)
+    if row["id"] != position or not ROOT <= row["parent"] < position:
+        raise ValueError(f"{what}: has id {row['id']} and parent {row['parent']}; parents come before children")
+    if row["stop"] not in get_args(Stop):
+        raise ValueError(f"{what}: stop {row['stop']!r} is not one of {', '.join(get_args(Stop))}")
+    if not row["token_ids"]:
+        raise ValueError(f"{what}: has no tokens")
+    if not all(isinstance(record, dict) for record in row["evaluations"]):
+        raise ValueError(f"{what}: 'evaluations' is not a list of objects")
+    token_ids = _ids(row["token_ids"], "token_ids")
+    return Node(**{**row, "token_ids": token_ids, "evaluations": tuple(row["evaluations"])})

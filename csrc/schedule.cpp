@@ -1,0 +1,109 @@
+// For query rows [m0, m1) and keys [n0, n1) of a forest, with emin and emax the least and greatest subtree_end in the
+// key block, the block
+//     is skipped iff n0 >= m1 or emax <= m0   (a row that reaches the block's end sees the key that reaches the row)
+//     is full    iff n1 - 1 <= m0 and emin >= m1
+// and is partial otherwise. Both tests are exact. For the same reason the rows that see a key block are one range,
+// [n0, emax), and those that see all of it are [n1 - 1, emin); the lists below are filled from the first, which makes
+// the work proportional to what is visited. n1 is n0 + block_kv even where the line ends earlier: a ragged key block is
+// never full, so a kernel needs no bounds check on the keys of a full one.
+
+#include "schedule.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace cpo {
+
+void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows) {
+    std::vector<int32_t> open;  // ends of the subtrees that contain the row, the innermost last
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const int32_t end = subtree_end[row];
+        if (end <= row || end > num_rows) {
+            throw std::invalid_argument("expected row < subtree_end[row] <= " + std::to_string(num_rows) + " at row " +
+                                        std::to_string(row) + ", got " + std::to_string(end));
+        }
+        while (!open.empty() && open.back() <= row) {
+            open.pop_back();
+        }
+        if (!open.empty() && end > open.back()) {
+            throw std::invalid_argument("subtrees must nest: expected subtree_end <= " + std::to_string(open.back()) +
+                                        " at row " + std::to_string(row) + ", got " + std::to_string(end));
+        }
+        if (open.empty() || end < open.back()) {  // an equal end needs no second entry
+            open.push_back(end);
+        }
+    }
+}
+
+Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv) {
+    if (block_q < 1 || block_kv < 1) {
+        throw std::invalid_argument("expected block_q >= 1 and block_kv >= 1, got " + std::to_string(block_q) + " and " +
+                                    std::to_string(block_kv));
+    }
+    validate_subtree_end(subtree_end, num_rows);
+
+    Schedule schedule;
+    const int64_t num_q_blocks = num_rows / block_q + (num_rows % block_q != 0);
+    const int64_t num_kv_blocks = num_rows / block_kv + (num_rows % block_kv != 0);
+    for (int64_t block = 0; block < num_kv_blocks; ++block) {
+        const int64_t n0 = block * block_kv;
+        const bool ragged = block_kv > num_rows - n0;
+        const int64_t last = ragged ? num_rows - 1 : n0 + block_kv - 1;
+        const auto [least, greatest] = std::minmax_element(subtree_end + n0, subtree_end + last + 1);
+        schedule.kv_min_end.push_back(*least);
+        schedule.kv_max_end.push_back(*greatest);
+        schedule.kv_query_start.push_back(static_cast<int32_t>(n0));
+        schedule.kv_query_stop.push_back(*greatest);
+        schedule.kv_full_start.push_back(static_cast<int32_t>(last));
+        schedule.kv_full_stop.push_back(ragged ? static_cast<int32_t>(last) : std::max(*least, static_cast<int32_t>(last)));
+    }
+
+    // Two walks over the visited blocks: count, then place. Key blocks ascend within a query block by construction.
+    std::vector<int64_t> num_full(static_cast<size_t>(num_q_blocks) + 1);
+    std::vector<int64_t> num_partial(num_full.size());
+    const auto for_each_visited = [&](const auto& visit) {
+        for (int64_t block = 0; block < num_kv_blocks; ++block) {
+            const int64_t last_q = (schedule.kv_query_stop[block] - 1) / block_q;
+            for (int64_t q = schedule.kv_query_start[block] / block_q; q <= last_q; ++q) {
+                const int64_t m0 = q * block_q;
+                const int64_t m1 = m0 + std::min(block_q, num_rows - m0);
+                visit(q, block, schedule.kv_full_start[block] <= m0 && m1 <= schedule.kv_full_stop[block]);
+            }
+        }
+    };
+    for_each_visited([&](int64_t q, int64_t, bool full) { ++(full ? num_full : num_partial)[q + 1]; });
+    for (int64_t q = 0; q < num_q_blocks; ++q) {
+        num_full[q + 1] += num_full[q];
+        num_partial[q + 1] += num_partial[q];
+    }
+    if (num_full.back() + num_partial.back() > std::numeric_limits<int32_t>::max()) {
+        throw std::invalid_argument("more than 2147483647 blocks are visited; use larger blocks");
+    }
+    schedule.full_offsets.assign(num_full.begin(), num_full.end());
+    schedule.partial_offsets.assign(num_partial.begin(), num_partial.end());
+    schedule.full_blocks.resize(static_cast<size_t>(num_full.back()));
+    schedule.partial_blocks.resize(static_cast<size_t>(num_partial.back()));
+    for_each_visited([&](int64_t q, int64_t block, bool full) {
+        const int64_t place = (full ? num_full : num_partial)[q]++;
+        (full ? schedule.full_blocks : schedule.partial_blocks)[place] = static_cast<int32_t>(block);
+    });
+
+    for (int64_t row = 0; row < num_rows; ++row) {
+        // an only child ends where its parent ends; a row that is no child ends after row, where the row before it ended
+        if (row == 0 || subtree_end[row] != subtree_end[row - 1]) {
+            if (row > 0) {
+                schedule.segment_stop.push_back(static_cast<int32_t>(row));
+            }
+            schedule.segment_start.push_back(static_cast<int32_t>(row));
+            schedule.segment_end.push_back(subtree_end[row]);
+        }
+    }
+    if (num_rows > 0) {
+        schedule.segment_stop.push_back(static_cast<int32_t>(num_rows));
+    }
+    return schedule;
+}
+
+}  // namespace cpo

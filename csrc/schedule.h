@@ -1,0 +1,34 @@
+// subtree_end -> which blocks of the attention matrix a tiled kernel visits, and which of them need no mask.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace cpo {
+
+// Q = ceil(T / block_q) query blocks, K = ceil(T / block_kv) key blocks, N runs of rows without a branch.
+struct Schedule {
+    std::vector<int32_t> kv_min_end;       // [K] smallest subtree_end of the block's keys
+    std::vector<int32_t> kv_max_end;       // [K] largest
+    std::vector<int32_t> kv_query_start;   // [K] rows [start, stop) see at least one key of the block, no other row does
+    std::vector<int32_t> kv_query_stop;    // [K]
+    std::vector<int32_t> kv_full_start;    // [K] rows [start, stop) see all block_kv keys, no other row does
+    std::vector<int32_t> kv_full_stop;     // [K]
+    std::vector<int32_t> full_offsets;     // [Q + 1]
+    std::vector<int32_t> full_blocks;      // key blocks of query block q that need no mask, ascending
+    std::vector<int32_t> partial_offsets;  // [Q + 1]
+    std::vector<int32_t> partial_blocks;   // key blocks of query block q that need the mask, ascending
+    std::vector<int32_t> segment_start;    // [N] first row of the run
+    std::vector<int32_t> segment_stop;     // [N] one past its last row
+    std::vector<int32_t> segment_end;      // [N] subtree_end of its rows
+};
+
+// Throws std::invalid_argument naming the row unless i < subtree_end[i] <= T and the intervals [i, subtree_end[i])
+// nest: each lies inside any other that contains its start.
+void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows);
+
+// Time O(T + visited blocks). Validates subtree_end; throws std::invalid_argument for a block size below 1 too.
+Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv);
+
+}  // namespace cpo

@@ -1,0 +1,30 @@
+"""Kernels for preference training on trees: tensors in, tensors out, no dependency but torch, triton and numpy.
+
+    forest = build_forest(sequences)                    # token trie in depth-first preorder, shared prefixes once
+    plan = forest.logprob_plan(starts)                  # which rows predict which targets
+    out = tree_attention(q, k, v, forest.subtree_end)   # row i sees row j iff j <= i < subtree_end[j]
+    result = linear_logprob(hidden, weight, plan)       # head, log-softmax and gather in one op
+    loss = preference_loss(...)                         # DPO and relatives on segment sums
+
+`cpo_kernels.integrations` holds the drop-ins for other code bases.
+"""
+
+from cpo_kernels.forest import Forest, build_forest
+from cpo_kernels.linear_logprob import LogprobResult, linear_logprob, selective_linear_logprob
+from cpo_kernels.logprob_plan import LogprobPlan
+from cpo_kernels.preference_loss import PreferenceLoss, preference_loss
+from cpo_kernels.tree_attention import TreeSchedule, tree_attention, tree_schedule
+
+__all__ = [
+    "Forest",
+    "LogprobPlan",
+    "LogprobResult",
+    "PreferenceLoss",
+    "TreeSchedule",
+    "build_forest",
+    "linear_logprob",
+    "preference_loss",
+    "selective_linear_logprob",
+    "tree_attention",
+    "tree_schedule",
+]

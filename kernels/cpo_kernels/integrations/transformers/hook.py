@@ -1,0 +1,72 @@
+"""The attention function `cpo_tree` that stock Hugging Face modules call: tree attention on a forest, SDPA otherwise.
+
+It is registered once under one name and stays for the model's life. A forward with `subtree_end` among its keyword
+arguments is a forest; without it the call goes to Transformers' own `sdpa` with its own mask, so `generate`, padded
+batches and caches behave as before. Switching back while a graph is alive would make checkpointed layers recompute with
+another attention, silently; there is no function here that does it.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cpo_kernels.tree_attention import TreeSchedule, tree_attention
+
+IMPLEMENTATION = "cpo_tree"
+# keyword arguments of an attention call that change its result and that tree attention does not compute
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def cpo_tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, H, T, D]
+    key: torch.Tensor,  # [B, Hkv, T, D]
+    value: torch.Tensor,  # [B, Hkv, T, D]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    subtree_end: torch.Tensor | None = None,  # [T] int32
+    tree_schedule: TreeSchedule | None = None,
+    tree_impl: str | None = None,
+    layers_seen: set[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, [B, T, H, D]; B is 1 for a forest. Adds the layer's index to `layers_seen`.
+
+    Raises:
+        ValueError: a forest call with attention dropout, a batch above 1, a KV cache, or an option that changes the
+            result (soft-cap, sinks, position bias, bidirectional attention).
+    """
+    if subtree_end is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported or kwargs.get("is_causal") is False:
+        raise ValueError(f"cpo_tree: {module.__class__.__name__} asks for {unsupported or ['bidirectional attention']}")
+    if dropout:
+        raise ValueError(f"cpo_tree: attention dropout {dropout} is not defined on shared prefixes; set it to 0")
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
+    if layers_seen is not None:
+        layers_seen.add(getattr(module, "layer_idx", id(module)))
+    output = tree_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        subtree_end,
+        schedule=tree_schedule,
+        scale=scaling,
+        impl=tree_impl,
+    )
+    return output.unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `cpo_tree` known to Transformers, with the mask function of `sdpa` for calls that are no forest."""
+    AttentionInterface.register(IMPLEMENTATION, cpo_tree_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,119 @@
+"""`prepare`: switch a model to `cpo_tree` once, and prove on the spot that its forest forward is exact.
+
+A 32-token forest with two branches runs through the hook and our head; its two paths run through the stock model with
+`sdpa`. The first layer whose hidden states differ by more than the dtype's bound is named and the model refused, which
+catches attention variants, logit transforms and architectures that nobody has listed.
+"""
+
+from typing import Any
+
+import torch
+
+from cpo_kernels.forest import Forest, build_forest
+from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
+from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.integrations.transformers.parts import ModelParts
+from cpo_kernels.integrations.transformers.refusals import check_supported, sliding_window
+from cpo_kernels.linear_logprob import linear_logprob
+from cpo_kernels.testing import end_to_end_bound
+
+TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
+
+
+def prepare(model: Any) -> Any:
+    """Make a `PreTrainedModel` or `PeftModel` ready for `packed_logps`, in place; returns the same model.
+
+    Call it once, before any wrapper (DDP, FSDP, DeepSpeed) and before training. Calls without `subtree_end` behave as
+    with `sdpa` afterwards.
+
+    Raises:
+        TypeError: not a transformers model (a wrapper, say).
+        ValueError: the model cannot be computed exactly on a forest; the sentence names why or the first layer that
+            differs.
+    """
+    parts = check_supported(model)
+    register()
+    was_training = [module for module in parts.causal_lm.modules() if module.training]
+    parts.causal_lm.eval()
+    try:
+        with torch.no_grad():
+            _probe(parts)
+    finally:
+        for module in was_training:
+            module.training = True
+    return model
+
+
+def _probe(parts: ModelParts) -> None:
+    previous = parts.config._attn_implementation
+    device = next(parts.causal_lm.parameters()).device
+    forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
+    forest = forest.to(device)
+    parts.causal_lm.set_attn_implementation("sdpa")
+    stock = [
+        parts.causal_lm(input_ids=torch.tensor([path], device=device), output_hidden_states=True, use_cache=False)
+        for path in paths
+    ]
+    parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
+    try:
+        output = forest_forward(parts, forest, output_hidden_states=True)
+        _compare_layers(parts, forest, output.hidden_states, [item.hidden_states for item in stock])
+        _compare_head(parts, forest, output.last_hidden_state[0], [item.logits for item in stock], paths)
+    except Exception:
+        parts.causal_lm.set_attn_implementation(previous)
+        raise
+
+
+def _two_branches(vocab_size: int, window: int | None) -> tuple[Forest, list[list[int]]]:
+    trunk, branch = TRUNK_TOKENS, BRANCH_TOKENS
+    if window is not None and window < trunk + branch:
+        trunk, branch = max(1, window // 2), max(1, window - window // 2)
+    # 7919 is prime: the ids spread over the vocabulary without repeating in a path
+    ids = [(7919 * i + 11) % vocab_size for i in range(trunk + 2 * branch)]
+    paths = [ids[: trunk + branch], ids[:trunk] + ids[trunk + branch :]]
+    return build_forest(paths), paths
+
+
+def _compare_layers(parts: ModelParts, forest: Forest, ours: Any, stock: list[Any]) -> None:
+    bound = end_to_end_bound(parts.causal_lm.dtype)
+    for layer, hidden in enumerate(ours):
+        for path, expected in enumerate(stock):
+            difference = _relative(hidden[0][_rows(forest, path)], expected[layer][0])
+            if not difference <= bound:
+                where = "the embeddings" if layer == 0 else f"decoder layer {layer - 1}"
+                raise ValueError(
+                    f"{type(parts.causal_lm).__name__} cannot run on a forest: {where} differs from sdpa by "
+                    f"{difference:.1e} (bound {bound:.0e} for {parts.causal_lm.dtype})"
+                )
+
+
+def _compare_head(
+    parts: ModelParts, forest: Forest, hidden: torch.Tensor, logits: list[torch.Tensor], paths: list[list[int]]
+) -> None:
+    bound = end_to_end_bound(parts.causal_lm.dtype)
+    plan = forest.logprob_plan([1] * len(paths))
+    ours = linear_logprob(hidden, parts.head.weight, plan, bias=parts.head.bias).token_logps  # type: ignore[arg-type]
+    expected = torch.cat(
+        [
+            torch.log_softmax(row[0, :-1].to(ours.dtype), dim=-1)
+            .gather(1, torch.tensor(path[1:], device=row.device).unsqueeze(1))
+            .squeeze(1)
+            for row, path in zip(logits, paths, strict=True)
+        ]
+    )
+    difference = _relative(ours, expected)
+    if not difference <= bound:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} cannot run on a forest: its output head changes the logits in a way that "
+            f"this library does not compute (log-probs differ by {difference:.1e}, bound {bound:.0e})"
+        )
+
+
+def _rows(forest: Forest, path: int) -> torch.Tensor:
+    first, last = int(forest.path_offsets[path]), int(forest.path_offsets[path + 1])
+    return forest.path_rows[first:last].long()
+
+
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
+    return float((actual.to(expected.dtype) - expected).norm() / expected.norm().clamp_min(1e-30))

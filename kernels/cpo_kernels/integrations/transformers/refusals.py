@@ -1,0 +1,85 @@
+"""What a packed forward cannot compute exactly, refused by name before anything runs.
+
+The probe of `prepare` catches what differs in numbers; this catches what a random 32-token forest would not show: a
+soft-cap far above today's logits, an adapter on the head that is still zero, dropout in evaluation mode, a window longer
+than the probe.
+"""
+
+from typing import Any
+
+import torch
+
+from cpo_kernels.integrations.transformers.parts import ModelParts, model_parts, peft_configs
+
+# configuration key -> what it is; refused when set to something other than the value that means "off"
+_HEAD_TRANSFORMS = {
+    "final_logit_softcapping": ("a soft-cap on the final logits", None),
+    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
+    "logits_scaling": ("a scale on the final logits", 1.0),
+    "logit_scale": ("a scale on the final logits", 1.0),
+    "lm_head_multiplier": ("a scale on the final logits", 1.0),
+}
+# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_supported(model: torch.nn.Module) -> ModelParts:
+    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+    for name, config in peft_configs(model).items():
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+            raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
+    parts = model_parts(model)
+    config = parts.config
+    for key, (meaning, off) in _HEAD_TRANSFORMS.items():
+        value = getattr(config, key, None)
+        if value is not None and value != off:
+            raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
+    if type(parts.head) is not torch.nn.Linear:
+        raise ValueError(
+            f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
+        )
+    rope = _rope_types(config)
+    if rope & set(_LENGTH_DEPENDENT_ROPE):
+        raise ValueError(f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes")
+    return parts
+
+
+def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
+    """Raise ValueError for what depends on the call: dropout in training mode, a window shorter than a path."""
+    if parts.causal_lm.training:
+        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
+            if getattr(parts.config, key, 0.0):
+                raise ValueError(
+                    f"dropout is on ({key}={getattr(parts.config, key)}): branches share their prefix's activations, "
+                    "so it would not match padded training; set it to 0 or call model.eval()"
+                )
+        for name, config in peft_configs(model).items():
+            if getattr(config, "lora_dropout", 0.0):
+                raise ValueError(
+                    f"adapter '{name}' has LoRA dropout {config.lora_dropout}: branches share their prefix's activations, "
+                    "so it would not match padded training; set lora_dropout=0"
+                )
+    window = sliding_window(parts.config)
+    if window is not None and longest_path > window:
+        raise ValueError(
+            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
+            "shorten the rows or use a model without a sliding window"
+        )
+
+
+def sliding_window(config: Any) -> int | None:
+    """The shortest attention window over the layers in tokens; None when every layer sees everything."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
+        return None
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=None)
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    found = (entry.get("rope_type") or entry.get("type") for entry in [parameters, *nested])
+    return {kind for kind in found if isinstance(kind, str)}

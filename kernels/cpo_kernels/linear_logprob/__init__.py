@@ -1,0 +1,149 @@
+"""LM head, log-softmax and gather in one op: log-probs of any number of targets per hidden row, summed by segment.
+
+Only the rows that a plan names meet the head, logits are never rounded to 16 bits, and no [T, V] tensor exists beyond
+one bounded chunk. `reference` is the specification by autograd; `eager` makes the expected embedding in the forward, so
+that the backward of a frozen head needs no head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cpo_kernels.implementation import resolve_implementation
+from cpo_kernels.linear_logprob.eager import FrozenHeadLogps, distinct_targets, score
+from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.linear_logprob.reference import reference_token_logps
+from cpo_kernels.linear_logprob.result import OUTPUTS, LogprobResult, segment_sums
+from cpo_kernels.logprob_plan import LogprobPlan
+
+__all__ = ["LogprobResult", "linear_logprob", "selective_linear_logprob"]
+
+IMPLEMENTATIONS = ("reference", "eager")
+
+
+def linear_logprob(
+    hidden: torch.Tensor,  # [T, E]
+    weight: torch.Tensor,  # [V, E]
+    plan: LogprobPlan,
+    ref_hidden: torch.Tensor | None = None,  # [T, E]
+    *,
+    bias: torch.Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    impl: str | None = None,
+) -> LogprobResult:
+    """Log-probabilities of a plan's tokens under softmax(z), z = softcap tanh(scale (h W^T + b) / softcap) / temperature.
+
+    Args:
+        hidden: [T, E] float64, float32, bfloat16 or float16; the last hidden states of the policy.
+        weight: [V, E] of the same dtype.
+        plan: which target is scored at which row, and which segment it adds to.
+        ref_hidden: [T, E], hidden states of the reference on the same rows; scored without gradient.
+        bias: [V] or None.
+        logit_scale: factor on the products before the soft-cap.
+        softcap: bound of the tanh soft-cap, or None.
+        temperature: divisor of the final logits.
+        outputs: any of "entropy", "mean_logit", "is_top1", per token of the policy, without gradient.
+        impl: "reference", "eager", or None to choose by device. With a weight or bias that requires a gradient, "eager"
+            recomputes a chunk's logits in backward as "reference" does.
+
+    Returns:
+        `LogprobResult` in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, the plan points outside hidden or the vocabulary, or an unknown output.
+    """
+    _check(hidden, weight, plan, ref_hidden, outputs)
+    chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, IMPLEMENTATIONS)
+    head = Head(weight, bias, logit_scale, softcap, temperature)
+    plan = plan.to(hidden.device)
+    rows = hidden.index_select(0, plan.unique_rows)
+    ref_rows = None if ref_hidden is None else ref_hidden.detach().index_select(0, plan.unique_rows)
+    if chosen == "reference" or (head.trainable and torch.is_grad_enabled()):
+        logps, extra = reference_token_logps(rows, plan.row_index, plan.targets, head)
+        ref_logps = None
+        if ref_rows is not None:
+            with torch.no_grad():
+                ref_logps, _ = reference_token_logps(ref_rows, plan.row_index, plan.targets, head)
+    else:
+        logps, extra, ref_logps = _frozen(rows, ref_rows, plan, head)
+    return LogprobResult(
+        token_logps=logps,
+        segment_logps=segment_sums(logps, plan.segments, plan.num_segments),
+        ref_token_logps=ref_logps,
+        ref_segment_logps=None if ref_logps is None else segment_sums(ref_logps, plan.segments, plan.num_segments),
+        **{name: extra[name] for name in outputs},
+    )
+
+
+def selective_linear_logprob(
+    hidden: torch.Tensor,  # [B, L, E]
+    weight: torch.Tensor,  # [V, E]
+    labels: torch.Tensor,  # [B, L] int64
+    mask: torch.Tensor | None = None,  # [B, L] bool
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Dense drop-in: log-prob of each label under the head at its own position, [B, L].
+
+    Labels are already shifted by the caller. A label of -100 or a false mask gives exactly 0 and no gradient, and its
+    row never meets the head.
+
+    Raises:
+        ValueError: shapes do not fit, or a label that is scored lies outside the vocabulary.
+    """
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or (mask is not None and mask.shape != labels.shape):
+        raise ValueError(
+            "selective_linear_logprob: expected hidden [B, L, E], labels and mask [B, L], "
+            f"got {tuple(hidden.shape)}, {tuple(labels.shape)}, {None if mask is None else tuple(mask.shape)}"
+        )
+    scored = labels != -100
+    if mask is not None:
+        scored &= mask.bool()
+    rows = scored.flatten().nonzero().squeeze(1)
+    plan = LogprobPlan.build(rows, labels.flatten()[rows], torch.zeros_like(rows), 1)
+    result = linear_logprob(hidden.flatten(0, 1), weight, plan, impl=impl)
+    dense = torch.zeros(labels.numel(), dtype=result.token_logps.dtype, device=hidden.device)
+    return dense.index_copy(0, rows, result.token_logps).view(labels.shape)
+
+
+def _frozen(
+    rows: torch.Tensor, ref_rows: torch.Tensor | None, plan: LogprobPlan, head: Head
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    pairs = distinct_targets(plan.row_index, plan.targets, rows.shape[0], head)
+    logps, entropy, mean_logit, is_top1 = FrozenHeadLogps.apply(rows, head, pairs)
+    extra = {"entropy": entropy, "mean_logit": mean_logit, "is_top1": is_top1}
+    ref_logps = None
+    if ref_rows is not None:
+        with torch.no_grad():
+            ref_logps = score(ref_rows, head, pairs, with_expected=False)[0][0][pairs.inverse]
+    return logps[pairs.inverse], {name: value[pairs.inverse] for name, value in extra.items()}, ref_logps
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    plan: LogprobPlan,
+    ref_hidden: torch.Tensor | None,
+    outputs: Sequence[str],
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_logprob: expected hidden [T, E] and weight [V, E], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"linear_logprob: hidden is {hidden.dtype} but weight is {weight.dtype}; cast one of them")
+    if ref_hidden is not None and (ref_hidden.shape != hidden.shape or ref_hidden.dtype != hidden.dtype):
+        raise ValueError(
+            f"linear_logprob: expected ref_hidden {tuple(hidden.shape)} {hidden.dtype}, "
+            f"got {tuple(ref_hidden.shape)} {ref_hidden.dtype}"
+        )
+    if plan.rows.shape[0] and not hidden.is_cuda:  # on a GPU this check would wait for the device
+        if int(plan.rows.max()) >= hidden.shape[0]:
+            raise ValueError(f"linear_logprob: the plan names row {int(plan.rows.max())} of {hidden.shape[0]} hidden rows")
+        if int(plan.targets.max()) >= weight.shape[0]:
+            raise ValueError(f"linear_logprob: target {int(plan.targets.max())} is outside a vocabulary of {weight.shape[0]}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"linear_logprob: unknown outputs {unknown}; expected any of {list(OUTPUTS)}")

@@ -1,0 +1,98 @@
+"""Log-probabilities under a frozen head whose backward reads neither the head nor recomputes a logit.
+
+With u the distinct (row, target) pairs of row r, G = sum of upstream gradients of the row, f = dz / d(h W^T):
+
+    d/dh_r = sum_u c_u f_u W[t_u]  -  G Y_r,      Y_r = sum over v that are no target of r of p_v f_v W[v]
+    c_u = g_u - G p_u = -g_u expm1(logp_u) - p_u (G - g_u)
+
+Y, the expected embedding, does not depend on the loss, so it is made in the forward from the softmax that is there
+anyway. Leaving the targets out of Y and writing c_u with expm1 keeps the gradient of confident tokens exact; the plain
+W[t] - Y is off by half there. Policy and reference rows go through products of the same shapes, so equal hidden states
+give bitwise equal log-probs. Plain torch, any device; float32 accumulation (float64 for float64).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.precision import accumulation_dtype
+
+
+class DistinctTargets(NamedTuple):
+    """The distinct (row, target) pairs of a plan, by row: U pairs for P tokens."""
+
+    row: torch.Tensor  # [U] int64, index into the distinct rows, ascending
+    target: torch.Tensor  # [U] int64
+    inverse: torch.Tensor  # [P] int64, pair of each token
+    edges: list[int]  # pairs [edges[c], edges[c + 1]) belong to row chunk c
+    chunk_rows: int
+
+
+def distinct_targets(row_index: torch.Tensor, targets: torch.Tensor, num_rows: int, head: Head) -> DistinctTargets:
+    """Merge equal (row, target) tokens and cut the pairs at the head's row chunks."""
+    vocabulary = head.weight.shape[0]
+    pairs, inverse = torch.unique(row_index * vocabulary + targets, return_inverse=True)
+    row = pairs // vocabulary
+    first_rows = torch.arange(0, num_rows, head.chunk_rows, device=row.device)
+    edges = [*torch.searchsorted(row, first_rows).tolist(), row.shape[0]]
+    return DistinctTargets(row, pairs % vocabulary, inverse, edges, head.chunk_rows)
+
+
+class FrozenHeadLogps(torch.autograd.Function):
+    """Log-probs [U] of distinct targets from hidden rows [R, E]; gradient to the rows only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, head: Head, pairs: DistinctTargets
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns logps, entropy, mean_logit [U] and is_top1 [U] bool; the last three without gradient."""
+        needs_gradient = ctx.needs_input_grad[0]
+        columns, slopes, expected = score(rows, head, pairs, needs_gradient)
+        logps, entropy, mean_logit, is_top1 = columns
+        if needs_gradient:
+            ctx.save_for_backward(logps, slopes, expected, head.weight[pairs.target], pairs.row)
+            ctx.rows_dtype = rows.dtype
+        ctx.mark_non_differentiable(entropy, mean_logit, is_top1)
+        return logps, entropy, mean_logit, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The formula of the module docstring: a gather and a scaled sum."""
+        logps, slopes, expected, target_weights, row = ctx.saved_tensors
+        grad = grad_outputs[0].to(logps.dtype)  # [U]
+        row_grad = torch.zeros(expected.shape[0], dtype=logps.dtype, device=row.device).index_add_(0, row, grad)  # [R]
+        coefficient = -grad * torch.expm1(logps) - logps.exp() * (row_grad[row] - grad)
+        grad_rows = expected * -row_grad.unsqueeze(1)
+        grad_rows.index_add_(0, row, target_weights.to(logps.dtype) * (coefficient * slopes).unsqueeze(1))
+        return grad_rows.to(ctx.rows_dtype), None, None
+
+
+def score(
+    rows: torch.Tensor, head: Head, pairs: DistinctTargets, with_expected: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """One pass over the head: ((logps, entropy, mean_logit, is_top1) [U], slopes [U], expected embeddings [R, E])."""
+    dtype = accumulation_dtype(rows.dtype)
+    num_pairs = pairs.row.shape[0]
+    logps, entropy, mean_logit, slopes = (rows.new_zeros(num_pairs, dtype=dtype) for _ in range(4))
+    is_top1 = torch.zeros(num_pairs, dtype=torch.bool, device=rows.device)
+    expected = rows.new_zeros(rows.shape if with_expected else (0, rows.shape[1]), dtype=dtype)
+    for chunk in range(len(pairs.edges) - 1):
+        first_row, span = chunk * pairs.chunk_rows, slice(pairs.edges[chunk], pairs.edges[chunk + 1])
+        logits = head.logits(rows[first_row : first_row + pairs.chunk_rows])  # [rows of the chunk, V]
+        row, target = pairs.row[span] - first_row, pairs.target[span]
+        maximum = logits.amax(dim=-1)
+        log_sum_exp = torch.logsumexp(logits, dim=-1)
+        picked = logits[row, target]
+        logps[span] = picked - log_sum_exp[row]
+        is_top1[span] = picked >= maximum[row]
+        mean_logit[span] = logits.mean(dim=-1)[row]
+        slope = head.slope(logits)
+        slopes[span] = slope[row, target] if isinstance(slope, torch.Tensor) else slope
+        probabilities = torch.exp(logits - log_sum_exp.unsqueeze(1))
+        entropy[span] = (log_sum_exp - (probabilities * logits).sum(dim=-1))[row]
+        if with_expected:
+            probabilities[row, target] = 0.0
+            weighted = probabilities.mul_(slope)
+            expected[first_row : first_row + pairs.chunk_rows] = weighted @ head.weight.to(dtype)
+    return (logps, entropy, mean_logit, is_top1), slopes, expected

@@ -1,0 +1,34 @@
+"""What `linear_logprob` returns, and the segment sums that both implementations share the definition of."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LogprobResult:
+    """Log-probabilities of a plan's tokens; float32, or float64 for float64 inputs.
+
+    `token_logps` [P] and `segment_logps` [S] are differentiable, everything else is not; what was not asked for is None.
+    """
+
+    token_logps: torch.Tensor  # [P]
+    segment_logps: torch.Tensor  # [S] sum over a segment's tokens, exactly 0 for an empty one
+    ref_token_logps: torch.Tensor | None = None  # [P]
+    ref_segment_logps: torch.Tensor | None = None  # [S]
+    entropy: torch.Tensor | None = None  # [P] nats, of the policy's distribution at the token's row
+    mean_logit: torch.Tensor | None = None  # [P] mean of the final logits over the vocabulary
+    is_top1: torch.Tensor | None = None  # [P] bool, the target has the row's largest logit
+
+
+OUTPUTS = ("entropy", "mean_logit", "is_top1")
+
+
+def segment_sums(token_logps: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Sum tokens [P] by segment [P] in the order of the plan: [S], bitwise repeatable, 0 for an empty segment."""
+    if token_logps.shape[0] == 0:
+        return token_logps.new_zeros(num_segments) + token_logps.sum()  # keeps the graph of an empty plan
+    order = torch.argsort(segments, stable=True)
+    lengths = torch.bincount(segments, minlength=num_segments)
+    sums: torch.Tensor = torch.segment_reduce(token_logps[order], "sum", lengths=lengths, initial=0.0, unsafe=True)
+    return sums

@@ -1,0 +1,82 @@
+"""Preference losses on summed log-probabilities: DPO and its relatives, one number per pair.
+
+With h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected):
+
+    sigmoid  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       DPO, arXiv 2305.18290; e: label smoothing (cDPO)
+    hinge    max(0, 1 - beta h)                                          SLiC, arXiv 2305.10425
+    ipo      (h_mean - 1 / (2 beta))^2, h of per-token mean log-ratios    IPO, arXiv 2310.12036, normalised as TRL does
+
+`nll_weight` adds the chosen response's mean negative log-likelihood (as RPO does), `pair_weight` scales each pair. The
+reduction is the caller's: an optimizer step's mean is over its global pair count, not over micro-batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Per-pair losses (differentiable) and rewards beta (logp - ref_logp) (detached)."""
+
+    losses: torch.Tensor  # [N]
+    chosen_rewards: torch.Tensor  # [N]
+    rejected_rewards: torch.Tensor  # [N]
+
+
+def preference_loss(
+    chosen: torch.Tensor,  # [N]
+    rejected: torch.Tensor,  # [N]
+    ref_chosen: torch.Tensor,  # [N]
+    ref_rejected: torch.Tensor,  # [N]
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    chosen_lengths: torch.Tensor | None = None,  # [N]
+    rejected_lengths: torch.Tensor | None = None,  # [N]
+    nll_weight: float = 0.0,
+    pair_weight: torch.Tensor | None = None,  # [N]
+) -> PreferenceLoss:
+    """Loss of each preference pair from summed response log-probs of policy and reference.
+
+    Args:
+        chosen, rejected: [N] summed log-probs under the policy.
+        ref_chosen, ref_rejected: [N] the same under the reference.
+        beta: strength of the pull towards the reference.
+        loss_type: "sigmoid", "hinge" or "ipo".
+        label_smoothing: probability in [0, 0.5) that a label is flipped; "sigmoid" only.
+        chosen_lengths, rejected_lengths: [N] response lengths in tokens; needed by "ipo", the first by `nll_weight`.
+        nll_weight: weight of the chosen response's mean negative log-likelihood.
+        pair_weight: [N] factor on each pair's loss, or None.
+
+    Raises:
+        ValueError: unknown loss type, a length that is needed and missing, or shapes that differ.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"preference_loss: loss_type {loss_type!r} is unknown; expected one of {', '.join(LOSS_TYPES)}")
+    for name, value in (("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
+        if value.shape != chosen.shape:
+            raise ValueError(f"preference_loss: expected {name} {tuple(chosen.shape)}, got {tuple(value.shape)}")
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(f"preference_loss: label_smoothing is defined for 'sigmoid' only, got {loss_type!r}")
+    chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
+    margin = chosen_ratio - rejected_ratio
+    if loss_type == "sigmoid":
+        losses = -F.logsigmoid(beta * margin) * (1 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * margin)
+    else:
+        if chosen_lengths is None or rejected_lengths is None:
+            raise ValueError("preference_loss: loss_type 'ipo' needs chosen_lengths and rejected_lengths")
+        mean_margin = chosen_ratio / chosen_lengths.clamp(min=1) - rejected_ratio / rejected_lengths.clamp(min=1)
+        losses = (mean_margin - 1 / (2 * beta)).square()
+    if nll_weight:
+        if chosen_lengths is None:
+            raise ValueError("preference_loss: nll_weight needs chosen_lengths")
+        losses = losses - nll_weight * chosen / chosen_lengths.clamp(min=1)
+    if pair_weight is not None:
+        losses = losses * pair_weight
+    return PreferenceLoss(losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach())

@@ -1,0 +1,133 @@
+"""Tree attention without a T x T matrix, in plain torch: one contiguous slice of queries per run of keys.
+
+Rows [a, b) of one branchless run are seen by exactly the rows [a, end): by those in [a, b) causally, by the rest fully.
+Both ranges are slices of the line, so nothing is gathered, copied or masked away, and the work is exactly the visible
+pairs plus half a tile on each diagonal. The softmax is merged over runs online (running maximum and sum), the backward
+recomputes the probabilities from the saved log-sum-exp and walks the same slices. Runs are visited in one fixed order:
+the result is bitwise repeatable. float32 accumulators (float64 for float64 inputs).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from cpo_kernels.precision import accumulation_dtype
+
+BLOCK_KEYS = 256  # keys per tile: the prompt, the longest run, is a few hundred tokens
+MAX_TILE_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
+
+
+class Tile(NamedTuple):
+    """Keys [key_start, key_stop) of one run against queries [query_start, query_stop) of its subtree."""
+
+    key_start: int
+    key_stop: int
+    query_start: int
+    query_stop: int
+
+
+class TreeTiles(NamedTuple):
+    """The tiles of a forest in visiting order, and the rows that see and are seen by nothing but themselves."""
+
+    tiles: list[Tile]
+    isolated: list[int]
+
+
+def tree_tiles(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -> TreeTiles:
+    """Cut runs (rows [start, stop), subtree ending at end, in line order) into tiles of bounded size."""
+    tiles: list[Tile] = []
+    isolated: list[int] = []
+    covered = 0  # rows before it lie in the subtree of an earlier run
+    for start, stop, end in zip(starts, stops, ends, strict=True):
+        if start >= covered and end == start + 1:
+            isolated.append(start)  # a root without children: every padding row is one
+            continue
+        covered = max(covered, end)
+        for key_start in range(start, stop, BLOCK_KEYS):
+            key_stop = min(key_start + BLOCK_KEYS, stop)
+            step = max(BLOCK_KEYS, MAX_TILE_SCORES // (num_heads * (key_stop - key_start)))
+            for query_start in range(key_start, end, step):
+                tiles.append(Tile(key_start, key_stop, query_start, min(query_start + step, end)))
+    return TreeTiles(tiles, isolated)
+
+
+class EagerTreeAttention(torch.autograd.Function):
+    """Forward and backward over `TreeTiles`; q [T, H, D], k and v [T, Hkv, D], out [T, H, D] in the dtype of q."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreeTiles, scale: float
+    ) -> torch.Tensor:
+        """Online softmax over the tiles."""
+        grouped_q, grouped_k, grouped_v = _grouped(q, k.shape[1]), _grouped(k, k.shape[1]), _grouped(v, k.shape[1])
+        out = torch.zeros_like(grouped_q)  # [Hkv, G, T, D]
+        maximum = torch.full(grouped_q.shape[:3], float("-inf"), dtype=out.dtype, device=out.device)  # [Hkv, G, T]
+        total = torch.zeros_like(maximum)
+        for tile in plan.tiles:
+            queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
+            scores = _scores(grouped_q, grouped_k, tile, scale)  # [Hkv, G, nq, nk]
+            tile_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
+            weights = torch.exp_(scores.sub_(tile_maximum.unsqueeze(-1)))
+            decay = torch.exp(maximum[:, :, queries] - tile_maximum)
+            maximum[:, :, queries] = tile_maximum
+            total[:, :, queries] = total[:, :, queries] * decay + weights.sum(dim=-1)
+            out[:, :, queries] = out[:, :, queries] * decay.unsqueeze(-1) + weights @ grouped_v[:, :, keys]
+        if plan.isolated:
+            rows = torch.tensor(plan.isolated, device=q.device)
+            out[:, :, rows] = grouped_v[:, :, rows].expand(-1, out.shape[1], -1, -1)
+            maximum[:, :, rows], total[:, :, rows] = 0.0, 1.0
+        out /= total.unsqueeze(-1)
+        result = _ungrouped(out, q.dtype)
+        ctx.save_for_backward(q, k, v, result, maximum + total.log())
+        ctx.plan, ctx.scale = plan, scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dq, dk, dv by the same tiles: p = exp(s - lse), ds = p * (dp - sum(dout * out)) * scale."""
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        num_kv_heads = k.shape[1]
+        grouped_q, grouped_k, grouped_v = (_grouped(x, num_kv_heads) for x in (q, k, v))
+        grad_out = _grouped(grad_outputs[0], num_kv_heads)
+        delta = (grad_out * _grouped(out, num_kv_heads)).sum(dim=-1, keepdim=True)  # [Hkv, G, T, 1]
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
+        for tile in ctx.plan.tiles:
+            queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
+            scores = _scores(grouped_q, grouped_k, tile, ctx.scale)
+            weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
+            tile_grad = grad_out[:, :, queries]
+            grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(tile_grad)
+            grad_scores = (tile_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
+            grad_scores.mul_(weights).mul_(ctx.scale)
+            grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
+            grad_k[:, 0, keys] += _fold(grad_scores).transpose(1, 2) @ _fold(grouped_q[:, :, queries])
+        if ctx.plan.isolated:
+            rows = torch.tensor(ctx.plan.isolated, device=q.device)
+            grad_v[:, 0, rows] = grad_out[:, :, rows].sum(dim=1)
+        return _ungrouped(grad_q, q.dtype), _ungrouped(grad_k, k.dtype), _ungrouped(grad_v, v.dtype), None, None
+
+
+def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile, scale: float) -> torch.Tensor:
+    queries = grouped_q[:, :, tile.query_start : tile.query_stop]
+    scores = (queries @ grouped_k[:, :, tile.key_start : tile.key_stop].transpose(2, 3)).mul_(scale)
+    if tile.query_start < tile.key_stop:  # the diagonal: these queries see the run only up to themselves
+        height = min(tile.query_stop, tile.key_stop) - tile.query_start
+        hidden = torch.ones(height, tile.key_stop - tile.key_start, dtype=torch.bool, device=scores.device)
+        hidden = hidden.triu(diagonal=tile.query_start - tile.key_start + 1)
+        scores[:, :, :height].masked_fill_(hidden, float("-inf"))
+    return scores
+
+
+def _grouped(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    rows, heads, head_dim = x.shape
+    grouped = x.reshape(rows, num_kv_heads, heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
+    return grouped.to(accumulation_dtype(x.dtype)).contiguous()  # [Hkv, G, T, D]
+
+
+def _ungrouped(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    num_kv_heads, group, rows, head_dim = x.shape
+    return x.permute(2, 0, 1, 3).reshape(rows, num_kv_heads * group, head_dim).to(dtype)
+
+
+def _fold(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])  # [Hkv, G * nq, .]

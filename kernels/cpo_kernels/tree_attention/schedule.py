@@ -1,0 +1,100 @@
+"""Which blocks of the tree-attention matrix a tiled kernel visits, and which of those need no mask.
+
+Row i may see row j iff j <= i < subtree_end[j]. For query rows [m0, m1) and a block of keys [n0, n1), with emin and
+emax the least and greatest `subtree_end` of the keys, the block is skipped iff n0 >= m1 or emax <= m0, full iff
+n1 - 1 <= m0 and emin >= m1, partial otherwise. Both tests are exact, so a kernel that follows the schedule computes
+every visible score and masks only where it must. The rows that see a key block at all are one contiguous range: dK and
+dV walk [n0, emax) and need no list.
+
+Computed by csrc in O(T + visited blocks). A schedule makes attention faster and never changes what it means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpo_kernels import _csrc
+
+
+@dataclass(frozen=True, eq=False)
+class TreeSchedule:
+    """The blocks to visit and the runs without a branch, as plain int32 tensors on one device.
+
+    T rows; Q = ceil(T / block_q) query blocks; K = ceil(T / block_kv) key blocks; N runs. "Full" means that all
+    block_kv keys exist and are visible: the ragged last key block is never full, so a kernel loads a full block
+    unchecked. Ranges are half open; an empty one has start == stop.
+    """
+
+    subtree_end: torch.Tensor  # [T] int32, what the schedule was made for
+    block_q: int
+    block_kv: int
+    kv_min_end: torch.Tensor  # [K] int32, least subtree_end of the block's keys
+    kv_max_end: torch.Tensor  # [K] int32, greatest
+    kv_query_start: torch.Tensor  # [K] int32, rows [start, stop) see at least one key of the block; no others do
+    kv_query_stop: torch.Tensor  # [K] int32
+    kv_full_start: torch.Tensor  # [K] int32, rows [start, stop) see every key of the block; no others do
+    kv_full_stop: torch.Tensor  # [K] int32
+    full_offsets: torch.Tensor  # [Q + 1] int32
+    full_blocks: (
+        torch.Tensor
+    )  # int32, full key blocks of query block b at full_offsets[b]:full_offsets[b + 1], ascending
+    partial_offsets: torch.Tensor  # [Q + 1] int32
+    partial_blocks: torch.Tensor  # int32, partial key blocks of query block b likewise
+    segment_start: torch.Tensor  # [N] int32, first row of a maximal run of only children
+    segment_stop: torch.Tensor  # [N] int32, one past its last row
+    segment_end: torch.Tensor  # [N] int32, the subtree_end that all rows of the run share
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.subtree_end.shape[0]
+
+    def to(self, device: torch.device | str) -> TreeSchedule:
+        """The same schedule with every tensor on `device`."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
+        return TreeSchedule(**values)
+
+
+def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
+    """Compute the block schedule of one packed line on the host.
+
+    Args:
+        subtree_end: [T] int32, any device (one copy to the host if it is not there already).
+        block_q: query rows per block. 128 by 64 fits a head of 128 in shared memory with both operands resident.
+        block_kv: keys per block.
+
+    Returns:
+        The schedule, on the device of `subtree_end`.
+
+    Raises:
+        ValueError: `subtree_end` is not a 1-D int32 tensor or not laminar (see `validate_subtree_end`), or a block
+            size is below 1.
+    """
+    arrays = _csrc.tree_schedule(_host_array(subtree_end), block_q, block_kv)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array).to(subtree_end.device) for name, array in arrays.items()}
+    return TreeSchedule(subtree_end=subtree_end, block_q=block_q, block_kv=block_kv, **tensors)
+
+
+def validate_subtree_end(subtree_end: torch.Tensor) -> None:
+    """Check in O(T) that `subtree_end` ([T] int32) describes subtrees in depth-first preorder.
+
+    Raises:
+        ValueError: naming the first row whose end is not in (row, T], or whose subtree leaves the one that contains it;
+            or `subtree_end` is not a 1-D int32 tensor.
+    """
+    _csrc.validate_subtree_end(_host_array(subtree_end))
+
+
+def _host_array(subtree_end: torch.Tensor) -> np.ndarray:
+    if subtree_end.dtype != torch.int32 or subtree_end.dim() != 1:
+        raise ValueError(
+            f"subtree_end: expected a 1-D int32 tensor, got {tuple(subtree_end.shape)} of {subtree_end.dtype}"
+        )
+    return np.ascontiguousarray(subtree_end.detach().cpu().numpy())

@@ -1,0 +1,260 @@
+"""prepare: supported models pass its probe and still generate, the others are refused by a sentence that names why."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cpo_kernels.integrations.transformers import packed_logps, prepare
+from peft import PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.cpo_kernels.padded_oracle import padded_step, pair_sequences, relative_error
+from tests.tiny import random_pairs, tiny_llama, tiny_mistral, tiny_model, with_lora
+
+ROWS = [list(range(3, 23)), [*range(3, 13), *range(40, 50)]]  # two paths of 20 tokens, shared to the tenth
+STARTS = [10, 10]
+
+SUPPORTED: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "gemma": (GemmaConfig, {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_model_passes_the_probe(name: str, dtype: torch.dtype) -> None:
+    config_class, changes = SUPPORTED[name]
+    model = tiny_model(config_class, dtype=dtype, **changes)
+    assert prepare(model) is model
+    assert model.config._attn_implementation == "cpo_tree"
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_model_equals_padded(name: str) -> None:
+    config_class, changes = SUPPORTED[name]
+    pairs = random_pairs(seed=1)
+    want = padded_step(with_lora(tiny_model(config_class, **changes)), pairs)
+    packed = packed_logps(
+        prepare(with_lora(tiny_model(config_class, **changes))), *pair_sequences(pairs), reference="adapter_off"
+    )
+    assert relative_error(packed.segment_logps.detach(), want.logps) <= 1e-5
+    assert relative_error(packed.ref_segment_logps, want.ref_logps) <= 1e-5
+
+
+def test_prepare_leaves_training_mode_gradients_and_random_state_as_they_were() -> None:
+    model = with_lora(tiny_llama()).train()
+    model.base_model.model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
+    random_state = torch.get_rng_state()
+    prepare(model)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    prepare(model)  # a second call changes nothing
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_left_padded_generation_equals_sdpa(name: str) -> None:
+    config_class, changes = SUPPORTED[name]
+    stock = tiny_model(config_class, **changes)
+    prepared = prepare(copy.deepcopy(stock))
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(3, 97, (3, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row, padding in enumerate((0, 3, 7)):
+        input_ids[row, :padding], attention_mask[row, :padding] = 0, 0
+    options = {
+        "attention_mask": attention_mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    want, got = stock.generate(input_ids, **options), prepared.generate(input_ids, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-5, atol=1e-5)
+    # The mask matters here: without it the padded rows would continue differently.
+    unmasked = prepared.generate(input_ids, **(options | {"attention_mask": torch.ones_like(input_ids)}))
+    assert not torch.equal(unmasked.sequences[2], want.sequences[2])
+
+
+def test_right_padded_forward_equals_sdpa() -> None:
+    stock = tiny_llama()
+    prepared = prepare(copy.deepcopy(stock))
+    input_ids = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(4))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 6:] = 0
+    for mask in (attention_mask, None):
+        want, got = stock(input_ids, attention_mask=mask).logits, prepared(input_ids, attention_mask=mask).logits
+        kept = torch.ones_like(attention_mask, dtype=torch.bool) if mask is None else attention_mask.bool()
+        torch.testing.assert_close(got[kept], want[kept], rtol=1e-6, atol=1e-6)
+
+
+def score(model: nn.Module) -> None:
+    """Prepare and score: some refusals need the model alone, some the rows."""
+    packed_logps(prepare(model), ROWS, STARTS)
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 2.0}
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "soft-cap on the final logits": (
+        lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=None),
+        "(?i)soft-?cap.*final|final.*soft-?cap",
+    ),
+    "soft-cap on attention": (
+        lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=50.0),
+        "(?i)soft-?cap.*att|att.*soft-?cap",
+    ),
+    "logit scale of Granite": (lambda: tiny_model(GraniteConfig, logits_scaling=8.0), "(?i)scal"),
+    "logit scale of Cohere": (lambda: tiny_model(CohereConfig, logit_scale=0.0625), "(?i)scale"),
+    "adapter on the head": (
+        lambda: with_lora(tiny_llama(), targets=("q_proj", "lm_head"), zero_b=True),
+        "(?i)head",
+    ),
+    "sliding window shorter than a path": (lambda: tiny_mistral(sliding_window=8), "(?i)sliding.window.*8|8.*sliding"),
+    "attention dropout": (lambda: tiny_llama(attention_dropout=0.1).train(), "(?i)attention.?dropout"),
+    "LoRA dropout in training": (lambda: with_lora(tiny_llama(), dropout=0.1).train(), "(?i)lora.?dropout"),
+    "dynamic RoPE": (lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", **ROPE}), "(?i)rope.*dynamic"),
+    "longrope": (
+        lambda: tiny_llama(
+            rope_parameters={
+                "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16, **ROPE,
+            }
+        ),
+        "(?i)rope.*longrope",
+    ),
+    "prompt learning": (
+        lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+        "(?i)prompt",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_unsupported_model_is_refused_by_name(reason: str) -> None:
+    build, words = REFUSED[reason]
+    with pytest.raises(ValueError, match=words):
+        score(build())
+
+
+class ScaledHead(nn.Linear):
+    """A head of a kind that no list of names can know."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits at one and a half times their size."""
+        return 1.5 * super().forward(hidden)
+
+
+def test_probe_refuses_a_head_transform_that_no_configuration_names() -> None:
+    model = tiny_llama()
+    scaled = ScaledHead(32, 97, bias=False)
+    scaled.weight = model.lm_head.weight
+    model.lm_head = scaled
+    with pytest.raises(ValueError, match="(?i)head"):
+        prepare(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_probe_names_the_first_layer_that_differs() -> None:
+    """Layer 1 (from 0) looks at the batch as a whole, which a forest cannot be split into."""
+    model = tiny_llama()
+
+    def mix_rows(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        mixed = hidden + hidden.mean(dim=1, keepdim=True)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    model.model.layers[1].register_forward_hook(mix_rows)
+    with pytest.raises(ValueError, match=r"(?i)layer 1\b"):
+        prepare(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_dropout_of_an_adapter_is_accepted_in_evaluation_mode() -> None:
+    model = with_lora(tiny_llama(), dropout=0.1).eval()
+    packed = packed_logps(prepare(model), ROWS, STARTS)
+    want = packed_logps(prepare(with_lora(tiny_llama())), ROWS, STARTS)
+    assert torch.equal(packed.segment_logps, want.segment_logps)
+
+
+def test_window_that_no_path_outgrows_is_accepted_and_exact() -> None:
+    want = packed_logps(prepare(tiny_mistral()), ROWS, STARTS)
+    for window in (20, 4096):
+        packed = packed_logps(prepare(tiny_mistral(sliding_window=window)), ROWS, STARTS)
+        torch.testing.assert_close(packed.segment_logps, want.segment_logps, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="(?i)sliding.window"):
+        packed_logps(prepare(tiny_mistral(sliding_window=19)), ROWS, STARTS)
+
+
+def test_frozen_reference_is_held_to_the_same_rules() -> None:
+    policy = prepare(tiny_mistral())
+    with pytest.raises(ValueError, match="(?i)sliding.window"):
+        packed_logps(policy, ROWS, STARTS, reference=prepare(tiny_mistral(seed=3, sliding_window=8)))
+    with pytest.raises(ValueError, match="(?i)dropout"):
+        packed_logps(policy, ROWS, STARTS, reference=prepare(tiny_mistral(seed=3, attention_dropout=0.1)).train())
+    with pytest.raises(ValueError, match="prepare"):
+        packed_logps(policy, ROWS, STARTS, reference=tiny_mistral(seed=3))
+
+
+def test_wrapper_is_a_type_error() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(prepare(with_lora(tiny_llama())))
+        for call in (prepare, lambda model: packed_logps(model, ROWS, STARTS)):
+            with pytest.raises(TypeError, match="DistributedDataParallel"):
+                call(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_unprepared_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="prepare"):
+        packed_logps(tiny_llama(), ROWS, STARTS)
+
+
+def test_forward_with_the_hook_taken_away_is_refused() -> None:
+    model = prepare(tiny_llama())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises((ValueError, RuntimeError), match="prepare"):
+        packed_logps(model, ROWS, STARTS)
+
+
+def test_layer_that_does_not_run_tree_attention_is_refused() -> None:
+    """`sdpa` would swallow `subtree_end` without a word; one layer with its own attention must not pass."""
+    model = prepare(tiny_llama())
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+    with pytest.raises(RuntimeError, match="(?i)layer"):
+        packed_logps(model, ROWS, STARTS)
+
+
+def test_choice_of_implementation_is_logged_and_can_be_overridden(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = prepare(tiny_llama())
+    monkeypatch.setenv("CPO_KERNELS_IMPL", "reference")
+    with caplog.at_level(logging.DEBUG, logger="cpo_kernels"):
+        overridden = packed_logps(model, ROWS, STARTS)
+    assert "reference" in caplog.text
+    monkeypatch.delenv("CPO_KERNELS_IMPL")
+    assert torch.equal(
+        overridden.segment_logps, packed_logps(model, ROWS, STARTS, impl="reference").segment_logps
+    )

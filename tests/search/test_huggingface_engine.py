@@ -1,0 +1,118 @@
+"""The reference engine: alone equals batched, greedy equals `generate`, cached prefixes change nothing."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+
+from cpo_fast.search.engine import Request
+from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+from cpo_fast.search.engine.sampler import choose_token, uniforms
+
+
+def _requests(tokenizer, num_samples=7, temperature=0.9, top_p=0.95, max_new_tokens=30):
+    prompts = ["Question: a b c\n", "Question: 12 + 7 is what and why\nStep 1: go\n", "Question: z\n"]
+    return [
+        Request(tuple(tokenizer(prompt)["input_ids"]), f"{prompt}/{index}", temperature, top_p, max_new_tokens)
+        for prompt in prompts
+        for index in range(num_samples)
+    ]
+
+
+def _sample_plainly(model, tokenizer, request):
+    """One token at a time, the whole sequence through the model each time: no cache, no batch."""
+    ids = list(request.token_ids)
+    table = uniforms(request.uid, request.max_new_tokens)
+    for position in range(request.max_new_tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
+        token = choose_token(logits, float(table[position]), request.temperature, request.top_p)
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+        if "\n" in tokenizer.decode([token]):
+            break
+    return tuple(ids[len(request.token_ids) :])
+
+
+def test_batched_sampling_equals_one_row_without_a_cache(model, tokenizer):
+    requests = _requests(tokenizer)
+    expected = [_sample_plainly(model, tokenizer, request) for request in requests]
+    assert len(set(expected)) > 5  # a model that always says the same would prove nothing
+    assert len({len(ids) for ids in expected}) > 3
+    for batch_size in (1, 3, 40):
+        engine = HuggingFaceEngine(model, tokenizer, batch_size)
+        assert [sample.token_ids for sample in engine.sample(requests)] == expected
+
+
+def test_samples_do_not_depend_on_the_other_requests(model, tokenizer):
+    engine = HuggingFaceEngine(model, tokenizer, 40)
+    requests = _requests(tokenizer)
+    together = engine.sample(requests)
+    assert [engine.sample([request])[0] for request in requests[::4]] == together[::4]
+    assert engine.sample(requests[::-1]) == together[::-1]
+
+
+def test_a_cached_prefix_changes_no_sample_and_no_score(model, tokenizer):
+    requests = _requests(tokenizer)
+    plain, cached = HuggingFaceEngine(model, tokenizer, 8), HuggingFaceEngine(model, tokenizer, 8)
+    cached.cache_prefix(requests[0].token_ids[:3])
+    cached.cache_prefix(requests[0].token_ids[:2])
+    assert cached.sample(requests) == plain.sample(requests)
+    assert cached.sample(requests) == plain.sample(requests)  # the stored cache was not grown by its use
+    labels = [[5, 6], [7]]
+    np.testing.assert_allclose(
+        cached.score(requests[0].token_ids, labels), plain.score(requests[0].token_ids, labels), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("prompt", ["Question: a b c\n", "Question: how many\nStep 1: x y\n"])
+def test_greedy_equals_generate_token_for_token(tokenizer, prompt):
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    greedy_model = build_model(len(tokenizer), {newline: 1.0})
+    ids = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        output = greedy_model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=24, do_sample=False
+        )
+    expected = []
+    for token in output[0, len(ids) :].tolist():
+        if token == tokenizer.eos_token_id:
+            break
+        expected.append(token)
+        if "\n" in tokenizer.decode([token]):
+            break
+    assert len(expected) > 2
+    for batch_size in (1, 8):
+        engine = HuggingFaceEngine(greedy_model, tokenizer, batch_size)
+        request = Request(tuple(ids), "greedy", 0.0, 1.0, 24)
+        assert [sample.token_ids for sample in engine.sample([request] * 5)] == [tuple(expected)] * 5
+
+
+def test_score_is_the_log_prob_of_the_whole_label(model, tokenizer):
+    prompt = tuple(tokenizer("Question: a b c\n")["input_ids"])
+    labels = [[10, 11, 12], [13], [14, 15]]
+    with torch.no_grad():
+        expected = []
+        for label in labels:
+            logps = model(torch.tensor([[*prompt, *label]])).logits.double().log_softmax(-1)[0]
+            expected.append(sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(label)))
+    np.testing.assert_allclose(HuggingFaceEngine(model, tokenizer, 2).score(prompt, labels), expected, rtol=1e-5)
+
+
+def test_a_line_ends_at_newline_eos_or_the_cap_and_says_which(tokenizer):
+    ids = tokenizer.convert_tokens_to_ids
+    prompt = tuple(tokenizer("Question: a\n")["input_ids"])
+    for word, stop, kept in (("\n\n", "newline", 1), ("</s>", "eos", 0), ("7", "length", 9)):
+        engine = HuggingFaceEngine(build_model(len(tokenizer), {ids(word): 1000.0}), tokenizer, 4)
+        samples = engine.sample([Request(prompt, str(index), 1.0, 1.0, 9) for index in range(3)])
+        assert {sample.stop for sample in samples} == {stop}
+        assert {sample.token_ids for sample in samples} == {(ids(word),) * kept}
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(model, tokenizer):
+    engine = HuggingFaceEngine(model, tokenizer, 4)
+    with pytest.raises(ValueError, match="exceed the model's 4096 positions"):
+        engine.sample([Request((5,) * 4090, "long", 1.0, 1.0, 10)])
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.sample([Request((), "empty", 1.0, 1.0, 10)])
