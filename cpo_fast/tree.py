@@ -1,7 +1,7 @@
 """The search tree: what a search found for one question, and the line of `trees.jsonl` that keeps it.
 
-A node is one thought under its parent; the root state (the question itself) is not a node and has id -1. The tokens of a
-state are
+A node is one thought under its parent; the root state (the question itself) is not a node and has id -1. The tokens
+of a state are
 
     prompt.token_ids[:num_shared_tokens] + question_token_ids + the token_ids of the nodes on its path
 
@@ -271,7 +271,8 @@ def _check_fields(cls: type, row: Any, types: dict[str, type | tuple[type, ...]]
     if missing or unknown:
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
     for name in names:
-        expected = types[name] if isinstance(types[name], tuple) else (types[name],)
+        allowed = types[name]
+        expected = allowed if isinstance(allowed, tuple) else (allowed,)
         # bool is a subclass of int in Python, not in JSON
         if not isinstance(row[name], expected) or (isinstance(row[name], bool) and bool not in expected):
             raise ValueError(f"{what}: '{name}' has type {type(row[name]).__name__}")

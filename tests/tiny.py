@@ -113,7 +113,7 @@ def with_exact_norms(model: nn.Module) -> nn.Module:
 def tiny_tokenizer(directory: str | Path | None = None) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: any text is reversible, pad (0), bos (1) and eos (2) are all different.
 
-    Bytes take ids 3 to 258, so a model needs vocab_size >= 259 (`len(tokenizer)`). Saved to `directory` if one is given.
+    Bytes take ids 3 to 258, so a model needs vocab_size >= 259 (`len(tokenizer)`). Saved to `directory` if given.
     """
     specials = ["<pad>", "<bos>", "<eos>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -40,7 +40,14 @@ def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool)
 
 def _collect_with_bar(config: Any, collect: Any, num_questions: int) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -77,7 +84,10 @@ def _print_table(result: Any) -> None:
         rows.append(("unparseable verdicts", f"{result.num_unparseable} of {result.num_verdicts}"))
     if result.vote_accuracy is not None:
         rows.append(
-            ("vote accuracy", f"{result.vote_accuracy:.3f} ({result.num_correct} of {result.num_gold}, information only)")
+            (
+                "vote accuracy",
+                f"{result.vote_accuracy:.3f} ({result.num_correct} of {result.num_gold}, information only)",
+            )
         )
     table = Table(show_header=False)
     for name, value in rows:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from cpo_fast.train.loop import TrainResult
 
 STATEMENT = (
-    "A model of 135M parameters shows that the pipeline works, not what it gains: it gets most of these questions wrong "
-    "before and after, and a dozen questions cannot tell a difference from chance (see the intervals)."
+    "A model of 135M parameters shows that the pipeline works, not what it gains: it gets most of these questions "
+    "wrong, and a dozen questions cannot tell a difference from chance (see the intervals)."
 )
 
 

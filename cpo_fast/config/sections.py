@@ -43,7 +43,9 @@ class SearchConfig(Section):
     temperature: float = Field(0.9, gt=0, description="sampling temperature (paper: 0.4, arithmetic 0.9)")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
     max_thought_tokens: int = Field(96, ge=1, description="a thought without a newline by then is cut and incomplete")
-    evaluator: Literal["logits", "sample"] = Field("logits", description="logits: one forward; sample: sampled verdicts")
+    evaluator: Literal["logits", "sample"] = Field(
+        "logits", description="logits: one forward; sample: sampled verdicts"
+    )
     num_verdicts: int = Field(5, ge=1, description="verdicts sampled per state with evaluator: sample (paper: 5)")
     verdict_temperature: float = Field(0.4, gt=0, description="sampling temperature of verdicts")
     max_verdict_tokens: int = Field(96, ge=1, description="cap on one sampled verdict")

@@ -19,6 +19,7 @@ from cpo_fast.data.pair import PreferencePair
 from cpo_fast.data.pairs import iterate_pair_rows
 from cpo_fast.errors import DataError
 from cpo_fast.files import read_jsonl, write_jsonl
+from cpo_fast.tasks import common_prefix_length
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,7 @@ def _pair(row: dict[str, Any], source: str, config: DataConfig, tokenizer: Any) 
     return PreferencePair(prompt, chosen, rejected, str(group), step if isinstance(step, int) else 0, source), merged
 
 
-def _tokenized(
-    row: dict[str, Any], tokenizer: Any
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
+def _tokenized(row: dict[str, Any], tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
     for key in TEXT_KEYS:
         if key not in row:
             raise BadRow(f"missing key '{key}'")
@@ -126,16 +125,9 @@ def _tokenized(
     eos = tokenizer.eos_token_id
     if prompt and prompt[-1] == eos and chosen[: len(prompt)] != prompt:
         prompt = prompt[:-1]  # a tokenizer that closes every text with end-of-sequence
-    common = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    common = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     merged = common < len(prompt)
     return tuple(chosen[:common]), tuple(chosen[common:]), tuple(rejected[common:]), merged
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
 
 
 def _ids(row: dict[str, Any], key: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.files import write_jsonl
-from cpo_fast.tasks import get_task
+from cpo_fast.tasks import Question, get_task
 from cpo_fast.tree import ROOT, Node, Prompt, SearchTree, read_prompt, read_trees
 
 
@@ -38,7 +38,7 @@ def tree_pairs(tree: SearchTree) -> list[TreePair]:
     """All pairs of one tree by rule `all`: by state, then chosen, then rejected, each in node order."""
     winning = {node.id for winner in tree.winning_nodes for node in tree.path(winner)}
     states = [ROOT, *sorted(winning)] if winning else []
-    pairs = []
+    pairs: list[TreePair] = []
     for state in states:
         children = tree.children(state)
         chosen = [node for node in children if node.id in winning]
@@ -53,7 +53,7 @@ def pair_row(tree: SearchTree, prompt: Prompt, pair: TreePair) -> dict[str, Any]
     The ids are those of the search: root ids as tokenised, thoughts as generated.
     """
     state = tree.path(pair.parent)
-    text = get_task(tree.task).prompt(tree.question) + "".join(node.text for node in state)
+    text = get_task(tree.task).prompt(Question(tree.id, tree.question)) + "".join(node.text for node in state)
     return {
         "prompt": text,
         "chosen": pair.chosen.text,

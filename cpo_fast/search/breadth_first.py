@@ -1,9 +1,10 @@
 """Breadth-first tree of thoughts over one question, level by level, at most `search.max_steps` thoughts deep.
 
-A level: sample k thoughts under every open state, merge duplicates, judge all of them, keep the n best open ones. A line
-`Answer: ...` ends its chain: it is not expanded and takes no place among the n, and if its answer can be read and it ended
-by newline or end-of-sequence, it is complete and votes. A thought that was cut at the token cap, ended the sequence
-before an answer, or starts another question ends its chain too, without a vote; it stays in the tree as a loser.
+A level: sample k thoughts under every open state, merge duplicates, judge all of them, keep the n best open ones. A
+line `Answer: ...` ends its chain: it is not expanded and takes no place among the n, and if its answer can be read
+and it ended by newline or end-of-sequence, it is complete and votes. A thought that was cut at the token cap, ended
+the sequence before an answer, or starts another question ends its chain too, without a vote; it stays in the tree as
+a loser.
 """
 
 from dataclasses import dataclass

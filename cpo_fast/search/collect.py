@@ -211,9 +211,7 @@ def _weights_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _summary(
-    trees_path: Path, trees: list[SearchTree], task: Task, num_resumed: int, seconds: float
-) -> CollectResult:
+def _summary(trees_path: Path, trees: list[SearchTree], task: Task, num_resumed: int, seconds: float) -> CollectResult:
     nodes = [node for tree in trees for node in tree.nodes]
     with_gold = [(tree, tree.gold) for tree in trees if tree.gold is not None]
     return CollectResult(

@@ -3,9 +3,9 @@
     logits   value = p v_likely + (1 - p) v_impossible,   p = P(" likely") / (P(" likely") + P(" impossible"))
     sample   value = mean over the readable verdicts of v_likely or v_impossible
 
-`logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the line
-is one of the two labels and nothing else. What cannot be read is counted, never mapped to a label; a state without one
-readable verdict has value None and ranks last. Equal states of a question are judged once.
+`logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the
+line is one of the two labels and nothing else. What cannot be read is counted, never mapped to a label; a state
+without one readable verdict has value None and ranks last. Equal states of a question are judged once.
 """
 
 import math
@@ -63,7 +63,9 @@ class Evaluator:
         likely, impossible = self._engine.score(prompt_ids, labels)
         # logistic of the difference, written so that neither exponential overflows
         difference = likely - impossible
-        share = 1 / (1 + math.exp(-difference)) if difference >= 0 else math.exp(difference) / (1 + math.exp(difference))
+        share = (
+            1 / (1 + math.exp(-difference)) if difference >= 0 else math.exp(difference) / (1 + math.exp(difference))
+        )
         value = share * self._settings.value_likely + (1 - share) * self._settings.value_impossible
         return Verdict(value, ({LIKELY: likely, IMPOSSIBLE: impossible},))
 

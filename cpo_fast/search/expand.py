@@ -1,8 +1,8 @@
 """Sample k thoughts per state and merge the duplicates of one parent.
 
-Duplicates are equal after whitespace is collapsed; the first sample's ids and text stay, with a count. Letters keep their
-case and nothing is cut: the ids of a candidate are the ids that were generated. Samples of only whitespace are dropped
-and counted.
+Duplicates are equal after whitespace is collapsed; the first sample's ids and text stay, with a count. Letters keep
+their case and nothing is cut: the ids of a candidate are the ids that were generated. Samples of only whitespace are
+dropped and counted.
 """
 
 from collections.abc import Sequence

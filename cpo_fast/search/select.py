@@ -1,9 +1,9 @@
 """Which states go on, and which answer wins.
 
-States go on in the order (-value, parent rank, sample index), cut at n: no sets, no hash order, ties end at the cut. The
-vote sums values over the complete paths of each normalised answer; the largest sum wins, then the group with the larger
-best value, then the one that came first. Every complete path of the winning group is a winning path. Gold answers have
-no part in either.
+States go on in the order (-value, parent rank, sample index), cut at n: no sets, no hash order, ties end at the cut.
+The vote sums values over the complete paths of each normalised answer; the largest sum wins, then the group with the
+larger best value, then the one that came first. Every complete path of the winning group is a winning path. Gold
+answers have no part in either.
 """
 
 from collections.abc import Iterable, Sequence

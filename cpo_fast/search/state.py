@@ -1,4 +1,4 @@
-"""A state of the search: the thoughts so far. Its token ids are what the model reads, its id names its random numbers."""
+"""A state of the search: the thoughts so far. Its token ids are what the model reads; they name its random numbers."""
 
 import hashlib
 from collections.abc import Sequence

@@ -25,12 +25,14 @@ Step 1: The bakery baked 48 + 35 = 83 rolls in all.
 Step 2: After selling 59 rolls, 83 - 59 = 24 rolls were left.
 Answer: 24
 
-Question: Nadia is 12 years old. She rides her bicycle for 25 minutes each day. How many minutes does she ride in 6 days?
+Question: Nadia is 12 years old. She rides her bicycle for 25 minutes each day. \
+How many minutes does she ride in 6 days?
 Step 1: Her age does not matter, only the 25 minutes each day.
 Step 2: In 6 days she rides 25 * 6 = 150 minutes.
 Answer: 150
 
-Question: A farmer picked 96 pears and 40 plums. He packed the pears into boxes of 8. How many boxes of pears did he fill?
+Question: A farmer picked 96 pears and 40 plums. He packed the pears into boxes of 8. \
+How many boxes of pears did he fill?
 Step 1: Only the 96 pears go into the boxes.
 Step 2: With 8 pears in a box he filled 96 / 8 = 12 boxes.
 Answer: 12
@@ -69,7 +71,7 @@ Answer: 8
 
 """
 
-# sign, then digits with or without thousands commas, decimals, and a denominator; 30 digits bound the work on run-on text
+# sign, digits with or without thousands commas, decimals, denominator; 30 digits bound the work on run-on text
 _NUMBER = re.compile(
     r"(?P<sign>[-\u2212]\s?)?\$?(?P<number>(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"
     r"(?:\s?/\s?(?P<denominator>\d{1,30}))?",

@@ -22,7 +22,9 @@ def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
     with _gathered(model, zero_stage):
         state = {
             key: value.detach().to("cpu", copy=True)
-            for key, value in get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False).items()
+            for key, value in get_peft_model_state_dict(
+                model, adapter_name=ADAPTER, save_embedding_layers=False
+            ).items()
         }
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

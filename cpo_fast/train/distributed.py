@@ -5,14 +5,20 @@ from step to step (a fixed count gives wrong averages under ZeRO 1 and 2); `grad
 clips at 1.0 by default; no bf16 or fp16 section, because either casts the float32 adapters.
 """
 
+import io
+import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.errors import EnvironmentProblem
+
+logger = logging.getLogger(__name__)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
@@ -54,10 +60,8 @@ def initialize_engine(
     Raises:
         EnvironmentProblem: DeepSpeed is missing, or the process was launched as one of several.
     """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise EnvironmentProblem(f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'") from None
+    device = next(module.parameters()).device
+    deepspeed = _import_deepspeed(device.type)
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise EnvironmentProblem(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this version trains in one process; start it without a launcher"
@@ -65,17 +69,41 @@ def initialize_engine(
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if not torch.distributed.is_initialized():
-        device = next(module.parameters()).device
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        model_parameters=[p for p in module.parameters() if p.requires_grad],
-        config=deepspeed_config(config),
-    )
+    with _quiet():
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            config=deepspeed_config(config),
+        )
     return engine
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it DeepSpeed warns that it guesses
+    try:
+        with _quiet():
+            import deepspeed
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what DeepSpeed prints while it starts out of our standard output, where `--json` writes; log it instead."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        yield
+    if said.getvalue().strip():
+        logger.debug("DeepSpeed: %s", said.getvalue().strip())
 
 
 def _free_port() -> int:

@@ -6,7 +6,6 @@ whatever the token budget, so micro-batches never change the result. Before the 
 the same forest and every reward must be bitwise zero.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpo_kernels.integrations.transformers import split_pairs
-from cpo_kernels.testing import end_to_end_bound
 from transformers import get_scheduler
 
 from cpo_fast.config import Config, dump_config
@@ -25,22 +22,13 @@ from cpo_fast.data.formats import load_pairs
 from cpo_fast.data.pair import PreferencePair
 from cpo_fast.errors import CpoFastError, DataError, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
-from cpo_fast.models import adapter_hash, model_hash
 from cpo_fast.train.adapter import save_adapter
 from cpo_fast.train.distributed import build_optimizer, initialize_engine
 from cpo_fast.train.metrics import StepMetrics, rounded
+from cpo_fast.train.micro_batch import group_pairs
 from cpo_fast.train.objective import MicroBatch, MicroBatchResult, PreferenceObjective
 from cpo_fast.train.policy import Policy, build_policy
-from cpo_fast.train.reference_cache import (
-    ReferenceCache,
-    cache_key,
-    compute_cache,
-    load_cache,
-    save_cache,
-    scored_sequences,
-)
-
-logger = logging.getLogger(__name__)
+from cpo_fast.train.reference import ReferenceCache, reference_cache
 
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
 
@@ -58,9 +46,7 @@ class TrainResult:
     seconds: float
 
 
-def train(
-    config: Config, model: Any = None, tokenizer: Any = None, progress: Progress | None = None
-) -> TrainResult:
+def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Progress | None = None) -> TrainResult:
     """Train an adapter on `config.data.path` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
 
     Args:
@@ -79,7 +65,7 @@ def train(
     loaded = load_pairs(config.data, policy.tokenizer, run / "dropped.jsonl")
     pairs = loaded.pairs
     _check_vocabulary(pairs, policy)
-    cache = _reference_cache(config, policy, pairs, run)
+    cache = reference_cache(config, policy, pairs, run / "reference")
     trainer = _Trainer(config, policy, pairs, cache)
     trainer.self_test()
     metrics_path = run / "metrics.jsonl"
@@ -159,13 +145,7 @@ class _Trainer:
         return {**values, "grad_norm": gradient_norm, "learning_rate": learning_rate, "num_tokens": self.rows_seen}
 
     def _micro_batches(self, batch: Sequence[PreferencePair], online: bool = False) -> Iterator[MicroBatch]:
-        triples = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in batch]
-        try:
-            splits = split_pairs(triples, self.config.train.max_tokens)
-        except ValueError as error:
-            raise DataError(f"train.max_tokens={self.config.train.max_tokens} is too small: {error}") from None
-        for indices in splits:
-            pairs = [batch[index] for index in indices]
+        for pairs in group_pairs(batch, self.config.train.max_tokens):
             if self.cache is None or online:
                 yield MicroBatch(pairs)
             else:
@@ -175,7 +155,9 @@ class _Trainer:
         """Global norm before clipping; None under ZeRO, which keeps gradients in its own buffers until its step."""
         if self.config.train.zero_stage > 0:
             return None
-        norms = [p.grad.double().norm() for p in self.policy.model.parameters() if p.requires_grad and p.grad is not None]
+        norms = [
+            p.grad.double().norm() for p in self.policy.model.parameters() if p.requires_grad and p.grad is not None
+        ]
         return float(torch.stack(norms).norm())
 
     def _watch(self, gradient: torch.Tensor) -> None:
@@ -193,7 +175,7 @@ class _Trainer:
             )
 
     def self_test(self) -> None:
-        """Policy and reference on one forest before the first step: rewards bitwise 0, cached values within the bound.
+        """Policy and reference on one forest before the first step: rewards must be bitwise 0.
 
         Raises:
             CpoFastError: the policy at step 0 is not its own reference.
@@ -208,55 +190,6 @@ class _Trainer:
                 f"self-test: rewards at step 0 reach {float(rewards.abs().max()):.1e} instead of exactly 0, so the "
                 "reference is not the policy's starting point (an adapter that was trained, or dropout)"
             )
-        if self.cache is not None and not self._cache_agrees(micro, result):
-            raise CpoFastError("self-test: cached reference log-probs differ from the online ones; delete the cache")
-
-    def _cache_agrees(self, micro: MicroBatch, result: MicroBatchResult) -> bool:
-        assert self.cache is not None
-        cached = torch.tensor([*self.cache.chosen(micro.pairs), *self.cache.rejected(micro.pairs)])
-        online = torch.cat([result.chosen_logps, result.rejected_logps]).cpu().to(cached.dtype)
-        difference = float((cached - online).norm() / online.norm().clamp_min(1e-30))
-        return difference <= end_to_end_bound(self.policy.model.get_base_model().dtype)
-
-
-def _reference_cache(
-    config: Config, policy: Policy, pairs: Sequence[PreferencePair], run: Path
-) -> ReferenceCache | None:
-    """The cache that `train.reference` asks for, or None for online; `auto` is online for one epoch, cached above."""
-    mode = config.train.reference
-    if mode == "online" or (mode == "auto" and config.train.num_epochs == 1):
-        return None
-    folder = run / "reference"
-    scored = scored_sequences(pairs)
-    identity = [
-        model_hash(config.model.path) if config.model.path else _weights_in_memory(policy),
-        adapter_hash(config.model.adapter) or "",
-        str(policy.model.get_base_model().dtype),
-        str(config.train.impl),
-        torch.__version__,
-    ]
-    key = cache_key(scored, identity)
-    cache = load_cache(folder, key, scored)
-    if cache is not None:
-        logger.info("reference: %d cached log-probs from %s", len(scored), folder / key)
-        return cache
-    started = time.perf_counter()
-    policy.model.eval()
-    cache = compute_cache(policy.model, pairs, policy.reference, config.train.max_tokens, config.train.impl)
-    save_cache(cache, folder, key, scored)
-    logger.info("reference: %d sequences scored in %.1f s", len(scored), time.perf_counter() - started)
-    return cache
-
-
-def _weights_in_memory(policy: Policy) -> str:
-    """Identity of a model that was handed over rather than loaded: its weights' exact bytes, summed as integers."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(policy.model.get_base_model().state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_vocabulary(pairs: Sequence[PreferencePair], policy: Policy) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cpo_kernels import preference_loss
-from cpo_kernels.integrations.transformers import packed_logps
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.pair import PreferencePair
+from cpo_kernels import preference_loss
+from cpo_kernels.integrations.transformers import packed_logps
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 

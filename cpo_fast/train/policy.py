@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cpo_kernels.integrations.transformers import prepare
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError
 from cpo_fast.models import load_model
+from cpo_kernels.integrations.transformers import prepare
 
 ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
@@ -63,14 +63,16 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     names = {name for name, _ in model.named_modules()}
     for target in config.lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear})
+            linear = sorted(
+                {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+            )
             raise ConfigError(
                 f"lora.target_modules: '{target}' matches no module of {type(model).__name__}; its linear layers are "
                 f"{', '.join(linear)}"
             )
     lora = PeftLoraConfig(
         r=config.lora.r,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora.alpha,
         target_modules=list(config.lora.target_modules),
         lora_dropout=0.0,
         bias="none",

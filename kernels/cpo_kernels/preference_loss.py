@@ -56,7 +56,9 @@ def preference_loss(
         ValueError: unknown loss type, a length that is needed and missing, or shapes that differ.
     """
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"preference_loss: loss_type {loss_type!r} is unknown; expected one of {', '.join(LOSS_TYPES)}")
+        raise ValueError(
+            f"preference_loss: loss_type {loss_type!r} is unknown; expected one of {', '.join(LOSS_TYPES)}"
+        )
     for name, value in (("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         if value.shape != chosen.shape:
             raise ValueError(f"preference_loss: expected {name} {tuple(chosen.shape)}, got {tuple(value.shape)}")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from cpo_kernels import Forest, LogprobPlan, build_forest, preference_loss
-from cpo_kernels.integrations.transformers import packed_logps, prepare
 from torch import nn
 
+from cpo_kernels import Forest, LogprobPlan, build_forest, preference_loss
+from cpo_kernels.integrations.transformers import packed_logps, prepare
 from tests.cpo_kernels.padded_oracle import (
     PaddedStep,
     padded_step,

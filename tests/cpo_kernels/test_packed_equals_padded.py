@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from cpo_kernels import build_forest, preference_loss
-from cpo_kernels.integrations.transformers import PackedLogps, packed_logps, prepare, split_pairs
 from torch import nn
 
+from cpo_kernels import build_forest, preference_loss
+from cpo_kernels.integrations.transformers import PackedLogps, packed_logps, prepare, split_pairs
 from tests.cpo_kernels.padded_oracle import (
     padded_logps,
     padded_step,

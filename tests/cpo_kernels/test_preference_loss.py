@@ -1,11 +1,13 @@
 """preference_loss against its closed forms, and against the loss that the installed TRL computes. N pairs."""
 
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
 from cpo_kernels import preference_loss
 
 BETA = 0.3
@@ -130,22 +132,22 @@ class FixedLogps(torch.nn.Module):
         return SimpleNamespace(log_probs=self.log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
 
-def trl_loss(chosen_rejected: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, loss_type: str) -> torch.Tensor:
+def trl_loss(policy: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, loss_type: str) -> torch.Tensor:
     """Mean loss by the body of the installed DPOTrainer; per-token log-probs [2 N, L - 1], completion mask [2 N, L]."""
     trl = pytest.importorskip("trl")
-    policy = FixedLogps(chosen_rejected)
+    model = FixedLogps(policy)
     identity = SimpleNamespace(
         device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
     )
     trainer = SimpleNamespace(
-        model=policy, ref_model=FixedLogps(reference), accelerator=identity, aux_loss_enabled=False, ld_alpha=None,
+        model=model, ref_model=FixedLogps(reference), accelerator=identity, aux_loss_enabled=False, ld_alpha=None,
         precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0],
         beta=BETA, label_smoothing=0.0, use_weighting=False, _tp_size=1, _total_train_tokens=0,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        _metrics={mode: __import__("collections").defaultdict(list) for mode in ("train", "eval")},
+        _metrics={mode: defaultdict(list) for mode in ("train", "eval")},
     )  # fmt: skip
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    return trl.DPOTrainer._compute_loss(trainer, policy, inputs, return_outputs=False)
+    return trl.DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cpo_kernels.integrations.transformers import packed_logps, prepare
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from cpo_kernels.integrations.transformers import packed_logps, prepare
 from tests.cpo_kernels.padded_oracle import padded_step, pair_sequences, relative_error
 from tests.tiny import random_pairs, tiny_llama, tiny_mistral, tiny_model, with_lora
 
@@ -111,14 +111,19 @@ def score(model: nn.Module) -> None:
     packed_logps(prepare(model), ROWS, STARTS)
 
 
+def tiny_gemma2(**caps: float | None) -> nn.Module:
+    """Transformers loads this family with its own attention only."""
+    return tiny_model(Gemma2Config, attention="eager", head_dim=8, **caps)
+
+
 ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "soft-cap on the final logits": (
-        lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=None),
+        lambda: tiny_gemma2(final_logit_softcapping=30.0, attn_logit_softcapping=None),
         "(?i)soft-?cap.*final|final.*soft-?cap",
     ),
     "soft-cap on attention": (
-        lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=50.0),
+        lambda: tiny_gemma2(final_logit_softcapping=None, attn_logit_softcapping=50.0),
         "(?i)soft-?cap.*att|att.*soft-?cap",
     ),
     "logit scale of Granite": (lambda: tiny_model(GraniteConfig, logits_scaling=8.0), "(?i)scal"),
@@ -167,7 +172,7 @@ def test_probe_refuses_a_head_transform_that_no_configuration_names() -> None:
     scaled = ScaledHead(32, 97, bias=False)
     scaled.weight = model.lm_head.weight
     model.lm_head = scaled
-    with pytest.raises(ValueError, match="(?i)head"):
+    with pytest.raises(ValueError, match=r"(?i)head"):
         prepare(model)
     assert model.config._attn_implementation == "sdpa"
 
@@ -199,15 +204,15 @@ def test_window_that_no_path_outgrows_is_accepted_and_exact() -> None:
     for window in (20, 4096):
         packed = packed_logps(prepare(tiny_mistral(sliding_window=window)), ROWS, STARTS)
         torch.testing.assert_close(packed.segment_logps, want.segment_logps, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="(?i)sliding.window"):
+    with pytest.raises(ValueError, match=r"(?i)sliding.window"):
         packed_logps(prepare(tiny_mistral(sliding_window=19)), ROWS, STARTS)
 
 
 def test_frozen_reference_is_held_to_the_same_rules() -> None:
     policy = prepare(tiny_mistral())
-    with pytest.raises(ValueError, match="(?i)sliding.window"):
+    with pytest.raises(ValueError, match=r"(?i)sliding.window"):
         packed_logps(policy, ROWS, STARTS, reference=prepare(tiny_mistral(seed=3, sliding_window=8)))
-    with pytest.raises(ValueError, match="(?i)dropout"):
+    with pytest.raises(ValueError, match=r"(?i)dropout"):
         packed_logps(policy, ROWS, STARTS, reference=prepare(tiny_mistral(seed=3, attention_dropout=0.1)).train())
     with pytest.raises(ValueError, match="prepare"):
         packed_logps(policy, ROWS, STARTS, reference=tiny_mistral(seed=3))
@@ -242,7 +247,7 @@ def test_layer_that_does_not_run_tree_attention_is_refused() -> None:
     attention = model.model.layers[1].self_attn
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "sdpa"
-    with pytest.raises(RuntimeError, match="(?i)layer"):
+    with pytest.raises(RuntimeError, match=r"(?i)layer"):
         packed_logps(model, ROWS, STARTS)
 
 
@@ -255,6 +260,4 @@ def test_choice_of_implementation_is_logged_and_can_be_overridden(
         overridden = packed_logps(model, ROWS, STARTS)
     assert "reference" in caplog.text
     monkeypatch.delenv("CPO_KERNELS_IMPL")
-    assert torch.equal(
-        overridden.segment_logps, packed_logps(model, ROWS, STARTS, impl="reference").segment_logps
-    )
+    assert torch.equal(overridden.segment_logps, packed_logps(model, ROWS, STARTS, impl="reference").segment_logps)

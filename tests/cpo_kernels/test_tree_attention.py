@@ -6,11 +6,13 @@ T tokens, H query heads, K key/value heads, D head size.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from cpo_kernels import tree_attention, tree_schedule
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpo_kernels import tree_attention, tree_schedule
 
 IMPLS = ("reference", "eager")
 LENGTHS = (1, 63, 64, 65, 127, 129, 300)
@@ -62,7 +64,7 @@ def random_heads(num_tokens: int, heads: int, kv_heads: int, dtype: torch.dtype,
 def dense_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax over visible keys in the dtype of the inputs: [T, H, D]; key/value head h serves query heads h * H / K on."""
+    """Softmax over visible keys in the dtype of the inputs, [T, H, D]; each key/value head serves H / K query heads."""
     group = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = torch.einsum("ihd,jhd->hij", q, keys) * scale
@@ -198,7 +200,7 @@ class LargestTensor(TorchDispatchMode):
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor):
@@ -260,5 +262,5 @@ def test_impl_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(kv_shape: tuple[int, ...], end_shape: tuple[int, ...]) -> None:
     q, kv = torch.zeros(5, 4, 16), torch.zeros(kv_shape)
-    with pytest.raises(ValueError, match="expected|multiple"):
+    with pytest.raises(ValueError, match=r"expected|multiple"):
         tree_attention(q, kv, kv, torch.full(end_shape, end_shape[0], dtype=torch.int32))

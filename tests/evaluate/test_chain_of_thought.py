@@ -94,6 +94,15 @@ def test_newline_inside_a_merged_token_ends_the_line() -> None:
     assert (chain.stop, chain.answer(TASK), chain.text) == ("answer", "5", "Answer: 5\n\n")
 
 
+def test_answer_that_shares_a_token_with_the_newline_before_it_is_read_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["\nAnswer: 1"])
+    scripts = [tokenizer("Step 1: a\nAnswer: 12\n").input_ids]
+    assert len(tokenizer) - 1 in scripts[0], "the tokenizer did not merge; the test would prove nothing"
+    (chain,) = greedy_chains(Scripted(scripts), tokenizer, [[7]], TASK, max_new_tokens=50, max_steps=4)
+    assert (chain.answer(TASK), chain.text) == ("12", "Step 1: a\nAnswer: 12\n")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), seed=3, max_position_embeddings=4096)

@@ -1,48 +1,13 @@
-"""A tiny random Llama and a small tokenizer made on the spot, and a scripted engine for searches with known outcomes."""
+"""Fixtures: the tiny model and tokenizer of `tiny_llama`, and configurations that search three questions."""
+
+import json
+from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import build_model, build_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-PIECES = ["Question:", "Answer:", "Step", " likely", " impossible", "\n", "\n\n", " ", ".", ",", ":", "$"]
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of `PIECES`, digits and letters; everything else is <unk>. Decoding joins pieces without spaces."""
-    letters = [chr(code) for code in (*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1))]
-    words = ["<unk>", "<s>", "</s>", *PIECES, *"0123456789+-*/=?", *letters]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = "|".join([r"\n\n", *(piece.replace("$", r"\$").replace(".", r"\.") for piece in PIECES[:6]), "."])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def build_model(vocab_size: int, bias: dict[int, float] | None = None, eos_token_id: int | None = 2) -> LlamaForCausalLM:
-    """Two-layer Llama with grouped queries, random weights, float32; `bias` is added to the logits of these tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.4,  # wide enough that the next token depends on the whole prompt
-        bos_token_id=1,
-        eos_token_id=eos_token_id,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    head = torch.nn.Linear(32, vocab_size, bias=True)
-    head.weight.data.copy_(model.lm_head.weight.data)
-    head.bias.data.zero_()
-    for token, value in (bias or {}).items():
-        head.bias.data[token] = value
-    model.lm_head = head
-    return model
+from cpo_fast.config import Config, validate_config
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +21,22 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     ids = tokenizer.convert_tokens_to_ids
     digits = {ids(digit): 4.0 for digit in "12"}
     return build_model(len(tokenizer), {ids("\n"): 6.0, ids("Answer:"): 5.0, ids("</s>"): 2.0, **digits})
+
+
+@pytest.fixture
+def make_config(tmp_path: Path):
+    """make_config(run name, **search settings) -> a Config over three questions of two fields each."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"id": "first", "question": "what is 1 + 1", "answer": 2},
+        {"id": "second", "question": "how many", "answer": "12"},
+        {"id": "third", "question": "and why not"},
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(run: str = "run", seed: int = 0, **search: object) -> Config:
+        settings = {"num_candidates": 5, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 20, **search}
+        values = {"run": str(tmp_path / run), "seed": seed, "task": {"path": str(questions)}, "search": settings}
+        return validate_config(values)
+
+    return make

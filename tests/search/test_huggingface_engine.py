@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from tiny_llama import build_model
 
 from cpo_fast.search.engine import Request
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
@@ -73,7 +73,10 @@ def test_greedy_equals_generate_token_for_token(tokenizer, prompt):
     ids = tokenizer(prompt)["input_ids"]
     with torch.no_grad():
         output = greedy_model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=24, do_sample=False
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
         )
     expected = []
     for token in output[0, len(ids) :].tolist():

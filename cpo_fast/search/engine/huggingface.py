@@ -2,10 +2,10 @@
 
 A state is prefilled once, unpadded, on top of the cached few-shot prefix; its cache is then repeated for the samples,
 which decode together until a newline, end-of-sequence or the cap. States never share a forward: with left padding the
-sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens. So a result depends
-on its own request only, as long as the matrix library treats the rows of a product alike. CPU libraries do from
-`MIN_ROWS` rows on (tested); a GPU library may choose another kernel for another number of rows, and there equal results
-are promised for equal `batch_size` only.
+sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens. So a result
+depends on its own request only, as long as the matrix library treats the rows of a product alike. CPU libraries do
+from `MIN_ROWS` rows on (measured); a GPU library may choose another kernel for another number of rows, and there equal
+results are promised for equal `batch_size` only.
 
 Reading every shared ancestor once, and batching states, is what the arena engine is for.
 """
@@ -118,7 +118,7 @@ class HuggingFaceEngine:
             running = [row for row, index in enumerate(alive) if stops[index] is None]
             if not running:
                 break
-            if past is None or len(running) <= num_rows // 2 and num_rows > MIN_ROWS:
+            if past is None or (len(running) <= num_rows // 2 and num_rows > MIN_ROWS):
                 # only running rows go on, filled up with copies of the last; copies are computed and not read
                 picked = running + [running[-1]] * (MIN_ROWS - len(running))
                 past = _repeat(cache, len(picked)) if past is None else _select(past, picked)

@@ -3,8 +3,8 @@
     u(uid, i) = the i-th number of a Philox stream keyed by SHA-256(uid)
     token     = min { t : sum_{s <= t} p_s > u * sum_s p_s },   p = processed distribution, s in vocabulary order
 
-The generator is counter-based and keyed by the request's name, so a sample depends neither on the rows beside it, nor on
-the batch size, nor on what was sampled before it: a restarted run continues with the same numbers. A row is always
+The generator is counter-based and keyed by the request's name, so a sample depends neither on the rows beside it, nor
+on the batch size, nor on what was sampled before it: a restarted run continues with the same numbers. A row is always
 processed alone, as one vector of the vocabulary's length, so its sums round the same way in every batch.
 """
 

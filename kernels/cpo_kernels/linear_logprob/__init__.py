@@ -141,9 +141,13 @@ def _check(
         )
     if plan.rows.shape[0] and not hidden.is_cuda:  # on a GPU this check would wait for the device
         if int(plan.rows.max()) >= hidden.shape[0]:
-            raise ValueError(f"linear_logprob: the plan names row {int(plan.rows.max())} of {hidden.shape[0]} hidden rows")
+            raise ValueError(
+                f"linear_logprob: the plan names row {int(plan.rows.max())} of {hidden.shape[0]} hidden rows"
+            )
         if int(plan.targets.max()) >= weight.shape[0]:
-            raise ValueError(f"linear_logprob: target {int(plan.targets.max())} is outside a vocabulary of {weight.shape[0]}")
+            raise ValueError(
+                f"linear_logprob: target {int(plan.targets.max())} is outside a vocabulary of {weight.shape[0]}"
+            )
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"linear_logprob: unknown outputs {unknown}; expected any of {list(OUTPUTS)}")

@@ -60,8 +60,8 @@ def _tiles(schedule: TreeSchedule, num_heads: int) -> TreeTiles:
     """Tiles of a schedule, kept with it: every layer of a forward and of a recomputation uses the same ones."""
     cached = getattr(schedule, "_tiles", None)
     if cached is None or cached[0] != num_heads:
-        runs = (schedule.segment_start, schedule.segment_stop, schedule.segment_end)
-        cached = (num_heads, tree_tiles(*(x.tolist() for x in runs), num_heads=num_heads))
+        starts, stops, ends = schedule.segment_start, schedule.segment_stop, schedule.segment_end
+        cached = (num_heads, tree_tiles(starts.tolist(), stops.tolist(), ends.tolist(), num_heads))
         object.__setattr__(schedule, "_tiles", cached)
     tiles: TreeTiles = cached[1]
     return tiles

@@ -76,9 +76,7 @@ def packed_logps(
     if ref_parts is not None and ref_hidden is not None and not shares_head:
         with torch.no_grad():
             ref_segment_logps = _score(ref_parts, ref_hidden, plan, None, impl, ()).segment_logps
-    return PackedLogps(
-        result.segment_logps, ref_segment_logps, forest.num_tokens, num_sequence_tokens, plan, result
-    )
+    return PackedLogps(result.segment_logps, ref_segment_logps, forest.num_tokens, num_sequence_tokens, plan, result)
 
 
 def forest_forward(parts: ModelParts, forest: Forest, impl: str | None = None, **kwargs: Any) -> Any:

@@ -38,7 +38,9 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
         )
     backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     if head is None or backbone is causal_lm:
-        raise ValueError(f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head")
+        raise ValueError(
+            f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head"
+        )
     return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
 
 
@@ -74,7 +76,7 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
                 yield
             finally:
                 model.base_model.set_adapter(active)  # type: ignore[union-attr, operator]
-                model.active_adapter = active[0]  # type: ignore[assignment]
+                model.active_adapter = active[0]
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

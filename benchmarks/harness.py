@@ -1,0 +1,176 @@
+"""What every benchmark of this project shares: an exactness gate, interleaved timing, a stamped record, a table.
+
+Variants of one benchmark run in turn within one process, so that a change of clock or of the machine's load hits all of
+them. Nothing is recorded or shown before the gate has passed: a fast wrong answer has no speed.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_STAMPED_PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "triton")
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the last is an upper bound
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+          2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060)  # fmt: skip
+
+
+class InexactError(Exception):
+    """A variant does not compute what the others compute; its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of the gate: a relative error and the bound it must meet."""
+
+    name: str
+    error: float
+    bound: float
+
+
+def gate(checks: Sequence[Check]) -> None:
+    """Raise InexactError, naming every failure, unless each error is a number within its bound."""
+    failed = [f"{c.name}: {c.error:.3g} > {c.bound:.3g}" for c in checks if not c.error <= c.bound]
+    if failed:
+        raise InexactError("exactness check failed, nothing was measured: " + "; ".join(failed))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of repeated runs of one variant, in the order they ran."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest, as a fraction of the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure_interleaved(
+    variants: Mapping[str, Callable[[], Any]], num_repeats: int, num_warmups: int = 1
+) -> dict[str, Timing]:
+    """Run all variants in turn, `num_warmups` unmeasured rounds first; returns a Timing for each name."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_index in range(num_warmups + num_repeats):
+        for name, run in variants.items():
+            elapsed = timed(run)
+            if round_index >= num_warmups:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class StratifiedTotal:
+    """A total estimated from a random sample in each stratum, with a 95 % interval (Student's t)."""
+
+    total: float
+    low: float
+    high: float
+    num_sampled: int
+    num_total: int
+
+
+def stratified_total(samples: Mapping[Any, Sequence[float]], sizes: Mapping[Any, int]) -> StratifiedTotal:
+    """Estimate the sum over all members of all strata: sum of size x sample mean.
+
+    Args:
+        samples: measured values by stratum, at least two each.
+        sizes: how many members each stratum has.
+
+    Raises:
+        ValueError: the strata differ or one has fewer than two samples.
+    """
+    if samples.keys() != sizes.keys() or any(len(values) < 2 for values in samples.values()):
+        raise ValueError("expected the same strata in both, with at least two samples each")
+    total = sum(sizes[key] * statistics.fmean(values) for key, values in samples.items())
+    variance = sum(sizes[key] ** 2 * statistics.variance(values) / len(values) for key, values in samples.items())
+    degrees = sum(len(values) - 1 for values in samples.values())
+    half = _T_975[min(degrees, len(_T_975)) - 1] * variance**0.5
+    num_sampled = sum(len(values) for values in samples.values())
+    return StratifiedTotal(total, max(0.0, total - half), total + half, num_sampled, sum(sizes.values()))
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Versions, processor, threads, date and command: what a number needs beside it."""
+    import torch
+
+    versions = {}
+    for package in _STAMPED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor_name(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name, or the machine type where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def record(benchmark: str, command: str, checks: Sequence[Check], results: Mapping[str, Any]) -> Path:
+    """Append one line with results, checks and environment to results/<benchmark>.jsonl; returns the file.
+
+    Raises:
+        InexactError: a check fails; nothing is written.
+    """
+    gate(checks)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{benchmark}.jsonl"
+    line = {
+        "benchmark": benchmark,
+        "environment": environment(command),
+        "checks": [asdict(check) for check in checks],
+        "results": dict(results),
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, sort_keys=True) + "\n")
+    return path
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    """Write a table to the terminal; the first column to the left, numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,26 @@
+"""Pairs to groups that fit one forest of `train.max_tokens` tokens; a pair that never fits is named by its row."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from cpo_fast.data.pair import PreferencePair
+from cpo_fast.errors import DataError
+from cpo_kernels.integrations.transformers import split_pairs
+
+
+def group_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[PreferencePair]]:
+    """Cut pairs into micro-batches whose forests have at most `max_tokens` tokens.
+
+    Raises:
+        DataError: a pair alone has more; names its row and the option.
+    """
+    for pair in pairs:
+        common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(pair.chosen_ids, pair.rejected_ids)))  # noqa: B905
+        num_tokens = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - common
+        if num_tokens > max_tokens:
+            raise DataError(
+                f"{pair.source}: the pair alone has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
+                "raise the budget or set data.max_length to drop such rows"
+            )
+    triples = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    return [[pairs[index] for index in indices] for indices in split_pairs(triples, max_tokens)]

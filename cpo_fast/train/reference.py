@@ -1,0 +1,154 @@
+"""Reference log-probs once per unique sequence, on disk under a hash of everything that decides them.
+
+The key covers model and adapter weights, dtype, implementation and every token id with its start. Values are sums of the
+scored tokens, computed on forests like everything else. Before training a part of them is computed again online; where
+the two differ by more than the dtype's bound the file is made anew.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cpo_fast.config import Config
+from cpo_fast.data.pair import PreferencePair
+from cpo_fast.models import adapter_hash, model_hash
+from cpo_fast.train.micro_batch import group_pairs
+from cpo_fast.train.policy import Policy
+from cpo_kernels.integrations.transformers import packed_logps
+from cpo_kernels.testing import end_to_end_bound
+
+logger = logging.getLogger(__name__)
+
+Scored = tuple[tuple[int, ...], int]  # (sequence, first scored position)
+
+
+class ReferenceCache:
+    """Summed reference log-probs by (sequence, start)."""
+
+    def __init__(self, values: dict[Scored, float]) -> None:
+        """Wrap values that were computed or loaded."""
+        self.values = values
+
+    def chosen(self, pairs: Sequence[PreferencePair]) -> list[float]:
+        """Reference log-prob of each chosen response."""
+        return [self.values[pair.chosen_sequence, len(pair.prompt_ids)] for pair in pairs]
+
+    def rejected(self, pairs: Sequence[PreferencePair]) -> list[float]:
+        """Reference log-prob of each rejected response."""
+        return [self.values[pair.rejected_sequence, len(pair.prompt_ids)] for pair in pairs]
+
+
+def reference_cache(
+    config: Config, policy: Policy, pairs: Sequence[PreferencePair], folder: Path
+) -> ReferenceCache | None:
+    """The cache that `train.reference` asks for, or None for online; `auto` is online for one epoch, cached above.
+
+    A stored file is used when its key fits and a sample of its values agrees with an online computation.
+    """
+    mode = config.train.reference
+    if mode == "online" or (mode == "auto" and config.train.num_epochs == 1):
+        return None
+    policy.model.eval()
+    scored = scored_sequences(pairs)
+    key = _key(scored, config, policy)
+    stored = _load(folder / f"{key}.safetensors", scored)
+    if stored is not None:
+        if _agrees(stored, config, policy, pairs):
+            logger.info("reference: %d log-probs from %s", len(scored), folder)
+            return stored
+        logger.warning("reference: the values in %s differ from an online computation; making them anew", folder)
+    started = time.perf_counter()
+    cache = _compute(config, policy, pairs)
+    _save(cache, folder / f"{key}.safetensors", scored)
+    logger.info("reference: %d sequences scored in %.1f s", len(scored), time.perf_counter() - started)
+    return cache
+
+
+def scored_sequences(pairs: Sequence[PreferencePair]) -> list[Scored]:
+    """The distinct (sequence, start) of all pairs, in order of first appearance."""
+    seen: dict[Scored, None] = {}
+    for pair in pairs:
+        seen.setdefault((pair.chosen_sequence, len(pair.prompt_ids)))
+        seen.setdefault((pair.rejected_sequence, len(pair.prompt_ids)))
+    return list(seen)
+
+
+def _key(scored: Sequence[Scored], config: Config, policy: Policy) -> str:
+    identity = (
+        model_hash(config.model.path) if config.model.path else _hash_weights(policy.model),
+        adapter_hash(config.model.adapter),
+        str(policy.model.get_base_model().dtype),
+        str(config.train.impl),
+        torch.__version__,
+    )
+    digest = hashlib.sha256(repr(identity).encode())
+    for sequence, start in scored:
+        digest.update(torch.tensor([start, len(sequence), *sequence], dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _hash_weights(model: Any) -> str:
+    """Identity of a model that was handed over rather than loaded: the bytes of its weights, adapters left out."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.get_base_model().state_dict().items()):
+        if "lora_" not in name:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load(path: Path, scored: Sequence[Scored]) -> ReferenceCache | None:
+    if not path.is_file():
+        return None
+    try:
+        values = load_file(path)["segment_logps"]
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning("%s: the cached reference is damaged (%s); making it anew", path, error)
+        return None
+    if values.shape != (len(scored),) or not torch.isfinite(values).all():
+        return None
+    return ReferenceCache(dict(zip(scored, values.tolist(), strict=True)))
+
+
+def _save(cache: ReferenceCache, path: Path, scored: Sequence[Scored]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    save_file({"segment_logps": torch.tensor([cache.values[item] for item in scored], dtype=torch.float64)}, aside)
+    aside.replace(path)
+
+
+def _compute(config: Config, policy: Policy, pairs: Sequence[PreferencePair]) -> ReferenceCache:
+    """Score every unique sequence once under the reference, in forests of at most `train.max_tokens` tokens."""
+    values: dict[Scored, float] = {}
+    for group in group_pairs(pairs, config.train.max_tokens):
+        wanted = [item for item in scored_sequences(group) if item not in values]
+        if wanted:
+            values.update(zip(wanted, _online(config, policy, wanted), strict=True))
+    return ReferenceCache(values)
+
+
+def _agrees(cache: ReferenceCache, config: Config, policy: Policy, pairs: Sequence[PreferencePair]) -> bool:
+    """Compare the first pair of every question, up to the token budget, with an online computation."""
+    sample: dict[str, PreferencePair] = {}
+    for pair in pairs:
+        sample.setdefault(pair.group, pair)
+    wanted = scored_sequences(group_pairs(list(sample.values()), config.train.max_tokens)[0])
+    online = torch.tensor(_online(config, policy, wanted), dtype=torch.float64)
+    cached = torch.tensor([cache.values[item] for item in wanted], dtype=torch.float64)
+    difference = float((cached - online).norm() / online.norm().clamp_min(1e-30))
+    return difference <= end_to_end_bound(policy.model.get_base_model().dtype)
+
+
+def _online(config: Config, policy: Policy, wanted: Sequence[Scored]) -> list[float]:
+    sequences, starts = [sequence for sequence, _ in wanted], [start for _, start in wanted]
+    with torch.no_grad():
+        packed = packed_logps(policy.model, sequences, starts, policy.reference, impl=config.train.impl)
+    assert packed.ref_segment_logps is not None
+    return packed.ref_segment_logps.tolist()

@@ -1,0 +1,203 @@
+"""`collect` on a tiny random model: equal bytes for any batch size and restart, recorded failures, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import build_model
+
+from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.search.collect import collect
+from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+from cpo_fast.tasks import encode_prompt, get_task
+from cpo_fast.tasks.task import Question
+from cpo_fast.tree import read_prompt, read_trees
+
+
+def _bytes(config):
+    return (Path(config.run) / "trees.jsonl").read_bytes()
+
+
+@pytest.fixture
+def reference(make_config, model, tokenizer):
+    """Bytes of an undisturbed run."""
+    config = make_config("reference")
+    collect(config, model, tokenizer)
+    return _bytes(config)
+
+
+def test_trees_are_the_same_bytes_for_any_batch_size(make_config, model, tokenizer, reference):
+    trees = [json.loads(line) for line in reference.splitlines()]
+    assert max(node["depth"] for tree in trees for node in tree["nodes"]) == 3  # the trees are not trivial
+    assert any(tree["status"] == "ok" for tree in trees)
+    for batch_size in (1, 3, 40):
+        config = make_config(f"batch{batch_size}", batch_size=batch_size)
+        collect(config, model, tokenizer)
+        assert _bytes(config) == reference
+
+
+@pytest.mark.parametrize("settings", [{"evaluator": "sample", "num_verdicts": 3, "max_verdict_tokens": 4}])
+def test_sampled_verdicts_are_the_same_bytes_for_any_batch_size(make_config, tokenizer, settings):
+    ids = tokenizer.convert_tokens_to_ids
+    bias = {ids("\n"): 5.0, ids("Answer:"): 4.0, ids("1"): 4.0, ids(" likely"): 4.0, ids(" impossible"): 4.0}
+    talkative = build_model(len(tokenizer), bias)
+    results = []
+    for batch_size in (2, 40):
+        config = make_config(f"sampled{batch_size}", batch_size=batch_size, **settings)
+        results.append((collect(config, talkative, tokenizer), _bytes(config)))
+    assert results[0][1] == results[1][1]
+    assert 0 < results[0][0].num_unparseable < results[0][0].num_verdicts
+
+
+def test_another_seed_gives_other_trees(make_config, model, tokenizer, reference):
+    config = make_config("seed", seed=1)
+    collect(config, model, tokenizer)
+    nodes = [json.loads(line)["nodes"] for line in _bytes(config).splitlines()]
+    assert nodes != [json.loads(line)["nodes"] for line in reference.splitlines()]
+
+
+def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, model, tokenizer, reference):
+    config = make_config("killed")
+
+    def stop_after_first(number, total, tree, seconds):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(config, model, tokenizer, progress=stop_after_first)
+    assert len(_bytes(config).splitlines()) == 1
+    with open(Path(config.run) / "trees.jsonl", "ab") as file:
+        file.write(reference.splitlines()[1][:100])  # the second transaction was torn
+    searched = []
+    result = collect(config, model, tokenizer, progress=lambda number, total, tree, seconds: searched.append(tree.id))
+    assert searched == ["second", "third"]
+    assert result.num_resumed == 1
+    assert _bytes(config) == reference
+
+
+def test_a_finished_run_searches_nothing_and_keeps_its_bytes(make_config, model, tokenizer, monkeypatch):
+    config = make_config()
+    collect(config, model, tokenizer)
+    before = _bytes(config)
+    monkeypatch.setattr(HuggingFaceEngine, "sample", lambda *_: pytest.fail("searched again"))
+    assert collect(config, model, tokenizer).num_resumed == 3
+    assert _bytes(config) == before
+
+
+def test_the_file_ends_in_question_order(make_config, model, tokenizer, reference):
+    config = make_config("order")
+    path = Path(config.run) / "trees.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(reference.splitlines(keepends=True)[2])
+    collect(config, model, tokenizer)
+    assert _bytes(config) == reference
+
+
+def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, model, tokenizer, reference, monkeypatch):
+    sample = HuggingFaceEngine.sample
+
+    def fail_on_second(self, requests):
+        if "/second/" in requests[0].uid:
+            raise RuntimeError("the cache is on fire\nsecond line")
+        return sample(self, requests)
+
+    monkeypatch.setattr(HuggingFaceEngine, "sample", fail_on_second)
+    config = make_config("failing")
+    result = collect(config, model, tokenizer)
+    trees = read_trees(Path(config.run) / "trees.jsonl")
+    assert [tree.status == "failed" for tree in trees] == [False, True, False]
+    assert trees[1].detail == "RuntimeError: the cache is on fire"
+    assert trees[1].nodes == ()
+    assert result.statuses["failed"] == 1
+    assert result.first_failure == "second: RuntimeError: the cache is on fire"
+    lines = _bytes(config).splitlines()
+    assert [lines[0], lines[2]] == [reference.splitlines()[0], reference.splitlines()[2]]
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [("</s>", "no_candidates"), ("\n", "no_candidates"), ("a", "no_answer"), ("Answer:", "no_answer")],
+)
+def test_degenerate_models_give_a_recorded_status(make_config, tokenizer, word, status):
+    stuck = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids(word): 1000.0})
+    for evaluator in ("logits", "sample"):
+        config = make_config(f"stuck-{evaluator}", evaluator=evaluator, max_verdict_tokens=4)
+        result = collect(config, stuck, tokenizer)
+        assert result.statuses == {status: 3}
+        if status == "no_answer":  # text without end is cut at the cap and never expanded
+            nodes = read_trees(result.trees_path)[0].nodes
+            assert [(node.stop, len(node.token_ids), node.count) for node in nodes] == [("length", 20, 5)]
+
+
+def test_a_model_of_nans_fails_every_question_and_says_why(make_config, tokenizer):
+    broken = build_model(len(tokenizer), {0: float("nan")})
+    result = collect(make_config("nan"), broken, tokenizer)
+    assert result.statuses == {"failed": 3}
+    assert "logits are not finite" in result.first_failure
+
+
+def test_root_ids_are_what_the_tokenizer_makes_of_the_whole_prompt(make_config, model, tokenizer):
+    result = collect(make_config("prompt"), model, tokenizer)
+    task = get_task("svamp")
+    for tree in read_trees(result.trees_path):
+        prompt = read_prompt(result.trees_path, tree.prompt_hash)
+        whole = encode_prompt(tokenizer, task.prompt(Question(tree.id, tree.question)))
+        assert tree.root_ids(prompt) == whole
+        assert tree.num_shared_tokens > 100
+
+
+def test_node_ids_are_the_ids_the_model_samples_under_their_state(make_config, model, tokenizer):
+    """Rebuild one level-2 thought from the file alone, without cache or batch."""
+    from cpo_fast.search.engine.sampler import choose_token, uniforms
+    from cpo_fast.search.state import State
+
+    config = make_config("rebuild")
+    trees = read_trees(collect(config, model, tokenizer).trees_path)
+    tree, node = next((tree, node) for tree in trees for node in tree.nodes if node.depth == 2)
+    prompt = read_prompt(Path(config.run) / "trees.jsonl", tree.prompt_hash)
+    ids = [*tree.root_ids(prompt), *tree.path_ids(node.parent)]
+    first = tree.children(node.parent)[0]
+    table = uniforms(f"0/{tree.id}/thought/{State.root(ids).digest}/0", 20)
+    for position, expected in enumerate(first.token_ids):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
+        assert choose_token(logits, float(table[position]), 0.9, 1.0) == expected
+        ids.append(expected)
+
+
+def test_gold_never_touches_the_search(make_config, model, tokenizer, reference, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    questions.write_text("".join(json.dumps({**row, "answer": 5}) + "\n" for row in rows))
+    config = make_config("gold")
+    collect(config, model, tokenizer)
+    stripped = [[{**json.loads(line), "gold": None} for line in b.splitlines()] for b in (_bytes(config), reference)]
+    assert stripped[0] == stripped[1]
+
+
+def test_trees_of_another_search_are_refused_by_name(make_config, model, tokenizer):
+    collect(make_config("shared"), model, tokenizer)
+    with pytest.raises(DataError, match=r"another search configuration.*another folder"):
+        collect(make_config("shared", temperature=0.5), model, tokenizer)
+    with pytest.raises(DataError, match="another seed"):
+        collect(make_config("shared", seed=3), model, tokenizer)
+    with pytest.raises(DataError, match="another model"):
+        collect(make_config("shared"), build_model(len(tokenizer), {3: 1.0}), tokenizer)
+
+
+def test_an_id_that_now_names_another_question_is_refused(make_config, model, tokenizer, tmp_path):
+    collect(make_config("renamed"), model, tokenizer)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(questions.read_text().replace("and why not", "something else"))
+    with pytest.raises(DataError, match="'third' is about another question"):
+        collect(make_config("renamed"), model, tokenizer)
+
+
+def test_missing_questions_are_a_configuration_error(make_config, model, tokenizer):
+    config = make_config()
+    with pytest.raises(ConfigError, match=r"task\.path is empty"):
+        collect(config.model_copy(update={"task": config.task.model_copy(update={"path": ""})}), model, tokenizer)
+    with pytest.raises(ConfigError, match="leaves no question"):
+        collect(
+            config.model_copy(update={"task": config.task.model_copy(update={"skip_questions": 3})}), model, tokenizer
+        )

@@ -1,0 +1,92 @@
+"""`cpo-fast collect` from the outside: errors before torch, exit codes, summary."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cpo_fast.cli.collect import collect_command
+from cpo_fast.errors import ConfigError, CpoFastError, DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def workspace(tmp_path, model, tokenizer):
+    """A model folder, one question and a configuration over both."""
+    model_dir = tmp_path / "model"
+    model.save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    (tmp_path / "questions.jsonl").write_text('{"question": "how many", "answer": 3}\n')
+    (tmp_path / "config.yaml").write_text(
+        f"run: {tmp_path}/run\n"
+        f"model: {{path: {model_dir}, dtype: float32, device: cpu}}\n"
+        f"task: {{path: {tmp_path}/questions.jsonl}}\n"
+        "search: {num_candidates: 2, num_kept: 1, max_steps: 2, max_thought_tokens: 8}\n"
+    )
+    return tmp_path
+
+
+def _invoke(*arguments):
+    return CliRunner().invoke(collect_command, [str(argument) for argument in arguments])
+
+
+def test_json_summary_is_one_object_and_the_trees_are_written(workspace, monkeypatch):
+    from tiny_llama import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    bias = {tokenizer.convert_tokens_to_ids(word): 5.0 for word in ("\n", "Answer:", "1")}
+    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (build_model(len(tokenizer), bias), tokenizer))
+    result = _invoke(workspace / "config.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["num_questions"] == sum(summary["statuses"].values()) == 1
+    assert summary["num_samples"] >= summary["num_thoughts"]
+    assert "1/1 " in result.stderr
+    assert len((workspace / "run" / "trees.jsonl").read_text().splitlines()) == 1
+    table = _invoke(workspace / "config.yaml").stdout
+    assert "unique thoughts" in table
+    assert "1 finished before" in table
+
+
+def test_every_question_failing_is_an_error(workspace, monkeypatch):
+    from tiny_llama import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    broken = build_model(len(tokenizer), {0: float("nan")})
+    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (broken, tokenizer))
+    result = _invoke(workspace / "config.yaml")
+    assert isinstance(result.exception, CpoFastError)
+    assert "every question failed" in str(result.exception)
+
+
+def test_wrong_configuration_and_questions_are_named(workspace):
+    result = _invoke(workspace / "config.yaml", "search.num_candidate=3")
+    assert isinstance(result.exception, ConfigError)
+    assert "search.num_candidates" in str(result.exception)
+    assert isinstance(_invoke(workspace / "config.yaml", "model.path=").exception, ConfigError)
+    (workspace / "questions.jsonl").write_text('{"question": "a"}\n{"question": \n')
+    result = _invoke(workspace / "config.yaml")
+    assert isinstance(result.exception, DataError)
+    assert "questions.jsonl:2" in str(result.exception)
+
+
+def test_a_wrong_question_file_is_reported_without_importing_torch(workspace):
+    (workspace / "questions.jsonl").write_text("{}\n")
+    code = (
+        "import sys\n"
+        "from cpo_fast.cli import cli\n"
+        "try:\n"
+        f"    cli.main(['collect', {str(workspace / 'config.yaml')!r}], standalone_mode=False)\n"
+        "except Exception as error:\n"
+        "    assert 'questions.jsonl:1' in str(error), error\n"
+        "loaded = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr

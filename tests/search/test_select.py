@@ -1,0 +1,39 @@
+"""Order and cut of the beam, and the vote."""
+
+from cpo_fast.search.select import rank, vote
+from cpo_fast.tree import Node
+
+
+def _leaf(identity, answer, value):
+    complete = answer is not None
+    return Node(identity, -1, 1, "Answer: x\n", (1,), value, (), True, True, complete, 1, answer, "newline")
+
+
+def test_ties_go_to_the_earlier_candidate_and_are_cut_at_n():
+    assert rank([1.0, 3.0, 3.0, 2.0, 3.0], 2) == [1, 2]
+    assert rank([5.0], 3) == [0]
+    assert rank([], 3) == []
+
+
+def test_a_candidate_without_a_verdict_ranks_last():
+    assert rank([None, -100.0, None], 3) == [1, 0, 2]
+
+
+def test_the_largest_sum_wins_and_every_path_of_the_group_is_a_winner():
+    nodes = [_leaf(0, "7", 9.0), _leaf(1, "8", 5.0), _leaf(2, None, 10.0), _leaf(3, "8", 5.0)]
+    assert vote(nodes) == ("8", [1, 3])
+
+
+def test_a_tied_sum_goes_to_the_larger_best_value_then_to_the_first():
+    assert vote([_leaf(0, "a", 5.0), _leaf(1, "a", 5.0), _leaf(2, "b", 8.0), _leaf(3, "b", 2.0)]) == ("b", [2, 3])
+    assert vote([_leaf(0, "a", 5.0), _leaf(1, "b", 5.0)]) == ("a", [0])
+
+
+def test_a_path_without_a_verdict_adds_nothing_to_its_group():
+    assert vote([_leaf(0, "a", None), _leaf(1, "b", 0.5)]) == ("b", [1])
+    assert vote([_leaf(0, "a", None)]) == ("a", [0])
+
+
+def test_nothing_complete_is_no_answer():
+    assert vote([_leaf(0, None, 10.0)]) == (None, [])
+    assert vote([]) == (None, [])

@@ -1,0 +1,93 @@
+"""Verdicts: strict reading, counted failures, labels tokenised with their prompt, equal states judged once."""
+
+import math
+
+import pytest
+
+from cpo_fast.config import SearchConfig
+from cpo_fast.search.engine import Sample
+from cpo_fast.search.evaluate import Evaluator, label_ids, num_unparseable, parse_verdict
+from cpo_fast.search.state import State
+from cpo_fast.tasks import Question, get_task
+
+QUESTION = Question("q", "how many")
+
+
+class ScriptedEngine:
+    """Gives the same verdict texts and log-probs for every prompt, and counts its calls."""
+
+    def __init__(self, texts=(), logps=(0.0, 0.0)):
+        self.texts, self.logps, self.num_calls = texts, logps, 0
+
+    def cache_prefix(self, token_ids):
+        raise AssertionError("not part of a verdict")
+
+    def sample(self, requests):
+        self.num_calls += 1
+        assert len({request.uid for request in requests}) == len(requests)
+        return [Sample((1,), text, "newline") for text in self.texts]
+
+    def score(self, token_ids, continuations):
+        self.num_calls += 1
+        return list(self.logps)
+
+
+def _evaluator(engine, tokenizer, **settings):
+    return Evaluator(engine, tokenizer, get_task("svamp"), QUESTION, SearchConfig(**settings), "0/q")
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (" likely\n", "likely"),
+        (" Impossible.\n", "impossible"),
+        (" unlikely\n", None),
+        (" not impossible\n", None),
+        (" likely or impossible\n", None),
+        (" likely, since 3 + 4 = 7\n", None),
+        (" 47\n", None),
+        ("", None),
+    ],
+)
+def test_only_a_line_that_is_the_label_is_a_verdict(text, label):
+    assert parse_verdict(text) == label
+
+
+def test_unreadable_verdicts_are_counted_and_left_out_of_the_mean(tokenizer):
+    engine = ScriptedEngine(texts=[" likely\n", " 47\n", " impossible\n", " likely\n"])
+    (verdict,) = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=4).evaluate([State(-1, (1,), ("a\n",))])
+    assert verdict.value == pytest.approx((10 + 1 + 10) / 3)
+    assert num_unparseable(verdict.evaluations) == 1
+    assert [record["label"] for record in verdict.evaluations] == ["likely", None, "impossible", "likely"]
+
+
+def test_a_state_without_a_readable_verdict_has_no_value(tokenizer):
+    engine = ScriptedEngine(texts=["maybe"] * 2)
+    (verdict,) = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=2).evaluate([State(-1, (1,), ("a\n",))])
+    assert verdict.value is None
+    assert num_unparseable(verdict.evaluations) == 2
+
+
+@pytest.mark.parametrize("logps", [(-1.0, -2.5), (-3.0, -0.1), (-2000.0, -1.0), (-1.0, -2000.0)])
+def test_logit_value_is_weighted_by_the_label_probabilities(tokenizer, logps):
+    (verdict,) = _evaluator(ScriptedEngine(logps=logps), tokenizer).evaluate([State(-1, (1,), ("a\n",))])
+    largest = max(logps)
+    likely, impossible = (math.exp(logp - largest) for logp in logps)
+    assert verdict.value == pytest.approx((10 * likely + 1 * impossible) / (likely + impossible))
+    assert verdict.evaluations == ({"likely": logps[0], "impossible": logps[1]},)
+
+
+def test_equal_states_are_judged_once(tokenizer):
+    engine = ScriptedEngine(logps=(-1.0, -2.0))
+    evaluator = _evaluator(engine, tokenizer)
+    same, other = State(-1, (1,), ("a\n",)), State(-1, (2,), ("b\n",))
+    verdicts = evaluator.evaluate([same, other, same])
+    evaluator.evaluate([other])
+    assert engine.num_calls == 2
+    assert verdicts[0] == verdicts[2]
+
+
+def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(tokenizer):
+    prompt_ids, labels = label_ids(tokenizer, "Question: a b c\nIt is")
+    assert tokenizer.decode(prompt_ids) == "Question: a b c\nIt is"
+    assert [tokenizer.decode(ids) for ids in labels] == [" likely", " impossible"]

@@ -1,0 +1,185 @@
+"""Arithmetic: loading both formats, answers in normal form, prompts in the format of the chain."""
+
+import json
+import re
+
+import pytest
+
+from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.tasks import Question, common_prefix_length, encode_prompt, get_task
+from cpo_fast.tasks.arithmetic import normalise_number
+from cpo_fast.tasks.task import VERDICT_CUE
+
+TASK = get_task("svamp")
+
+RELEASED = [
+    {
+        "ID": f"made-{number}",
+        "Body": body,
+        "Question": "How many are there?",
+        "Equation": "( 1.0 + 2.0 )",
+        "Answer": answer,
+        "Type": "Addition",
+    }
+    for number, (body, answer) in enumerate([("There are 3 red and 4 blue cups.", 7.0), ("A box holds 2.5 kg", 2.5)], 1)
+]
+
+
+def _write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_the_released_format_joins_body_and_question_with_a_space(tmp_path):
+    questions = TASK.load(_write(tmp_path / "SVAMP.json", json.dumps(RELEASED, indent=4)))
+    assert questions[0] == Question("made-1", "There are 3 red and 4 blue cups. How many are there?", "7")
+    assert questions[1] == Question("made-2", "A box holds 2.5 kg How many are there?", "2.5")
+
+
+def test_json_lines_may_leave_out_id_and_answer(tmp_path):
+    path = _write(tmp_path / "q.jsonl", _lines({"question": "One?"}, {"id": 7, "question": "Two?", "answer": "1,200"}))
+    first, second = TASK.load(path)
+    assert first.gold is None
+    assert re.fullmatch("[0-9a-f]{16}", first.id)
+    assert second == Question("7", "Two?", "1200")
+    assert TASK.load(path)[0].id == first.id
+
+
+def test_skip_and_limit_cut_the_list(tmp_path):
+    path = _write(tmp_path / "q.jsonl", _lines(*({"id": n, "question": str(n)} for n in range(6))))
+    assert [question.id for question in TASK.load(path, limit=2, skip=3)] == ["3", "4"]
+    assert TASK.load(path, skip=6) == []
+
+
+def test_duplicates_are_named_with_both_places(tmp_path):
+    path = _write(tmp_path / "q.jsonl", _lines({"question": "Same?"}, {"question": "Other?"}, {"question": "Same? "}))
+    with pytest.raises(DataError, match=r"q\.jsonl:3: .*already at .*q\.jsonl:1"):
+        TASK.load(path)
+    path = _write(tmp_path / "s.json", json.dumps([RELEASED[0], RELEASED[0]]))
+    with pytest.raises(DataError, match=r"s\.json: row 2: .*made-1.*row 1"):
+        TASK.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "a"}\n{"question": "b"\n', r":2: the line is not valid JSON"),
+        ('{"question": "a"}\n{"answer": 3}\n', r":2: expected text in 'question'"),
+        ('{"question": " "}\n', r":1: the question is empty"),
+        ('{"question": "a", "answer": "a dozen"}\n', r":1: the answer 'a dozen' is not a number"),
+        ('{"question": "a", "answer": true}\n', r":1: the answer True is not a number"),
+        ('{"id": [1], "question": "a"}\n', r":1: the id must be"),
+        ('[{"Body": "a"}]', r"row 1: expected text in 'Body' and 'Question'"),
+        ("[3]", r"row 1: expected a JSON object"),
+        ("[\n{]", r":2: the file is not valid JSON"),
+        ("", "holds no question"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        TASK.load(_write(tmp_path / "q", text))
+
+
+def test_a_missing_file_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="cannot read"):
+        TASK.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("51", "51"),
+        ("145.0", "145"),
+        ("$1,250.00", "1250"),
+        (" -3 degrees.", "-3"),
+        ("\u22124", "-4"),
+        ("-$3", "-3"),
+        ("$-3", "-3"),
+        ("1/2", "0.5"),
+        ("2/4 of the cake", "0.5"),
+        ("1/3", "1/3"),
+        ("-7/8", "-0.875"),
+        (".5", "0.5"),
+        ("-0", "0"),
+        ("5 + 3 = 8", "8"),
+        ("007", "7"),
+        ("5/0", None),
+        ("76 - 25", None),
+        ("8 apples in 2 days", None),
+        ("1,2", None),
+        ("a dozen", None),
+        ("", None),
+        ("9" * 40, None),
+    ],
+)
+def test_numbers_have_one_normal_form(text, number):
+    assert normalise_number(text) == number
+
+
+def test_only_an_answer_line_has_an_answer():
+    assert TASK.parse_answer("Answer: 24\n") == "24"
+    assert TASK.parse_answer("Answer: 24\n\n") == "24"
+    assert TASK.parse_answer("Step 2: 24\n") is None
+    assert TASK.parse_answer("The Answer: 24") is None
+    assert TASK.parse_answer("Answer:\n") is None
+
+
+def test_correct_is_numeric_equality_not_containment():
+    assert TASK.is_correct("24", "24.0")
+    assert TASK.is_correct("0.5", "1/2")
+    assert not TASK.is_correct("2", "12")
+    assert not TASK.is_correct("-24", "24")
+    assert not TASK.is_correct(None, "24")
+
+
+def test_demonstrations_follow_the_chain_format_and_their_arithmetic_is_right():
+    blocks = TASK.few_shot.strip().split("\n\n")[1:]
+    assert len(blocks) == 4
+    for block in blocks:
+        lines = block.split("\n")
+        assert lines[0].startswith("Question: ")
+        assert [line.split(":")[0] for line in lines[1:]] == ["Step 1", "Step 2", "Answer"]
+        answer = TASK.parse_answer(lines[-1])
+        for left, right in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", block):
+            assert eval(left) == int(right)  # digits and one operator, by the pattern
+        assert answer == re.findall(r"= (\d+)", block)[-1]
+    assert TASK.few_shot.endswith("\n\n")
+
+
+def test_verdict_demonstrations_say_impossible_exactly_where_the_arithmetic_is_wrong():
+    blocks = TASK.few_shot_evaluator.strip().split("\n\n")[1:]
+    verdicts = [block.rpartition("\n")[2].removeprefix(VERDICT_CUE) for block in blocks]
+    wrong = [any(eval(a) != int(b) for a, b in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", block)) for block in blocks]
+    # the classrooms are added right and meant wrong: 14 + 20 where 14 * 20 is asked
+    assert wrong == [False, False, True, False]
+    assert "14 + 20" in blocks[1]
+    assert verdicts == [" likely", " impossible", " impossible", " likely"]
+
+
+def test_prompts_keep_the_question_as_it_is_and_end_where_the_model_goes_on():
+    question = Question("q", "How MANY  $ signs?")
+    prompt = TASK.prompt(question)
+    assert prompt == TASK.few_shot + "Question: How MANY  $ signs?\n"
+    state = TASK.evaluator_prompt(question, ["Step 1: a\n", "Answer: 3\n\n"])
+    assert state == f"{TASK.few_shot_evaluator}Question: How MANY  $ signs?\nStep 1: a\nAnswer: 3\n{VERDICT_CUE}"
+
+
+def test_an_unknown_task_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="'svmap' is not a task"):
+        get_task("svmap")
+
+
+def test_an_appended_end_of_sequence_is_not_part_of_a_prompt():
+    class AppendsEos:
+        eos_token_id, eos_token = 2, "</s>"
+
+        def __call__(self, text):
+            return {"input_ids": [1, *text.encode(), 2]}
+
+    assert encode_prompt(AppendsEos(), "ab") == [1, 97, 98]
+    assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix_length([], [1]) == 0

@@ -1,0 +1,191 @@
+"""Claims about the training loop, each on real files, DeepSpeed and a tiny Llama."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cpo_fast.config import Config
+from cpo_fast.errors import ConfigError, CpoFastError, DataError, NonFiniteError
+from cpo_fast.train import loop
+from cpo_fast.train.loop import train
+from cpo_fast.train.objective import PreferenceObjective
+from cpo_fast.train.policy import build_policy
+from tests.tiny import randomize_lora
+from tests.train.conftest import id_rows, largest_difference
+
+MakeConfig = Callable[..., Config]
+
+
+def adapter_of(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(train(config).adapter_path / "adapter_model.safetensors")
+
+
+def metrics_of(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in train(config).metrics_path.read_text().splitlines()]
+
+
+def test_first_step_has_loss_ln2_and_rewards_exactly_zero(make_config: MakeConfig) -> None:
+    first = metrics_of(make_config(batch_pairs=36, reference="online"))[0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0.0
+    assert abs(first["loss"] - math.log(2)) < 1e-7
+    assert first["grad_norm"] > 0
+
+
+def test_metrics_carry_the_names_of_trl_and_the_tokens_saved(make_config: MakeConfig) -> None:
+    last = metrics_of(make_config())[-1]
+    of_trl = "entropy logits/chosen logits/rejected logps/chosen logps/rejected loss mean_token_accuracy num_tokens"
+    of_trl += " rewards/accuracies rewards/chosen rewards/margins rewards/rejected grad_norm learning_rate epoch"
+    assert set(of_trl.split()) <= set(last)
+    assert {"rewards/accuracies/step_1", "rewards/accuracies/step_2", "rewards/accuracies/step_3"} <= set(last)
+    assert 0.5 < last["tokens/saved"] < 1
+    assert last["tokens/computed"] < last["tokens/rows"]
+    assert last["rewards/margins"] > 0
+
+
+def test_token_counts_are_those_of_the_rows(make_config: MakeConfig) -> None:
+    rows = id_rows()
+    config = make_config(batch_pairs=len(rows), num_epochs=1, max_tokens=100_000)
+    expected = 0
+    for row in rows:
+        eos = row["chosen_final"]
+        expected += (
+            2 * len(row["prompt_token_ids"]) + len(row["chosen_token_ids"]) + len(row["rejected_token_ids"]) + 2 * eos
+        )
+    assert metrics_of(config)[0]["num_tokens"] == expected
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 60}, {"max_tokens": 100_000}, {"reference": "cached"}])
+def test_adapter_does_not_depend_on_micro_batches_or_reference_mode(
+    make_config: MakeConfig, options: dict[str, Any]
+) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "reference": "online"}
+    expected = adapter_of(make_config(**sgd))
+    assert largest_difference(expected, adapter_of(make_config(**(sgd | options)))) < 1e-6
+    assert largest_difference(expected, adapter_of(make_config(**(sgd | {"lr": 0.51})))) > 1e-5
+
+
+def test_mean_of_micro_batch_means_would_be_noticed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "max_tokens": 90}
+    expected = adapter_of(make_config(**sgd))
+    forward = PreferenceObjective.forward
+
+    def mean_instead(self: PreferenceObjective, batch: Any) -> Any:
+        result = forward(self, batch)
+        object.__setattr__(result, "loss_sum", result.loss_sum / len(batch.pairs) * 4)
+        return result
+
+    monkeypatch.setattr(PreferenceObjective, "forward", mean_instead)
+    assert largest_difference(expected, adapter_of(make_config(**sgd))) > 1e-4
+
+
+@pytest.mark.parametrize("variant", ["non_reentrant", "reentrant"])
+def test_checkpointing_changes_nothing(make_config: MakeConfig, variant: str) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "num_epochs": 1}
+    expected = adapter_of(make_config(**sgd))
+    assert largest_difference(expected, adapter_of(make_config(**sgd, gradient_checkpointing=variant))) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_the_same_adapter(make_config: MakeConfig, stage: int) -> None:
+    expected = adapter_of(make_config(num_epochs=1))
+    assert largest_difference(expected, adapter_of(make_config(num_epochs=1, zero_stage=stage))) < 1e-5
+
+
+def test_order_questions_trains_every_pair_once_and_saves_more(make_config: MakeConfig) -> None:
+    by_pairs = metrics_of(make_config(num_epochs=1, batch_order="pairs", batch_pairs=9))
+    by_questions = metrics_of(make_config(num_epochs=1, batch_order="questions", batch_pairs=9))
+    assert sum(line["pairs"] for line in by_pairs) == sum(line["pairs"] for line in by_questions) == 36
+    assert sum(line["tokens/computed"] for line in by_questions) < sum(line["tokens/computed"] for line in by_pairs)
+
+
+def test_peft_loads_the_adapter_with_bit_equal_logits(make_config: MakeConfig, tiny_folder: Path) -> None:
+    config = make_config(num_epochs=1)
+    policy = build_policy(config)
+    result = train(config, policy.model, policy.tokenizer)
+    ids = torch.tensor([[7, 9, 30, 200, 41, 5]])
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
+    untrained = base(ids).logits.clone()
+    loaded = PeftModel.from_pretrained(base, result.adapter_path).eval()
+    with torch.no_grad():
+        ours, theirs = policy.model.eval()(ids).logits, loaded(ids).logits
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(theirs, untrained)
+
+
+def test_training_from_an_adapter_starts_at_zero_rewards(make_config: MakeConfig) -> None:
+    first = train(make_config(num_epochs=1))
+    config = make_config(model={"adapter": str(first.adapter_path)}, reference="online", batch_pairs=36)
+    line = metrics_of(config)[0]
+    assert line["rewards/chosen"] == 0.0
+    assert line["rewards/rejected"] == 0.0
+
+
+def test_policy_that_is_not_its_reference_is_refused(make_config: MakeConfig) -> None:
+    config = make_config(reference="online")
+    policy = build_policy(config)
+    randomize_lora(policy.model)
+    with pytest.raises(CpoFastError, match="self-test: rewards at step 0"):
+        train(config, policy.model, policy.tokenizer)
+
+
+def test_damaged_reference_cache_is_made_anew_and_wrong_one_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    config = make_config(reference="cached", num_epochs=1)
+    expected = adapter_of(config)
+    (cache,) = Path(config.run, "reference").glob("*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:40])
+    assert largest_difference(expected, adapter_of(config)) == 0.0
+    values = load_file(cache)["segment_logps"]
+    save_file({"segment_logps": values + 1.0}, cache)
+    assert largest_difference(expected, adapter_of(config)) == 0.0
+
+
+def test_nonfinite_loss_stops_before_the_update_and_names_rows(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(reference="online")
+    policy = build_policy(config)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items() if "lora_" in name}
+    real = loop.StepMetrics.nonfinite_pairs
+
+    def poisoned(self: Any) -> list[int]:
+        self.results[0].losses[1] = float("nan")
+        return real(self)
+
+    monkeypatch.setattr(loop.StepMetrics, "nonfinite_pairs", poisoned)
+    with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:\d+") as raised:
+        train(config, policy.model, policy.tokenizer)
+    assert raised.value.exit_code == 7
+    assert all(torch.equal(value, policy.model.state_dict()[name]) for name, value in before.items())
+
+
+def test_lora_target_without_a_module_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"target_modules": ("q_proj", "fc_in")})})
+    with pytest.raises(ConfigError, match="'fc_in' matches no module"):
+        train(config)
+
+
+def test_ids_of_another_tokenizer_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    row = id_rows()[0] | {"chosen_token_ids": [5, 100_000]}
+    (tmp_path / "foreign.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"foreign\.jsonl:1: token id 100000"):
+        train(make_config(data={"path": str(tmp_path / "foreign.jsonl")}))
+
+
+def test_budget_below_one_pair_names_the_option(make_config: MakeConfig) -> None:
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:\d+: the pair alone has \d+ tokens, more than train\.max_tokens=20"
+    ):
+        train(make_config(max_tokens=20))
