@@ -14,8 +14,16 @@ from cpo_fast.errors import DataError
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal bytes. Raises ValueError on NaN or infinity."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON with sorted keys and no spaces: equal values give equal bytes. Raises ValueError on NaN or infinity.
+
+    Text stays readable in any script; a value with a lone surrogate, which UTF-8 cannot hold, is escaped to ASCII.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text
 
 
 def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -54,7 +62,7 @@ def write_atomic(path: str | Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as file:
-        file.write(text.encode("utf-8", "surrogatepass"))
+        file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -70,6 +78,6 @@ def append_line(path: str | Path, value: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        file.write((canonical_json(value) + "\n").encode("utf-8", "surrogatepass"))
+        file.write((canonical_json(value) + "\n").encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,5 @@
+"""`python -m cpo_fast` is `cpo-fast`."""
+
+from cpo_fast.cli import main
+
+main()
