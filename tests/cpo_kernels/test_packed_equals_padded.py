@@ -244,11 +244,18 @@ def test_named_adapter_and_frozen_module_serve_as_reference() -> None:
         packed_logps(model, sequences, starts, reference="no_such_adapter")
 
 
-def test_no_gradient_reaches_the_frozen_reference() -> None:
+def test_reference_builds_no_graph() -> None:
+    """The reference runs without gradient: a graph over it would double the memory and then be thrown away."""
     pairs = random_pairs(seed=10)
-    reference = prepare(tiny_llama(seed=5))
-    packed_step(prepare(with_lora(tiny_llama())), pairs, reference=reference)
-    assert all(parameter.grad is None for parameter in reference.parameters())
+    frozen, model = prepare(tiny_llama(seed=5)), prepare(with_lora(tiny_llama()))
+    for reference, watched, expected in (("adapter_off", model, [False, True]), (frozen, frozen, [False])):
+        enabled: list[bool] = []
+        layer = next(module for name, module in watched.named_modules() if name.endswith("layers.0"))
+        handle = layer.register_forward_hook(lambda *_, seen=enabled: seen.append(torch.is_grad_enabled()))
+        packed_step(model, pairs, reference=reference)
+        handle.remove()
+        assert enabled == expected
+    assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
 def test_full_fine_tuning_gradient_equals_padded() -> None:
@@ -277,6 +284,6 @@ def test_start_without_a_parent_row_or_past_the_end_is_refused(start: int) -> No
 
 
 def test_start_at_the_end_scores_nothing() -> None:
-    packed = packed_logps(prepare(tiny_llama()), [[3, 4, 5], [3, 4, 6]], [3, 2])
-    assert float(packed.segment_logps[0]) == 0.0
-    assert float(packed.segment_logps[1]) < 0.0
+    logps = packed_logps(prepare(tiny_llama()), [[3, 4, 5], [3, 4, 6]], [3, 2]).segment_logps.detach()
+    assert float(logps[0]) == 0.0
+    assert float(logps[1]) < 0.0

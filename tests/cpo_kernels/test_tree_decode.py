@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cpo_kernels.tree_decode import merge_partials, partial_attention
 
 
