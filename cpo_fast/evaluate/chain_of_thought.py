@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.config import Config, config_hash
-from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import write_atomic, write_jsonl
-from cpo_fast.tasks import encode_prompt, get_task
+from cpo_fast.search.collect import load_questions
+from cpo_fast.tasks import encode_prompt
 
 SCHEMA_VERSION = 1
 
@@ -108,18 +108,14 @@ def evaluate(
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and `search.max_steps`, which caps the
             lines of a chain as it does in the search.
-        model: a loaded model to use instead of loading `config.model`; give its tokenizer too.
+        model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
         tokenizer: see `model`.
         on_question: called with (questions done, questions in all) after each.
 
     Raises:
-        DataError: there is no question to ask.
-        CpoFastError: the task's file or the model cannot be read; see `Task.load` and `load_model`.
+        CpoFastError: the questions or the model cannot be read; see `load_questions` and `load_model`.
     """
-    task = get_task(config.task.name)
-    questions = task.load(config.task.path, config.task.num_questions, config.task.skip_questions)
-    if not questions:
-        raise DataError(f"{config.task.path}: no question is left after skipping {config.task.skip_questions}")
+    task, questions = load_questions(config)
 
     # after the questions, whose mistakes then show before a model is loaded
     from cpo_fast.evaluate.greedy import greedy_chains

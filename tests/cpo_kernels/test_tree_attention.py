@@ -5,6 +5,8 @@ T tokens, H query heads, K key/value heads, D head size.
 """
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,3 +266,17 @@ def test_shapes_that_do_not_fit_are_refused(kv_shape: tuple[int, ...], end_shape
     q, kv = torch.zeros(5, 4, 16), torch.zeros(kv_shape)
     with pytest.raises(ValueError, match=r"expected|multiple"):
         tree_attention(q, kv, kv, torch.full(end_shape, end_shape[0], dtype=torch.int32))
+
+
+def test_choice_of_implementation_is_logged_once() -> None:
+    """In a process of its own: an earlier test would have used up the one message."""
+    program = (
+        "import logging, torch; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "from cpo_kernels import tree_attention\n"
+        "q, end = torch.zeros(2, 1, 4), torch.tensor([2, 2], dtype=torch.int32)\n"
+        "for _ in range(3): tree_attention(q, q, q, end)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    messages = [line for line in result.stderr.splitlines() if "tree_attention" in line]
+    assert len(messages) == 1
+    assert "eager" in messages[0]

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from cpo_fast.config import validate_config
-from cpo_fast.errors import DataError
+from cpo_fast.errors import CpoFastError
 from cpo_fast.evaluate import evaluate
 from cpo_fast.evaluate.greedy import Chain, greedy_chains
 from cpo_fast.models import adapter_hash, load_model, model_hash
@@ -82,7 +82,12 @@ def test_rows_of_one_batch_stop_apart() -> None:
     chains = chains_of([short, long])
     assert [len(chain.token_ids) for chain in chains] == [len(short), len(long)]
     assert [chain.answer(TASK) for chain in chains] == ["1", "2"]
-    assert chains[0].seconds == chains[1].seconds  # a batch's time, divided
+
+
+def test_seconds_are_the_batchs_divided_and_the_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 200.0, 207.0])  # the call that is thrown away takes 100 s, the batch 7 s
+    monkeypatch.setattr("cpo_fast.evaluate.greedy.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert [chain.seconds for chain in chains_of(["Answer: 1\n", "Answer: 2\n"])] == [3.5, 3.5]
 
 
 def test_newline_inside_a_merged_token_ends_the_line() -> None:
@@ -209,11 +214,11 @@ def test_prompt_ids_are_those_the_search_uses(tmp_path: Path, folder: Path, monk
     assert seen == [tokenizer(TASK.few_shot + "Question: What is number 0?\n").input_ids]
 
 
-def test_no_question_left_is_a_data_error(tmp_path: Path, folder: Path) -> None:
+def test_no_question_left_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
     questions = write_questions(tmp_path / "q.jsonl", ["1"])
-    config = config_for(folder, tmp_path / "run", questions)
+    config = config_for(tmp_path / "nowhere", tmp_path / "run", questions)
     skipped = config.model_copy(update={"task": config.task.model_copy(update={"skip_questions": 1})})
-    with pytest.raises(DataError, match="no question is left after skipping 1"):
+    with pytest.raises(CpoFastError, match="leaves no question"):
         evaluate(skipped)
 
 

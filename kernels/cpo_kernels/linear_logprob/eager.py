@@ -3,11 +3,12 @@
 With u the distinct (row, target) pairs of row r, G = sum of upstream gradients of the row, f = dz / d(h W^T):
 
     d/dh_r = sum_u c_u f_u W[t_u]  -  G Y_r,      Y_r = sum over v that are no target of r of p_v f_v W[v]
-    c_u = g_u - G p_u = -g_u expm1(logp_u) - p_u (G - g_u)
+    c_u = g_u - G p_u = g_u (1 - p_u) - p_u (G - g_u),      1 - p_u = rest_r + sum of the row's other p
 
 Y, the expected embedding, does not depend on the loss, so it is made in the forward from the softmax that is there
-anyway. Leaving the targets out of Y and writing c_u with expm1 keeps the gradient of confident tokens exact; the plain
-W[t] - Y is off by half there. Policy and reference rows go through products of the same shapes, so equal hidden states
+anyway, and so is rest_r, the mass that is on no target. Leaving the targets out of Y and never subtracting p from 1
+keeps the gradient of confident tokens exact; the plain W[t] - Y is off by half there, and 1 - exp(logp) is all rounding
+once 1 - p is below the rounding of a logit. Policy and reference rows go through products of the same shapes, so equal hidden states
 give bitwise equal log-probs. Plain torch, any device; float32 accumulation (float64 for float64).
 """
 
@@ -48,10 +49,10 @@ class FrozenHeadLogps(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns logps, entropy, mean_logit [U] and is_top1 [U] bool; the last three without gradient."""
         needs_gradient = ctx.needs_input_grad[0]
-        columns, slopes, expected = score(rows, head, pairs, needs_gradient)
+        columns, slopes, rest, expected = score(rows, head, pairs, needs_gradient)
         logps, entropy, mean_logit, is_top1 = columns
         if needs_gradient:
-            ctx.save_for_backward(logps, slopes, expected, head.weight[pairs.target], pairs.row)
+            ctx.save_for_backward(logps, slopes, rest, expected, head.weight[pairs.target], pairs.row)
             ctx.rows_dtype = rows.dtype
         ctx.mark_non_differentiable(entropy, mean_logit, is_top1)
         return logps, entropy, mean_logit, is_top1
@@ -59,27 +60,36 @@ class FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The formula of the module docstring: a gather and a scaled sum."""
-        logps, slopes, expected, target_weights, row = ctx.saved_tensors
-        grad = grad_outputs[0].to(logps.dtype)  # [U]
-        row_grad = torch.zeros(expected.shape[0], dtype=logps.dtype, device=row.device).index_add_(0, row, grad)  # [R]
-        coefficient = -grad * torch.expm1(logps) - logps.exp() * (row_grad[row] - grad)
-        grad_rows = expected * -row_grad.unsqueeze(1)
-        grad_rows.index_add_(0, row, target_weights.to(logps.dtype) * (coefficient * slopes).unsqueeze(1))
+        logps, slopes, rest, expected, target_weights, row = ctx.saved_tensors
+        # U numbers: float64 makes "the row's others" exact where one target holds nearly all mass or gradient
+        grad, mass = grad_outputs[0].double(), logps.exp().double()  # [U]
+        row_grad, row_mass = (rest.new_zeros(rest.shape, dtype=grad.dtype).index_add_(0, row, x) for x in (grad, mass))
+        not_target = rest.double()[row] + (row_mass[row] - mass)
+        coefficient = (grad * not_target - mass * (row_grad[row] - grad)) * slopes
+        grad_rows = expected * -row_grad.to(expected.dtype).unsqueeze(1)
+        grad_rows.index_add_(0, row, target_weights.to(expected.dtype) * coefficient.to(expected.dtype).unsqueeze(1))
         return grad_rows.to(ctx.rows_dtype), None, None
 
 
 def score(
     rows: torch.Tensor, head: Head, pairs: DistinctTargets, with_expected: bool
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """One pass over the head: ((logps, entropy, mean_logit, is_top1) [U], slopes [U], expected embeddings [R, E])."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over the head.
+
+    Returns:
+        (logps, entropy, mean_logit, is_top1) each [U], slopes [U], and with `with_expected` (else zero and empty) the
+        mass on no target [R] and the expected embeddings [R, E].
+    """
     dtype = accumulation_dtype(rows.dtype)
     num_pairs = pairs.row.shape[0]
     logps, entropy, mean_logit, slopes = (rows.new_zeros(num_pairs, dtype=dtype) for _ in range(4))
     is_top1 = torch.zeros(num_pairs, dtype=torch.bool, device=rows.device)
+    rest = rows.new_zeros(rows.shape[0], dtype=dtype)
     expected = rows.new_zeros(rows.shape if with_expected else (0, rows.shape[1]), dtype=dtype)
     for chunk in range(len(pairs.edges) - 1):
         first_row, span = chunk * pairs.chunk_rows, slice(pairs.edges[chunk], pairs.edges[chunk + 1])
-        logits = head.logits(rows[first_row : first_row + pairs.chunk_rows])  # [rows of the chunk, V]
+        chunk_rows = slice(first_row, first_row + pairs.chunk_rows)
+        logits = head.logits(rows[chunk_rows])  # [rows of the chunk, V]
         row, target = pairs.row[span] - first_row, pairs.target[span]
         maximum = logits.amax(dim=-1)
         log_sum_exp = torch.logsumexp(logits, dim=-1)
@@ -93,6 +103,6 @@ def score(
         entropy[span] = (log_sum_exp - (probabilities * logits).sum(dim=-1))[row]
         if with_expected:
             probabilities[row, target] = 0.0
-            weighted = probabilities.mul_(slope)
-            expected[first_row : first_row + pairs.chunk_rows] = weighted @ head.weight.to(dtype)
-    return (logps, entropy, mean_logit, is_top1), slopes, expected
+            rest[chunk_rows] = probabilities.sum(dim=-1)
+            expected[chunk_rows] = probabilities.mul_(slope) @ head.weight.to(dtype)
+    return (logps, entropy, mean_logit, is_top1), slopes, rest, expected

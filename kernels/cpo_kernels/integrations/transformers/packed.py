@@ -64,8 +64,7 @@ def packed_logps(
     forest = build_forest(sequences)
     plan = forest.logprob_plan(starts)
     num_sequence_tokens = int(forest.path_offsets[-1])
-    longest_path = int(forest.position_ids.max()) + 1 if forest.num_tokens else 0
-    check_forward(model, parts, longest_path)
+    check_forward(model, parts, _longest_path(forest))
     device = next(parts.causal_lm.parameters()).device
     forest, plan = forest.to(device), plan.to(device)
     ref_hidden, ref_parts = _reference_hidden(model, parts, forest, reference, impl)
@@ -106,6 +105,10 @@ def forest_forward(parts: ModelParts, forest: Forest, impl: str | None = None, *
     return output
 
 
+def _longest_path(forest: Forest) -> int:
+    return int(forest.path_offsets.diff().max()) if len(forest.path_offsets) > 1 else 0
+
+
 def _prepared_parts(model: torch.nn.Module) -> ModelParts:
     parts = model_parts(model)
     if parts.config._attn_implementation != IMPLEMENTATION:
@@ -128,6 +131,7 @@ def _reference_hidden(
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
             ref_parts = _prepared_parts(reference)
+            check_forward(reference, ref_parts, _longest_path(forest))
             return forest_forward(ref_parts, forest, impl=impl).last_hidden_state[0], ref_parts
         adapters = peft_configs(model)
         if not adapters or (reference != ADAPTER_OFF and reference not in adapters):
