@@ -11,7 +11,7 @@ The two baselines take many times longer, so by default a random sample of pairs
 level, and the total is estimated: such rows say "sampled" and carry a 95 % interval. `--pairs-per-level 9` times every
 pair. Before any timing, losses and gradients of one pair a level must agree between all three.
 
-    python -m benchmarks.train_step [--model PATH] [--pairs-per-level 3] [--repeats 3] [--no-trl]
+    python -m benchmarks.train_step [--model PATH] [--pairs-per-level 3] [--repeats 3] [--clock wall] [--no-trl]
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.harness import Check, InexactError, Timing, gate, record, show, stratified_total, timed
+from benchmarks.harness import CLOCKS, Check, InexactError, Timing, gate, record, show, stratified_total, timed
 from cpo_kernels import preference_loss
 from cpo_kernels.integrations.transformers import packed_logps, prepare
 from cpo_kernels.testing import end_to_end_bound
@@ -178,6 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pairs-per-level", type=int, default=3, help="pairs timed at each level by the baselines")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of the packed step")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine shared with others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out")
     parser.add_argument("--no-record", action="store_true", help="show only")
@@ -230,7 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     num_packed_tokens, num_padded_tokens = count_tokens(contestants["packed"][0], levels)
     results = summarize(packed, samples, {level: len(members) for level, members in levels.items()})
-    results |= {"model": Path(path).name, "packed_tokens": num_packed_tokens, "padded_tokens": num_padded_tokens}
+    results |= {
+        "clock": arguments.clock,
+        "model": Path(path).name,
+        "packed_tokens": num_packed_tokens,
+        "padded_tokens": num_padded_tokens,
+    }
     if not arguments.no_record:
         command = " ".join(["python -m benchmarks.train_step", *(sys.argv[1:] if argv is None else argv)])
         record("train_step", command, checks, results)
@@ -269,12 +275,12 @@ def time_all(
     timed(lambda: step(packed_model, packed, everything))
     for round_index in range(max(arguments.pairs_per_level, arguments.repeats)):
         if round_index < arguments.repeats:
-            packed_seconds.append(timed(lambda: step(packed_model, packed, everything)))
+            packed_seconds.append(timed(lambda: step(packed_model, packed, everything), arguments.clock))
         if round_index < arguments.pairs_per_level:
             for level, pairs in chosen.items():
                 for name, (model, loss) in baselines.items():
                     pair = pairs[round_index]
-                    samples[name][level].append(timed(lambda m=model, f=loss, p=pair: step(m, f, [p])))
+                    samples[name][level].append(timed(lambda m=model, f=loss, p=pair: step(m, f, [p]), arguments.clock))
     return Timing(tuple(packed_seconds)), samples
 
 
@@ -328,7 +334,7 @@ def show_results(results: dict[str, Any], checks: Sequence[Check]) -> None:
     agreed = ", ".join(f"{check.name} {check.error:.1e}" for check in checks)
     show(
         f"One step of {results['num_pairs']} pairs: policy forward and backward, online reference, fp32",
-        ["variant", "tokens", "seconds", "measured", "times packed"],
+        ["variant", "tokens", f"{results['clock']} seconds", "measured", "times packed"],
         rows,
         f"{results['padded_tokens'] / results['packed_tokens']:.1f} times fewer tokens. Agreement with padded before "
         f"timing: {agreed}. Spread of packed {results['packed_spread']:.0%}; intervals 95 %; "
