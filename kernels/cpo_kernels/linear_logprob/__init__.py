@@ -68,7 +68,7 @@ def linear_logprob(
             with torch.no_grad():
                 ref_logps, _ = reference_token_logps(ref_rows, plan.row_index, plan.targets, head)
     else:
-        logps, extra, ref_logps = _frozen(rows, ref_rows, plan, head)
+        logps, extra, ref_logps = _frozen(rows, ref_rows, plan, head, tuple(outputs))
     return LogprobResult(
         token_logps=logps,
         segment_logps=segment_sums(logps, plan.segments, plan.num_segments),
@@ -109,16 +109,16 @@ def selective_linear_logprob(
 
 
 def _frozen(
-    rows: torch.Tensor, ref_rows: torch.Tensor | None, plan: LogprobPlan, head: Head
+    rows: torch.Tensor, ref_rows: torch.Tensor | None, plan: LogprobPlan, head: Head, outputs: tuple[str, ...]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
     pairs = distinct_targets(plan.row_index, plan.targets, rows.shape[0], head)
-    logps, entropy, mean_logit, is_top1 = FrozenHeadLogps.apply(rows, head, pairs)
-    extra = {"entropy": entropy, "mean_logit": mean_logit, "is_top1": is_top1}
+    logps, *extra = FrozenHeadLogps.apply(rows, head, pairs, outputs)
     ref_logps = None
     if ref_rows is not None:
         with torch.no_grad():
-            ref_logps = score(ref_rows, head, pairs, with_expected=False)[0][0][pairs.inverse]
-    return logps[pairs.inverse], {name: value[pairs.inverse] for name, value in extra.items()}, ref_logps
+            ref_logps = score(ref_rows, head, pairs, (), with_expected=False).logps[pairs.inverse]
+    columns = {name: value[pairs.inverse] for name, value in zip(outputs, extra, strict=True)}
+    return logps[pairs.inverse], columns, ref_logps
 
 
 def _check(

@@ -45,17 +45,18 @@ class FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, head: Head, pairs: DistinctTargets
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns logps, entropy, mean_logit [U] and is_top1 [U] bool; the last three without gradient."""
-        needs_gradient = ctx.needs_input_grad[0]
-        columns, slopes, rest, expected = score(rows, head, pairs, needs_gradient)
-        logps, entropy, mean_logit, is_top1 = columns
-        if needs_gradient:
-            ctx.save_for_backward(logps, slopes, rest, expected, head.weight[pairs.target], pairs.row)
+        ctx: Any, rows: torch.Tensor, head: Head, pairs: DistinctTargets, outputs: tuple[str, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns logps [U] and one tensor [U] per name in `outputs`, these without gradient."""
+        scores = score(rows, head, pairs, outputs, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(
+                scores.logps, scores.slopes, scores.rest, scores.expected, head.weight[pairs.target], pairs.row
+            )
             ctx.rows_dtype = rows.dtype
-        ctx.mark_non_differentiable(entropy, mean_logit, is_top1)
-        return logps, entropy, mean_logit, is_top1
+        extra = tuple(scores.outputs[name] for name in outputs)
+        ctx.mark_non_differentiable(*extra)
+        return scores.logps, *extra
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -68,22 +69,27 @@ class FrozenHeadLogps(torch.autograd.Function):
         coefficient = (grad * not_target - mass * (row_grad[row] - grad)) * slopes
         grad_rows = expected * -row_grad.to(expected.dtype).unsqueeze(1)
         grad_rows.index_add_(0, row, target_weights.to(expected.dtype) * coefficient.to(expected.dtype).unsqueeze(1))
-        return grad_rows.to(ctx.rows_dtype), None, None
+        return grad_rows.to(ctx.rows_dtype), None, None, None
+
+
+class Scores(NamedTuple):
+    """What one pass over the head gives for U distinct targets of R rows."""
+
+    logps: torch.Tensor  # [U]
+    outputs: dict[str, torch.Tensor]  # [U] each, what was asked
+    slopes: torch.Tensor  # [U] dz / d(h W^T) at the target
+    rest: torch.Tensor  # [R] mass on no target; zero unless the expected embedding was asked
+    expected: torch.Tensor  # [R, E], or [0, E]
 
 
 def score(
-    rows: torch.Tensor, head: Head, pairs: DistinctTargets, with_expected: bool
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over the head.
-
-    Returns:
-        (logps, entropy, mean_logit, is_top1) each [U], slopes [U], and with `with_expected` (else zero and empty) the
-        mass on no target [R] and the expected embeddings [R, E].
-    """
+    rows: torch.Tensor, head: Head, pairs: DistinctTargets, outputs: tuple[str, ...], with_expected: bool
+) -> Scores:
+    """One pass over the head, a chunk of rows at a time; every optional reduction over the vocabulary only when asked."""
     dtype = accumulation_dtype(rows.dtype)
     num_pairs = pairs.row.shape[0]
-    logps, entropy, mean_logit, slopes = (rows.new_zeros(num_pairs, dtype=dtype) for _ in range(4))
-    is_top1 = torch.zeros(num_pairs, dtype=torch.bool, device=rows.device)
+    logps, slopes = rows.new_zeros(num_pairs, dtype=dtype), rows.new_zeros(num_pairs, dtype=dtype)
+    columns = {name: rows.new_zeros(num_pairs, dtype=torch.bool if name == "is_top1" else dtype) for name in outputs}
     rest = rows.new_zeros(rows.shape[0], dtype=dtype)
     expected = rows.new_zeros(rows.shape if with_expected else (0, rows.shape[1]), dtype=dtype)
     for chunk in range(len(pairs.edges) - 1):
@@ -91,18 +97,22 @@ def score(
         chunk_rows = slice(first_row, first_row + pairs.chunk_rows)
         logits = head.logits(rows[chunk_rows])  # [rows of the chunk, V]
         row, target = pairs.row[span] - first_row, pairs.target[span]
-        maximum = logits.amax(dim=-1)
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         picked = logits[row, target]
         logps[span] = picked - log_sum_exp[row]
-        is_top1[span] = picked >= maximum[row]
-        mean_logit[span] = logits.mean(dim=-1)[row]
         slope = head.slope(logits)
         slopes[span] = slope[row, target] if isinstance(slope, torch.Tensor) else slope
+        if "is_top1" in columns:
+            columns["is_top1"][span] = picked >= logits.amax(dim=-1)[row]
+        if "mean_logit" in columns:
+            columns["mean_logit"][span] = logits.mean(dim=-1)[row]
+        if not with_expected and "entropy" not in columns:
+            continue
         probabilities = torch.exp(logits - log_sum_exp.unsqueeze(1))
-        entropy[span] = (log_sum_exp - (probabilities * logits).sum(dim=-1))[row]
+        if "entropy" in columns:
+            columns["entropy"][span] = (log_sum_exp - (probabilities * logits).sum(dim=-1))[row]
         if with_expected:
             probabilities[row, target] = 0.0
             rest[chunk_rows] = probabilities.sum(dim=-1)
             expected[chunk_rows] = probabilities.mul_(slope) @ head.weight.to(dtype)
-    return (logps, entropy, mean_logit, is_top1), slopes, rest, expected
+    return Scores(logps, columns, slopes, rest, expected)
