@@ -27,16 +27,21 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """Which questions are asked, and from where they come."""
 
-    name: Literal["svamp"] = Field("svamp", description="task family's data set: decides loader, prompts and answers")
-    path: str = Field("", description="the data set's released file, or a JSONL of question[, answer]")
+    name: Literal[
+        "svamp", "gsm8k", "bamboogle", "2wikimultihopqa", "hotpotqa", "fever", "feverous", "vitaminc"
+    ] = Field("svamp", description="the data set: decides loader, prompts and answers")
+    path: str = Field("", description="the released file, a JSONL of question[, answer], or hub:org/name[:config][:split]")
     num_questions: int | None = Field(None, ge=1, description="use only the first so many questions")
     skip_questions: int = Field(0, ge=0, description="leave out the first so many questions")
+    chat: bool = Field(False, description="ask through the tokenizer's chat template instead of plain completion")
+    shuffle_demonstrations: bool = Field(False, description="order of the demonstrations drawn from the seed")
 
 
 class SearchConfig(Section):
     """Tree of thoughts: how states are expanded, judged and kept."""
 
     engine: Literal["hf"] = Field("hf", description="hf: Hugging Face modules with batched sampling, the reference")
+    strategy: Literal["bfs", "dfs"] = Field("bfs", description="by level, or best child first")
     num_candidates: int = Field(10, ge=1, description="k: thoughts sampled per state (paper: 10)")
     num_kept: int = Field(5, ge=1, description="n: states kept per level (paper: 5)")
     max_steps: int = Field(4, ge=1, description="at most so many thoughts in a chain, the answer line included")
@@ -51,18 +56,47 @@ class SearchConfig(Section):
     max_verdict_tokens: int = Field(96, ge=1, description="cap on one sampled verdict")
     value_likely: float = Field(10.0, description="value of the verdict likely (paper: 10)")
     value_impossible: float = Field(1.0, description="value of the verdict impossible (paper: 1)")
+    unparseable: Literal["drop", "impossible"] = Field(
+        "drop", description="a sampled verdict that is no label: left out of the mean, or counted as impossible"
+    )
+    shuffle_evaluator: bool = Field(True, description="order of the evaluator's demonstrations drawn from the seed")
+    keep_ties: bool = Field(False, description="keep every state tied with the n-th instead of cutting at n")
+    max_nodes: int = Field(1000, ge=1, description="thoughts per question after which no state is expanded any more")
+    dfs_threshold: float = Field(2.0, description="depth-first search does not enter states valued below this")
     batch_size: int = Field(40, ge=1, description="rows per forward pass; never changes the trees")
+
+
+class PairsConfig(Section):
+    """Which pairs are made from search trees; rule `all` is the paper's."""
+
+    rule: Literal["all", "lower", "lowest", "fpo"] = Field(
+        "all",
+        description="rejected siblings: all; those valued below the winner; the lowest of those; or fpo: whole paths",
+    )
+    rejected_fraction: float = Field(1.0, gt=0, le=1, description="seeded share of the rejected thoughts that is used")
+    num_questions: int | None = Field(None, ge=1, description="use only so many questions, drawn by the seed")
+    max_fpo_pairs: int = Field(64, ge=1, description="at most so many full-path pairs a question")
+    weight: Literal["pair", "node", "question"] = Field("pair", description="what counts equally in the mean loss")
+
+
+class MixtureItem(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(description="as data.path")
+    weight: float = Field(1.0, gt=0, description="its share of the questions, relative to the other items")
 
 
 class DataConfig(Section):
     """Which preference data is trained on, and how it becomes token ids."""
 
-    path: str = Field("", description="trees.jsonl, pairs.jsonl or any prompt/chosen/rejected JSONL")
+    path: str = Field("", description="trees, pairs or any preference set: JSONL, JSON, parquet, hub:org/name[:split]")
+    mixture: tuple[MixtureItem, ...] = Field((), description="several data sets in place of path")
     eos: Literal["final", "every", "never"] = Field(
         "final", description="end-of-sequence trained after the final answer only, after every response, or never"
     )
     max_length: int | None = Field(None, ge=2, description="rows longer than this many tokens are dropped and counted")
     max_drop: float = Field(0.05, ge=0, le=1, description="more than this share of bad rows ends the run with exit 3")
+    held_out: float = Field(0.0, ge=0, lt=1, description="share of the questions kept for validation")
 
 
 class LoraConfig(Section):
@@ -76,10 +110,14 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """The optimisation. `beta`, rate, batch and epochs are the paper's; the rest is ours."""
 
+    method: Literal["preference", "sft"] = Field(
+        "preference", description="preference: CPO on pairs, FPO with pairs.rule=fpo; sft: next token on winning paths"
+    )
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference (paper: 0.1)")
     loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="as TRL names them")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a preference label is wrong")
-    lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6)")
+    nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's mean negative log-likelihood")
+    lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6; SFT: 1e-5)")
     num_epochs: int = Field(4, ge=1, description="passes over the pairs (paper: 4)")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps")
     batch_pairs: int = Field(32, ge=1, description="pairs per optimizer step (paper: 32)")
@@ -103,12 +141,21 @@ class TrainConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
     impl: Literal["reference", "eager", "triton"] | None = Field(None, description="kernels; null chooses by device")
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; null: at the end of each epoch")
+    stop_on: Literal["held_out_loss", "accuracy"] = Field(
+        "held_out_loss", description="what chooses the best adapter: held-out loss, or greedy accuracy on task.path"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+    alarm_nats: float = Field(
+        0.5, gt=0, description="fall of the chosen log-prob per token against the reference that raises the alarm, in nats"
+    )
     log_every: int = Field(1, ge=1, description="write metrics every so many steps")
 
 
 class EvalConfig(Section):
-    """Greedy chain-of-thought evaluation."""
+    """Evaluation: greedy chain of thought, tree of thought, or both on the same questions."""
 
+    method: Literal["cot", "tot", "both"] = Field("cot", description="chain, tree of thought with its vote, or both")
     max_new_tokens: int = Field(320, ge=1, description="cap on one chain, all its lines together")
     batch_size: int = Field(1, ge=1, description="questions per forward pass; 1 is what latency is quoted at")
 
@@ -121,6 +168,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     search: SearchConfig = SearchConfig()
+    pairs: PairsConfig = PairsConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
@@ -130,4 +178,8 @@ class Config(Section):
     def _values_are_ordered(self) -> "Config":
         if self.search.value_impossible >= self.search.value_likely:
             raise ValueError("search.value_impossible must be smaller than search.value_likely")
+        if self.data.path and self.data.mixture:
+            raise ValueError("data.path and data.mixture exclude each other; put the path into the mixture")
+        if self.train.patience is not None and not self.data.held_out and self.train.stop_on == "held_out_loss":
+            raise ValueError("train.patience needs held-out questions: set data.held_out, such as 0.1")
         return self

@@ -8,8 +8,8 @@ With u the distinct (row, target) pairs of row r, G = sum of upstream gradients 
 Y, the expected embedding, does not depend on the loss, so it is made in the forward from the softmax that is there
 anyway, and so is rest_r, the mass that is on no target. Leaving the targets out of Y and never subtracting p from 1
 keeps the gradient of confident tokens exact; the plain W[t] - Y is off by half there, and 1 - exp(logp) is all rounding
-once 1 - p is below the rounding of a logit. Policy and reference rows go through products of the same shapes, so equal hidden states
-give bitwise equal log-probs. Plain torch, any device; float32 accumulation (float64 for float64).
+once 1 - p is below the rounding of a logit. Policy and reference rows go through products of the same shapes, so equal
+hidden states give bitwise equal log-probs. Plain torch, any device; float32 accumulation (float64 for float64).
 """
 
 from typing import Any, NamedTuple
