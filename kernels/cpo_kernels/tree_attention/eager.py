@@ -59,13 +59,14 @@ class EagerTreeAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreeTiles, scale: float
     ) -> torch.Tensor:
         """Online softmax over the tiles."""
-        grouped_q, grouped_k, grouped_v = _grouped(q, k.shape[1]), _grouped(k, k.shape[1]), _grouped(v, k.shape[1])
+        grouped_q, grouped_k, grouped_v = (_grouped(x, k.shape[1]) for x in (q, k, v))
+        grouped_q = grouped_q * scale  # once per query rather than once per score
         out = torch.zeros_like(grouped_q)  # [Hkv, G, T, D]
         maximum = torch.full(grouped_q.shape[:3], float("-inf"), dtype=out.dtype, device=out.device)  # [Hkv, G, T]
         total = torch.zeros_like(maximum)
         for tile in plan.tiles:
             queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
-            scores = _scores(grouped_q, grouped_k, tile, scale)  # [Hkv, G, nq, nk]
+            scores = _scores(grouped_q, grouped_k, tile)  # [Hkv, G, nq, nk]
             tile_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
             weights = torch.exp_(scores.sub_(tile_maximum.unsqueeze(-1)))
             decay = torch.exp(maximum[:, :, queries] - tile_maximum)
@@ -84,32 +85,39 @@ class EagerTreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dq, dk, dv by the same tiles: p = exp(s - lse), ds = p * (dp - sum(dout * out)) * scale."""
+        """dq, dk, dv by the same tiles: p = exp(s - lse), ds = p * (dp - sum(dout * out)); the scale sits in q."""
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         num_kv_heads = k.shape[1]
         grouped_q, grouped_k, grouped_v = (_grouped(x, num_kv_heads) for x in (q, k, v))
+        grouped_q = grouped_q * ctx.scale
         grad_out = _grouped(grad_outputs[0], num_kv_heads)
         delta = (grad_out * _grouped(out, num_kv_heads)).sum(dim=-1, keepdim=True)  # [Hkv, G, T, 1]
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
         for tile in ctx.plan.tiles:
             queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
-            scores = _scores(grouped_q, grouped_k, tile, ctx.scale)
+            scores = _scores(grouped_q, grouped_k, tile)
             weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
             tile_grad = grad_out[:, :, queries]
             grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(tile_grad)
             grad_scores = (tile_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
-            grad_scores.mul_(weights).mul_(ctx.scale)
+            grad_scores.mul_(weights)
             grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
             grad_k[:, 0, keys] += _fold(grad_scores).transpose(1, 2) @ _fold(grouped_q[:, :, queries])
         if ctx.plan.isolated:
             rows = torch.tensor(ctx.plan.isolated, device=q.device)
             grad_v[:, 0, rows] = grad_out[:, :, rows].sum(dim=1)
-        return _ungrouped(grad_q, q.dtype), _ungrouped(grad_k, k.dtype), _ungrouped(grad_v, v.dtype), None, None
+        return (
+            _ungrouped(grad_q.mul_(ctx.scale), q.dtype),
+            _ungrouped(grad_k, k.dtype),
+            _ungrouped(grad_v, v.dtype),
+            None,
+            None,
+        )
 
 
-def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile, scale: float) -> torch.Tensor:
+def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile) -> torch.Tensor:
     queries = grouped_q[:, :, tile.query_start : tile.query_stop]
-    scores = (queries @ grouped_k[:, :, tile.key_start : tile.key_stop].transpose(2, 3)).mul_(scale)
+    scores = queries @ grouped_k[:, :, tile.key_start : tile.key_stop].transpose(2, 3)
     if tile.query_start < tile.key_stop:  # the diagonal: these queries see the run only up to themselves
         height = min(tile.query_stop, tile.key_stop) - tile.query_start
         hidden = torch.ones(height, tile.key_stop - tile.key_start, dtype=torch.bool, device=scores.device)
