@@ -7,6 +7,7 @@ recomputes the probabilities from the saved log-sum-exp and walks the same slice
 the result is bitwise repeatable. float32 accumulators (float64 for float64 inputs).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -119,11 +120,17 @@ def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile) -> tor
     queries = grouped_q[:, :, tile.query_start : tile.query_stop]
     scores = queries @ grouped_k[:, :, tile.key_start : tile.key_stop].transpose(2, 3)
     if tile.query_start < tile.key_stop:  # the diagonal: these queries see the run only up to themselves
-        height = min(tile.query_stop, tile.key_stop) - tile.query_start
-        hidden = torch.ones(height, tile.key_stop - tile.key_start, dtype=torch.bool, device=scores.device)
-        hidden = hidden.triu(diagonal=tile.query_start - tile.key_start + 1)
+        first = tile.query_start - tile.key_start
+        height, width = min(tile.query_stop, tile.key_stop) - tile.query_start, tile.key_stop - tile.key_start
+        hidden = _later_keys(scores.device)[first : first + height, :width]
         scores[:, :, :height].masked_fill_(hidden, float("-inf"))
     return scores
+
+
+@functools.cache
+def _later_keys(device: torch.device) -> torch.Tensor:
+    """[BLOCK_KEYS, BLOCK_KEYS] bool, True where a key of a run stands after the query; every tile's mask is a slice."""
+    return torch.ones(BLOCK_KEYS, BLOCK_KEYS, dtype=torch.bool, device=device).triu_(1)
 
 
 def _grouped(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
