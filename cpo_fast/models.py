@@ -39,6 +39,15 @@ _READ_BYTES = 1 << 22  # a weight file is hashed in pieces: it need not fit into
 _file_digests: dict[tuple[str, int, int], str] = {}
 
 
+_remote_code_allowed = False
+
+
+def allow_remote_code() -> None:
+    """Let models of this process run the Python code in their folder; only the command-line flag calls this."""
+    global _remote_code_allowed
+    _remote_code_allowed = True
+
+
 def resolve_device(name: str) -> "torch.device":
     """The torch device that `model.device` means.
 
@@ -116,11 +125,11 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     device = resolve_device(config.device)
     folder = model_folder(config.path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
-            trust_remote_code=False,
+            trust_remote_code=_remote_code_allowed,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -224,8 +233,8 @@ def _download(path: str) -> Path:
 def _load_problem(path: str, error: Exception) -> Exception:
     if "trust_remote_code" in str(error):
         return ConfigError(
-            f"model.path: {path} needs Python code that comes with the model, which is never run; "
-            "use a model whose architecture transformers implements"
+            f"model.path: {path} needs Python code that comes with the model, which is not run; use a model whose "
+            "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
         )
     return ConfigError(f"model.path: {path} cannot be loaded ({_first_line(error)}); check the folder's files")
 

@@ -11,6 +11,7 @@ search gives the same bytes. Gold answers ride along for information; nothing he
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,15 +34,17 @@ class Node:
     """One thought: a line of the chain, under the state it continues.
 
     Attributes:
-        id: place in `SearchTree.nodes`, in order of level, parent rank and sample index.
+        id: place in `SearchTree.nodes`: in the order in which states were expanded, then by sample index. Parents come
+            before their children.
         parent: id of the parent node, or -1 under the root state.
         depth: step in the chain, from 1.
         text: the thought as decoded, its newline included; for people, evaluators and answers.
         token_ids: the ids as generated; what is trained and scored.
         value: verdict of the evaluator, larger is better; None when every sampled verdict was unparseable.
         evaluations: what `value` was made from: {"likely": log-prob, "impossible": log-prob}, or one
-            {"label": "likely" | "impossible" | None, "text": str} a sampled verdict.
-        kept: expanded on the next level, or complete and so part of the vote.
+            {"label": "likely" | "impossible" | None, "text": str} a sampled verdict, or one {"imported": value} for
+            each candidate of another program's search that is merged here.
+        kept: expanded, or complete and so part of the vote.
         terminal: the search never continues it: an answer line, or a chain that broke off.
         complete: an answer line with a readable answer that ended by newline or end-of-sequence.
         count: how many samples of this parent had this text (merged by collapsed whitespace).
@@ -73,11 +76,15 @@ class SearchTree:
         prompt_hash: names the few-shot prompt, `prompts/<prompt_hash>.json`.
         num_shared_tokens: how many leading ids of that prompt the tokenised question prompt shares.
         question_token_ids: the rest of the tokenised question prompt.
+        question_prompt: its text after that of the few-shot prompt, template included; `Prompt.text` + this + the
+            thoughts is what the model read.
         nodes: every generated thought that is not empty, losers included.
         winning_nodes: ids of the complete nodes in the winning answer group, ascending.
         answer: the winning answer or None. num_empty: samples dropped because they were only whitespace.
-        status: see `Status`. detail: the reason when failed, else "".
+        status: see `Status`. detail: the reason when failed, where it was imported from, else "".
         model_hash, adapter_hash ("" without one), config_hash: what produced the tree. seed: the run's seed.
+        num_thought_tokens: tokens generated for thoughts, those of duplicates and of empty samples included.
+        num_verdict_tokens: tokens generated for sampled verdicts. Both 0 in an imported tree, which does not tell.
     """
 
     id: str
@@ -97,6 +104,9 @@ class SearchTree:
     adapter_hash: str
     seed: int
     config_hash: str
+    num_thought_tokens: int = 0
+    num_verdict_tokens: int = 0
+    question_prompt: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def children(self, node_id: int) -> list[Node]:
@@ -188,8 +198,12 @@ def read_prompt(trees_path: str | Path, prompt_hash: str) -> Prompt:
     """Load the prompt `prompt_hash` stored beside a `trees.jsonl`.
 
     Raises:
-        DataError: the file is missing, damaged, or its content does not have that hash.
+        DataError: the hash is none, or the file is missing, damaged, or its content does not have that hash.
     """
+    if not re.fullmatch("[0-9a-f]{16}", prompt_hash):  # it becomes a file name: a tree must not point elsewhere
+        raise DataError(
+            f"{trees_path}: prompt_hash {prompt_hash!r} is not 16 hexadecimal digits; the tree was not made here"
+        )
     path = Path(trees_path).parent / "prompts" / f"{prompt_hash}.json"
     rows = [row for _, row in read_jsonl(path)]
     if len(rows) != 1 or not isinstance(rows[0].get("text"), str) or not isinstance(rows[0].get("token_ids"), list):
@@ -258,6 +272,9 @@ _TREE_TYPES: dict[str, type | tuple[type, ...]] = {
     "adapter_hash": str,
     "seed": int,
     "config_hash": str,
+    "num_thought_tokens": int,
+    "num_verdict_tokens": int,
+    "question_prompt": str,
     "schema_version": int,
 }
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 # cpo_fast from the ground up; what is not named (errors, files, config, tree, tasks, models) is the ground, level 0
-LEVELS = {"search": 1, "data": 1, "train": 2, "evaluate": 2, "report": 2, "cli": 3, "demo": 3}
+LEVELS = {"search": 1, "data": 1, "train": 2, "evaluate": 2, "report": 2, "cli": 3, "demo": 3, "__main__": 3}
 STRANGERS = {("search", "data"), ("data", "search")}
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "cpo_kernels"}
 KERNEL_PHASES = {"reference", "forward", "backward", "eager"}

@@ -18,7 +18,7 @@ from cpo_fast.cli.demo import STATEMENT, demo_command, demo_config
 from cpo_fast.config import config_hash
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.models import load_model
-from cpo_fast.search.breadth_first import SearchOutcome
+from cpo_fast.search.grower import SearchOutcome
 from cpo_fast.tree import Node
 from tests.tiny import save_tiny_model
 
@@ -85,7 +85,7 @@ def test_every_stage_hands_its_files_to_the_next_and_a_second_run_resumes(tmp_pa
     model, _ = load_model(settings.model_copy(update={"adapter": str(out / "adapter")}))
     trained = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert trained
-    assert all(bool(value.any()) for value in trained), "training left the adapter where it started"
+    assert all(float(value.abs().max()) > 1e-5 for value in trained), "training left the adapter where it started"
     for said in ("[5/5]", "4 pairs from 2 trees", "95 % interval", "tokens per question", STATEMENT):
         assert said in first.output, said
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,9 @@ def _tree(**changes):
         adapter_hash="",
         seed=0,
         config_hash="b" * 16,
+        num_thought_tokens=31,
+        num_verdict_tokens=7,
+        question_prompt="Question: How many é?\n",
     )
     return replace(tree, **changes)
 
@@ -93,7 +97,7 @@ def test_the_prompt_is_stored_once_and_a_changed_one_is_noticed(tmp_path):
     with pytest.raises(DataError, match="changed after the search"):
         read_prompt(trees_path, PROMPT.hash)
     with pytest.raises(DataError, match="cannot read"):
-        read_prompt(trees_path, "absent")
+        read_prompt(trees_path, "0" * 16)
 
 
 def _edit(**changes):
@@ -114,6 +118,8 @@ def _edit_node(position, **changes):
         (_edit(extra=1), r"unknown \['extra'\]"),
         (_edit(question=3), "'question' has type int"),
         (_edit(num_shared_tokens=True), "'num_shared_tokens' has type bool"),
+        (_edit(num_thought_tokens=1.5), "'num_thought_tokens' has type float"),
+        ({key: value for key, value in _edit().items() if key != "num_verdict_tokens"}, r"missing \['num_verdict"),
         (_edit(status="fine"), "status 'fine'"),
         (_edit(winning_nodes=[3]), "winning node 3 is not a complete node"),
         (_edit(winning_nodes=[9]), "winning node 9"),
@@ -146,3 +152,11 @@ def test_broken_json_doubled_ids_and_torn_tails(tmp_path):
     with pytest.raises(DataError, match=r":2: the line is not valid JSON"):
         read_trees(path)
     assert [tree.id for tree in read_trees(path, drop_torn_tail=True)] == ["q1"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..", "a/b", "", "C:evil", "0" * 15, "0" * 15 + "\n", "con\x00"]
+)
+def test_hostile_prompt_hash_never_becomes_a_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="not 16 hexadecimal digits"):
+        read_prompt(tmp_path / "trees.jsonl", name)

@@ -17,7 +17,8 @@ COMMANDS = {
     "collect": "search: grow one tree of thoughts per question into trees.jsonl",
     "pairs": "turn trees.jsonl into preference pairs (pairs.jsonl)",
     "train": "train a LoRA adapter on trees, pairs or any preference JSONL",
-    "eval": "greedy chain-of-thought accuracy, seconds and tokens per question",
+    "eval": "accuracy, seconds and tokens of chain and tree of thought; paired comparisons",
+    "merge": "merge an adapter into its base model, checked against both",
     "demo": "collect, pairs, train and eval with a 135M model on shipped word problems",
 }
 
@@ -45,10 +46,16 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cpo-fast")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model. Never set by a file.")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
     """Teach a language model to reason in one chain by learning from its own search tree."""
     ctx.obj = {"debug": debug}
+    if trust_remote_code:
+        from cpo_fast.models import allow_remote_code
+
+        click.echo("warning: code in the model's folder will run with your rights", err=True)
+        allow_remote_code()
 
 
 def main() -> None:

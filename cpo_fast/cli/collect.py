@@ -1,19 +1,29 @@
-"""`cpo-fast collect`: search every question of a task and write `trees.jsonl`."""
+"""`cpo-fast collect`: search every question of a task, or import searches of the paper's program, to `trees.jsonl`."""
 
 import sys
 from typing import Any
 
 import click
 
-from cpo_fast.config import load_config
+from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError
+
+# ids, answers and reasons in a line of progress: some are written by a model
+MAX_SHOWN = 80
 
 
 @click.command("collect")
 @click.argument("config_path", metavar="CONFIG.yaml", type=click.Path(dir_okay=False))
 @click.argument("overrides", metavar="[section.key=value ...]", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object on stdout.")
-def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option(
+    "--import-official",
+    "official_path",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Do not search: convert the raw tree file of the CPO paper's own program.",
+)
+def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool, official_path: str | None) -> None:
     """Search: grow one tree of thoughts per question into RUN/trees.jsonl.
 
     Questions that the file already holds are skipped, so a run that was stopped continues where it was.
@@ -21,6 +31,9 @@ def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool)
     config = load_config(config_path, overrides)
     if not config.model.path:
         raise ConfigError(f"{config_path}: model.path is empty; set it to a model's folder or hub id")
+    if official_path is not None:
+        _import(config, official_path, as_json)
+        return
     from cpo_fast.search.collect import collect, load_questions
 
     _, questions = load_questions(config)  # a bad question file is reported before torch is loaded
@@ -29,16 +42,38 @@ def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool)
     else:
         result = collect(config, progress=_print_line)
     if as_json:
-        from cpo_fast.files import canonical_json
-
-        click.echo(canonical_json(result.to_dict()))
+        _print_json(result)
     else:
-        _print_table(result)
+        _print_summary(result)
     if result.statuses.get("failed", 0) == result.num_questions:
-        raise CpoFastError(f"every question failed; the first: {result.first_failure}")
+        raise CpoFastError(f"every question failed; the first: {_shown(result.first_failure, 400)}")
 
 
-def _collect_with_bar(config: Any, collect: Any, num_questions: int) -> Any:
+def _import(config: Config, official_path: str, as_json: bool) -> None:
+    from cpo_fast.search.official import import_official
+
+    result = import_official(config, official_path)
+    if as_json:
+        _print_json(result)
+        return
+    rows = [
+        ("entries", f"{result.num_entries}, {result.num_trees} of them trees"),
+        ("statuses", _counts(result.statuses)),
+        ("candidates", str(result.num_candidates)),
+        ("unique thoughts", str(result.num_thoughts)),
+        (
+            "winning paths",
+            f"{result.num_winning_paths} ({result.num_lost_winners} recorded winners are no answer here)",
+        ),
+    ]
+    _print_table(rows)
+    for what, reasons in (("entry", result.dropped_entries), ("candidate", result.dropped_candidates)):
+        for reason, count in sorted(reasons.items()):
+            click.echo(f"left out: {count} x {what}: {reason}")
+    click.echo(f"trees: {result.trees_path}; left out: {result.dropped_path}")
+
+
+def _collect_with_bar(config: Config, collect: Any, num_questions: int) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -59,38 +94,59 @@ def _collect_with_bar(config: Any, collect: Any, num_questions: int) -> Any:
 
 def _print_line(number: int, total: int, tree: Any, seconds: float) -> None:
     """One plain line a question on stderr, for logs; stdout stays for the summary."""
-    reason = f" ({tree.detail})" if tree.detail else ""
+    reason = f" ({_shown(tree.detail, 300)})" if tree.detail else ""
+    answer = None if tree.answer is None else _shown(tree.answer)
     click.echo(
-        f"{number}/{total} {tree.id}: {tree.status}{reason}, {len(tree.nodes)} thoughts, "
-        f"{len(tree.winning_nodes)} winning paths, answer {tree.answer}, {seconds:.1f} s",
+        f"{number}/{total} {_shown(tree.id)}: {tree.status}{reason}, {len(tree.nodes)} thoughts, "
+        f"{len(tree.winning_nodes)} winning paths, answer {answer}, {seconds:.1f} s",
         err=True,
     )
 
 
-def _print_table(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _shown(text: str, max_length: int = MAX_SHOWN) -> str:
+    """Text as a terminal may get it: on one line, without control sequences or half surrogate pairs, not too long."""
+    plain = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[:max_length]
+    )
+    return plain if len(text) <= max_length else f"{plain}..."
 
-    statuses = ", ".join(f"{count} {status}" for status, count in sorted(result.statuses.items()))
+
+def _counts(statuses: dict[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+
+
+def _print_json(result: Any) -> None:
+    from cpo_fast.files import canonical_json
+
+    click.echo(canonical_json(result.to_dict()))
+
+
+def _print_summary(result: Any) -> None:
     rows = [
         ("questions", f"{result.num_questions} ({result.num_resumed} finished before)"),
-        ("statuses", statuses),
+        ("statuses", _counts(result.statuses)),
         ("samples", f"{result.num_samples} ({result.num_empty} empty)"),
         ("unique thoughts", f"{result.num_thoughts} ({result.num_cut} cut at the token cap)"),
         ("winning paths", str(result.num_winning_paths)),
+        ("tokens generated", f"{result.num_generated_tokens} ({result.num_useful_tokens} on winning paths)"),
         ("seconds", f"{result.seconds:.1f}"),
     ]
     if result.num_verdicts:
         rows.append(("unparseable verdicts", f"{result.num_unparseable} of {result.num_verdicts}"))
     if result.vote_accuracy is not None:
-        rows.append(
-            (
-                "vote accuracy",
-                f"{result.vote_accuracy:.3f} ({result.num_correct} of {result.num_gold}, information only)",
-            )
-        )
+        correct = f"{result.num_correct} of {result.num_gold}, information only"
+        rows.append(("vote accuracy", f"{result.vote_accuracy:.3f} ({correct})"))
+    _print_table(rows)
+    click.echo(f"trees: {result.trees_path}")
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(show_header=False)
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     Console().print(table)
-    click.echo(f"trees: {result.trees_path}")

@@ -1,70 +1,140 @@
-"""`cpo-fast eval`: greedy chain-of-thought accuracy, seconds and tokens per question of one model."""
+"""`cpo-fast eval`: accuracy, seconds and tokens per question by greedy chain and by tree of thought, and what differs."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cpo_fast.config import load_config
+from cpo_fast.config import Config, load_config
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from cpo_fast.evaluate import Evaluation
+    from cpo_fast.evaluate import Comparison, Evaluation, Overview
 
 
 @click.command(name="eval")
-@click.argument("config", type=click.Path(dir_okay=False))
+@click.argument("config", type=click.Path(dir_okay=False), required=False)
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def eval_command(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Answer every question of the task once, greedily, with the model and, if set, its adapter.
+@click.option(
+    "--compare",
+    "compared",
+    type=click.Path(dir_okay=False),
+    nargs=2,
+    metavar="FIRST.jsonl SECOND.jsonl",
+    help="Evaluate nothing; compare two eval-*.jsonl on the same questions. Prints, writes no file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def eval_command(
+    config: str | None, overrides: tuple[str, ...], compared: tuple[str, str] | None, as_json: bool
+) -> None:
+    """Answer every question of the task with the model and, if set, its adapter.
 
-    Writes eval-base or eval-adapter, .json (summary) and .jsonl (one question a line), into the run's folder.
+    eval.method says how: cot (one greedy chain, the default), tot (tree of thought and its vote) or both. Writes
+    eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or adapter, with
+    -tot for trees; then eval.json, eval.md and eval.csv, which put all of them side by side and compare them in pairs.
     """
-    settings = load_config(config, overrides)
+    if compared is not None:
+        if config is not None:
+            raise click.UsageError("--compare takes two result files and no CONFIG")
+        _compare(compared, as_json)
+    elif config is None:
+        raise click.UsageError("give a CONFIG, or --compare with two result files")
+    else:
+        _evaluate(load_config(config, overrides), as_json)
 
+
+def _evaluate(settings: Config, as_json: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from cpo_fast.evaluate import evaluate
+    from cpo_fast.evaluate import evaluate_methods, run_overview
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("questions", total=None)
-        evaluation = evaluate(
+        evaluations = evaluate_methods(
             settings, on_question=lambda done, total: progress.update(bar, completed=done, total=total)
         )
+    run = Path(settings.run)
+    overview = run_overview(run, settings.seed)
+    overview.write(run)
     if as_json:
-        click.echo(json.dumps(evaluation.summary()))
+        click.echo(json.dumps(overview.to_dict()))
         return
-    Console().print(evaluation_table([evaluation]))
-    click.echo(f"one line per question: {settings.run}/eval-{evaluation.label}.jsonl")
+    _show(Console(), overview)
+    names = ", ".join(f"eval-{evaluation.label}.jsonl" for evaluation in evaluations)
+    click.echo(f"one line per question: {names} in {run}; the tables: eval.json, eval.md, eval.csv")
 
 
-def evaluation_table(evaluations: "list[Evaluation]") -> "Table":
+def _compare(paths: tuple[str, str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from cpo_fast.evaluate import compare, read_evaluation
+
+    first, second = (read_evaluation(path) for path in paths)
+    comparison = compare(first, second, paths)
+    if as_json:
+        click.echo(json.dumps(asdict(comparison)))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_table("Evaluations", paths, [first, second]))
+    _show_comparisons(console, [comparison])
+
+
+def evaluation_table(evaluations: "Sequence[Evaluation]") -> "Table":
     """One column per evaluation; a batch's seconds, divided by its questions, say so."""
-    from rich.table import Table
+    return _table("Evaluation", [evaluation.label for evaluation in evaluations], evaluations)
 
-    table = Table(title="Greedy chain of thought", title_justify="left")
+
+def _show(console: "Console", overview: "Overview") -> None:
+    from cpo_fast.evaluate.tables import agreement_line
+
+    console.print(evaluation_table(overview.evaluations))
+    _show_comparisons(console, overview.comparisons)
+    for line in (*map(agreement_line, overview.agreements), *overview.notes):
+        click.echo(_printable(line))
+
+
+def _show_comparisons(console: "Console", comparisons: "Sequence[Comparison]") -> None:
+    from cpo_fast.evaluate.tables import bootstrap_line, comparison_cells, comparison_title
+
+    if not comparisons:
+        return
+    titles = [comparison_title(comparison) for comparison in comparisons]
+    console.print(_cells("Compared, question by question", titles, [comparison_cells(each) for each in comparisons]))
+    for comparison, title in zip(comparisons, titles, strict=True):
+        for sentence in comparison.stated:
+            click.echo(_printable(f"{title}: {sentence}"))
+    click.echo(bootstrap_line(comparisons[0]))
+
+
+def _table(title: str, headers: "Sequence[str]", evaluations: "Sequence[Evaluation]") -> "Table":
+    from cpo_fast.evaluate.tables import evaluation_cells
+
+    return _cells(title, headers, [evaluation_cells(evaluation) for evaluation in evaluations])
+
+
+def _cells(title: str, headers: "Sequence[str]", columns: "Sequence[dict[str, str]]") -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from cpo_fast.evaluate.tables import merged_headings
+
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for evaluation in evaluations:
-        table.add_column(evaluation.label, justify="right")
-    columns = [_column(evaluation) for evaluation in evaluations]
-    for heading in columns[0]:
-        table.add_row(heading, *(column[heading] for column in columns))
+    for header in headers:
+        # as plain text: brackets in a path are no markup
+        table.add_column(Text(header), justify="right")
+    for heading in merged_headings(columns):
+        table.add_row(heading, *(Text(column.get(heading, "")) for column in columns))
     return table
 
 
-def _column(evaluation: "Evaluation") -> dict[str, str]:
-    accuracy, interval = evaluation.accuracy, evaluation.interval
-    seconds, tokens = evaluation.seconds, evaluation.tokens
-    divided = "" if evaluation.batch_size == 1 else ", divided"
-    return {
-        "correct": f"{evaluation.num_correct} of {evaluation.num_graded}",
-        "accuracy": "no reference answers" if accuracy is None else f"{accuracy:.1%}",
-        "95 % interval (Wilson)": "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
-        "without a readable answer": str(evaluation.num_unanswered),
-        "batch size": f"{evaluation.batch_size}",
-        "seconds per question": f"{seconds.mean:.2f} (p50 {seconds.p50:.2f}, p95 {seconds.p95:.2f}){divided}",
-        "tokens per question": f"{tokens.mean:.1f} (p50 {tokens.p50:.0f}, p95 {tokens.p95:.0f})",
-    }
+def _printable(text: str) -> str:
+    """Without control characters: an id or a library's message must not steer the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -25,8 +25,12 @@ def train_command(config_path: str, overrides: tuple[str, ...], as_json: bool) -
         values: dict[str, Any] = {
             "adapter": str(result.adapter_path),
             "metrics": str(result.metrics_path),
-            "num_pairs": result.num_pairs,
+            "num_items": result.num_items,
+            "num_held_out": result.num_held_out,
             "num_steps": result.num_steps,
+            "best_step": result.best_step,
+            "stopped_early": result.stopped_early,
+            "alarm": result.alarm,
             "first": result.first,
             "last": result.last,
             "seconds": result.seconds,

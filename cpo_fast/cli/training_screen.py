@@ -7,6 +7,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+# metric, its label on the progress line, its format
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".2f"),
+    ("rewards/margins", "margin", "+.4f"),
+    ("tokens/saved", "saved", ".0%"),
+    ("eval_loss", "held-out loss", ".4f"),
+    ("eval_accuracy", "chain accuracy", ".3f"),
+)
+IN_TABLE = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "mean_token_accuracy",
+    "grad_norm",
+    "tokens/saved",
+)
+
 
 class TrainingScreen:
     """Progress of the steps; used as a context manager."""
@@ -40,9 +60,8 @@ class TrainingScreen:
 
     def update(self, values: dict[str, Any], num_steps: int) -> None:
         """Show one step."""
-        text = (
-            f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.2f}  "
-            f"margin {values['rewards/margins']:+.4f}  saved {values['tokens/saved']:.0%}"
+        text = "  ".join(
+            f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None
         )
         if self.progress is None:
             self.console.print(f"step {values['step']}/{num_steps}  {text}  {values['seconds']:.1f} s", highlight=False)
@@ -52,15 +71,19 @@ class TrainingScreen:
         self.progress.update(self.task, completed=values["step"], description=text)
 
     def summary(self, result: Any) -> None:
-        """The final table: first and last step side by side, and where the adapter is."""
-        table = Table(title=f"{result.num_pairs} pairs, {result.num_steps} steps, {result.seconds:.0f} s")
+        """The final table: first and last step side by side, what validation chose, and where the adapter is."""
+        table = Table(title=f"{result.num_items} rows, {result.num_steps} steps, {result.seconds:.0f} s")
         table.add_column("")
         table.add_column("first step", justify="right")
         table.add_column("last step", justify="right")
-        names = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "grad_norm"]
-        for name in names:
-            table.add_row(name, f"{result.first[name]:.4f}", f"{result.last[name]:.4f}")
-        table.add_row("tokens/saved", f"{result.first['tokens/saved']:.1%}", f"{result.last['tokens/saved']:.1%}")
+        for name in IN_TABLE:
+            if name in result.first:
+                table.add_row(name, f"{result.first[name]:.4f}", f"{result.last[name]:.4f}")
         self.console.print(table)
+        if result.num_held_out or result.best_step != result.num_steps:
+            early = ", stopped early" if result.stopped_early else ""
+            self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")
+        if result.alarm:
+            self.console.print(f"warning: {result.alarm}", highlight=False, soft_wrap=True)
         self.console.print(f"adapter: {result.adapter_path}", highlight=False, soft_wrap=True)
         self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ Duplicate keys, unknown keys (with the nearest known name), wrong types and YAML
 with the file, the key and the remedy.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cpo_fast.config.presets import PRESETS
 from cpo_fast.config.sections import Config
 from cpo_fast.errors import ConfigError
 
@@ -38,7 +40,10 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (or none), apply `section.key=value` overrides in order, validate.
+    """Read a YAML file (or none), apply `section.key=value` overrides in order, fill in the preset, validate.
+
+    A top-level `preset: paper` (or `official`) supplies every value of that preset that the file and the overrides leave
+    open; see `cpo_fast.config.presets`.
 
     Raises:
         ConfigError: the file is unreadable or not a mapping, a key is unknown or doubled, or a value has a wrong type.
@@ -48,6 +53,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         values = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(values, override)
+    values = _with_preset(values, source=str(path) if path is not None else "command line")
     return validate_config(values, source=str(path) if path is not None else "command line")
 
 
@@ -113,6 +119,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
+def _with_preset(values: dict[str, Any], source: str) -> dict[str, Any]:
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"{source}: preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    merged = copy.deepcopy(PRESETS[name])
+    for section, given in values.items():
+        if isinstance(given, dict) and isinstance(merged.get(section), dict):
+            merged[section].update(given)
+        else:
+            merged[section] = given
+    return merged
+
+
 def _sentence(item: Any, source: str) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
@@ -120,7 +141,7 @@ def _sentence(item: Any, source: str) -> str:
         got = f", got {item['input']!r}" if not isinstance(item["input"], dict | BaseModel) else ""
         message = item["msg"].removeprefix("Value error, ")
         return f"{source}: {key or 'configuration'}: {message}{got}"
-    nearest = difflib.get_close_matches(key, _known_keys(Config), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(key, ["preset", *_known_keys(Config)], n=1, cutoff=0.5)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"{source}: unknown key '{key}'{hint}"
 

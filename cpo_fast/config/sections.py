@@ -27,10 +27,12 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """Which questions are asked, and from where they come."""
 
-    name: Literal[
-        "svamp", "gsm8k", "bamboogle", "2wikimultihopqa", "hotpotqa", "fever", "feverous", "vitaminc"
-    ] = Field("svamp", description="the data set: decides loader, prompts and answers")
-    path: str = Field("", description="the released file, a JSONL of question[, answer], or hub:org/name[:config][:split]")
+    name: Literal["svamp", "gsm8k", "bamboogle", "2wikimultihopqa", "hotpotqa", "fever", "feverous", "vitaminc"] = (
+        Field("svamp", description="the data set: decides loader, prompts and answers")
+    )
+    path: str = Field(
+        "", description="the released file, a JSONL of question[, answer], or hub:org/name[:config][:split]"
+    )
     num_questions: int | None = Field(None, ge=1, description="use only the first so many questions")
     skip_questions: int = Field(0, ge=0, description="leave out the first so many questions")
     chat: bool = Field(False, description="ask through the tokenizer's chat template instead of plain completion")
@@ -62,7 +64,10 @@ class SearchConfig(Section):
     shuffle_evaluator: bool = Field(True, description="order of the evaluator's demonstrations drawn from the seed")
     keep_ties: bool = Field(False, description="keep every state tied with the n-th instead of cutting at n")
     max_nodes: int = Field(1000, ge=1, description="thoughts per question after which no state is expanded any more")
-    dfs_threshold: float = Field(2.0, description="depth-first search does not enter states valued below this")
+    dfs_threshold: float | None = Field(
+        None,
+        description="depth-first search does not enter states valued below this; null: enters them in order of value",
+    )
     batch_size: int = Field(40, ge=1, description="rows per forward pass; never changes the trees")
 
 
@@ -147,7 +152,9 @@ class TrainConfig(Section):
     )
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
     alarm_nats: float = Field(
-        0.5, gt=0, description="fall of the chosen log-prob per token against the reference that raises the alarm, in nats"
+        0.5,
+        gt=0,
+        description="fall of the chosen log-prob per token against the reference that raises the alarm, in nats",
     )
     log_every: int = Field(1, ge=1, description="write metrics every so many steps")
 

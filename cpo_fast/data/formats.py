@@ -1,41 +1,40 @@
-"""Training files to preference pairs: `trees.jsonl`, `pairs.jsonl`, or any prompt/chosen/rejected JSONL of text.
+"""Training files to items in token ids: search trees, pairs, supervised rows, or any preference set of others.
 
-The kind is read off the first row. Ids that a row carries are used as they are. Text is tokenised together with its
-prompt, as it would stand in one row; the prompt is what prompt, prompt + chosen and prompt + rejected have in common, so
-a token that merges across the boundary belongs to the response and is trained. Bad rows are counted by reason and
-written to `dropped.jsonl`; nothing is cut.
+What a row may hold: `prompt`, `chosen` and `rejected` as text or as conversations, the prompt left out where both
+responses begin with it, ids in `*_token_ids`; for supervised fine-tuning `prompt` and `completion`. Bad rows are counted
+by reason and written to `dropped.jsonl` with file:line; above `data.max_drop` they end the run.
 """
 
-import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cpo_fast.config import DataConfig
+from cpo_fast.config import Config
 from cpo_fast.data.pair import PreferencePair
-from cpo_fast.data.pairs import iterate_pair_rows
+from cpo_fast.data.pairs import write_dropped
+from cpo_fast.data.parse import RowParser
+from cpo_fast.data.rows import BadRow
+from cpo_fast.data.sft import SftExample
+from cpo_fast.data.sources import Kind, group_name, open_sources
+from cpo_fast.data.weights import weigh_pairs
 from cpo_fast.errors import DataError
-from cpo_fast.files import read_jsonl, write_jsonl
-from cpo_fast.tasks import common_prefix_length
+from cpo_fast.files import canonical_json
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = ("prompt", "chosen", "rejected")
-ID_KEYS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+Item = TypeVar("Item", PreferencePair, SftExample)
 
-
-class BadRow(Exception):
-    """A row that cannot become a pair; the message is the reason it is counted under."""
+MAX_REASONS_SHOWN = 5  # in a message; dropped.jsonl has them all
 
 
 @dataclass
-class LoadedPairs:
-    """Pairs in file order, what was dropped and why, and how many prompts merged a token with a response."""
+class LoadReport:
+    """What was dropped and why, and how many prompts merged a token with a response."""
 
-    pairs: list[PreferencePair] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     num_merged_boundaries: int = 0
 
@@ -45,120 +44,137 @@ class LoadedPairs:
         return dict(Counter(row["reason"] for row in self.dropped).most_common())
 
 
-def load_pairs(config: DataConfig, tokenizer: Any, dropped_path: str | Path | None = None) -> LoadedPairs:
-    """Read `config.path` into pairs.
+@dataclass
+class LoadedPairs(LoadReport):
+    """Pairs in file order, weighted, and what was dropped."""
+
+    pairs: list[PreferencePair] = field(default_factory=list)
+
+
+@dataclass
+class LoadedSft(LoadReport):
+    """Supervised examples in file order, and what was dropped."""
+
+    examples: list[SftExample] = field(default_factory=list)
+
+
+def load_pairs(config: Config, tokenizer: Any, dropped_path: str | Path | None = None) -> LoadedPairs:
+    """Read the configured data into weighted pairs.
 
     Args:
-        config: path, end-of-sequence rule, length limit and the share of bad rows that is tolerated.
-        tokenizer: a Hugging Face tokenizer; only text rows are tokenised, but its eos_token_id is used for all.
-        dropped_path: where dropped rows are written with file:line and reason; not written when nothing was dropped.
+        config: sections data and pairs, and the seed.
+        tokenizer: a Hugging Face tokenizer; only text is tokenised, but its eos_token_id is used for all rows.
+        dropped_path: where dropped rows are written with file:line and reason; removed when nothing was dropped.
 
     Raises:
-        DataError: the file is unreadable or empty, a line is no JSON object, no pair is left, or more than
-            `config.max_drop` of the rows are bad.
+        ConfigError: no data is configured. DataError: a file is unreadable or empty, no pair is left, or more than
+            `data.max_drop` of the rows are bad. EnvironmentProblem: an optional library is missing.
     """
-    if config.eos != "never" and tokenizer.eos_token_id is None:
+    parser = RowParser(config.data, tokenizer)
+    report = LoadedPairs()
+    _load(config, tokenizer, "pairs", parser.pair, _pair_key, report.pairs, report, dropped_path)
+    report.pairs = weigh_pairs(report.pairs, config.pairs.weight)
+    return report
+
+
+def load_sft(config: Config, tokenizer: Any, dropped_path: str | Path | None = None) -> LoadedSft:
+    """Read the configured data into supervised examples; trees give their winning paths. See `load_pairs`."""
+    parser = RowParser(config.data, tokenizer)
+
+    def parse(row: dict[str, Any], source: str, group: str, _: bool) -> tuple[SftExample, bool]:
+        return parser.example(row, source, group)
+
+    report = LoadedSft()
+    _load(config, tokenizer, "sft", parse, _example_key, report.examples, report, dropped_path)
+    return report
+
+
+def _load(
+    config: Config,
+    tokenizer: Any,
+    kind: Kind,
+    parse: Callable[[dict[str, Any], str, str, bool], tuple[Item, bool]],
+    key_of: Callable[[Item], tuple[tuple[int, ...], ...]],
+    items: list[Item],
+    report: LoadReport,
+    dropped_path: str | Path | None,
+) -> None:
+    if config.data.eos != "never" and tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token; set data.eos=never")
-    loaded = LoadedPairs()
     seen: dict[tuple[tuple[int, ...], ...], str] = {}
-    for source, row in _rows(Path(config.path)):
+    for source, questions in open_sources(config, kind):
+        for question, row in source.rows(questions):
+            try:
+                if row.value is None:
+                    raise row.bad or BadRow("unreadable")
+                group = group_name(question, row.value, source.path, bool(config.data.mixture))
+                item, merged = parse(row.value, row.source, group, source.implicit_prompt)
+                key = key_of(item)
+                if key in seen:
+                    raise BadRow("duplicate", f"of {seen[key]}")
+                seen[key] = row.source
+            except RecursionError:
+                report.dropped.append(_record(row.source, BadRow("the JSON is nested too deeply"), ""))
+            except BadRow as bad:
+                report.dropped.append(_record(row.source, bad, row.text if row.value is None else row.value))
+            else:
+                items.append(item)
+                report.num_merged_boundaries += merged
+    _judge(config, kind, len(items), report, dropped_path)
+
+
+def _record(source: str, bad: BadRow, content: Any) -> dict[str, Any]:
+    """One line of `dropped.jsonl`; a row that canonical JSON cannot hold (NaN, a date) is kept as text."""
+    try:
         try:
-            pair, merged = _pair(row, source, config, tokenizer)
-            key = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-            if key in seen:
-                raise BadRow("duplicate")
-            seen[key] = source
-        except BadRow as reason:
-            loaded.dropped.append({"source": source, "reason": str(reason), "row": row})
-        else:
-            loaded.pairs.append(pair)
-            loaded.num_merged_boundaries += merged
-    _report(loaded, config, dropped_path)
-    return loaded
+            canonical_json(content)
+        except (TypeError, ValueError):
+            content = json.dumps(content, default=str)
+    except RecursionError:
+        content = None  # the file and the line are named
+    return {"source": source, "reason": bad.reason, "detail": bad.detail, "row": content}
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    first = next(iter(read_jsonl(path)), None)
-    if first is None:
-        raise DataError(f"{path}: the file has no rows; check data.path")
-    if "nodes" in first[1]:
-        yield from ((f"{path}:{row['tree']}", row) for row in iterate_pair_rows(path))
-    else:
-        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-
-
-def _pair(row: dict[str, Any], source: str, config: DataConfig, tokenizer: Any) -> tuple[PreferencePair, bool]:
-    if all(key in row for key in ID_KEYS):
-        prompt, chosen, rejected = (_ids(row, key) for key in ID_KEYS)
-        merged = False
-    else:
-        prompt, chosen, rejected, merged = _tokenized(row, tokenizer)
-    eos = tokenizer.eos_token_id
-    if config.eos == "every" or (config.eos == "final" and row.get("chosen_final", True)):
-        chosen = _with_eos(chosen, eos)
-    if config.eos == "every" or (config.eos == "final" and row.get("rejected_final", True)):
-        rejected = _with_eos(rejected, eos)
-    if not prompt:
-        raise BadRow("empty prompt")
-    if not chosen or not rejected:
-        raise BadRow("empty response")
-    if chosen == rejected:
-        raise BadRow("chosen equals rejected")
-    if config.max_length is not None and len(prompt) + max(len(chosen), len(rejected)) > config.max_length:
-        raise BadRow("longer than data.max_length")
-    step = row.get("step", 0)
-    group = row.get("tree") or hashlib.sha256(repr(prompt).encode()).hexdigest()[:16]
-    return PreferencePair(prompt, chosen, rejected, str(group), step if isinstance(step, int) else 0, source), merged
-
-
-def _tokenized(row: dict[str, Any], tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
-    for key in TEXT_KEYS:
-        if key not in row:
-            raise BadRow(f"missing key '{key}'")
-        if not isinstance(row[key], str):
-            raise BadRow(f"'{key}' is not text")
-    if not row["chosen"].strip() or not row["rejected"].strip():
-        raise BadRow("empty response")
-    prompt = tokenizer(row["prompt"]).input_ids
-    chosen = tokenizer(row["prompt"] + row["chosen"]).input_ids
-    rejected = tokenizer(row["prompt"] + row["rejected"]).input_ids
-    eos = tokenizer.eos_token_id
-    if prompt and prompt[-1] == eos and chosen[: len(prompt)] != prompt:
-        prompt = prompt[:-1]  # a tokenizer that closes every text with end-of-sequence
-    common = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
-    merged = common < len(prompt)
-    return tuple(chosen[:common]), tuple(chosen[common:]), tuple(rejected[common:]), merged
-
-
-def _ids(row: dict[str, Any], key: str) -> tuple[int, ...]:
-    value = row[key]
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
-        raise BadRow(f"'{key}' is not a list of token ids")
-    return tuple(value)
-
-
-def _with_eos(ids: tuple[int, ...], eos: int) -> tuple[int, ...]:
-    return ids if ids and ids[-1] == eos else (*ids, eos)
-
-
-def _report(loaded: LoadedPairs, config: DataConfig, dropped_path: str | Path | None) -> None:
-    total = len(loaded.pairs) + len(loaded.dropped)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in loaded.dropped_by_reason.items())
-    if loaded.dropped and dropped_path is not None:
-        write_jsonl(dropped_path, loaded.dropped)
+def _judge(config: Config, kind: Kind, num_items: int, report: LoadReport, dropped_path: str | Path | None) -> None:
+    label = config.data.path or "data.mixture"
+    dropped, total = report.dropped, num_items + len(report.dropped)
+    if dropped_path is not None:
+        write_dropped(dropped_path, dropped)
     if total == 0:
-        raise DataError(f"{config.path}: no pair in this file (its trees have no winning path with a losing sibling)")
-    if not loaded.pairs or len(loaded.dropped) > config.max_drop * total:
-        first = loaded.dropped[0]
+        if kind == "sft":
+            what = "example: no tree has a winning path"
+        else:
+            what = f"pair: by pairs.rule={config.pairs.rule} no winning path of its trees has a loser"
+        raise DataError(f"{label}: no {what}; look at `cpo-fast pairs`, or collect more questions")
+    if not num_items or len(dropped) > config.data.max_drop * total:
         raise DataError(
-            f"{config.path}: {len(loaded.dropped)} of {total} rows are bad ({reasons}; first: {first['source']}), more "
-            f"than data.max_drop={config.max_drop} allows; mend the rows or raise the limit"
+            f"{label}: {len(dropped)} of {total} rows are bad, more than data.max_drop={config.data.max_drop} allows: "
+            f"{_reasons(report)}; mend the rows or raise the limit"
         )
-    if loaded.dropped:
-        logger.warning("%s: dropped %d of %d rows (%s)", config.path, len(loaded.dropped), total, reasons)
-    if loaded.num_merged_boundaries:
+    if dropped:
+        logger.warning("%s: dropped %d of %d rows: %s", label, len(dropped), total, _reasons(report))
+    if report.num_merged_boundaries:
         logger.warning(
             "%s: in %d rows the prompt's last token merges with the response and is trained with it",
-            config.path,
-            loaded.num_merged_boundaries,
+            label,
+            report.num_merged_boundaries,
         )
+
+
+def _reasons(report: LoadReport) -> str:
+    """`3 like rows.jsonl:7: missing key 'chosen'`, the most frequent first."""
+    parts = []
+    for reason, count in list(report.dropped_by_reason.items())[:MAX_REASONS_SHOWN]:
+        first = next(row for row in report.dropped if row["reason"] == reason)
+        detail = f" ({first['detail']})" if first["detail"] else ""
+        parts.append(f"{count} like {first['source']}: {reason}{detail}")
+    more = len(report.dropped_by_reason) - len(parts)
+    return "; ".join(parts) + (f"; and {more} other reasons" if more else "")
+
+
+def _pair_key(pair: PreferencePair) -> tuple[tuple[int, ...], ...]:
+    return pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+
+
+def _example_key(example: SftExample) -> tuple[tuple[int, ...], ...]:
+    return example.prompt_ids, example.completion_ids

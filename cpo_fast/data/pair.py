@@ -1,4 +1,4 @@
-"""The preference pair as training sees it: three sequences of token ids and where they came from."""
+"""The preference pair as training sees it: three sequences of token ids, its weight, and where it came from."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,11 @@ class PreferencePair:
     Attributes:
         prompt_ids: the tokens both responses continue; at least one.
         chosen_ids, rejected_ids: the responses, at least one token each; end-of-sequence included where it is trained.
-        group: the question the pair belongs to; order `questions` keeps equal groups together.
+        group: the question the pair belongs to; order `questions` keeps equal groups together, and a split never parts
+            them.
         step: depth of the thought in its chain from 1, or 0 for data that has no steps.
         source: file:line, for messages.
+        weight: factor of its loss; the mean over all loaded pairs is 1 (see `pairs.weight`).
     """
 
     prompt_ids: tuple[int, ...]
@@ -21,6 +23,7 @@ class PreferencePair:
     group: str
     step: int
     source: str
+    weight: float = 1.0
 
     @property
     def chosen_sequence(self) -> tuple[int, ...]:

@@ -1,104 +1,116 @@
-"""Search trees to preference pairs: the rule `all` of Chain of Preference Optimization (arXiv 2406.09136).
+"""`trees.jsonl` to files that can be trained on: preference pairs by a rule, and supervised examples.
 
-For every state s on a winning path: the children of s that lie on a winning path are chosen, every other generated child
-of s, pruned ones included, is rejected, and each (chosen, rejected) couple is a pair. Children of states off the winning
-paths are never used. A pure function of the tree: gold answers, times and file order do not enter.
+Rows go to JSON lines, or to parquet where the name ends so. What was left out goes beside them, to
+`<name>.dropped.jsonl`, with the reason. Same trees, settings and seed: same bytes.
 """
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from cpo_fast.config import PairsConfig
+from cpo_fast.data.audit import StepAudit, audit_pairs
+from cpo_fast.data.parquet import write_parquet
+from cpo_fast.data.tree_rows import REPEATED, Row, TreeFileReader, TreeRows
 from cpo_fast.files import write_jsonl
-from cpo_fast.tasks import Question, get_task
-from cpo_fast.tree import ROOT, Node, Prompt, SearchTree, read_prompt, read_trees
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What `write_pairs` did: pairs by step (from 1), trees that gave pairs, and trees that gave none by reason."""
+    """What `write_pairs` did.
+
+    Attributes:
+        num_pairs, pairs_by_step: pairs written, in all and by step (from 1; 0: whole paths).
+        num_trees: trees that gave pairs.
+        trees_without_pairs: how many gave none, by reason.
+        dropped: couples of winner and loser that became no pair, by reason.
+        num_repeated: of these, couples whose tokens stand under another question already.
+        steps: values and lengths by step.
+        dropped_path: the file with one line a dropped couple, or None when there is none.
+    """
 
     num_pairs: int
     pairs_by_step: dict[int, int]
     num_trees: int
     trees_without_pairs: dict[str, int]
+    dropped: dict[str, int]
+    num_repeated: int
+    steps: dict[int, StepAudit]
+    dropped_path: str | None
 
 
 @dataclass(frozen=True)
-class TreePair:
-    """One pair of sibling thoughts and the state they continue (`parent`, -1 for the question itself)."""
+class SftCounts:
+    """What `write_sft` did: examples, trees that gave some, trees that gave none by reason, learnt tokens."""
 
-    parent: int
-    chosen: Node
-    rejected: Node
-
-
-def tree_pairs(tree: SearchTree) -> list[TreePair]:
-    """All pairs of one tree by rule `all`: by state, then chosen, then rejected, each in node order."""
-    winning = {node.id for winner in tree.winning_nodes for node in tree.path(winner)}
-    states = [ROOT, *sorted(winning)] if winning else []
-    pairs: list[TreePair] = []
-    for state in states:
-        children = tree.children(state)
-        chosen = [node for node in children if node.id in winning]
-        rejected = [node for node in children if node.id not in winning]
-        pairs.extend(TreePair(state, winner, loser) for winner in chosen for loser in rejected)
-    return pairs
+    num_examples: int
+    num_trees: int
+    trees_without_examples: dict[str, int]
+    num_completion_tokens: int
 
 
-def pair_row(tree: SearchTree, prompt: Prompt, pair: TreePair) -> dict[str, Any]:
-    """One line of `pairs.jsonl`: the three texts that TRL and others read, the exact ids, and the provenance.
+def write_pairs(
+    trees_path: str | Path, pairs_path: str | Path, settings: PairsConfig | None = None, seed: int = 0
+) -> PairCounts:
+    """Write the pairs of `trees_path` by the rule of `settings` (default: rule `all`, everything), atomically.
 
-    The ids are those of the search: root ids as tokenised, thoughts as generated.
+    Raises:
+        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
     """
-    state = tree.path(pair.parent)
-    text = get_task(tree.task).prompt(Question(tree.id, tree.question)) + "".join(node.text for node in state)
-    return {
-        "prompt": text,
-        "chosen": pair.chosen.text,
-        "rejected": pair.rejected.text,
-        "prompt_token_ids": [*tree.root_ids(prompt), *tree.path_ids(pair.parent)],
-        "chosen_token_ids": list(pair.chosen.token_ids),
-        "rejected_token_ids": list(pair.rejected.token_ids),
-        "chosen_final": ends_chain(pair.chosen),
-        "rejected_final": ends_chain(pair.rejected),
-        "tree": tree.id,
-        "step": pair.chosen.depth,
-        "chosen_node": pair.chosen.id,
-        "rejected_node": pair.rejected.id,
-        "chosen_value": pair.chosen.value,
-        "rejected_value": pair.rejected.value,
-    }
+    settings = settings or PairsConfig()
+    reader = TreeFileReader(trees_path)
+    made = reader.pair_rows(settings, seed, reader.draw_questions(settings.num_questions, seed))
+    _write(pairs_path, made.rows)
+    dropped_path = write_dropped(_dropped_path(pairs_path), made.unused)
+    steps = audit_pairs(made.rows)
+    dropped = dict(Counter(record["reason"] for record in made.unused).most_common())
+    return PairCounts(
+        num_pairs=len(made.rows),
+        pairs_by_step={step: audit.num_pairs for step, audit in steps.items()},
+        num_trees=made.num_trees,
+        trees_without_pairs=_reasons(made),
+        dropped=dropped,
+        num_repeated=dropped.get(REPEATED, 0),
+        steps=steps,
+        dropped_path=dropped_path,
+    )
 
 
-def ends_chain(node: Node) -> bool:
-    """Whether end-of-sequence belongs after this thought: the chain ends here and was not cut at the token cap."""
-    return node.terminal and node.stop != "length"
+def write_sft(
+    trees_path: str | Path, sft_path: str | Path, settings: PairsConfig | None = None, seed: int = 0
+) -> SftCounts:
+    """Write prompt and completion of every winning path, each once; of `settings` num_questions is used.
+
+    Raises:
+        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
+    """
+    reader = TreeFileReader(trees_path)
+    made = reader.sft_rows(reader.draw_questions(settings.num_questions if settings else None, seed))
+    _write(sft_path, made.rows)
+    write_dropped(_dropped_path(sft_path), made.unused)
+    num_tokens = sum(len(row["completion_token_ids"]) for row in made.rows)
+    return SftCounts(len(made.rows), made.num_trees, _reasons(made), num_tokens)
 
 
-def iterate_pair_rows(trees_path: str | Path) -> Iterator[dict[str, Any]]:
-    """Every pair row of a `trees.jsonl`, in tree order."""
-    prompts: dict[str, Prompt] = {}
-    for tree in read_trees(trees_path):
-        if tree.prompt_hash not in prompts:
-            prompts[tree.prompt_hash] = read_prompt(trees_path, tree.prompt_hash)
-        for pair in tree_pairs(tree):
-            yield pair_row(tree, prompts[tree.prompt_hash], pair)
+def write_dropped(path: str | Path, records: list[Row]) -> str | None:
+    """Write what was dropped and return the path; with nothing dropped, remove what an earlier run left there."""
+    if not records:
+        Path(path).unlink(missing_ok=True)
+        return None
+    write_jsonl(path, records)
+    return str(path)
 
 
-def write_pairs(trees_path: str | Path, pairs_path: str | Path) -> PairCounts:
-    """Write `pairs.jsonl` from `trees.jsonl`, atomically; the same trees give the same bytes."""
-    rows = list(iterate_pair_rows(trees_path))
-    write_jsonl(pairs_path, rows)
-    by_step: dict[int, int] = {}
-    for row in rows:
-        by_step[row["step"]] = by_step.get(row["step"], 0) + 1
-    with_pairs = {row["tree"] for row in rows}
-    without: dict[str, int] = {}
-    trees = read_trees(trees_path)
-    for tree in trees:
-        if tree.id not in with_pairs:
-            reason = tree.status if tree.status != "ok" else "no losing sibling"
-            without[reason] = without.get(reason, 0) + 1
-    return PairCounts(len(rows), dict(sorted(by_step.items())), len(with_pairs), without)
+def _write(path: str | Path, rows: list[Row]) -> None:
+    if Path(path).suffix == ".parquet":
+        write_parquet(path, rows)
+    else:
+        write_jsonl(path, rows)
+
+
+def _dropped_path(path: str | Path) -> Path:
+    return Path(path).with_name(f"{Path(path).stem}.dropped.jsonl")
+
+
+def _reasons(made: TreeRows) -> dict[str, int]:
+    return dict(Counter(made.trees_without.values()).most_common())

@@ -1,6 +1,28 @@
-"""Measuring a model: greedy chain-of-thought accuracy with its uncertainty, and what a question costs."""
+"""Measuring a model: accuracy by greedy chain and by tree of thought, what a question costs, and paired comparisons."""
 
-from cpo_fast.evaluate.chain_of_thought import Evaluation, QuestionResult, evaluate
+from cpo_fast.evaluate.comparison import Comparison, Difference, compare
+from cpo_fast.evaluate.evaluation import evaluate, evaluate_methods
+from cpo_fast.evaluate.overview import Agreement, Overview, run_overview
+from cpo_fast.evaluate.paired import mcnemar_exact, paired_bootstrap
+from cpo_fast.evaluate.result import Evaluation, Provenance, QuestionResult, read_evaluation
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 
-__all__ = ["Evaluation", "QuestionResult", "Spread", "evaluate", "spread", "wilson_interval"]
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "Difference",
+    "Evaluation",
+    "Overview",
+    "Provenance",
+    "QuestionResult",
+    "Spread",
+    "compare",
+    "evaluate",
+    "evaluate_methods",
+    "mcnemar_exact",
+    "paired_bootstrap",
+    "read_evaluation",
+    "run_overview",
+    "spread",
+    "wilson_interval",
+]

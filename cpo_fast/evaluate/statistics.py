@@ -6,7 +6,7 @@ Wilson, with p = successes / n and z the normal quantile of the confidence:
 
 It stays inside [0, 1] and keeps its coverage at the small n and extreme p of a quick evaluation, where the textbook
 interval p ± z sqrt(p (1 - p) / n) collapses to a point (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927). Comparing two
-models on the same questions needs a paired test, which is not here.
+models on the same questions needs a paired test: see `paired`.
 """
 
 import math

@@ -1,9 +1,10 @@
 """Search every question of a task and write one tree each: resumable, bounded, and the same bytes on every run.
 
 `run/trees.jsonl` gets one line a question in one append; `run/prompts/<hash>.json` the few-shot prompt, once;
-`run/timings.jsonl` the seconds, which never go into a tree. A question whose search raises is recorded with status
-`failed` and its reason, and the run goes on. Questions already in the file, failed ones included, are skipped: delete a
-line to search its question again.
+`run/statistics.jsonl` the trees in numbers; `run/timings.jsonl` the seconds, which never go into a tree. A question whose
+search raises (one that is longer than the model's context, for instance) is recorded with status `failed` and its
+reason, and the run goes on. Questions already in the file, failed ones included, are skipped: delete a line to search
+its question again.
 """
 
 import hashlib
@@ -17,13 +18,17 @@ from typing import Any
 
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError
-from cpo_fast.files import append_line, canonical_json
-from cpo_fast.search.breadth_first import SearchOutcome, search_question
+from cpo_fast.files import append_line, canonical_json, write_jsonl
+from cpo_fast.search.build import build_engine
 from cpo_fast.search.engine import Engine
 from cpo_fast.search.evaluate import num_unparseable
+from cpo_fast.search.grower import SearchOutcome
+from cpo_fast.search.root import RootPrompts
+from cpo_fast.search.statistics import tree_statistics
+from cpo_fast.search.strategy import search_question
 from cpo_fast.search.tree_file import Provenance, TreeFile
-from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, get_task
-from cpo_fast.tree import Prompt, SearchTree
+from cpo_fast.tasks import Question, Task, get_task
+from cpo_fast.tree import SearchTree
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ class CollectResult:
         num_thoughts: nodes, duplicates merged. num_samples: generated thoughts, duplicates and empty ones counted.
         num_empty: samples dropped because they were only whitespace. num_cut: nodes cut at the token cap.
         num_winning_paths: over all trees.
+        num_generated_tokens: of all samples and sampled verdicts. num_useful_tokens: of the thoughts on winning paths.
         num_verdicts, num_unparseable: sampled verdicts on distinct thoughts, and those that could not be read.
         num_gold: questions with a reference answer. num_correct: whose vote equals it; for information only.
         first_failure: reason of the first failed question, or "".
@@ -57,6 +63,8 @@ class CollectResult:
     num_empty: int
     num_cut: int
     num_winning_paths: int
+    num_generated_tokens: int
+    num_useful_tokens: int
     num_verdicts: int
     num_unparseable: int
     num_gold: int
@@ -95,19 +103,21 @@ def collect(
         from cpo_fast.models import load_model
 
         model, tokenizer = load_model(config.model)
-    prompt = Prompt.build(task.few_shot, encode_prompt(tokenizer, task.few_shot))
-    provenance = _provenance(config, task, prompt, model)
+    roots = RootPrompts(task, tokenizer, config.task.chat)
+    provenance = _provenance(config, task, roots, model)
     trees_path = Path(config.run) / "trees.jsonl"
     file = TreeFile(trees_path, provenance, questions)
     num_resumed = sum(question.id in file.trees for question in questions)
-    prompt.save(trees_path)
-    engine = _engine(config, task, model, tokenizer) if num_resumed < len(questions) else None
+    roots.prompt.save(trees_path)
+    engine: Engine | None = None
+    if num_resumed < len(questions):
+        engine = build_engine(task, model, tokenizer, config.search.batch_size, config.task.chat)
     started = time.perf_counter()
     for number, question in enumerate(questions, start=1):
         if engine is None or question.id in file.trees:
             continue
         question_started = time.perf_counter()
-        tree = _search(config, task, question, prompt, provenance, engine, tokenizer)
+        tree = _search(config, task, question, roots, provenance, engine, tokenizer)
         seconds = time.perf_counter() - question_started
         file.append(tree)
         append_line(Path(config.run) / "timings.jsonl", {"id": question.id, "seconds": round(seconds, 3)})
@@ -115,7 +125,17 @@ def collect(
             progress(number, len(questions), tree, seconds)
     file.order()
     trees = [file.trees[question.id] for question in questions]
+    write_jsonl(Path(config.run) / "statistics.jsonl", (tree_statistics(tree).to_dict() for tree in trees))
     return _summary(trees_path, trees, task, num_resumed, time.perf_counter() - started)
+
+
+def load_task(config: Config) -> Task:
+    """The task that `config.task` names, its demonstrations in the order that the configuration and the seed give."""
+    return get_task(
+        config.task.name,
+        demonstration_seed=config.seed if config.task.shuffle_demonstrations else None,
+        evaluator_seed=config.seed if config.search.shuffle_evaluator else None,
+    )
 
 
 def load_questions(config: Config) -> tuple[Task, list[Question]]:
@@ -124,7 +144,7 @@ def load_questions(config: Config) -> tuple[Task, list[Question]]:
     Raises:
         ConfigError: `task.path` is empty or skips every question. DataError: the file is not usable.
     """
-    task = get_task(config.task.name)
+    task = load_task(config)
     if not config.task.path:
         raise ConfigError("task.path is empty; set it to the question file, such as SVAMP.json or a JSONL of questions")
     questions = task.load(config.task.path, config.task.num_questions, config.task.skip_questions)
@@ -133,44 +153,32 @@ def load_questions(config: Config) -> tuple[Task, list[Question]]:
     return task, questions
 
 
-def _engine(config: Config, task: Task, model: Any, tokenizer: Any) -> Engine:
-    from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-
-    engine = HuggingFaceEngine(model, tokenizer, config.search.batch_size)
-    # what two unlike questions have in common is what all have in common; it must not depend on this run's questions,
-    # or a restart would split its forwards elsewhere and round differently
-    one, other = Question("", "A"), Question("", "7")
-    for first, second in (
-        (task.prompt(one), task.prompt(other)),
-        (task.evaluator_prompt(one, ()), task.evaluator_prompt(other, ())),
-    ):
-        ids = encode_prompt(tokenizer, first)
-        engine.cache_prefix(ids[: common_prefix_length(ids, encode_prompt(tokenizer, second))])
-    return engine
-
-
 def _search(
     config: Config,
     task: Task,
     question: Question,
-    prompt: Prompt,
+    roots: RootPrompts,
     provenance: Provenance,
     engine: Engine,
     tokenizer: Any,
 ) -> SearchTree:
-    root_ids = encode_prompt(tokenizer, task.prompt(question))
-    num_shared_tokens = common_prefix_length(prompt.token_ids, root_ids)
-    detail = ""
+    root_ids: list[int] = []
+    question_prompt = detail = ""
     try:
-        outcome = search_question(engine, tokenizer, task, question, root_ids, config.search, config.seed)
+        question_prompt, root_ids = roots.question_part(question), roots.encode(question)
+        outcome = search_question(
+            engine, tokenizer, task, question, root_ids, config.search, config.seed, config.task.chat
+        )
     except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with the question
-        logger.warning("question '%s' failed", question.id, exc_info=True)
+        logger.warning("question %r failed", question.id, exc_info=True)
         first_line = (str(error).splitlines() or [""])[0]
         detail = f"{type(error).__name__}: {first_line}"[:300]
         outcome = SearchOutcome(nodes=(), winning_nodes=(), answer=None, num_empty=0, status="failed")
+    num_shared_tokens = roots.num_shared_tokens(root_ids)
     return SearchTree(
         id=question.id,
         question=question.text,
+        question_prompt=question_prompt,
         gold=question.gold,
         num_shared_tokens=num_shared_tokens,
         question_token_ids=tuple(root_ids[num_shared_tokens:]),
@@ -180,11 +188,13 @@ def _search(
         num_empty=outcome.num_empty,
         status=outcome.status,
         detail=detail,
+        num_thought_tokens=outcome.num_thought_tokens,
+        num_verdict_tokens=outcome.num_verdict_tokens,
         **asdict(provenance),
     )
 
 
-def _provenance(config: Config, task: Task, prompt: Prompt, model: Any) -> Provenance:
+def _provenance(config: Config, task: Task, roots: RootPrompts, model: Any) -> Provenance:
     if config.model.path:
         from cpo_fast.models import adapter_hash, model_hash
 
@@ -194,10 +204,11 @@ def _provenance(config: Config, task: Task, prompt: Prompt, model: Any) -> Prove
     settings = {
         "search": config.search.model_dump(mode="json", exclude={"batch_size"}),
         "dtype": config.model.dtype,
-        "few_shot_evaluator": task.few_shot_evaluator,
+        "chat": config.task.chat,
+        "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
     settings_hash = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
-    return Provenance(task.name, prompt.hash, named, adapter, config.seed, settings_hash)
+    return Provenance(task.name, roots.prompt.hash, named, adapter, config.seed, settings_hash)
 
 
 def _weights_hash(model: Any) -> str:
@@ -213,6 +224,7 @@ def _weights_hash(model: Any) -> str:
 
 def _summary(trees_path: Path, trees: list[SearchTree], task: Task, num_resumed: int, seconds: float) -> CollectResult:
     nodes = [node for tree in trees for node in tree.nodes]
+    counted = [tree_statistics(tree) for tree in trees]
     with_gold = [(tree, tree.gold) for tree in trees if tree.gold is not None]
     return CollectResult(
         trees_path=str(trees_path),
@@ -220,10 +232,12 @@ def _summary(trees_path: Path, trees: list[SearchTree], task: Task, num_resumed:
         num_resumed=num_resumed,
         statuses=dict(Counter(tree.status for tree in trees)),
         num_thoughts=len(nodes),
-        num_samples=sum(node.count for node in nodes) + sum(tree.num_empty for tree in trees),
-        num_empty=sum(tree.num_empty for tree in trees),
-        num_cut=sum(node.stop == "length" for node in nodes),
-        num_winning_paths=sum(len(tree.winning_nodes) for tree in trees),
+        num_samples=sum(one.num_samples for one in counted),
+        num_empty=sum(one.num_empty for one in counted),
+        num_cut=sum(one.num_cut for one in counted),
+        num_winning_paths=sum(one.num_winning for one in counted),
+        num_generated_tokens=sum(one.num_generated_tokens for one in counted),
+        num_useful_tokens=sum(one.num_useful_tokens for one in counted),
         num_verdicts=sum("label" in record for node in nodes for record in node.evaluations),
         num_unparseable=sum(num_unparseable(node.evaluations) for node in nodes),
         num_gold=len(with_gold),

@@ -4,8 +4,9 @@
     sample   value = mean over the readable verdicts of v_likely or v_impossible
 
 `logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the
-line is one of the two labels and nothing else. What cannot be read is counted, never mapped to a label; a state
-without one readable verdict has value None and ranks last. Equal states of a question are judged once.
+line is one of the two labels and nothing else. What cannot be read is recorded as such and counted. By
+`search.unparseable: drop` it is left out of the mean, and a state without one readable verdict has value None and
+ranks last; by `impossible` it counts as v_impossible. Equal states of a question are judged once.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Engine, Request
 from cpo_fast.search.state import State
-from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt
+from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, evaluator_text
 from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
 
 
@@ -36,10 +37,21 @@ class Evaluator:
         task: gives the prompts. question: shown in them.
         settings: `evaluator` and what belongs to it.
         run_name: seed and question, part of the uid of sampled verdicts.
+        chat: ask through the tokenizer's chat template.
+
+    Attributes:
+        num_tokens: tokens generated for verdicts so far; 0 with `evaluator: logits`, which generates none.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, task: Task, question: Question, settings: SearchConfig, run_name: str
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        task: Task,
+        question: Question,
+        settings: SearchConfig,
+        run_name: str,
+        chat: bool = False,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -47,11 +59,15 @@ class Evaluator:
         self._question = question
         self._settings = settings
         self._run_name = run_name
+        self._chat = chat
         self._judged: dict[str, Verdict] = {}
+        self.num_tokens = 0
 
     def evaluate(self, states: Sequence[State]) -> list[Verdict]:
         """One verdict per state, in order."""
-        prompts = [self._task.evaluator_prompt(self._question, state.lines) for state in states]
+        prompts = [
+            evaluator_text(self._tokenizer, self._task, self._question, state.lines, self._chat) for state in states
+        ]
         judge = self._by_logits if self._settings.evaluator == "logits" else self._by_samples
         for prompt in prompts:
             if prompt not in self._judged:
@@ -59,7 +75,7 @@ class Evaluator:
         return [self._judged[prompt] for prompt in prompts]
 
     def _by_logits(self, prompt: str) -> Verdict:
-        prompt_ids, labels = label_ids(self._tokenizer, prompt)
+        prompt_ids, labels = label_ids(self._tokenizer, prompt, self._chat)
         likely, impossible = self._engine.score(prompt_ids, labels)
         # logistic of the difference, written so that neither exponential overflows
         difference = likely - impossible
@@ -70,7 +86,7 @@ class Evaluator:
         return Verdict(value, ({LIKELY: likely, IMPOSSIBLE: impossible},))
 
     def _by_samples(self, prompt: str) -> Verdict:
-        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt))
+        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt, self._chat))
         state = State.root(prompt_ids)
         settings = self._settings
         requests = [
@@ -83,12 +99,17 @@ class Evaluator:
             )
             for index in range(settings.num_verdicts)
         ]
-        texts = [sample.text for sample in self._engine.sample(requests)]
+        samples = self._engine.sample(requests)
+        self.num_tokens += sum(sample.num_tokens for sample in samples)
+        texts = [sample.text for sample in samples]
         labels = [parse_verdict(text) for text in texts]
-        values = {LIKELY: settings.value_likely, IMPOSSIBLE: settings.value_impossible}
-        readable = [values[label] for label in labels if label is not None]
+        meaning = {LIKELY: settings.value_likely, IMPOSSIBLE: settings.value_impossible}
+        if settings.unparseable == "drop":
+            values = [meaning[label] for label in labels if label is not None]
+        else:
+            values = [meaning[label or IMPOSSIBLE] for label in labels]
         records = tuple({"label": label, "text": text} for label, text in zip(labels, texts, strict=True))
-        return Verdict(sum(readable) / len(readable) if readable else None, records)
+        return Verdict(sum(values) / len(values) if values else None, records)
 
 
 def parse_verdict(text: str) -> str | None:
@@ -101,14 +122,14 @@ def parse_verdict(text: str) -> str | None:
     return word if word in (LIKELY, IMPOSSIBLE) else None
 
 
-def label_ids(tokenizer: Any, prompt: str) -> tuple[list[int], list[list[int]]]:
+def label_ids(tokenizer: Any, prompt: str, chat: bool = False) -> tuple[list[int], list[list[int]]]:
     """Ids of an evaluator prompt and of its two labels (likely, impossible; leading space included).
 
     The labels are tokenised together with the prompt, so that tokenizers which join or split at the boundary are
     scored on the ids they would really produce.
     """
-    plain = encode_prompt(tokenizer, prompt)
-    whole = [encode_prompt(tokenizer, f"{prompt} {label}") for label in (LIKELY, IMPOSSIBLE)]
+    plain = encode_prompt(tokenizer, prompt, chat)
+    whole = [encode_prompt(tokenizer, f"{prompt} {label}", chat) for label in (LIKELY, IMPOSSIBLE)]
     length = min(common_prefix_length(plain, ids) for ids in whole)
     return plain[:length], [ids[length:] for ids in whole]
 

@@ -6,27 +6,37 @@ dropped and counted.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Engine, Request
 from cpo_fast.search.state import Candidate, State
 
 
-def expand(
-    engine: Engine, states: Sequence[State], settings: SearchConfig, run_name: str, next_id: int
-) -> tuple[list[list[Candidate]], int]:
-    """Candidates of each state of a level, in sample order.
+@dataclass(frozen=True)
+class Expansion:
+    """What the samples under some states came to.
+
+    Attributes:
+        children: one list of candidates a state, in sample order.
+        num_empty: samples dropped because they were only whitespace.
+        num_tokens: tokens generated for all samples, duplicates and empty ones included.
+    """
+
+    children: list[list[Candidate]]
+    num_empty: int
+    num_tokens: int
+
+
+def expand(engine: Engine, states: Sequence[State], settings: SearchConfig, run_name: str, next_id: int) -> Expansion:
+    """Sample under each state.
 
     Args:
         engine: samples the thoughts.
-        states: the states of one level, in rank order.
+        states: the states to continue, in rank order.
         settings: `num_candidates`, `temperature`, `top_p`, `max_thought_tokens`.
         run_name: seed and question, the part of a sample's uid that the state does not give.
         next_id: id of the first node that these candidates become; ids go up by parent rank and sample index.
-
-    Returns:
-        (one list a state, number of empty samples dropped).
     """
     requests = [
         Request(
@@ -40,12 +50,12 @@ def expand(
         for index in range(settings.num_candidates)
     ]
     samples = engine.sample(requests)
-    levels: list[list[Candidate]] = []
+    children: list[list[Candidate]] = []
     num_empty = 0
     for rank, state in enumerate(states):
         merged: dict[str, Candidate] = {}
         first = rank * settings.num_candidates
-        for index, sample in enumerate(samples[first : first + settings.num_candidates]):
+        for sample in samples[first : first + settings.num_candidates]:
             key = " ".join(sample.text.split())
             if not key:
                 num_empty += 1
@@ -53,7 +63,7 @@ def expand(
                 merged[key] = replace(merged[key], count=merged[key].count + 1)
             else:
                 after = state.extend(next_id, sample.token_ids, sample.text)
-                merged[key] = Candidate(rank, index, after, sample.token_ids, sample.text, sample.stop, count=1)
+                merged[key] = Candidate(after, sample.token_ids, sample.text, sample.stop, count=1)
                 next_id += 1
-        levels.append(list(merged.values()))
-    return levels, num_empty
+        children.append(list(merged.values()))
+    return Expansion(children, num_empty, sum(sample.num_tokens for sample in samples))

@@ -1,31 +1,43 @@
 """Which states go on, and which answer wins.
 
-States go on in the order (-value, parent rank, sample index), cut at n: no sets, no hash order, ties end at the cut.
-The vote sums values over the complete paths of each normalised answer; the largest sum wins, then the group with the
-larger best value, then the one that came first. Every complete path of the winning group is a winning path. Gold
-answers have no part in either.
+States go on in the order (-value, parent rank, sample index), cut at n: no sets, no hash order. Ties end at the cut,
+unless `keep_ties` keeps every state tied with the n-th.
+
+The vote is over the complete paths, grouped by normalised answer:
+
+    value   the largest sum of values, then the larger best value, then the group that came first
+    count   the most paths, then the group whose path comes first in the order (-value, node)
+
+Every complete path of the winning group is a winning path. Gold answers have no part in either.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from cpo_fast.tree import Node
 
 
-def rank(values: Sequence[float | None], num_kept: int) -> list[int]:
+def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False) -> list[int]:
     """Indices of the best `num_kept` values, best first; None ranks last.
 
     Args:
         values: in order of (parent rank, sample index), which decides ties.
         num_kept: n.
+        keep_ties: go on past n as long as the value equals the n-th. None ties with nothing but None.
     """
     order = sorted(range(len(values)), key=lambda index: (-_weight(values[index]), index))
-    return order[:num_kept]
+    end = min(num_kept, len(order))
+    while keep_ties and 0 < end < len(order) and values[order[end]] == values[order[end - 1]]:
+        end += 1
+    return order[:end]
 
 
-def vote(nodes: Iterable[Node]) -> tuple[str | None, list[int]]:
+def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tuple[str | None, list[int]]:
     """The winning answer and the ids of its complete nodes, ascending; (None, []) when nothing is complete.
 
-    A path without a readable verdict counts as 0 in the sum.
+    Args:
+        nodes: of one tree; those that are not complete have no vote.
+        by: what a path adds to its answer: its value (a path without a readable verdict adds 0), or one.
     """
     groups: dict[str, list[Node]] = {}
     for node in nodes:
@@ -33,14 +45,21 @@ def vote(nodes: Iterable[Node]) -> tuple[str | None, list[int]]:
             groups.setdefault(node.answer, []).append(node)
     if not groups:
         return None, []
+    strength = _summed_values if by == "value" else _num_paths
     # max keeps the first of equals, and groups stand in order of first appearance
-    winner = max(groups, key=lambda answer: _strength(groups[answer]))
+    winner = max(groups, key=lambda answer: strength(groups[answer]))
     return winner, [node.id for node in groups[winner]]
 
 
-def _strength(group: list[Node]) -> tuple[float, float]:
+def _summed_values(group: list[Node]) -> tuple[float, ...]:
     values = [node.value for node in group]
     return sum(0.0 if value is None else value for value in values), max(_weight(value) for value in values)
+
+
+def _num_paths(group: list[Node]) -> tuple[float, ...]:
+    # two paths of one tree differ: equal siblings are merged
+    first = min((-_weight(node.value), node.id) for node in group)
+    return len(group), -first[0], -first[1]
 
 
 def _weight(value: float | None) -> float:

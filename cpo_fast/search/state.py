@@ -31,6 +31,11 @@ class State:
         return State(node_id, (*self.token_ids, *token_ids), (*self.lines, line))
 
     @property
+    def depth(self) -> int:
+        """How many thoughts the state holds; 0 for the root state."""
+        return len(self.lines)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the token ids: equal states have equal names, whatever else was searched."""
         return hashlib.sha256(" ".join(map(str, self.token_ids)).encode()).hexdigest()
@@ -41,13 +46,10 @@ class Candidate:
     """A thought sampled under a state and not yet judged.
 
     Attributes:
-        parent_rank: place of the parent among the states of its level. sample_index: first sample with this text.
         state: the state that includes the thought. token_ids, text, stop: as sampled.
         count: samples merged into it.
     """
 
-    parent_rank: int
-    sample_index: int
     state: State
     token_ids: tuple[int, ...]
     text: str

@@ -1,16 +1,26 @@
 """What every task family gives: questions, the prompts for thoughts and verdicts, and the meaning of an answer.
 
 The prompts for search, training and evaluation come from here and nowhere else, so they cannot drift apart. A chain is
-lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline.
+lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline. A family is one
+file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from cpo_fast.errors import DataError
+from cpo_fast.tasks.demonstrations import Demonstrations
+from cpo_fast.tasks.rows import is_hub, read_rows
+
+logger = logging.getLogger(__name__)
 
 ANSWER_MARK = "Answer:"
 QUESTION_MARK = "Question:"
+CLAIM_MARK = "Claim:"
 # ends every evaluator prompt; naming both labels leaves fewer verdicts that are something else (seen with a 135M
 # model, which after a bare "Verdict:" tends to write the answer)
 VERDICT_CUE = "Is the last line likely or impossible? It is"
@@ -20,7 +30,7 @@ IMPOSSIBLE = "impossible"
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `id` is unique in its file, `gold` is the normalised reference answer if the file has one."""
+    """One question or claim: `id` is unique in its file, `gold` is the reference answer if the file has one."""
 
     id: str
     text: str
@@ -28,44 +38,123 @@ class Question:
 
 
 class Task(ABC):
-    """A task family. Subclasses hold the demonstrations, read the data set and normalise answers.
+    """A task: a data set's name and the family it belongs to.
 
     Attributes:
         name: what `task.name` says.
-        few_shot: the demonstrations, shared by every question; ends with a blank line.
-        few_shot_evaluator: the demonstrations of verdicts, shared by every state; ends with a blank line.
+        demonstration_seed: draws the order of the chain-of-thought demonstrations; None keeps the written order.
+        evaluator_seed: the same for the demonstrations of verdicts.
+        question_mark: what stands before a question.
+        vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
+        main_metric: the entry of `score_answer` that decides `is_correct`.
+        demonstrations: four questions with their chains.
+        step_verdicts, conclusion_verdicts: four states each, ending in a step or in an answer line, with verdicts.
     """
 
-    name: str
-    few_shot: str
-    few_shot_evaluator: str
+    question_mark: ClassVar[str] = QUESTION_MARK
+    vote_by: ClassVar[Literal["value", "count"]] = "value"
+    main_metric: ClassVar[str]
+    demonstrations: ClassVar[Demonstrations]
+    step_verdicts: ClassVar[Demonstrations]
+    conclusion_verdicts: ClassVar[Demonstrations]
+
+    def __init__(self, name: str, demonstration_seed: int | None = None, evaluator_seed: int | None = None) -> None:
+        self.name = name
+        self.demonstration_seed = demonstration_seed
+        self.evaluator_seed = evaluator_seed
 
     @abstractmethod
-    def load(self, path: str | Path, limit: int | None = None, skip: int = 0) -> list[Question]:
-        """Questions in file order, without the first `skip`, at most `limit`. Raises DataError with file:line."""
+    def read_row(self, row: dict[str, Any], place: str) -> Question | None:
+        """The question of one row; None for a row that is no data (a header). Raises DataError naming `place`."""
 
     @abstractmethod
     def parse_answer(self, line: str) -> str | None:
         """The normalised answer of an `Answer: ...` line; None if it is not one or holds no readable answer."""
 
     @abstractmethod
+    def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
+        """Every metric that applies, each from 0 to 1; both sides are normalised first. None scores 0 everywhere."""
+
+    def may_repeat(self, row: dict[str, Any]) -> bool:
+        """Whether the format of `row` gives one question in several rows, or no ids to tell equal questions apart."""
+        return False
+
+    def load(self, path: str | Path, limit: int | None = None, skip: int = 0) -> list[Question]:
+        """Questions in file order, without the first `skip`, at most `limit`.
+
+        The whole file is checked, whatever part is used. A row without an id is named by a hash of its text. Rows that
+        repeat a question word for word are merged (and counted in the log) where the data set's own format does that;
+        elsewhere they are an error.
+
+        Args:
+            path: the data set's released file, a JSONL of `question[, answer][, id]`, or `hub:org/name[:config][:split]`.
+
+        Raises:
+            DataError: the source cannot be read, a row is bad, or an id appears twice; names file:line, the row of a
+                JSON list, or the row of a hub data set.
+            EnvironmentProblem: a hub id is given and `datasets` is missing.
+        """
+        questions: dict[str, Question] = {}
+        first_place: dict[str, str] = {}
+        num_merged = 0
+        for place, row in read_rows(path):
+            question = self.read_row(row, place)
+            if question is None:
+                continue
+            if questions.get(question.id) == question and (is_hub(path) or self.may_repeat(row)):
+                num_merged += 1
+            elif question.id in questions:
+                raise DataError(
+                    f"{place}: question '{question.id}' is already at {first_place[question.id]}; delete one, or give "
+                    "each its own id"
+                )
+            else:
+                questions[question.id], first_place[question.id] = question, place
+        if not questions:
+            raise DataError(f"{path}: the file holds no question")
+        if num_merged:
+            logger.info("%s: %d rows repeat an earlier question and are merged with it", path, num_merged)
+        end = None if limit is None else skip + limit
+        return list(questions.values())[skip:end]
+
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer equals the reference answer after normalisation. None is never correct."""
+        """Whether an answer is right by the family's main metric. None is never correct."""
+        return answer is not None and self.score_answer(answer, gold)[self.main_metric] == 1.0
+
+    @property
+    def few_shot(self) -> str:
+        """The demonstrations, shared by every question; ends with a blank line."""
+        return self.demonstrations.text(self.demonstration_seed)
+
+    @property
+    def few_shot_evaluator(self) -> str:
+        """The verdicts on steps, shared by every state that ends in a step; ends with a blank line."""
+        return self.step_verdicts.text(self.evaluator_seed)
+
+    @property
+    def few_shot_conclusion_evaluator(self) -> str:
+        """The verdicts on answers, shared by every state that ends in an answer line; ends with a blank line."""
+        return self.conclusion_verdicts.text(self.evaluator_seed)
 
     def prompt(self, question: Question) -> str:
         """Few-shot text and the question; ends in a newline, and the first thought follows."""
-        return f"{self.few_shot}{QUESTION_MARK} {question.text}\n"
+        return f"{self.few_shot}{self.question_mark} {question.text}\n"
 
-    def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
+    def evaluator_prompt(self, question: Question, lines: Sequence[str], seed: int | None = None) -> str:
         """Few-shot verdicts and the state to judge; ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
 
         Args:
             question: the question.
             lines: the thoughts of the state, in order. Their surrounding whitespace is not shown: a verdict is about
-                what a line says, and its tokens are not trained.
+                what a line says, and its tokens are not trained. A state whose last line is an answer line is judged
+                with the demonstrations for conclusions.
+            seed: order of the demonstrations; None takes the task's `evaluator_seed`.
         """
+        concludes = bool(lines) and self.is_answer_line(lines[-1])
+        verdicts = self.conclusion_verdicts if concludes else self.step_verdicts
+        few_shot = verdicts.text(self.evaluator_seed if seed is None else seed)
         state = "".join(f"{line.strip()}\n" for line in lines)
-        return f"{self.few_shot_evaluator}{QUESTION_MARK} {question.text}\n{state}{VERDICT_CUE}"
+        return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
 
     def is_answer_line(self, line: str) -> bool:
         """Whether a thought is the last line of a chain."""
@@ -73,4 +162,4 @@ class Task(ABC):
 
     def leaves_question(self, line: str) -> bool:
         """Whether a thought starts another question, as a model does that runs on in the few-shot format."""
-        return line.strip().startswith(QUESTION_MARK)
+        return line.strip().startswith((QUESTION_MARK, CLAIM_MARK))

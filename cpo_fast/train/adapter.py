@@ -33,6 +33,18 @@ def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
         written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
     if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
         raise CheckpointError(f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained")
+    _replace(aside, folder)
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter folder over another, whole or not at all."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside)
+    _replace(aside, target)
+
+
+def _replace(aside: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, old)

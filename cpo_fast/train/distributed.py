@@ -8,7 +8,6 @@ clips at 1.0 by default; no bf16 or fp16 section, because either casts the float
 import io
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -66,12 +65,13 @@ def initialize_engine(
         raise EnvironmentProblem(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this version trains in one process; start it without a launcher"
         )
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
     with _quiet():
         if not torch.distributed.is_initialized():
-            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+            # a store inside the process: no port that another run may take, no variables that children would inherit
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine asserts that a launcher has set it
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -93,6 +93,9 @@ def _import_deepspeed(device_type: str) -> Any:
             f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # one process has nobody to share memory with, and compiling this op on first use waits forever for the lock of an
+    # earlier run that was killed while compiling
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -104,10 +107,3 @@ def _quiet() -> Iterator[None]:
         yield
     if said.getvalue().strip():
         logger.debug("DeepSpeed: %s", said.getvalue().strip())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,11 +1,12 @@
 """The training loop: epochs of batches, a batch as forests, one optimizer step a batch.
 
-    gradient of a step = sum over its pairs of d loss / pairs of the step
+    gradient of a step = sum over its items of d loss / normaliser of the step (pairs, or completion tokens)
 
-whatever the token budget, so micro-batches never change the result. Before the first step policy and reference run on
-the same forest and every reward must be bitwise zero.
+whatever the token budget, so micro-batches never change the result. What an item is, and what holds before the first step,
+is the method's affair (`cpo_fast.train.method`).
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,39 +19,50 @@ from transformers import get_scheduler
 
 from cpo_fast.config import Config, dump_config
 from cpo_fast.data.batching import epoch_batches
-from cpo_fast.data.formats import load_pairs
-from cpo_fast.data.pair import PreferencePair
-from cpo_fast.errors import CpoFastError, DataError, NonFiniteError
+from cpo_fast.data.formats import load_pairs, load_sft
+from cpo_fast.data.split import split_by_question
+from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
-from cpo_fast.train.adapter import save_adapter
+from cpo_fast.train.adapter import copy_adapter, save_adapter
+from cpo_fast.train.alarm import OverOptimisationAlarm
 from cpo_fast.train.distributed import build_optimizer, initialize_engine
-from cpo_fast.train.metrics import StepMetrics, rounded
-from cpo_fast.train.micro_batch import group_pairs
-from cpo_fast.train.objective import MicroBatch, MicroBatchResult, PreferenceObjective
+from cpo_fast.train.method import Method, PreferenceMethod, SftMethod
+from cpo_fast.train.metrics import rounded
 from cpo_fast.train.policy import Policy, build_policy
-from cpo_fast.train.reference import ReferenceCache, reference_cache
+from cpo_fast.train.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the adapter and the metrics are, and the first and last line of the metrics."""
+    """Where the adapter and the metrics are, and the first and last line of the metrics.
+
+    `num_items` counts what was trained on (pairs, or completions), `num_held_out` what was validated on. `adapter_path` is
+    the best adapter where there was a validation (after `best_step`), else the last. `stopped_early` says that patience
+    ran out; `alarm` is the sentence of the over-optimisation watch, or "".
+    """
 
     adapter_path: Path
     metrics_path: Path
-    num_pairs: int
+    num_items: int
+    num_held_out: int
     num_steps: int
+    best_step: int
+    stopped_early: bool
+    alarm: str
     first: dict[str, Any]
     last: dict[str, Any]
     seconds: float
 
 
 def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Progress | None = None) -> TrainResult:
-    """Train an adapter on `config.data.path` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
+    """Train an adapter on `config.data` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
 
     Args:
-        config: sections model, data, lora and train, the run folder and the seed.
+        config: sections model, pairs, data, lora and train, the run folder and the seed.
         model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
         progress: called after every step with its metrics and the total number of steps.
 
@@ -62,142 +74,155 @@ def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Pr
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / "config.yaml", dump_config(config))
     policy = build_policy(config, model, tokenizer)
-    loaded = load_pairs(config.data, policy.tokenizer, run / "dropped.jsonl")
-    pairs = loaded.pairs
-    _check_vocabulary(pairs, policy)
-    cache = reference_cache(config, policy, pairs, run / "reference")
-    trainer = _Trainer(config, policy, pairs, cache)
-    trainer.self_test()
+    items, held_out, method = _method(config, policy, run)
+    validator = Validator(config, policy, method, held_out, run)
+    trainer = _Trainer(config, policy, method, items, validator)
+    method.self_test(trainer.engine, trainer.batches(0, "questions")[0])
     metrics_path = run / "metrics.jsonl"
     metrics_path.unlink(missing_ok=True)
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
     for values in trainer.steps():
         first, last = first or values, values
-        if values["step"] % config.train.log_every == 0 or values["step"] == trainer.num_steps:
+        if values["step"] % config.train.log_every == 0 or values["step"] == trainer.num_steps or "eval_loss" in values:
             append_line(metrics_path, rounded(values))
         if progress is not None:
             progress(values, trainer.num_steps)
     save_adapter(policy.model, run / "adapter", config.train.zero_stage)
-    seconds = time.perf_counter() - started
-    return TrainResult(run / "adapter", metrics_path, len(pairs), trainer.num_steps, first, last, seconds)
+    if validator.best is not None and validator.best_step != last["step"]:
+        copy_adapter(run / "adapter", run / "adapter-last")
+        copy_adapter(validator.folder, run / "adapter")
+    return TrainResult(
+        adapter_path=run / "adapter",
+        metrics_path=metrics_path,
+        num_items=len(items),
+        num_held_out=len(held_out),
+        num_steps=last["step"],
+        best_step=validator.best_step or last["step"],
+        stopped_early=validator.exhausted,
+        alarm=trainer.alarm_text,
+        first=first,
+        last=last,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _method(config: Config, policy: Policy, run: Path) -> tuple[list[Any], list[Any], Method]:
+    method: Any
+    items: list[Any]
+    held_out: list[Any]
+    if config.train.method == "sft":
+        examples = load_sft(config, policy.tokenizer, run / "dropped.jsonl").examples
+        items, held_out = split_by_question(examples, config.data.held_out, config.seed)
+        method = SftMethod(config, policy)
+        method.prepare(examples, run)
+    else:
+        pairs = load_pairs(config, policy.tokenizer, run / "dropped.jsonl").pairs
+        items, held_out = split_by_question(pairs, config.data.held_out, config.seed)
+        method = PreferenceMethod(config, policy)
+        method.prepare(pairs, run)
+    if not items:
+        raise DataError(f"data.held_out={config.data.held_out} leaves nothing to train on; lower it or add questions")
+    return items, held_out, method
 
 
 class _Trainer:
-    """Engine, pairs and cache of one run; yields the metrics of each step."""
+    """Engine and items of one run; yields the metrics of each step."""
 
     def __init__(
-        self, config: Config, policy: Policy, pairs: Sequence[PreferencePair], cache: ReferenceCache | None
+        self, config: Config, policy: Policy, method: Method, items: Sequence[Any], validator: Validator
     ) -> None:
-        self.config, self.policy, self.pairs, self.cache = config, policy, pairs, cache
-        self.groups = [pair.group for pair in pairs]
-        per_epoch = math.ceil(len(pairs) / config.train.batch_pairs)
-        self.num_steps = min(per_epoch * config.train.num_epochs, config.train.max_steps or per_epoch * 10**9)
-        trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(config.train, trainable)
+        self.config, self.method, self.items, self.validator = config, method, items, validator
+        self.groups = [item.group for item in items]
+        per_epoch = math.ceil(len(items) / config.train.batch_pairs)
+        num_steps = per_epoch * config.train.num_epochs
+        self.num_steps = min(num_steps, config.train.max_steps or num_steps)
+        self.eval_every = config.train.eval_every or per_epoch
+        self.trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config.train, self.trainable)
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
             optimizer,
             num_warmup_steps=math.ceil(config.train.warmup_ratio * self.num_steps),
             num_training_steps=self.num_steps,
         )
-        objective = PreferenceObjective(policy.model, config.train, policy.reference)
-        self.engine = initialize_engine(objective, optimizer, scheduler, config.train)
+        self.engine = initialize_engine(method.module, optimizer, scheduler, config.train)
         self.engine.train()
+        self.alarm = OverOptimisationAlarm(config.train.alarm_nats)
+        self.alarm_text = ""
         self.rows_seen = 0
-        self.gradients_finite = torch.ones((), dtype=torch.bool, device=trainable[0].device)
-        for parameter in trainable:
+        self.gradients_finite = torch.ones((), dtype=torch.bool, device=self.trainable[0].device)
+        for parameter in self.trainable:
             parameter.register_hook(self._watch)
 
-    def steps(self) -> Iterator[dict[str, Any]]:
-        """One optimizer step per item, until the epochs or `train.max_steps` are done."""
+    def batches(self, epoch: int, order: Any = None) -> list[list[Any]]:
+        """Items of each step of an epoch."""
         train = self.config.train
+        indices = epoch_batches(self.groups, train.batch_pairs, order or train.batch_order, self.config.seed, epoch)
+        return [[self.items[index] for index in batch] for batch in indices]
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """One optimizer step per item, until the epochs, `train.max_steps` or the patience are done."""
         step = 0
-        for epoch in range(train.num_epochs):
-            batches = epoch_batches(self.groups, train.batch_pairs, train.batch_order, self.config.seed, epoch)
+        for epoch in range(self.config.train.num_epochs):
+            batches = self.batches(epoch)
             for place, batch in enumerate(batches):
-                if step == self.num_steps:
+                if step == self.num_steps or self.validator.exhausted:
                     return
                 step += 1
                 started = time.perf_counter()
-                values = self._step([self.pairs[index] for index in batch])
-                values["step"] = step
-                values["epoch"] = epoch + (place + 1) / len(batches)
-                values["seconds"] = time.perf_counter() - started
+                values = self._step(batch)
+                values.update(
+                    step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started
+                )
+                self._watch_collapse(step, values)
+                if self.validator.active and (step % self.eval_every == 0 or step == self.num_steps):
+                    values.update(self.validator.run(self.engine, step))
                 yield values
 
-    def _step(self, batch: list[PreferencePair]) -> dict[str, Any]:
-        metrics = StepMetrics()
-        members: list[PreferencePair] = []
-        for micro in self._micro_batches(batch):
-            result: MicroBatchResult = self.engine(micro)
-            self.engine.backward(result.loss_sum / len(batch), scale_wrt_gas=False)
-            metrics.add(result, [pair.step for pair in micro.pairs])
-            members.extend(micro.pairs)
-        self._refuse_nonfinite(metrics, members)
+    def _step(self, batch: Sequence[Any]) -> dict[str, Any]:
+        metrics = self.method.metrics()
+        normaliser = self.method.normaliser(batch)
+        for micro in self.method.micro_batches(batch):
+            result = self.engine(micro)
+            self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
+            metrics.add(micro, result)
+        self._refuse_nonfinite(metrics, batch)
         learning_rate = self.engine.get_lr()[0]
         gradient_norm = self._local_gradient_norm()
         self.engine.step()
         if gradient_norm is None:
             gradient_norm = float(self.engine.get_global_grad_norm())
-        values = metrics.summary()
+        values: dict[str, Any] = metrics.summary()
         self.rows_seen += int(values["tokens/rows"])
         return {**values, "grad_norm": gradient_norm, "learning_rate": learning_rate, "num_tokens": self.rows_seen}
 
-    def _micro_batches(self, batch: Sequence[PreferencePair], online: bool = False) -> Iterator[MicroBatch]:
-        for pairs in group_pairs(batch, self.config.train.max_tokens):
-            if self.cache is None or online:
-                yield MicroBatch(pairs)
-            else:
-                yield MicroBatch(pairs, self.cache.chosen(pairs), self.cache.rejected(pairs))
+    def _watch_collapse(self, step: int, values: dict[str, Any]) -> None:
+        if "logps/chosen_drift" not in values:
+            return
+        text = self.alarm.update(step, values["logps/chosen_drift"], values["rewards/margins"])
+        if text is not None:
+            self.alarm_text = text
+            logger.warning("%s", text)
+        values["alarm"] = self.alarm.raised_at is not None
 
     def _local_gradient_norm(self) -> float | None:
         """Global norm before clipping; None under ZeRO, which keeps gradients in its own buffers until its step."""
         if self.config.train.zero_stage > 0:
             return None
-        norms = [
-            p.grad.double().norm() for p in self.policy.model.parameters() if p.requires_grad and p.grad is not None
-        ]
+        norms = [parameter.grad.double().norm() for parameter in self.trainable if parameter.grad is not None]
         return float(torch.stack(norms).norm())
 
     def _watch(self, gradient: torch.Tensor) -> None:
         self.gradients_finite &= torch.isfinite(gradient).all()
 
-    def _refuse_nonfinite(self, metrics: StepMetrics, members: Sequence[PreferencePair]) -> None:
-        bad = [members[place].source for place in metrics.nonfinite_pairs()]
-        what = f"the loss of {len(bad)} pairs"
+    def _refuse_nonfinite(self, metrics: Any, batch: Sequence[Any]) -> None:
+        bad = metrics.nonfinite()
+        what = f"the loss of {len(bad)} rows"
         if not bad and not bool(self.gradients_finite):
-            what, bad = "the gradient", [pair.source for pair in members]
+            what, bad = "the gradient", [item.source for item in batch]
         if bad:
             raise NonFiniteError(
                 f"{what} is not finite at step {self.engine.global_steps + 1} (rows {', '.join(bad[:5])}); lower train.lr "
                 "or look at these rows; the weights were not updated"
-            )
-
-    def self_test(self) -> None:
-        """Policy and reference on one forest before the first step: rewards must be bitwise 0.
-
-        Raises:
-            CpoFastError: the policy at step 0 is not its own reference.
-        """
-        first = epoch_batches(self.groups, self.config.train.batch_pairs, "questions", self.config.seed, 0)[0]
-        micro = next(self._micro_batches([self.pairs[index] for index in first], online=True))
-        with torch.no_grad():
-            result: MicroBatchResult = self.engine(micro)
-        rewards = torch.stack([result.chosen_rewards, result.rejected_rewards])
-        if bool((rewards != 0).any()):
-            raise CpoFastError(
-                f"self-test: rewards at step 0 reach {float(rewards.abs().max()):.1e} instead of exactly 0, so the "
-                "reference is not the policy's starting point (an adapter that was trained, or dropout)"
-            )
-
-
-def _check_vocabulary(pairs: Sequence[PreferencePair], policy: Policy) -> None:
-    size = policy.model.get_base_model().get_input_embeddings().weight.shape[0]
-    for pair in pairs:
-        largest = max(*pair.chosen_sequence, *pair.rejected_sequence)
-        if largest >= size:
-            raise DataError(
-                f"{pair.source}: token id {largest} is outside the model's {size} embeddings; the file was made with "
-                "another tokenizer"
             )

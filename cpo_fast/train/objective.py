@@ -1,6 +1,6 @@
 """The training objective as one module: a micro-batch of pairs in, the summed loss and its statistics out.
 
-    loss = sum over the micro-batch's pairs of -log sigmoid(beta (margin - reference margin))
+    loss = sum over the micro-batch's pairs of weight * -log sigmoid(beta (margin - reference margin))
 
 Backbone, needed head rows, log-probs and reference all happen in this module's forward, so that DeepSpeed gathers and
 releases each weight where it is used. The sum is scaled to the step's mean outside, where the global pair count is known.
@@ -83,6 +83,8 @@ class PreferenceObjective(torch.nn.Module):
             label_smoothing=self.config.label_smoothing,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
+            nll_weight=self.config.nll_weight,
+            pair_weight=_pair_weight(pairs, chosen),
         )
         return MicroBatchResult(
             loss_sum=loss.losses.sum(),
@@ -97,6 +99,12 @@ class PreferenceObjective(torch.nn.Module):
             num_tokens=packed.num_tokens,
             num_sequence_tokens=packed.num_sequence_tokens,
         )
+
+
+def _pair_weight(pairs: Sequence[PreferencePair], like: torch.Tensor) -> torch.Tensor | None:
+    if all(pair.weight == 1.0 for pair in pairs):
+        return None
+    return like.new_tensor([pair.weight for pair in pairs])
 
 
 def _token_sums(result: Any, is_chosen: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -97,7 +97,9 @@ def test_unknown_command_is_refused_and_pairs_name_a_missing_file(tmp_path: Path
     assert "trees.jsonl: cannot read" in result.stderr
 
 
-def test_train_prints_json_alone_and_writes_the_adapter(tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_train_prints_json_alone_and_writes_the_adapter(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Q{i}\n", "chosen": "yes\n", "rejected": "no\n"} for i in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,6 +110,10 @@ def test_train_prints_json_alone_and_writes_the_adapter(tmp_path: Path, tiny_mod
         f"model.path={tiny_model_folder}",
         "model.dtype=float32",
     ]
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()  # as a run leaves it that was killed while compiling: it must not make the next one wait
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     result = run("train", *arguments, "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)

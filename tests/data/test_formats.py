@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 
-from cpo_fast.config import DataConfig
+from cpo_fast.config import validate_config
 from cpo_fast.data.batching import epoch_batches
 from cpo_fast.data.formats import LoadedPairs, load_pairs
 from cpo_fast.data.pairs import write_pairs
 from cpo_fast.errors import DataError
-from tests.data.test_pairs import trees_path  # noqa: F401 - a fixture
 from tests.tiny import tiny_tokenizer
 
 EOS = 2
 
 
 def load(path: Path, **options: Any) -> LoadedPairs:
-    return load_pairs(
-        DataConfig(path=str(path), **({"max_drop": 1.0} | options)), tiny_tokenizer(), path.parent / "dropped.jsonl"
-    )
+    config = validate_config({"data": {"path": str(path), "max_drop": 1.0} | options})
+    return load_pairs(config, tiny_tokenizer(), path.parent / "dropped.jsonl")
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -45,14 +43,17 @@ def test_token_that_merges_across_the_boundary_belongs_to_the_response(tmp_path:
     vocab = {"<e>": 0, "a": 1, " ": 2, "b": 3, " b": 4, "c": 5, " c": 6}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[(" ", "b"), (" ", "c")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>", pad_token="<e>")
-    path = write(tmp_path / "merge.jsonl", [{"prompt": "a ", "chosen": "b", "rejected": "c"}])
-    loaded = load_pairs(DataConfig(path=str(path)), tokenizer)
-    (pair,) = loaded.pairs
-    assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ((1,), (4, 0), (6, 0))
-    assert loaded.num_merged_boundaries == 1
+    rows = [{"prompt": "a ", "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "b", "rejected": "a"}]
+    path = write(tmp_path / "merge.jsonl", rows)
+    loaded = load_pairs(validate_config({"data": {"path": str(path)}}), tokenizer)
+    both, one = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in loaded.pairs]
+    assert both == ((1,), (4, 0), (6, 0))
+    assert one == ((1,), (4, 0), (2, 1, 0))  # what one response takes from the prompt, the other gets too
+    assert loaded.num_merged_boundaries == 2
+    assert loaded.pairs[0].group == loaded.pairs[1].group
 
 
-def test_trees_and_their_pairs_file_are_the_same_training_data(trees_path: Path) -> None:  # noqa: F811
+def test_trees_and_their_pairs_file_are_the_same_training_data(trees_path: Path) -> None:
     write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
     strip = [
         [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.group, p.step) for p in load(path).pairs]
@@ -66,7 +67,7 @@ def test_trees_and_their_pairs_file_are_the_same_training_data(trees_path: Path)
 @pytest.mark.parametrize(
     ("eos", "first", "second"), [("never", (100, 10), (102, 10)), ("every", (100, 10, EOS), (102, 10, EOS))]
 )
-def test_end_of_sequence_rule(trees_path: Path, eos: str, first: tuple, second: tuple) -> None:  # noqa: F811
+def test_end_of_sequence_rule(trees_path: Path, eos: str, first: tuple, second: tuple) -> None:
     pairs = load(trees_path, eos=eos).pairs
     assert (pairs[0].chosen_ids, pairs[1].chosen_ids) == (first, second)
 
@@ -87,7 +88,7 @@ def test_bad_rows_are_counted_by_reason_and_kept_aside(tmp_path: Path) -> None:
     assert len(loaded.pairs) == 1
     assert loaded.dropped_by_reason == {
         "missing key 'rejected'": 1,
-        "'chosen' is not text": 1,
+        "'chosen' is null": 1,
         "empty response": 1,
         "chosen equals rejected": 1,
         "duplicate": 1,
@@ -102,7 +103,8 @@ def test_bad_rows_are_counted_by_reason_and_kept_aside(tmp_path: Path) -> None:
 def test_too_many_bad_rows_end_with_exit_code_3(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": "c", "rejected": str(i)} for i in range(9)] + [{"prompt": "p"}]
     with pytest.raises(
-        DataError, match=r"1 of 10 rows are bad \(missing key 'chosen': 1; first: .*rows\.jsonl:10\)"
+        DataError,
+        match=r"1 of 10 rows are bad, .*max_drop=0\.05 allows: 1 like .*rows\.jsonl:10: missing key 'chosen'",
     ) as raised:
         load(write(tmp_path / "rows.jsonl", rows), max_drop=0.05)
     assert raised.value.exit_code == 3
@@ -112,7 +114,7 @@ def test_too_many_bad_rows_end_with_exit_code_3(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"prompt": "p"}\n{"prompt": \n', r"x\.jsonl:2: the line is not valid JSON"),
+        (b'{"prompt": "p"}\n{"prompt": \n', r"1 like .*x\.jsonl:2: the line is not valid JSON"),
         (b"[1]\n", r"x\.jsonl:1: expected a JSON object, got list"),
         (b'{"prompt": "\xff"}\n', r"x\.jsonl:1: the line is not UTF-8"),
         (b"", r"x\.jsonl: the file has no rows"),

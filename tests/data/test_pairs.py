@@ -1,144 +1,28 @@
-"""The rule `all` on hand-made trees, and the files it writes as other libraries read them."""
+"""The files written from trees: as other libraries read them, as an audit sees them, and the same bytes every time."""
 
 import json
 import random
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from cpo_fast.data.pairs import tree_pairs, write_pairs
+from cpo_fast.config import PairsConfig
+from cpo_fast.data.pairs import write_pairs, write_sft
+from cpo_fast.data.tree_rows import REPEATED, TreeFileReader
+from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.files import write_jsonl
-from cpo_fast.tasks import get_task
-from cpo_fast.tree import Node, Prompt, SearchTree
+from tests.data.hand_made import PROMPT, node, random_tree, tree, write_trees
 
 
-def node(node_id: int, parent: int, depth: int, answer: str | None = None, **changes: object) -> Node:
-    """A thought; with `answer` a complete answer line."""
-    text = f"Answer: {answer}\n" if answer is not None else f"Step {depth}: thought {node_id}.\n"
-    values = {
-        "id": node_id,
-        "parent": parent,
-        "depth": depth,
-        "text": text,
-        "token_ids": (100 + node_id, 10),
-        "value": 5.0,
-        "evaluations": (),
-        "kept": True,
-        "terminal": answer is not None,
-        "complete": answer is not None,
-        "count": 1,
-        "answer": answer,
-        "stop": "newline",
-    }
-    return Node(**(values | changes))  # type: ignore[arg-type]
-
-
-def tree(nodes: list[Node], winning: tuple[int, ...], tree_id: str = "t", prompt_hash: str = "h") -> SearchTree:
-    return SearchTree(
-        id=tree_id,
-        task="svamp",
-        question="How many?",
-        gold=None,
-        prompt_hash=prompt_hash,
-        num_shared_tokens=2,
-        question_token_ids=(50, 51),
-        nodes=tuple(nodes),
-        winning_nodes=winning,
-        answer="4" if winning else None,
-        num_empty=0,
-        status="ok" if winning else "no_answer",
-        detail="",
-        model_hash="m",
-        adapter_hash="",
-        seed=0,
-        config_hash="c",
-    )
-
-
-def ids(pairs: list) -> list[tuple[int, int, int]]:
-    return [(pair.parent, pair.chosen.id, pair.rejected.id) for pair in pairs]
-
-
-def test_pruned_siblings_are_rejected_ones() -> None:
-    nodes = [node(0, -1, 1), node(1, -1, 1, kept=False), node(2, -1, 1, kept=False), node(3, 0, 2, "4")]
-    assert ids(tree_pairs(tree(nodes, (3,)))) == [(-1, 0, 1), (-1, 0, 2)]
-
-
-def test_children_of_losing_states_are_never_used() -> None:
-    nodes = [
-        node(0, -1, 1),
-        node(1, -1, 1),
-        node(2, 0, 2, "4"),
-        node(3, 0, 2, "5"),
-        node(4, 1, 2, "6"),
-        node(5, 1, 2, "7"),
-    ]
-    assert ids(tree_pairs(tree(nodes, (2,)))) == [(-1, 0, 1), (0, 2, 3)]
-
-
-def test_winning_paths_through_one_state_never_reject_each_other() -> None:
-    nodes = [
-        node(0, -1, 1),
-        node(1, -1, 1),
-        node(2, 0, 2, "4"),
-        node(3, 0, 2, "4"),
-        node(4, 0, 2, "9"),
-        node(5, 1, 2, "4"),
-    ]
-    assert ids(tree_pairs(tree(nodes, (2, 3, 5)))) == [(0, 2, 4), (0, 3, 4)]
-
-
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        [],
-        [node(0, -1, 1), node(1, -1, 1)],  # no answer
-    ],
-)
-def test_no_winning_path_gives_no_pair(nodes: list[Node]) -> None:
-    assert tree_pairs(tree(nodes, ())) == []
-
-
-def test_one_candidate_gives_no_pair() -> None:
-    assert tree_pairs(tree([node(0, -1, 1), node(1, 0, 2, "4")], (1,))) == []
-
-
-def test_chosen_is_on_a_winning_path_and_rejected_is_a_sibling_off_every_one() -> None:
-    for seed in range(200):
-        generator = random.Random(seed)
-        nodes: list[Node] = []
-        for node_id in range(generator.randint(1, 25)):
-            open_nodes = [-1, *(n.id for n in nodes if not n.terminal)]
-            parent = generator.choice(open_nodes)
-            depth = 1 if parent == -1 else nodes[parent].depth + 1
-            nodes.append(node(node_id, parent, depth, "4" if generator.random() < 0.3 else None))
-        complete = [n.id for n in nodes if n.complete]
-        winners = tuple(sorted(generator.sample(complete, generator.randint(0, len(complete)))))
-        searched = tree(nodes, winners)
-        on_winning_path = {n.id for winner in winners for n in searched.path(winner)}
-        pairs = tree_pairs(searched)
-        assert len({(p.chosen.id, p.rejected.id) for p in pairs}) == len(pairs)
-        for pair in pairs:
-            assert pair.chosen.id in on_winning_path
-            assert pair.rejected.id not in on_winning_path
-            assert pair.chosen.parent == pair.rejected.parent == pair.parent
-
-
-@pytest.fixture
-def trees_path(tmp_path: Path) -> Path:
-    prompt = Prompt.build("few shot", [1, 2, 3])
-    nodes = [node(0, -1, 1), node(1, -1, 1), node(2, 0, 2, "4"), node(3, 0, 2, "5")]
-    prompt.save(tmp_path / "trees.jsonl")
-    write_jsonl(
-        tmp_path / "trees.jsonl",
-        [tree(nodes, (2,), "a", prompt.hash).to_dict(), tree(nodes, (), "b", prompt.hash).to_dict()],
-    )
-    return tmp_path / "trees.jsonl"
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_carry_the_ids_of_the_search(trees_path: Path) -> None:
     counts = write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
-    rows = [json.loads(line) for line in trees_path.with_name("pairs.jsonl").read_text().splitlines()]
+    rows = read(trees_path.with_name("pairs.jsonl"))
     assert counts.num_pairs == len(rows) == 2
     assert counts.pairs_by_step == {1: 1, 2: 1}
     assert counts.trees_without_pairs == {"no_answer": 1}
@@ -146,26 +30,156 @@ def test_rows_carry_the_ids_of_the_search(trees_path: Path) -> None:
     assert first["prompt_token_ids"] == [1, 2, 50, 51]
     assert (first["chosen_token_ids"], first["rejected_token_ids"]) == ([100, 10], [101, 10])
     assert second["prompt_token_ids"] == [1, 2, 50, 51, 100, 10]
-    assert second["prompt"] == get_task("svamp").few_shot + "Question: How many?\nStep 1: thought 0.\n"
+    assert second["prompt"] == "few shot\n\nQuestion: How many?\nStep 1: thought 0.\n"
     assert (first["chosen_final"], second["chosen_final"], second["rejected_final"]) == (False, True, True)
 
 
-def test_same_trees_give_the_same_bytes(trees_path: Path) -> None:
-    write_pairs(trees_path, trees_path.with_name("one.jsonl"))
-    write_pairs(trees_path, trees_path.with_name("two.jsonl"))
-    assert trees_path.with_name("one.jsonl").read_bytes() == trees_path.with_name("two.jsonl").read_bytes()
+def test_fpo_rows_hold_whole_paths_under_the_question(trees_path: Path) -> None:
+    write_pairs(trees_path, trees_path.with_name("pairs.jsonl"), PairsConfig(rule="fpo"))
+    (row,) = read(trees_path.with_name("pairs.jsonl"))
+    assert row["prompt"] == "few shot\n\nQuestion: How many?\n"
+    assert row["chosen"] == "Step 1: thought 0.\nAnswer: 4\n"
+    assert row["rejected"] == "Step 1: thought 0.\nAnswer: 5\n"
+    assert row["prompt_token_ids"] == [1, 2, 50, 51]
+    assert row["chosen_token_ids"] == [100, 10, 102, 10]
+    assert row["rejected_token_ids"] == [100, 10, 103, 10]
+    assert (row["step"], row["chosen_final"], row["rejected_final"]) == (0, True, True)
 
 
-def test_datasets_and_trl_read_the_file_unmodified(trees_path: Path, tmp_path: Path) -> None:
+def test_sft_rows_hold_prompt_and_winning_path(trees_path: Path) -> None:
+    counts = write_sft(trees_path, trees_path.with_name("sft.jsonl"))
+    (row,) = read(trees_path.with_name("sft.jsonl"))
+    assert row["prompt"] + row["completion"] == "few shot\n\nQuestion: How many?\nStep 1: thought 0.\nAnswer: 4\n"
+    assert row["prompt_token_ids"] + row["completion_token_ids"] == [1, 2, 50, 51, 100, 10, 102, 10]
+    assert (counts.num_examples, counts.num_trees, counts.num_completion_tokens) == (1, 1, 4)
+    assert counts.trees_without_examples == {"no_answer": 1}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_same_trees_give_the_same_bytes_whatever_their_gold(tmp_path: Path, suffix: str) -> None:
+    trees = [random_tree(seed, f"q{seed}") for seed in range(20)]
+    golds = [str(seed) for seed in range(20)]
+    settings = PairsConfig(rule="lower", rejected_fraction=0.7, num_questions=9)
+    written = []
+    for attempt in range(3):
+        random.Random(attempt).shuffle(golds)
+        path = write_trees(
+            tmp_path / str(attempt) / "trees.jsonl",
+            [replace(one, gold=gold) for one, gold in zip(trees, golds, strict=True)],
+        )
+        write_pairs(path, path.with_name(f"pairs.{suffix}"), settings, seed=3)
+        write_sft(path, path.with_name(f"sft.{suffix}"), settings, seed=3)
+        names = (f"pairs.{suffix}", "pairs.dropped.jsonl", f"sft.{suffix}")
+        written.append([path.with_name(name).read_bytes() for name in names])
+    assert written[0] == written[1] == written[2]
+    assert all(written[0])
+
+
+def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
+    from cpo_fast.data.parquet import read_parquet
+
+    path = write_trees(tmp_path / "trees.jsonl", [random_tree(seed, f"q{seed}") for seed in range(20)])
+    write_pairs(path, tmp_path / "pairs.jsonl")
+    write_pairs(path, tmp_path / "pairs.parquet")
+    assert read_parquet(tmp_path / "pairs.parquet") == read(tmp_path / "pairs.jsonl")
+
+
+def test_parquet_without_pyarrow_names_the_line_that_installs_it(
+    trees_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EnvironmentProblem, match=r'pip install "cpo-fast\[data\]"') as raised:
+        write_pairs(trees_path, trees_path.with_name("pairs.parquet"))
+    assert raised.value.exit_code == 5
+
+
+def test_same_questions_are_drawn_for_every_rule_in_any_file_order(tmp_path: Path) -> None:
+    trees = [random_tree(seed, f"q{seed}") for seed in range(30)]
+    path = write_trees(tmp_path / "trees.jsonl", trees)
+    other = write_trees(tmp_path / "other" / "trees.jsonl", trees[::-1])
+    won = {one.id for one in trees if one.winning_nodes}
+    drawn = TreeFileReader(path).draw_questions(8, seed=1)
+    assert len(drawn) == 8
+    assert drawn < won
+    assert drawn == TreeFileReader(other).draw_questions(8, seed=1)
+    assert drawn < TreeFileReader(path).draw_questions(12, seed=1)
+    assert drawn != TreeFileReader(path).draw_questions(8, seed=2)
+    write_sft(path, tmp_path / "sft.jsonl", PairsConfig(num_questions=8), seed=1)
+    assert {row["tree"] for row in read(tmp_path / "sft.jsonl")} == drawn
+    for rule in ("all", "lower", "lowest", "fpo"):
+        write_pairs(path, tmp_path / "pairs.jsonl", PairsConfig(rule=rule, num_questions=8), seed=1)  # type: ignore[arg-type]
+        assert {row["tree"] for row in read(tmp_path / "pairs.jsonl")} <= drawn
+
+
+def test_audit_counts_values_lengths_and_what_was_left_out(tmp_path: Path) -> None:
+    nodes = [
+        node(0, -1, 1, value=4.0, token_ids=(100, 101, 10)),
+        node(1, -1, 1, value=1.0),
+        node(2, -1, 1, value=None, token_ids=(104, 105, 106, 107, 10)),
+        node(3, -1, 1, value=9.0),
+        node(4, 0, 2, "4", value=8.0),
+        node(5, 0, 2, "5", value=2.0),
+        node(6, 0, 2, "5", token_ids=(104, 10)),  # the very tokens of the winner
+    ]
+    trees = [
+        tree(nodes, (4,), "a"),
+        tree(nodes, (4,), "b"),  # the same question under another id
+        tree([node(0, -1, 1, "4")], (0,), "c"),
+        tree(nodes, (), "d"),
+    ]
+    path = write_trees(tmp_path / "trees.jsonl", trees)
+    counts = write_pairs(path, tmp_path / "pairs.jsonl", PairsConfig(rule="lower"))
+    assert (counts.num_pairs, counts.num_trees, counts.num_repeated) == (3, 1, 3)
+    assert counts.trees_without_pairs == {"value not below the winner's": 1, "no losing sibling": 1, "no_answer": 1}
+    assert counts.dropped == {REPEATED: 3, "value not below the winner's": 2, "chosen equals rejected": 2}
+    assert asdict(counts.steps[1]) == {
+        "num_pairs": 2,
+        "num_states": 1,
+        "chosen_value": 4.0,
+        "rejected_value": 1.0,
+        "num_without_value": 1,
+        "chosen_tokens": 3.0,
+        "rejected_tokens": 3.5,
+        "max_tokens": 4 + 5,
+    }
+    assert (counts.steps[2].num_pairs, counts.steps[2].chosen_value, counts.steps[2].rejected_value) == (1, 8.0, 2.0)
+    dropped = read(tmp_path / "pairs.dropped.jsonl")
+    assert dropped[0] == {"tree": "a", "step": 1, "nodes": [0, 3], "reason": "value not below the winner's"}
+    assert len(dropped) == 7
+    write_pairs(write_trees(tmp_path / "trees.jsonl", [trees[2]]), tmp_path / "pairs.jsonl")
+    assert not (tmp_path / "pairs.dropped.jsonl").exists()
+
+
+def test_prompt_text_is_the_one_that_was_searched_with(tmp_path: Path) -> None:
+    """Shuffled demonstrations change the few-shot text; what a row says must be what its ids say."""
+    plain = tree([node(0, -1, 1, "4"), node(1, -1, 1, "5")], (0,), "a")
+    chat = replace(plain, id="b", question_token_ids=(51,), question_prompt="How many?<|im_end|>\n")
+    write_pairs(write_trees(tmp_path / "trees.jsonl", [plain, chat]), tmp_path / "pairs.jsonl")
+    prompts = [row["prompt"] for row in read(tmp_path / "pairs.jsonl")]
+    assert prompts == [PROMPT.text + "Question: How many?\n", PROMPT.text + "How many?<|im_end|>\n"]
+
+
+def test_trees_that_are_damaged_name_file_and_line(trees_path: Path) -> None:
+    from cpo_fast.errors import DataError
+
+    lines = trees_path.read_text().splitlines()
+    write_jsonl(trees_path, [json.loads(lines[0]), {**json.loads(lines[1]), "nodes": 3}])
+    with pytest.raises(DataError, match=r"trees\.jsonl:2: not a search tree"):
+        write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_datasets_and_trl_read_the_file_unmodified(trees_path: Path, tmp_path: Path, suffix: str) -> None:
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
 
     from tests.tiny import tiny_llama, tiny_tokenizer, with_lora
 
-    write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
-    data = load_dataset(
-        "json", data_files=str(trees_path.with_name("pairs.jsonl")), split="train", cache_dir=str(tmp_path)
-    )
+    path = trees_path.with_name(f"pairs.{suffix}")
+    write_pairs(trees_path, path)
+    kind = "json" if suffix == "jsonl" else suffix
+    data = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path))
     options = DPOConfig(
         output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=2, use_cpu=True, bf16=False,
         gradient_checkpointing=False, max_length=None, report_to=[], save_strategy="no", disable_tqdm=True,

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_llama import build_model, build_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cpo_fast.config import Config, validate_config
+from tests.search.tiny_llama import build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import build_model
 
 from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.tasks import encode_prompt, get_task
+from cpo_fast.search.statistics import tree_statistics
+from cpo_fast.tasks import encode_prompt, encode_question, get_task
 from cpo_fast.tasks.task import Question
-from cpo_fast.tree import read_prompt, read_trees
+from cpo_fast.tree import SearchTree, read_prompt, read_trees
+from tests.search.tiny_llama import build_byte_tokenizer, build_model
 
 
 def _bytes(config):
@@ -143,6 +145,7 @@ def test_root_ids_are_what_the_tokenizer_makes_of_the_whole_prompt(make_config, 
         prompt = read_prompt(result.trees_path, tree.prompt_hash)
         whole = encode_prompt(tokenizer, task.prompt(Question(tree.id, tree.question)))
         assert tree.root_ids(prompt) == whole
+        assert prompt.text + tree.question_prompt == task.prompt(Question(tree.id, tree.question))
         assert tree.num_shared_tokens > 100
 
 
@@ -165,14 +168,113 @@ def test_node_ids_are_the_ids_the_model_samples_under_their_state(make_config, m
         ids.append(expected)
 
 
-def test_gold_never_touches_the_search(make_config, model, tokenizer, reference, tmp_path):
+@pytest.mark.parametrize("answers", [[12, None, 2], [5, 5, 5], [None, None, None]])
+def test_shuffled_gold_labels_change_no_byte_but_their_own(make_config, model, tokenizer, reference, tmp_path, answers):
     questions = tmp_path / "questions.jsonl"
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
-    questions.write_text("".join(json.dumps({**row, "answer": 5}) + "\n" for row in rows))
+    rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config("gold")
     collect(config, model, tokenizer)
-    stripped = [[{**json.loads(line), "gold": None} for line in b.splitlines()] for b in (_bytes(config), reference)]
-    assert stripped[0] == stripped[1]
+    golds = [None if answer is None else str(answer) for answer in answers]
+    expected = [{**json.loads(line), "gold": gold} for line, gold in zip(reference.splitlines(), golds, strict=True)]
+    assert _bytes(config) == "".join(canonical_json(tree) + "\n" for tree in expected).encode()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"keep_ties": True}, {"strategy": "dfs", "dfs_threshold": 0.0, "max_nodes": 8}]
+)
+def test_the_same_run_twice_and_another_batch_size_give_equal_bytes(make_config, model, tokenizer, settings):
+    results = []
+    for run, batch_size in (("once", 40), ("twice", 40), ("thirds", 3)):
+        config = make_config(run, batch_size=batch_size, **settings)
+        collect(config, model, tokenizer)
+        folder = Path(config.run)
+        results.append([(folder / name).read_bytes() for name in ("trees.jsonl", "statistics.jsonl")])
+    assert results[0] == results[1] == results[2]
+    assert len(results[0][0].splitlines()) == 3
+
+
+def test_depth_first_trees_differ_from_breadth_first_ones_and_keep_their_budget(
+    make_config, model, tokenizer, reference
+):
+    config = make_config("dfs", strategy="dfs", dfs_threshold=0.0, max_nodes=6)
+    trees = read_trees(collect(config, model, tokenizer).trees_path)
+    assert all(len(tree.nodes) < 6 + 5 for tree in trees)
+    assert any(len(tree.nodes) >= 6 for tree in trees)
+    first = SearchTree.from_dict(json.loads(reference.splitlines()[0]))
+    # the first expansion is that of the root in both, and its samples have the same names
+    assert [node.token_ids for node in trees[0].children(-1)] == [node.token_ids for node in first.children(-1)]
+    assert trees[0].config_hash != first.config_hash
+
+
+def test_statistics_stand_beside_the_trees_and_add_up(make_config, model, tokenizer):
+    config = make_config("statistics", evaluator="sample", num_verdicts=2, max_verdict_tokens=3)
+    result = collect(config, model, tokenizer)
+    trees = read_trees(result.trees_path)
+    rows = [json.loads(line) for line in (Path(config.run) / "statistics.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(canonical_json(tree_statistics(tree).to_dict())) for tree in trees]
+    assert result.num_generated_tokens == sum(row["num_generated_tokens"] for row in rows)
+    assert result.num_useful_tokens == sum(row["num_useful_tokens"] for row in rows) > 0
+    assert 0 < sum(row["num_verdict_tokens"] for row in rows) < result.num_generated_tokens
+    unique = sum(len(node.token_ids) for tree in trees for node in tree.nodes)
+    thought_tokens = sum(row["num_generated_tokens"] - row["num_verdict_tokens"] for row in rows)
+    assert thought_tokens > unique  # duplicates, empty samples and ends of sequence were generated too
+
+
+def _seen_by_the_evaluator(monkeypatch, config, model, tokenizer):
+    """Texts of the evaluator prompts of a run."""
+    seen = []
+    score = HuggingFaceEngine.score
+
+    def listen(self, token_ids, continuations):
+        seen.append(tokenizer.decode(token_ids))
+        return score(self, token_ids, continuations)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceEngine, "score", listen)
+        collect(config, model, tokenizer)
+    return seen
+
+
+def test_the_seed_orders_the_evaluators_demonstrations_and_off_keeps_the_written_order(make_config, model, monkeypatch):
+    tokenizer = build_byte_tokenizer()
+    model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 4.0})
+    small = {"num_candidates": 1, "num_kept": 1, "max_steps": 1}
+    begins = {}
+    for seed, shuffle in ((0, True), (2, True), (0, False)):
+        config = make_config(f"{seed}{shuffle}", seed=seed, shuffle_evaluator=shuffle, **small)
+        seen = _seen_by_the_evaluator(monkeypatch, config, model, tokenizer)
+        few_shot = get_task("svamp", evaluator_seed=seed if shuffle else None).few_shot_evaluator
+        assert seen
+        assert all(text.removeprefix("<s>").startswith(few_shot) for text in seen)
+        begins[seed, shuffle] = few_shot
+    assert len(set(begins.values())) == 3
+    assert {"".join(sorted(text)) for text in begins.values()} == {"".join(sorted(begins[0, False]))}
+
+
+def test_a_chat_is_asked_through_the_template_and_its_tree_tells_the_whole_prompt(make_config, monkeypatch):
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 4.0})
+    config = make_config("chat", num_candidates=2, num_kept=1, max_steps=2)
+    chat = config.model_copy(update={"task": config.task.model_copy(update={"chat": True})})
+    seen = _seen_by_the_evaluator(monkeypatch, chat, model, tokenizer)
+    assert all(text.startswith("<|user|>") and "<|assistant|>Is the last line" in text for text in seen)
+    result = collect(chat, model, tokenizer)
+    task = get_task("svamp")
+    for tree in read_trees(result.trees_path):
+        prompt = read_prompt(result.trees_path, tree.prompt_hash)
+        question = Question(tree.id, tree.question)
+        assert tree.root_ids(prompt) == encode_question(tokenizer, task, question, chat=True)
+        assert tokenizer.decode(tree.root_ids(prompt)) == prompt.text + tree.question_prompt
+        assert tree.question_prompt.endswith("<|assistant|>")
+        assert tree.num_shared_tokens > len(task.few_shot)
+    with pytest.raises(DataError, match="another few-shot prompt"):
+        collect(config.model_copy(update={"run": chat.run}), model, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        collect(chat.model_copy(update={"run": f"{chat.run}-none"}), model, tokenizer)
 
 
 def test_trees_of_another_search_are_refused_by_name(make_config, model, tokenizer):

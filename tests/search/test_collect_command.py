@@ -36,7 +36,7 @@ def _invoke(*arguments):
 
 
 def test_json_summary_is_one_object_and_the_trees_are_written(workspace, monkeypatch):
-    from tiny_llama import build_model, build_tokenizer
+    from tests.search.tiny_llama import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
     bias = {tokenizer.convert_tokens_to_ids(word): 5.0 for word in ("\n", "Answer:", "1")}
@@ -51,10 +51,19 @@ def test_json_summary_is_one_object_and_the_trees_are_written(workspace, monkeyp
     table = _invoke(workspace / "config.yaml").stdout
     assert "unique thoughts" in table
     assert "1 finished before" in table
+    assert "on winning paths)" in table
+
+
+def test_text_of_a_model_cannot_drive_the_terminal():
+    from cpo_fast.cli.collect import _shown
+
+    assert _shown("7\x1b[2J\n\u202e\ud800") == "7\\x1b[2J\\n\\u202e\\ud800"
+    assert _shown("caf\u00e9 \u6570\u5b66") == "caf\u00e9 \u6570\u5b66"
+    assert _shown("x" * 100_000) == "x" * 80 + "..."
 
 
 def test_every_question_failing_is_an_error(workspace, monkeypatch):
-    from tiny_llama import build_model, build_tokenizer
+    from tests.search.tiny_llama import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
     broken = build_model(len(tokenizer), {0: float("nan")})

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_llama import build_model
 
 from cpo_fast.search.engine import Request
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.search.engine.sampler import choose_token, uniforms
+from tests.search.tiny_llama import build_model
 
 
 def _requests(tokenizer, num_samples=7, temperature=0.9, top_p=0.95, max_new_tokens=30):

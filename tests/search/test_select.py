@@ -4,8 +4,8 @@ from cpo_fast.search.select import rank, vote
 from cpo_fast.tree import Node
 
 
-def _leaf(identity, answer, value):
-    complete = answer is not None
+def _leaf(identity, answer, value, complete=None):
+    complete = answer is not None if complete is None else complete
     return Node(identity, -1, 1, "Answer: x\n", (1,), value, (), True, True, complete, 1, answer, "newline")
 
 
@@ -37,3 +37,23 @@ def test_a_path_without_a_verdict_adds_nothing_to_its_group():
 def test_nothing_complete_is_no_answer():
     assert vote([_leaf(0, None, 10.0)]) == (None, [])
     assert vote([]) == (None, [])
+
+
+def test_a_vote_by_count_goes_to_the_most_paths_whatever_their_values():
+    nodes = [_leaf(0, "yes", 9.0), _leaf(1, "no", 1.0), _leaf(2, "no", None), _leaf(3, "yes", None, complete=False)]
+    assert vote(nodes, "count") == ("no", [1, 2])
+    assert vote(nodes, "value") == ("yes", [0])
+
+
+def test_a_tied_count_goes_to_the_group_of_the_best_path_then_to_the_first():
+    assert vote([_leaf(0, "a", 2.0), _leaf(1, "b", 3.0), _leaf(2, "a", 2.5), _leaf(3, "b", 0.0)], "count")[0] == "b"
+    assert vote([_leaf(0, "a", 2.0), _leaf(1, "b", 2.0)], "count") == ("a", [0])
+    assert vote([_leaf(0, "a", None), _leaf(1, "b", 1.0)], "count") == ("b", [1])
+
+
+def test_ties_with_the_last_kept_one_are_kept_on_request_and_none_ties_with_none():
+    assert rank([3.0, 1.0, 3.0, 2.0, 3.0], 2, keep_ties=True) == [0, 2, 4]
+    assert rank([3.0, 2.0, 2.0, None, None], 2, keep_ties=True) == [0, 1, 2]
+    assert rank([1.0, None, None], 2, keep_ties=True) == [0, 1, 2]
+    assert rank([1.0, None], 1, keep_ties=True) == [0]
+    assert rank([], 2, keep_ties=True) == []

@@ -91,3 +91,18 @@ def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(token
     prompt_ids, labels = label_ids(tokenizer, "Question: a b c\nIt is")
     assert tokenizer.decode(prompt_ids) == "Question: a b c\nIt is"
     assert [tokenizer.decode(ids) for ids in labels] == [" likely", " impossible"]
+
+
+def test_an_unreadable_verdict_can_count_as_impossible_and_is_still_recorded_as_unreadable(tokenizer):
+    engine = ScriptedEngine(texts=[" likely\n", " 47\n", " maybe\n", " likely\n"])
+    settings = {"evaluator": "sample", "num_verdicts": 4, "unparseable": "impossible"}
+    (verdict,) = _evaluator(engine, tokenizer, **settings).evaluate([State(-1, (1,), ("a\n",))])
+    assert verdict.value == pytest.approx((10 + 1 + 1 + 10) / 4)
+    assert num_unparseable(verdict.evaluations) == 2
+
+
+def test_tokens_of_verdicts_are_counted_once_a_prompt(tokenizer):
+    engine = ScriptedEngine(texts=[" likely\n"] * 3)
+    evaluator = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=3)
+    evaluator.evaluate([State(-1, (1,), ("a\n",)), State(-1, (1,), ("a\n",))])
+    assert evaluator.num_tokens == 3

@@ -18,8 +18,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: any text can be read, and a model can write bytes that are no text."""
+    specials = ["<unk>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(specials + alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
 def build_model(
-    vocab_size: int, bias: dict[int, float] | None = None, eos_token_id: int | None = 2
+    vocab_size: int, bias: dict[int, float] | None = None, eos_token_id: int | None = 2, max_positions: int = 4096
 ) -> LlamaForCausalLM:
     """Two-layer Llama with grouped queries, random weights, float32; `bias` is added to the logits of these tokens."""
     torch.manual_seed(0)
@@ -30,7 +40,7 @@ def build_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
+        max_position_embeddings=max_positions,
         initializer_range=0.4,  # wide enough that the next token depends on the whole prompt
         bos_token_id=1,
         eos_token_id=eos_token_id,

@@ -1,4 +1,4 @@
-"""Arithmetic: loading both formats, answers in normal form, prompts in the format of the chain."""
+"""Arithmetic: loading the released formats, reading answers, prompts in the format of the chain."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import pytest
 
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.tasks import Question, common_prefix_length, encode_prompt, get_task
-from cpo_fast.tasks.arithmetic import normalise_number
 from cpo_fast.tasks.task import VERDICT_CUE
 
 TASK = get_task("svamp")
@@ -47,6 +46,26 @@ def test_json_lines_may_leave_out_id_and_answer(tmp_path):
     assert re.fullmatch("[0-9a-f]{16}", first.id)
     assert second == Question("7", "Two?", "1200")
     assert TASK.load(path)[0].id == first.id
+
+
+def test_a_gsm8k_solution_ends_in_its_answer(tmp_path):
+    task = get_task("gsm8k")
+    solution = "He has 2*6 = <<2*6=12>>12 boxes.\nThat is 12*150 = $1,800.\n#### 1,800"
+    path = _write(tmp_path / "train.jsonl", _lines({"question": "How much?", "answer": solution}))
+    assert [(question.text, question.gold) for question in task.load(path)] == [("How much?", "1800")]
+    path = _write(tmp_path / "bad.jsonl", _lines({"question": "How much?", "answer": "12 boxes\n#### many"}))
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: the answer .* is not a number"):
+        task.load(path)
+
+
+def test_a_problem_that_gsm8k_repeats_is_asked_once_but_not_with_two_answers(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [{"question": "How much?", "answer": "a\n#### 3"}, {"question": "How much? ", "answer": "b\n#### 3"}]
+    assert len(get_task("gsm8k").load(_write(tmp_path / "q.jsonl", _lines(*rows)))) == 1
+    assert "1 rows repeat" in caplog.text
+    rows[1]["answer"] = "b\n#### 4"
+    with pytest.raises(DataError, match="already at"):
+        get_task("gsm8k").load(_write(tmp_path / "q.jsonl", _lines(*rows)))
 
 
 def test_skip_and_limit_cut_the_list(tmp_path):
@@ -89,43 +108,38 @@ def test_a_missing_file_is_a_data_error(tmp_path):
         TASK.load(tmp_path / "absent.json")
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("51", "51"),
-        ("145.0", "145"),
-        ("$1,250.00", "1250"),
-        (" -3 degrees.", "-3"),
-        ("\u22124", "-4"),
-        ("-$3", "-3"),
-        ("$-3", "-3"),
-        ("1/2", "0.5"),
-        ("2/4 of the cake", "0.5"),
-        ("1/3", "1/3"),
-        ("-7/8", "-0.875"),
-        (".5", "0.5"),
-        ("-0", "0"),
-        ("5 + 3 = 8", "8"),
-        ("007", "7"),
-        ("5/0", None),
-        ("76 - 25", None),
-        ("8 apples in 2 days", None),
-        ("1,2", None),
-        ("a dozen", None),
-        ("", None),
-        ("9" * 40, None),
-    ],
-)
-def test_numbers_have_one_normal_form(text, number):
-    assert normalise_number(text) == number
-
-
 def test_only_an_answer_line_has_an_answer():
     assert TASK.parse_answer("Answer: 24\n") == "24"
     assert TASK.parse_answer("Answer: 24\n\n") == "24"
     assert TASK.parse_answer("Step 2: 24\n") is None
     assert TASK.parse_answer("The Answer: 24") is None
     assert TASK.parse_answer("Answer:\n") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("Answer: He has 4 x 5 = 20 boxes - all of them blue.", "20"),
+        ("Answer: x = 20", "20"),
+        ("Answer: 20 = x", "20"),
+        ("Answer: the rest - 20 boxes", "20"),
+        ("Answer: -20", "-20"),
+        ("Answer: $5", "5"),
+        ("Answer: 1,912 people", "1912"),
+        ("Answer: 145.0", "145"),
+        ("Answer: 3/4 of a cup", "0.75"),
+        ("Answer: malcolm x", None),
+        ("Answer: 3 or 4", None),
+    ],
+)
+def test_signs_of_arithmetic_inside_prose_are_read_as_meant(line, answer):
+    assert TASK.parse_answer(line + "\n") == answer
+
+
+def test_two_answers_without_a_number_are_not_equal():
+    assert not TASK.is_correct("none", "nothing")
+    assert TASK.score_answer(None, "3") == {"numeric": 0.0}
+    assert TASK.score_answer("$3.00", "3") == {"numeric": 1.0}
 
 
 def test_correct_is_numeric_equality_not_containment():
@@ -150,14 +164,23 @@ def test_demonstrations_follow_the_chain_format_and_their_arithmetic_is_right():
     assert TASK.few_shot.endswith("\n\n")
 
 
-def test_verdict_demonstrations_say_impossible_exactly_where_the_arithmetic_is_wrong():
-    blocks = TASK.few_shot_evaluator.strip().split("\n\n")[1:]
+@pytest.mark.parametrize(
+    ("few_shot", "wrong", "meant_wrong"),
+    [
+        # the classrooms are added right where a product is asked for
+        (TASK.few_shot_evaluator, [False, False, True, False], "14 + 20"),
+        # the beads are counted right, and the answer is those that were used
+        (TASK.few_shot_conclusion_evaluator, [True, False, False, False], "Answer: 48"),
+    ],
+)
+def test_verdict_demonstrations_say_impossible_exactly_where_something_is_wrong(few_shot, wrong, meant_wrong):
+    blocks = few_shot.strip().split("\n\n")[1:]
     verdicts = [block.rpartition("\n")[2].removeprefix(VERDICT_CUE) for block in blocks]
-    wrong = [any(eval(a) != int(b) for a, b in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", block)) for block in blocks]
-    # the classrooms are added right and meant wrong: 14 + 20 where 14 * 20 is asked
-    assert wrong == [False, False, True, False]
-    assert "14 + 20" in blocks[1]
-    assert verdicts == [" likely", " impossible", " impossible", " likely"]
+    found = [any(eval(a) != int(b) for a, b in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", block)) for block in blocks]
+    assert found == wrong
+    impossible = [is_wrong or meant_wrong in block for is_wrong, block in zip(wrong, blocks, strict=True)]
+    assert verdicts == [" impossible" if each else " likely" for each in impossible]
+    assert sum(impossible) == 2
 
 
 def test_prompts_keep_the_question_as_it_is_and_end_where_the_model_goes_on():
@@ -165,7 +188,9 @@ def test_prompts_keep_the_question_as_it_is_and_end_where_the_model_goes_on():
     prompt = TASK.prompt(question)
     assert prompt == TASK.few_shot + "Question: How MANY  $ signs?\n"
     state = TASK.evaluator_prompt(question, ["Step 1: a\n", "Answer: 3\n\n"])
-    assert state == f"{TASK.few_shot_evaluator}Question: How MANY  $ signs?\nStep 1: a\nAnswer: 3\n{VERDICT_CUE}"
+    shown = "Question: How MANY  $ signs?\nStep 1: a\n"
+    assert state == f"{TASK.few_shot_conclusion_evaluator}{shown}Answer: 3\n{VERDICT_CUE}"
+    assert TASK.evaluator_prompt(question, ["Step 1: a\n"]) == f"{TASK.few_shot_evaluator}{shown}{VERDICT_CUE}"
 
 
 def test_an_unknown_task_is_a_configuration_error():

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError, NonFiniteError
-from cpo_fast.train import loop
 from cpo_fast.train.loop import train
+from cpo_fast.train.metrics import PreferenceMetrics
 from cpo_fast.train.objective import PreferenceObjective
 from cpo_fast.train.policy import build_policy
 from tests.tiny import randomize_lora
@@ -84,6 +84,12 @@ def test_mean_of_micro_batch_means_would_be_noticed(make_config: MakeConfig, mon
 
     monkeypatch.setattr(PreferenceObjective, "forward", mean_instead)
     assert largest_difference(expected, adapter_of(make_config(**sgd))) > 1e-4
+
+
+def test_same_run_twice_gives_the_same_bytes(make_config: MakeConfig) -> None:
+    one, two = (train(make_config(num_epochs=1)) for _ in range(2))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (one.adapter_path / name).read_bytes() == (two.adapter_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("variant", ["non_reentrant", "reentrant"])
@@ -157,13 +163,13 @@ def test_nonfinite_loss_stops_before_the_update_and_names_rows(
     config = make_config(reference="online")
     policy = build_policy(config)
     before = {name: value.clone() for name, value in policy.model.state_dict().items() if "lora_" in name}
-    real = loop.StepMetrics.nonfinite_pairs
+    real = PreferenceMetrics.nonfinite
 
-    def poisoned(self: Any) -> list[int]:
+    def poisoned(self: Any) -> list[str]:
         self.results[0].losses[1] = float("nan")
         return real(self)
 
-    monkeypatch.setattr(loop.StepMetrics, "nonfinite_pairs", poisoned)
+    monkeypatch.setattr(PreferenceMetrics, "nonfinite", poisoned)
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:\d+") as raised:
         train(config, policy.model, policy.tokenizer)
     assert raised.value.exit_code == 7

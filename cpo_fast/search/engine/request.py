@@ -33,6 +33,16 @@ class Sample:
     text: str
     stop: Stop
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model generated for it, a sampled end-of-sequence included."""
+        return num_generated(self.token_ids, self.stop)
+
+
+def num_generated(token_ids: Sequence[int], stop: Stop) -> int:
+    """How many tokens were sampled for these ids: an end-of-sequence cost a forward too, but is not among them."""
+    return len(token_ids) + (stop == "eos")
+
 
 class Engine(Protocol):
     """What the search needs. Results of a request depend on the request alone, never on its company."""

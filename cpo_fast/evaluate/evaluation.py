@@ -1,0 +1,229 @@
+"""Ask every question of a task, by greedy chain or by tree of thought, and measure answers, seconds and tokens.
+
+The prompt is the task's own, tokenised as the search tokenises it, so a model is measured on the very format it was
+trained on. With `eval.batch_size: 1` chains run through the search engine, one question at a time, which is what
+latency is quoted at; larger batches run through `generate` and their seconds are the batch's, divided. A tree is always
+searched alone. Gold answers are read after everything is generated.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpo_fast.config import Config, config_hash
+from cpo_fast.errors import CpoFastError
+from cpo_fast.evaluate.result import Evaluation, Method, Provenance, QuestionResult, summarise
+from cpo_fast.files import canonical_json
+from cpo_fast.search.build import PROBES, build_engine, evaluator_prompts
+from cpo_fast.search.collect import load_questions
+from cpo_fast.tasks import Question, Task, encode_question
+
+if TYPE_CHECKING:
+    from cpo_fast.evaluate.chain import Chain
+    from cpo_fast.search.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+# two unlike questions: what their prompts share, all prompts share
+
+
+def evaluate(
+    config: Config, model: Any = None, tokenizer: Any = None, on_question: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """Ask every question by the one method that `config.eval.method` names, and write both files into `config.run`.
+
+    Args:
+        config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the lines
+            of a chain as it does in a tree.
+        model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
+        tokenizer: see `model`.
+        on_question: called with (questions done, questions in all) after each.
+
+    Raises:
+        CpoFastError: the questions or the model cannot be read (see `load_questions` and `load_model`), or not one
+            question could be asked.
+        ValueError: `eval.method` is both (`evaluate_methods` does that), or a model comes without its tokenizer.
+    """
+    if config.eval.method == "both":
+        raise ValueError("expected eval.method cot or tot, got both; call evaluate_methods")
+    return evaluate_methods(config, model, tokenizer, on_question)[0]
+
+
+def evaluate_methods(
+    config: Config, model: Any = None, tokenizer: Any = None, on_question: Callable[[int, int], None] | None = None
+) -> list[Evaluation]:
+    """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
+    if (model is None) != (tokenizer is None):
+        raise ValueError("pass model and tokenizer together, or neither")
+    task, questions = load_questions(config)
+    methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
+    if model is None:
+        # after the questions, whose mistakes then show before a model is loaded
+        from cpo_fast.models import load_model
+
+        model, tokenizer = load_model(config.model)
+    asker = _Asker(config, task, questions, model, tokenizer)
+    evaluations = []
+    for number, method in enumerate(methods):
+        results = []
+        for result in asker.ask_all(method):
+            results.append(result)
+            if on_question is not None:
+                on_question(number * len(questions) + len(results), len(methods) * len(questions))
+        if all(result.stop == "failed" for result in results):
+            raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
+        label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
+        evaluation = summarise(label, method, task.name, asker.provenance(method), results, asker.setup_seconds(method))
+        evaluation.write(Path(config.run))
+        evaluations.append(evaluation)
+    return evaluations
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What either method gives back for one question; fields as in `QuestionResult`."""
+
+    answer: str | None
+    num_tokens: int
+    seconds: float
+    stop: str
+    text: str
+    num_verdict_tokens: int = 0
+    detail: str = ""
+
+
+class _Asker:
+    """One model, one task, its questions."""
+
+    def __init__(self, config: Config, task: Task, questions: list[Question], model: Any, tokenizer: Any) -> None:
+        self._config = config
+        self._task = task
+        self._questions = questions
+        self._model = model
+        self._tokenizer = tokenizer
+        self._engine_and_setup: tuple[Engine, float] | None = None
+
+    def ask_all(self, method: Method) -> Iterator[QuestionResult]:
+        """One result per question, in order."""
+        answers = self._batched_chains() if self._is_batched(method) else self._one_by_one(method)
+        for question, answer in zip(self._questions, answers, strict=True):
+            yield self._result(question, answer)
+
+    def setup_seconds(self, method: Method) -> float:
+        """What `method` paid once, before the first question."""
+        return 0.0 if self._is_batched(method) else self._engine[1]
+
+    def provenance(self, method: Method) -> Provenance:
+        """What the answers of `method` follow from."""
+        from cpo_fast.models import adapter_hash, model_hash
+
+        config = self._config
+        settings: dict[str, Any] = {"max_steps": config.search.max_steps, "max_new_tokens": config.eval.max_new_tokens}
+        if method == "tot":
+            settings = {"search": config.search.model_dump(mode="json", exclude={"batch_size"}), "seed": config.seed}
+        prompts = [self._prompt_ids(PROBES[0])]
+        if method == "tot":
+            prompts += evaluator_prompts(self._task, self._tokenizer, PROBES[0], self._config.task.chat)
+        return Provenance(
+            model=config.model.path,
+            model_hash=model_hash(config.model.path),
+            adapter_hash=adapter_hash(config.model.adapter),
+            dtype=config.model.dtype,
+            device=str(self._model.device),
+            task_hash=config_hash(config.task),
+            prompt_hash=_short_hash(prompts),
+            settings_hash=_short_hash(settings),
+            engine="generate" if self._is_batched(method) else config.search.engine,
+            batch_size=config.eval.batch_size if method == "cot" else 1,
+        )
+
+    def _is_batched(self, method: Method) -> bool:
+        return method == "cot" and self._config.eval.batch_size > 1
+
+    def _batched_chains(self) -> Iterator[_Answer]:
+        from cpo_fast.evaluate.greedy import greedy_chains
+
+        chains = greedy_chains(
+            self._model,
+            self._tokenizer,
+            [self._prompt_ids(question) for question in self._questions],
+            self._task,
+            max_new_tokens=self._config.eval.max_new_tokens,
+            max_steps=self._config.search.max_steps,
+            batch_size=self._config.eval.batch_size,
+        )
+        return (self._of_chain(chain) for chain in chains)
+
+    def _one_by_one(self, method: Method) -> Iterator[_Answer]:
+        engine, _ = self._engine
+        ask = self._chain if method == "cot" else self._tree
+        for question in self._questions:
+            start = time.perf_counter()
+            try:
+                yield ask(engine, question)
+            except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
+                logger.warning("question '%s' failed", question.id, exc_info=True)
+                first_line = (str(error).splitlines() or [""])[0]
+                detail = f"{type(error).__name__}: {first_line}"[:300]
+                yield _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
+
+    def _chain(self, engine: "Engine", question: Question) -> _Answer:
+        from cpo_fast.evaluate.chain_of_thought import engine_chain
+
+        caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
+        return self._of_chain(engine_chain(engine, self._tokenizer, self._prompt_ids(question), self._task, **caps))
+
+    def _of_chain(self, chain: "Chain") -> _Answer:
+        return _Answer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
+
+    def _tree(self, engine: "Engine", question: Question) -> _Answer:
+        from cpo_fast.evaluate.tree_of_thought import tree_answer
+
+        ids = self._prompt_ids(question)
+        config = self._config
+        tree = tree_answer(
+            engine, self._tokenizer, self._task, question, ids, config.search, config.seed, config.task.chat
+        )
+        return _Answer(tree.answer, tree.num_tokens, tree.seconds, tree.status, tree.text, tree.num_verdict_tokens)
+
+    def _result(self, question: Question, answer: _Answer) -> QuestionResult:
+        gold = question.gold
+        return QuestionResult(
+            id=question.id,
+            question=question.text,
+            gold=gold,
+            answer=answer.answer,
+            correct=None if gold is None else self._task.is_correct(answer.answer, gold),
+            scores={} if gold is None else self._task.score_answer(answer.answer, gold),
+            num_tokens=answer.num_tokens,
+            num_verdict_tokens=answer.num_verdict_tokens,
+            seconds=answer.seconds,
+            stop=answer.stop,
+            chain=answer.text,
+            detail=answer.detail,
+        )
+
+    def _prompt_ids(self, question: Question) -> list[int]:
+        return encode_question(self._tokenizer, self._task, question, self._config.task.chat)
+
+    @property
+    def _engine(self) -> "tuple[Engine, float]":
+        """The search engine with every shared prompt in its cache, and the seconds that took; made when first used."""
+        if self._engine_and_setup is None:
+            from cpo_fast.search.engine import Request
+
+            start = time.perf_counter()
+            chat = self._config.task.chat
+            engine = build_engine(self._task, self._model, self._tokenizer, self._config.search.batch_size, chat)
+            # what a first call pays once is no question's cost
+            engine.sample([Request(tuple(self._prompt_ids(PROBES[0])), "warm-up", 0.0, 1.0, 2)])
+            self._engine_and_setup = engine, time.perf_counter() - start
+        return self._engine_and_setup
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]

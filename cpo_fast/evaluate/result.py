@@ -1,0 +1,228 @@
+"""What an evaluation says: one record a question, one summary, and the two files that keep them.
+
+`eval-<label>.jsonl` holds a question a line, in the order they were asked; `eval-<label>.json` the summary. Labels are
+`base` and `adapter` for greedy chains, `base-tot` and `adapter-tot` for tree of thought.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from cpo_fast.errors import DataError
+from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
+from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
+
+SCHEMA_VERSION = 2
+
+Method = Literal["cot", "tot"]
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """What became of one question: a line of `eval-<label>.jsonl`.
+
+    Attributes:
+        id: the question's id. question: its text.
+        gold: reference answer, None when the file has none.
+        answer: normalised answer, None when none could be read.
+        correct: the task's own verdict on it; None without a reference answer.
+        scores: every metric of the task, by name; empty without a reference answer.
+        num_tokens: generated tokens; of a tree, all of them: see `tree_of_thought`.
+        num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
+        seconds: wall time; with a batch size above 1, the batch's time divided by its questions.
+        stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
+        chain: the generated text; of a tree, its best winning path.
+        detail: the reason of a failure, else "".
+    """
+
+    id: str
+    question: str
+    gold: str | None
+    answer: str | None
+    correct: bool | None
+    scores: dict[str, float]
+    num_tokens: int
+    num_verdict_tokens: int
+    seconds: float
+    stop: str
+    chain: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What decides the answers, and what the seconds depend on.
+
+    Attributes:
+        model: what model.path says. model_hash: names its files. adapter_hash: the adapter's, "" without one.
+        dtype: precision of the base weights. device: where it ran.
+        task_hash: hash of the task section. prompt_hash: of the prompt's ids around a fixed question.
+        settings_hash: of the caps of a chain; of the search section and the seed for a tree.
+        engine: `hf`, the search engine with the shared prompt cached, or `generate`, batches padded on the left.
+        batch_size: questions per forward pass; latency is quoted at 1.
+    """
+
+    model: str
+    model_hash: str
+    adapter_hash: str
+    dtype: str
+    device: str
+    task_hash: str
+    prompt_hash: str
+    settings_hash: str
+    engine: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Evaluation(Provenance):
+    """The summary: `eval-<label>.json` holds these fields and those of `Provenance`, without `results`.
+
+    Attributes:
+        label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
+        task: name of the task.
+        num_questions: questions asked.
+        num_graded: those with a reference answer; accuracy and metrics are over them.
+        num_correct: graded and right.
+        num_unanswered: questions without a readable answer; wrong when graded.
+        num_failed: those of them that could not be asked; `detail` in their lines says why.
+        accuracy: num_correct / num_graded, None when nothing is graded.
+        interval: its Wilson 95 % interval.
+        metrics: mean of each of the task's metrics over the graded questions.
+        seconds: wall time per question. tokens: generated tokens per question.
+        setup_seconds: paid once, no question's: filling the cache of the shared prompts and a first forward.
+        stops: how many questions ended for which reason.
+        results: one per question, in order.
+    """
+
+    label: str
+    method: Method
+    task: str
+    num_questions: int
+    num_graded: int
+    num_correct: int
+    num_unanswered: int
+    num_failed: int
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    metrics: dict[str, float]
+    seconds: Spread
+    tokens: Spread
+    setup_seconds: float
+    stops: dict[str, int]
+    results: tuple[QuestionResult, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the single questions, ready for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "results"}
+        values |= {"seconds": asdict(self.seconds), "tokens": asdict(self.tokens)}
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    def write(self, run: Path) -> None:
+        """Write both files into the folder `run`."""
+        write_jsonl(run / f"eval-{self.label}.jsonl", (asdict(result) for result in self.results))
+        write_atomic(run / f"eval-{self.label}.json", json.dumps(self.summary(), indent=2) + "\n")
+
+
+def summarise(
+    label: str,
+    method: Method,
+    task: str,
+    provenance: Provenance,
+    results: Sequence[QuestionResult],
+    setup_seconds: float,
+) -> Evaluation:
+    """Counts, means and intervals of `results`, which holds at least one question."""
+    graded = [result for result in results if result.correct is not None]
+    num_correct = sum(result.correct is True for result in graded)
+    names = sorted({name for result in graded for name in result.scores})
+    return Evaluation(
+        **asdict(provenance),
+        label=label,
+        method=method,
+        task=task,
+        num_questions=len(results),
+        num_graded=len(graded),
+        num_correct=num_correct,
+        num_unanswered=sum(result.answer is None for result in results),
+        num_failed=sum(result.stop == "failed" for result in results),
+        accuracy=num_correct / len(graded) if graded else None,
+        interval=wilson_interval(num_correct, len(graded)) if graded else None,
+        metrics={name: sum(result.scores[name] for result in graded) / len(graded) for name in names},
+        seconds=spread([result.seconds for result in results]),
+        tokens=spread([result.num_tokens for result in results]),
+        setup_seconds=setup_seconds,
+        stops=dict(sorted(Counter(result.stop for result in results).items())),
+        results=tuple(results),
+    )
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """The evaluation whose questions stand in `path`, an `eval-<label>.jsonl` with its summary beside it.
+
+    Raises:
+        DataError: a file is missing, of another schema version, or the two do not belong together.
+    """
+    path = Path(path)
+    summary = _read_summary(path.with_suffix(".json"))
+    results: dict[str, QuestionResult] = {}
+    for number, row in read_jsonl(path):
+        result = _read_result(row, f"{path}:{number}")
+        if result.id in results:
+            raise DataError(f"{path}:{number}: question '{result.id}' appears twice; evaluate again")
+        results[result.id] = result
+    if len(results) != summary["num_questions"]:
+        raise DataError(
+            f"{path}: {len(results)} questions, its summary {path.with_suffix('.json').name} counts "
+            f"{summary['num_questions']}; the two are of different runs, evaluate again"
+        )
+    interval = summary["interval"]
+    values = {
+        **summary,
+        "interval": None if interval is None else (interval[0], interval[1]),
+        "seconds": Spread(**summary["seconds"]),
+        "tokens": Spread(**summary["tokens"]),
+    }
+    return Evaluation(**values, results=tuple(results.values()))
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read the summary ({error.strerror}); it is written beside the .jsonl"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not a summary of an evaluation ({error}); evaluate again") from None
+    expected = {field.name for field in fields(Evaluation)} - {"results"} | {"schema_version"}
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; evaluate again")
+    if set(values) != expected:
+        wrong = sorted(set(values) ^ expected)
+        raise DataError(f"{path}: fields missing or unknown: {', '.join(wrong)}; evaluate again")
+    del values["schema_version"]
+    return dict(values)
+
+
+def _read_result(row: dict[str, Any], where: str) -> QuestionResult:
+    try:
+        result = QuestionResult(**row)
+    except TypeError:
+        wrong = sorted(set(row) ^ {field.name for field in fields(QuestionResult)})
+        raise DataError(f"{where}: not a line of an evaluation (see {', '.join(wrong)}); evaluate again") from None
+    is_sound = (
+        isinstance(result.id, str)
+        and isinstance(result.correct, bool | None)
+        and isinstance(result.scores, dict)
+        and all(
+            isinstance(value, int | float) for value in (result.num_tokens, result.seconds, *result.scores.values())
+        )
+    )
+    if not is_sound:
+        raise DataError(f"{where}: a field has a wrong type; evaluate again")
+    return result

@@ -1,0 +1,35 @@
+"""The engine of a run: model and tokenizer with every prompt that all questions share already in the cache.
+
+What two unlike questions have in common is what all have in common. It does not depend on a run's own questions, so a
+restart splits its forwards in the same places and rounds the same.
+"""
+
+from typing import Any
+
+from cpo_fast.search.engine import Engine
+from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, encode_question, evaluator_text
+from cpo_fast.tasks.task import ANSWER_MARK
+
+PROBES = (Question("", "A"), Question("", "7"))
+# a state that ends in a step, and one that ends in an answer, have evaluator prompts of their own
+_STATES: tuple[tuple[str, ...], ...] = ((), (f"{ANSWER_MARK} 0\n",))
+
+
+def evaluator_prompts(task: Task, tokenizer: Any, question: Question, chat: bool) -> list[list[int]]:
+    """Token ids of a question's evaluator prompts: after a step, and after an answer."""
+    texts = [evaluator_text(tokenizer, task, question, lines, chat) for lines in _STATES]
+    return [encode_prompt(tokenizer, text, chat) for text in texts]
+
+
+def build_engine(task: Task, model: Any, tokenizer: Any, batch_size: int, chat: bool) -> Engine:
+    """The Hugging Face engine with the few-shot prompt and the evaluator's prompts prefilled once."""
+    from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+
+    engine = HuggingFaceEngine(model, tokenizer, batch_size)
+    prompts, others = (
+        [encode_question(tokenizer, task, probe, chat), *evaluator_prompts(task, tokenizer, probe, chat)]
+        for probe in PROBES
+    )
+    for one, other in zip(prompts, others, strict=True):
+        engine.cache_prefix(one[: common_prefix_length(one, other)])
+    return engine

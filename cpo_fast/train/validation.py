@@ -1,0 +1,101 @@
+"""Validation on held-out questions, the best adapter so far, and when to stop.
+
+The held-out share is split off by question, so no prompt of a validated pair was trained on. What decides is the held-out
+loss, or, where the questions have reference answers, greedy chain-of-thought accuracy: the loss can fall while a model
+collapses. Reference answers choose among adapters here and never touch search or pairs.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_fast.config import Config
+from cpo_fast.errors import ConfigError
+from cpo_fast.evaluate.greedy import greedy_chains
+from cpo_fast.search.collect import load_questions
+from cpo_fast.tasks import encode_question
+from cpo_fast.train.adapter import save_adapter
+from cpo_fast.train.method import Method
+from cpo_fast.train.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+class Validator:
+    """Runs validations, keeps the best adapter in `<run>/adapter-best`, and counts those without progress."""
+
+    def __init__(self, config: Config, policy: Policy, method: Method, held_out: Sequence[Any], run: Path) -> None:
+        """`held_out` items are what the method trains on, of questions that are not trained."""
+        self.config, self.policy, self.method = config, policy, method
+        self.held_out = list(held_out)
+        self.folder = run / "adapter-best"
+        self.best: float | None = None
+        self.best_step = 0
+        self.num_without_progress = 0
+        self._questions: tuple[Any, list[Any]] | None = None
+        if config.train.stop_on == "accuracy":
+            task, questions = load_questions(config)
+            graded = [question for question in questions if question.gold is not None]
+            if not graded:
+                raise ConfigError("train.stop_on=accuracy needs questions with reference answers in task.path")
+            self._questions = (task, graded)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to validate on."""
+        return bool(self.held_out) or self._questions is not None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `train.patience` validations have passed without a better one."""
+        patience = self.config.train.patience
+        return patience is not None and self.num_without_progress >= patience
+
+    def run(self, engine: Any, step: int) -> dict[str, float]:
+        """One validation: metrics under `eval_...`; saves the adapter when it is the best."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            values = self._held_out_metrics(engine)
+            if self._questions is not None:
+                values["eval_accuracy"] = self._accuracy()
+        finally:
+            self.policy.model.train(was_training)
+        decisive = -values["eval_accuracy"] if self._questions is not None else values["eval_loss"]
+        if self.best is None or decisive < self.best:
+            self.best, self.best_step, self.num_without_progress = decisive, step, 0
+            save_adapter(self.policy.model, self.folder, self.config.train.zero_stage)
+        else:
+            self.num_without_progress += 1
+        return {**values, "eval_best_step": self.best_step}
+
+    def _held_out_metrics(self, engine: Any) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        metrics = self.method.metrics()
+        with torch.no_grad():
+            for micro in self.method.micro_batches(self.held_out):
+                metrics.add(micro, engine(micro))
+        return {f"eval_{name}": value for name, value in metrics.summary().items() if not name.startswith("tokens/")}
+
+    def _accuracy(self) -> float:
+        assert self._questions is not None
+        task, questions = self._questions
+        tokenizer = self.policy.tokenizer
+        chains = greedy_chains(
+            self.policy.model,
+            tokenizer,
+            [encode_question(tokenizer, task, question, self.config.task.chat) for question in questions],
+            task,
+            max_new_tokens=self.config.eval.max_new_tokens,
+            max_steps=self.config.search.max_steps,
+            batch_size=self.config.eval.batch_size,
+        )
+        right = [
+            task.is_correct(chain.answer(task), question.gold)
+            for question, chain in zip(questions, chains, strict=True)
+        ]
+        return sum(right) / len(right)

@@ -1,0 +1,56 @@
+"""Tree of thought as an answer: the vote of the real search over a scripted engine, and every token of it counted."""
+
+import pytest
+
+from cpo_fast.config import SearchConfig
+from cpo_fast.evaluate.tree_of_thought import tree_answer
+from cpo_fast.tasks import Question, encode_question, get_task
+from tests.evaluate.scripted import ScriptedEngine
+
+TASK = get_task("svamp")
+QUESTION = Question("q", "What is the sum?", "3")
+THOUGHTS = {
+    ("sum", 0): ["Step 1: good\n", "Step 1: bad\n", "Step 1: good\n", " \n"],  # a duplicate and an empty sample
+    ("sum", 1): ["Answer: 3\n", "Answer: 4", "Answer: none\n", "Answer: 3\n"],
+}
+SETTINGS = {"num_candidates": 4, "num_kept": 1, "max_steps": 2, "max_thought_tokens": 40, "shuffle_evaluator": False}
+
+
+def test_tree_answers_by_its_vote_and_counts_what_every_sample_cost() -> None:
+    engine = ScriptedEngine({}, THOUGHTS, eos_after=("Answer: 4",))
+    ids = encode_question(engine.tokenizer, TASK, QUESTION)
+    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, SearchConfig(**SETTINGS), seed=0)
+    assert (answer.answer, answer.status, answer.text) == ("3", "ok", "Step 1: good\nAnswer: 3\n")
+    # one state is kept and expanded, so each list is sampled once; the sequence's end stands for a token
+    expected = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1
+    assert (answer.num_tokens, answer.num_verdict_tokens) == (expected, 0)
+    assert answer.seconds > 0
+
+
+def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine({}, THOUGHTS | {("likely or", 0): []}, eos_after=("Answer: 4",))
+    plain = engine.sample
+    said = " likely\n"
+
+    def sample(requests):
+        if "/verdict/" in requests[0].uid:
+            lines = ScriptedEngine({}, {("", count): [said] for count in range(9)})
+            return lines.sample(requests)
+        return plain(requests)
+
+    monkeypatch.setattr(engine, "sample", sample)
+    ids = encode_question(engine.tokenizer, TASK, QUESTION)
+    settings = SearchConfig(**SETTINGS, evaluator="sample", num_verdicts=3)
+    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, settings, seed=0)
+    # two distinct states of the first level, three of the second, each judged three times
+    assert answer.num_verdict_tokens == (2 + 3) * 3 * len(said)
+    thoughts = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1
+    assert answer.num_tokens == thoughts + answer.num_verdict_tokens
+
+
+def test_tree_without_an_answer_says_so_and_still_costs_tokens() -> None:
+    engine = ScriptedEngine({}, {("sum", 0): ["Step 1: bad\n"], ("sum", 1): ["Step 2: worse\n"]})
+    ids = encode_question(engine.tokenizer, TASK, QUESTION)
+    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, SearchConfig(**SETTINGS), seed=0)
+    assert (answer.answer, answer.status, answer.text) == (None, "no_answer", "")
+    assert answer.num_tokens == 4 * len("Step 1: bad\n") + 4 * len("Step 2: worse\n")

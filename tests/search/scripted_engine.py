@@ -1,0 +1,63 @@
+"""An engine that follows a script: what a search does then depends on the search alone."""
+
+from cpo_fast.config import SearchConfig
+from cpo_fast.search.engine import Sample
+from cpo_fast.search.strategy import search_question
+from cpo_fast.tasks import Question, get_task
+
+QUESTION = Question("q", "how many")
+ROOT_IDS = [5, 6]
+
+
+def line(text):
+    """A sample that ended with its newline."""
+    return (f"{text}\n", "newline")
+
+
+class ScriptedEngine:
+    """Thoughts from a table {lines so far: samples}, every text known by one id; values from the last line.
+
+    `thoughts` may be a function of the lines instead. `likely` gives the log-prob of the label by last line; the other
+    label's is -1. `verdicts` are the texts of sampled verdicts.
+    """
+
+    def __init__(self, tokenizer, thoughts, likely=None, verdicts=()):
+        self.tokenizer, self.likely, self.verdicts = tokenizer, likely or {}, verdicts
+        self.thoughts = thoughts if callable(thoughts) else thoughts.__getitem__
+        self.ids = {}
+        self.expanded = []
+
+    def cache_prefix(self, token_ids):
+        raise AssertionError("not part of a search")
+
+    def sample(self, requests):
+        texts = {number: text for text, number in self.ids.items()}
+        samples = []
+        for request in requests:
+            index = int(request.uid.rpartition("/")[2])
+            if "/verdict/" in request.uid:
+                samples.append(Sample((7, 8), self.verdicts[index % len(self.verdicts)], "newline"))
+                continue
+            lines = tuple(texts[number] for number in request.token_ids[len(ROOT_IDS) :])
+            if index == 0:
+                self.expanded.append(lines)
+            text, stop = self.thoughts(lines)[index]
+            samples.append(Sample((self.ids.setdefault(text, 100 + len(self.ids)),), text, stop))
+        return samples
+
+    def score(self, token_ids, continuations):
+        last = self.tokenizer.decode(token_ids).split("\n")[-2]
+        return [self.likely.get(last, -1.0), -1.0]
+
+
+def search(tokenizer, thoughts, likely=None, verdicts=(), task="svamp", **settings):
+    """(outcome, engine) of one scripted search: 3 candidates, 1 kept, 3 steps unless said otherwise."""
+    settings = {"num_candidates": 3, "num_kept": 1, "max_steps": 3, **settings}
+    engine = ScriptedEngine(tokenizer, thoughts, likely, verdicts)
+    outcome = search_question(engine, tokenizer, get_task(task), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
+    return outcome, engine
+
+
+def full_tree(lines):
+    """Three different steps under every state."""
+    return [line(f"Step {len(lines) + 1}{letter}{'z' * len(lines)}") for letter in "abc"]

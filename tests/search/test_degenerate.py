@@ -1,0 +1,165 @@
+"""Language models that say nothing, never stop, or say anything: a recorded status, bounded work, never a crash."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from cpo_fast.config import SearchConfig
+from cpo_fast.files import canonical_json
+from cpo_fast.search.collect import collect
+from cpo_fast.search.statistics import tree_statistics
+from cpo_fast.search.strategy import search_question
+from cpo_fast.tasks import get_task
+from cpo_fast.tree import SearchTree, read_trees
+from tests.search.scripted_engine import QUESTION, ROOT_IDS, ScriptedEngine, line
+from tests.search.tiny_llama import build_byte_tokenizer, build_model
+
+NUM_CANDIDATES, MAX_NODES = 4, 60
+HUGE = 100_000
+
+# what a model says at every state -> status of the tree, whatever judges it
+THOUGHTS = {
+    "nothing": (("", "eos"), "no_candidates"),
+    "newlines": (("\n\n", "newline"), "no_candidates"),
+    "unicode spaces": (("\u3000\u2028\u00a0\n", "newline"), "no_candidates"),
+    "endless text": (("and so on " * 20_000, "length"), "no_answer"),
+    "one token": (("a" * 96, "length"), "no_answer"),
+    "one line for ever": (line("Step 1: go on"), "no_answer"),
+    "another question": (line("Question: how many"), "no_answer"),
+    "100 kB line": (line("x" * HUGE), "no_answer"),
+    "100 kB answer": (line("Answer: " + "the " * (HUGE // 4)), "no_answer"),
+    "100 kB number": (line("Answer: " + "7" * HUGE), "no_answer"),
+    "emoji and right to left": (line("Step 1: \U0001f600 \u0634\u0643\u0631\u0627 e\u0301\u200b\x00"), "no_answer"),
+    "bytes that are no text": (line("Step 1: \ufffd\ufffd"), "no_answer"),
+    "terminal codes": (line("Answer: \x1b[31m7\x1b[0m"), None),
+    "the same answer": (line("Answer: 7"), "ok"),
+}
+VERDICTS = {
+    "prose": ["I think that it is likely, because the sum is right\n", "Let us see.\n"],
+    "labels inside words": [" unlikely\n", " likelyhood\n", " not impossible\n", " impossibleness\n"],
+    "nothing": [""],
+    "100 kB": [" likely" * (HUGE // 7)],
+    "unicode": ["\ufffd\u200b likely\u0301\n", "\U0001f600"],
+}
+
+
+def _search(tokenizer, thoughts, verdicts=("likely\n",), seconds=20.0, **settings):
+    """The tree of a scripted search that took no longer than `seconds` and survives its file."""
+    settings = {"num_candidates": NUM_CANDIDATES, "num_kept": 2, "max_steps": 3, "max_nodes": MAX_NODES, **settings}
+    engine = ScriptedEngine(tokenizer, thoughts, verdicts=verdicts)
+    started = time.perf_counter()
+    outcome = search_question(engine, tokenizer, get_task("svamp"), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
+    assert time.perf_counter() - started < seconds
+    tree = SearchTree(
+        id="q",
+        task="svamp",
+        question="how many",
+        gold=None,
+        prompt_hash="p",
+        num_shared_tokens=0,
+        question_token_ids=tuple(ROOT_IDS),
+        nodes=outcome.nodes,
+        winning_nodes=outcome.winning_nodes,
+        answer=outcome.answer,
+        num_empty=outcome.num_empty,
+        status=outcome.status,
+        detail="",
+        model_hash="m",
+        adapter_hash="",
+        seed=0,
+        config_hash="c",
+        num_thought_tokens=outcome.num_thought_tokens,
+        num_verdict_tokens=outcome.num_verdict_tokens,
+    )
+    assert SearchTree.from_dict(json.loads(canonical_json(tree.to_dict()))) == tree
+    counted = tree_statistics(tree)
+    assert counted.num_samples == NUM_CANDIDATES * len(engine.expanded)
+    assert counted.num_unique < MAX_NODES + NUM_CANDIDATES
+    return tree
+
+
+@pytest.mark.parametrize("strategy", ["bfs", "dfs"])
+@pytest.mark.parametrize("evaluator", ["logits", "sample"])
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_whatever_a_model_says_has_a_status(tokenizer, name, evaluator, strategy):
+    sample, status = THOUGHTS[name]
+    tree = _search(tokenizer, lambda _: [sample] * NUM_CANDIDATES, strategy=strategy, evaluator=evaluator)
+    if status is not None:
+        assert tree.status == status
+    assert all(node.count == NUM_CANDIDATES for node in tree.nodes)
+    assert max((node.depth for node in tree.nodes), default=0) <= 3
+
+
+@pytest.mark.parametrize("strategy", ["bfs", "dfs"])
+@pytest.mark.parametrize("name", VERDICTS)
+def test_verdicts_that_cannot_be_read_leave_no_value_and_the_first_samples_go_on(tokenizer, name, strategy):
+    def thoughts(lines):
+        if len(lines) == 2:
+            return [line(f"Answer: {number}") for number in range(NUM_CANDIDATES)]
+        return [line(f"Step {len(lines) + 1}{'abcd'[number]}") for number in range(NUM_CANDIDATES)]
+
+    settings = {"strategy": strategy, "evaluator": "sample", "num_verdicts": len(VERDICTS[name])}
+    tree = _search(tokenizer, thoughts, VERDICTS[name], **settings)
+    assert {node.value for node in tree.nodes} == {None}
+    assert [node.kept for node in tree.nodes[:NUM_CANDIDATES]] == [True, True, False, False]
+    assert (tree.status, tree.answer) == ("ok", "0")  # nobody knows better: the first answer of equals
+    counted = _search(tokenizer, thoughts, VERDICTS[name], unparseable="impossible", **settings)
+    assert {node.value for node in counted.nodes} == {1.0}
+
+
+@pytest.mark.parametrize("strategy", ["bfs", "dfs"])
+def test_equal_values_and_kept_ties_stay_within_the_budget(tokenizer, strategy):
+    def thoughts(lines):
+        return [line(f"Step {len(lines) + 1}{'abcd'[number]}") for number in range(NUM_CANDIDATES)]
+
+    tree = _search(tokenizer, thoughts, strategy=strategy, keep_ties=True, max_steps=50)
+    assert tree.status == "no_answer"
+    assert len(tree.nodes) == MAX_NODES
+
+
+@pytest.mark.parametrize("strategy", ["bfs", "dfs"])
+def test_one_candidate_a_state_is_a_chain(tokenizer, strategy, monkeypatch):
+    monkeypatch.setitem(globals(), "NUM_CANDIDATES", 1)
+    script = [line("Step 1: a"), line("Step 2: b"), line("Answer: 12")]
+    tree = _search(tokenizer, lambda lines: [script[len(lines)]], strategy=strategy)
+    assert [node.parent for node in tree.nodes] == [-1, 0, 1]
+    assert (tree.answer, tree.winning_nodes) == ("12", (2,))
+
+
+def _questions(config, *texts):
+    rows = [{"id": str(number), "question": text} for number, text in enumerate(texts)]
+    Path(config.task.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("strategy", ["bfs", "dfs"])
+def test_a_model_of_random_bytes_is_searched_to_the_end(make_config, strategy):
+    tokenizer = build_byte_tokenizer()
+    noisy = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 3.0})  # newlines now and then
+    settings = {"temperature": 5.0, "evaluator": "sample", "num_verdicts": 2, "max_verdict_tokens": 8}
+    config = make_config(strategy, strategy=strategy, num_candidates=3, max_nodes=12, **settings)
+    _questions(config, "how many \U0001f600?", "\u0643\u0645 e\u0301")
+    result = collect(config, noisy, tokenizer)
+    trees = read_trees(result.trees_path)
+    assert sum(result.statuses.values()) == 2
+    assert "failed" not in result.statuses
+    assert any("\ufffd" in node.text for tree in trees for node in tree.nodes)
+    assert result.num_unparseable == result.num_verdicts > 0
+
+
+@pytest.mark.parametrize("text", ["why " * 2000, "\ud800 how many"], ids=["longer than the context", "half a pair"])
+def test_a_question_that_cannot_be_asked_is_recorded_and_the_next_one_is_searched(make_config, text):
+    tokenizer = build_byte_tokenizer()
+    model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("a"): 1000.0}, max_positions=6000)
+    config = make_config(num_candidates=2, max_thought_tokens=4)
+    _questions(config, text, "how many")
+    result = collect(config, model, tokenizer)
+    first, second = read_trees(result.trees_path)
+    assert (first.status, second.status) == ("failed", "no_answer")
+    assert first.nodes == ()
+    assert first.detail
+    if "\ud800" not in text:
+        assert "exceed the model's 6000 positions" in first.detail
+    lines = (Path(config.run) / "statistics.jsonl").read_text().splitlines()
+    assert [json.loads(each)["status"] for each in lines] == ["failed", "no_answer"]

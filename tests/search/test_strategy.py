@@ -1,0 +1,39 @@
+"""Another search is one function: everything else of a tree comes from the grower."""
+
+from cpo_fast.search.strategy import STRATEGIES
+from tests.search.scripted_engine import full_tree, line, search
+
+
+def test_another_strategy_is_one_function_and_one_entry(tokenizer, monkeypatch):
+    def worst_first(grower):
+        """A chain of the worst thoughts."""
+        state = grower.root
+        while state is not None:
+            (children,) = grower.expand([state])
+            open_children = [child for child in children if child.is_open]
+            state = min(open_children, key=lambda child: child.value).state if open_children else None
+
+    def thoughts(lines):
+        return [line("Answer: 5"), line("Answer: 6"), line("Answer: 6")] if len(lines) == 2 else full_tree(lines)
+
+    monkeypatch.setitem(STRATEGIES, "dfs", worst_first)
+    likely = {"Step 1b": -5.0, "Step 2cz": -5.0}
+    outcome, engine = search(tokenizer, thoughts, likely, strategy="dfs")
+    assert engine.expanded == [(), ("Step 1b\n",), ("Step 1b\n", "Step 2cz\n")]
+    assert [node.count for node in outcome.nodes] == [1] * 7 + [2]
+    assert (outcome.answer, outcome.winning_nodes) == ("5", (6,))
+
+
+def test_fact_verification_votes_by_count_and_arithmetic_by_value(tokenizer):
+    """One path near 10 against two near 1."""
+
+    def vote(task, first, *others):
+        texts = [f"Answer: {answer}" for answer in (first, *others)]
+        likely = {texts[0]: 9.0, texts[1]: -9.0, texts[2]: -9.0}
+        return search(tokenizer, {(): [line(text) for text in texts]}, likely, task=task)[0]
+
+    counted = vote("fever", "SUPPORTS", "REFUTES", "REFUTES.")
+    assert counted.winning_nodes == (1, 2)
+    assert counted.answer == counted.nodes[1].answer
+    valued = vote("svamp", "1", "2", "2.0")
+    assert (valued.answer, valued.winning_nodes) == ("1", (0,))
