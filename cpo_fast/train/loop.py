@@ -21,6 +21,7 @@ from cpo_fast.config import Config, dump_config
 from cpo_fast.data.batching import epoch_batches
 from cpo_fast.data.formats import load_pairs, load_sft
 from cpo_fast.data.split import split_by_question
+from cpo_fast.data.weights import weigh_pairs
 from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
 from cpo_fast.train.adapter import copy_adapter, save_adapter
@@ -118,7 +119,9 @@ def _method(config: Config, policy: Policy, run: Path) -> tuple[list[Any], list[
         method.prepare(examples, run)
     else:
         pairs = load_pairs(config, policy.tokenizer, run / "dropped.jsonl").pairs
-        items, held_out = split_by_question(pairs, config.data.held_out, config.seed)
+        parts = split_by_question(pairs, config.data.held_out, config.seed)
+        # weights average to 1 over what is trained, so the split must not move them
+        items, held_out = (weigh_pairs(part, config.pairs.weight) for part in parts)
         method = PreferenceMethod(config, policy)
         method.prepare(pairs, run)
     if not items:

@@ -17,6 +17,7 @@ from cpo_fast.train.alarm import OverOptimisationAlarm
 from cpo_fast.train.loop import train
 from cpo_fast.train.metrics import PreferenceMetrics
 from cpo_fast.train.validation import Validator
+from tests.train.conftest import id_rows
 
 MakeConfig = Callable[..., Config]
 
@@ -49,6 +50,31 @@ def test_held_out_questions_are_validated_and_never_trained(
     validated = [line for line in lines(result.metrics_path) if "eval_loss" in line]
     assert len(validated) == 2
     assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= set(validated[0])
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_weights_average_to_one_over_the_pairs_that_are_trained(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, held_out: float, tmp_path: Path
+) -> None:
+    rows = id_rows()[:-5]  # a question with fewer pairs than the others
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(data={"path": str(tmp_path / "rows.jsonl"), "held_out": held_out}, num_epochs=1)
+    config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"weight": "question"})})
+    by_group: dict[str, list[float]] = {}
+    step = loop._Trainer._step
+
+    def watched(self: Any, batch: Any) -> Any:
+        for pair in batch:
+            by_group.setdefault(pair.group, []).append(pair.weight)
+        return step(self, batch)
+
+    monkeypatch.setattr(loop._Trainer, "_step", watched)
+    result = train(config)
+    weights = [weight for group in by_group.values() for weight in group]
+    assert len(weights) == result.num_items
+    assert sum(weights) == pytest.approx(len(weights))
+    shares = [sum(group) for group in by_group.values()]
+    assert shares == pytest.approx([shares[0]] * len(shares))
 
 
 def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
