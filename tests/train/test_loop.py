@@ -18,6 +18,7 @@ from cpo_fast.train.loop import train
 from cpo_fast.train.metrics import PreferenceMetrics
 from cpo_fast.train.objective import PreferenceObjective
 from cpo_fast.train.policy import build_policy
+from tests.data.hand_made import node, tree, write_trees
 from tests.tiny import randomize_lora
 from tests.train.conftest import id_rows, largest_difference
 
@@ -195,3 +196,27 @@ def test_budget_below_one_pair_names_the_option(make_config: MakeConfig) -> None
         DataError, match=r"pairs\.jsonl:\d+: the pair alone has \d+ tokens, more than train\.max_tokens=20"
     ):
         train(make_config(max_tokens=20))
+
+
+@pytest.fixture
+def tree_file(tmp_path: Path) -> Path:
+    """Trees of three questions: two levels, one winning path, ids inside the tiny vocabulary."""
+    nodes = [node(0, -1, 1), node(1, -1, 1), node(2, 0, 2, "4"), node(3, 0, 2, "5")]
+    trees = [tree(nodes, (2,), f"t{n}", question_token_ids=(50, 60 + n)) for n in range(3)]
+    return write_trees(tmp_path / "trees.jsonl", trees)
+
+
+@pytest.mark.parametrize(
+    ("train_options", "rule"), [({"method": "sft", "lr": 0.05}, "all"), ({"lr": 0.05}, "all"), ({"lr": 0.05}, "fpo")]
+)
+def test_trees_are_trained_on_directly_by_every_method(
+    make_config: MakeConfig, tree_file: Path, train_options: dict[str, Any], rule: str
+) -> None:
+    config = make_config(data={"path": str(tree_file)}, num_epochs=8, **train_options)
+    config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"rule": rule})})
+    values = metrics_of(config)
+    assert values[-1]["loss"] < values[0]["loss"] - 0.01
+    if train_options.get("method") == "sft":
+        assert {"loss", "entropy", "mean_token_accuracy", "completions", "tokens/saved"} <= set(values[0])
+    else:
+        assert values[0]["pairs"] == {"all": 6, "fpo": 3}[rule]
