@@ -1,11 +1,11 @@
 """Pairs to groups that fit one forest of `train.max_tokens` tokens; a pair that never fits is named by its row."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from cpo_fast.data.pair import PreferencePair
 from cpo_fast.data.sft import SftExample
 from cpo_fast.errors import DataError
+from cpo_fast.tasks import common_prefix_length
 from cpo_kernels.integrations.transformers import split_pairs
 
 
@@ -16,7 +16,7 @@ def group_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[P
         DataError: a pair alone has more; names its row and the option.
     """
     for pair in pairs:
-        common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(pair.chosen_ids, pair.rejected_ids)))  # noqa: B905
+        common = common_prefix_length(pair.chosen_ids, pair.rejected_ids)
         num_tokens = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - common
         if num_tokens > max_tokens:
             raise DataError(
