@@ -2,8 +2,9 @@
 
 Every command loads models here, so that all of them see the same weights under the same rules: safetensors only (a
 pickle is never opened), code shipped with a model runs only after `allow_remote_code` (the command-line flag), a weight
-the files lack is an error instead of random numbers, and the sampling settings a model recommends are dropped (a recommended repetition penalty would change
-greedy decoding as well as search). Everything that can go wrong becomes one sentence with its remedy.
+the files lack is an error instead of random numbers, and the sampling settings a model recommends are dropped (a
+recommended repetition penalty would change greedy decoding as well as search). Everything that can go wrong becomes one
+sentence with its remedy.
 
 torch and transformers are imported inside the functions: this module is cheap to import. Quantised weights and
 placement over several devices are left out.
