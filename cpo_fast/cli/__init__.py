@@ -4,6 +4,7 @@ Every command module holds one click command named like the file. Errors a user 
 line and set the exit code; `--debug` shows their traceback.
 """
 
+import difflib
 import importlib
 import sys
 
@@ -36,6 +37,16 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"cpo_fast.cli.{cmd_name}"), f"{cmd_name}_command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is a usage error that names the nearest."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command '{args[0]}'; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command table from `COMMANDS`, so that `--help` imports no command."""

@@ -91,7 +91,9 @@ def test_broken_line_exits_3_with_file_and_line(tmp_path: Path, tiny_model_folde
 
 
 def test_unknown_command_is_refused_and_pairs_name_a_missing_file(tmp_path: Path) -> None:
-    assert run("trian").returncode == 2
+    mistyped = run("trian")
+    assert mistyped.returncode == 2
+    assert "there is no command 'trian'; did you mean 'train'?" in mistyped.stderr
     result = run("pairs", str(tmp_path / "trees.jsonl"))
     assert result.returncode == 3
     assert "trees.jsonl: cannot read" in result.stderr
