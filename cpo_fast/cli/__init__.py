@@ -11,7 +11,7 @@ import sys
 import click
 
 from cpo_fast import __version__
-from cpo_fast.errors import CpoFastError
+from cpo_fast.errors import CpoFastError, EnvironmentProblem
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
 COMMANDS = {
@@ -21,6 +21,14 @@ COMMANDS = {
     "eval": "accuracy, seconds and tokens of chain and tree of thought; paired comparisons",
     "merge": "merge an adapter into its base model, checked against both",
     "demo": "collect, pairs, train and eval with a 135M model on shipped word problems",
+}
+
+
+# library -> the extra that brings it
+OPTIONAL_LIBRARIES = {
+    **dict.fromkeys(("torch", "transformers", "peft", "safetensors", "deepspeed", "jinja2"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    "gguf": "demo",
 }
 
 
@@ -85,3 +93,10 @@ def main() -> None:
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if debug or library not in OPTIONAL_LIBRARIES:
+            raise
+        extra = OPTIONAL_LIBRARIES[library]
+        click.echo(f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'", err=True)
+        sys.exit(EnvironmentProblem.exit_code)

@@ -122,3 +122,19 @@ def test_train_prints_json_alone_and_writes_the_adapter(
     assert values["num_steps"] == 2
     assert (Path(values["adapter"]) / "adapter_model.safetensors").is_file()
     assert load_config(tmp_path / "run" / "config.yaml").train.batch_pairs == 2
+
+
+@pytest.mark.parametrize("library", ["torch", "peft", "deepspeed"])
+def test_missing_library_exits_5_with_the_line_that_installs_it(
+    config_path: Path, tiny_model_folder: Path, library: str
+) -> None:
+    rows = config_path.with_name("rows.jsonl")
+    rows.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    code = f"import sys; sys.modules['{library}'] = None; from cpo_fast.cli import main; main()"
+    arguments = [f"model.path={tiny_model_folder}", f"data.path={rows}", f"run={config_path.parent}/run"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", str(config_path), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 5, result.stderr
+    assert "pip install 'cpo-fast[train]'" in result.stderr
+    assert "Traceback" not in result.stderr
