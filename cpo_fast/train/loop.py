@@ -74,6 +74,7 @@ def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Pr
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / "config.yaml", dump_config(config))
+    _check_readable(config)
     policy = build_policy(config, model, tokenizer)
     items, held_out, method = _method(config, policy, run)
     validator = Validator(config, policy, method, held_out, run)
@@ -106,6 +107,16 @@ def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Pr
         last=last,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_readable(config: Config) -> None:
+    """Find a wrong path before a large model is loaded."""
+    for path in (config.data.path, *(item.path for item in config.data.mixture)):
+        if path and not path.startswith("hub:"):
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                raise DataError(f"{path}: cannot read ({error.strerror}); check data.path") from None
 
 
 def _method(config: Config, policy: Policy, run: Path) -> tuple[list[Any], list[Any], Method]:
