@@ -110,7 +110,7 @@ def score(
             continue
         probabilities = torch.exp(logits - log_sum_exp.unsqueeze(1))
         if "entropy" in columns:
-            columns["entropy"][span] = (log_sum_exp - (probabilities * logits).sum(dim=-1))[row]
+            columns["entropy"][span] = -(probabilities * (logits - log_sum_exp.unsqueeze(1))).sum(dim=-1)[row]
         if with_expected:
             probabilities[row, target] = 0.0
             rest[chunk_rows] = probabilities.sum(dim=-1)
