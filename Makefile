@@ -2,6 +2,7 @@
 #
 #   make quickstart   collect, pairs, train and eval with a 135M model on shipped word problems, on the CPU
 #   make test         the whole test suite          make lint    formatter, linter, types
+#   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
 #   make bench        benchmarks that fit a CPU     make gpu     GPU tests and benchmarks, on a machine with CUDA
 #   make clean        removes build products and caches; .venv and runs/ stay
 #
@@ -25,7 +26,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart test lint bench gpu clean
+.PHONY: quickstart test lint aot bench gpu clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -38,6 +39,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# compiles every Triton kernel for sm80 and sm90 without a GPU and checks registers, stack and shared memory
+aot: $(STAMP)
+	$(BIN)/python -m pytest $(wildcard tests/cpo_kernels/test_aot_*.py)
 
 bench: $(STAMP)
 	set -e; for file in $(CPU_BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$file; done

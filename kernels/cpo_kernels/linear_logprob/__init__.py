@@ -2,9 +2,11 @@
 
 Only the rows that a plan names meet the head, logits are never rounded to 16 bits, and no [T, V] tensor exists beyond
 one bounded chunk. `reference` is the specification by autograd; `eager` makes the expected embedding in the forward, so
-that the backward of a frozen head needs no head.
+that the backward of a frozen head needs no head; `triton` does the same by kernels on a GPU, and on a CPU in Triton's
+interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +20,7 @@ from cpo_kernels.logprob_plan import LogprobPlan
 
 __all__ = ["LogprobResult", "linear_logprob", "selective_linear_logprob"]
 
-IMPLEMENTATIONS = ("reference", "eager")
+IMPLEMENTATIONS = ("reference", "eager")  # on any device; "triton" where `_available` says so
 
 
 def linear_logprob(
@@ -46,22 +48,28 @@ def linear_logprob(
         softcap: bound of the tanh soft-cap, or None.
         temperature: divisor of the final logits.
         outputs: any of "entropy", "mean_logit", "is_top1", per token of the policy, without gradient.
-        impl: "reference", "eager", or None to choose by device. With a weight or bias that requires a gradient, "eager"
-            recomputes a chunk's logits in backward as "reference" does.
+        impl: "reference", "eager", "triton" (CUDA tensors), or None to choose by device. With a weight or bias that
+            requires a gradient, "eager" recomputes a chunk's logits in backward as "reference" does.
 
     Returns:
         `LogprobResult` in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, the plan points outside hidden or the vocabulary, or an unknown output.
+        ValueError: shapes or dtypes do not fit, the plan points outside hidden or the vocabulary, an unknown output, or
+            what "triton" does not take: float64, a soft-cap, a head that requires a gradient, outputs.
     """
     _check(hidden, weight, plan, ref_hidden, outputs)
-    chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, IMPLEMENTATIONS)
+    chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, _available(hidden.device.type))
     head = Head(weight, bias, logit_scale, softcap, temperature)
     plan = plan.to(hidden.device)
     rows = hidden.index_select(0, plan.unique_rows)
     ref_rows = None if ref_hidden is None else ref_hidden.detach().index_select(0, plan.unique_rows)
-    if chosen == "reference" or (head.trainable and torch.is_grad_enabled()):
+    extra: dict[str, torch.Tensor] = {}
+    if chosen == "triton":
+        from cpo_kernels.linear_logprob.triton_frozen import triton_logps  # loads Triton: only when it is asked for
+
+        logps, ref_logps = triton_logps(rows, ref_rows, plan, head, tuple(outputs))
+    elif chosen == "reference" or (head.trainable and torch.is_grad_enabled()):
         logps, extra = reference_token_logps(rows, plan.row_index, plan.targets, head)
         ref_logps = None
         if ref_rows is not None:
@@ -106,6 +114,12 @@ def selective_linear_logprob(
     result = linear_logprob(hidden.flatten(0, 1), weight, plan, impl=impl)
     dense = torch.zeros(labels.numel(), dtype=result.token_logps.dtype, device=hidden.device)
     return dense.index_copy(0, rows, result.token_logps).view(labels.shape)
+
+
+def _available(device_type: str) -> tuple[str, ...]:
+    """Implementations on a device: Triton's interpreter is the one way to run its kernels without a GPU."""
+    runs_triton = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return (*IMPLEMENTATIONS, "triton") if runs_triton else IMPLEMENTATIONS
 
 
 def _frozen(

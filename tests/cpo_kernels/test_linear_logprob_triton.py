@@ -1,0 +1,398 @@
+"""The Triton kernels of linear_logprob against full logits in fp64, in Triton's interpreter or on a GPU.
+
+A kernel is interpreted only where TRITON_INTERPRET is set before Triton is imported, and a process that interprets cannot
+compile. So one test runs this file again in a process of its own; in that process, or with a GPU under `-m gpu`, every
+claim below is tested. T rows, E hidden, V vocabulary, U distinct (row, target) pairs.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpo_kernels import LogprobPlan, linear_logprob
+from cpo_kernels.testing import kernel_bound
+from tests.cpo_kernels.test_linear_logprob import Case, full_logits, huge, make_case, oracle, shifted, upstream
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def claim(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that needs the kernels to run."""
+    if INTERPRETED:
+        return test
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the interpreter or a GPU")
+    return pytest.mark.gpu(without(test))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_claim_holds_in_the_interpreter() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=root,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|skipped)", done.stdout))
+    assert (int(counts["passed"]) > 40, counts["skipped"]) == (True, "2"), done.stdout[-500:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="here a CPU can run them")
+def test_cpu_tensors_without_the_interpreter_are_refused() -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match="'triton' cannot run on cpu"):
+        linear_logprob(case.hidden.float(), case.weight.float(), case.plan(), impl="triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(INTERPRETED)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rounded(case: Case, dtype: torch.dtype) -> Case:
+    """What the op is given is what is judged: inputs rounded first, so that only its own arithmetic counts."""
+    case.hidden, case.weight = case.hidden.to(dtype).double(), case.weight.to(dtype).double()
+    case.bias = None if case.bias is None else case.bias.to(dtype).double()
+    return case
+
+
+def crowded(vocab: int, width: int = 24, num_rows: int = 16, **options: Any) -> Case:
+    """1 to 8 targets a row, at 0, V - 1 and both sides of every tile and split edge, and each row's first one twice."""
+    case = make_case(vocab, width, num_rows, seed=vocab, **options)
+    edges = [edge + side for edge in (64, 128, 1024, 2048) for side in (-1, 0) if edge + side < vocab]
+    marks = [0, vocab - 1, *edges, *range(1, vocab, 1 + vocab // 17)]
+    case.rows = [row for row in range(num_rows) for _ in range(1 + row % 8)]
+    case.targets = [marks[i % len(marks)] for i in range(len(case.rows))]
+    case.targets += [case.targets[case.rows.index(row)] for row in range(num_rows)]
+    case.rows += list(range(num_rows))
+    case.segments = [i % 2 * 3 for i in range(len(case.rows))]
+    return case
+
+
+def measured(case: Case, impl: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Values with and without a gradient, the reference's for the same hidden states, and d_hidden."""
+    device = DEVICE if impl == "triton" else "cpu"
+    hidden, weight = case.hidden.to(device, dtype).requires_grad_(), case.weight.to(device, dtype)
+    bias = None if case.bias is None else case.bias.to(device, dtype)
+    call = {"bias": bias, "impl": impl, **case.options}
+    result = linear_logprob(hidden, weight, case.plan(), hidden.detach().clone(), **call)
+    token_weight, segment_weight = (w.to(device, torch.float32) for w in upstream(case))
+    ((result.token_logps * token_weight).sum() + (result.segment_logps * segment_weight).sum()).backward()
+    plain = linear_logprob(hidden.detach(), weight, case.plan(), hidden.detach(), **call)
+    results = {
+        "tokens": result.token_logps,
+        "segments": result.segment_logps,
+        "ref_tokens": result.ref_token_logps,
+        "tokens without gradient": plain.token_logps,
+        "ref_tokens without gradient": plain.ref_token_logps,
+        "d_hidden": hidden.grad,
+    }
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
+
+
+def excess(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    """Error of every quantity against fp64 over what is allowed: twice the eager error and a rounding band."""
+    case = rounded(case, dtype)
+    want, eager, got = oracle(case), measured(case, "eager", dtype), measured(case, "triton", dtype)
+    logit_size = float(full_logits(case.hidden, case.weight, case.bias, case.options).abs().max())
+    ratios = {}
+    for name, value in got.items():
+        truth = want["d_hidden" if name == "d_hidden" else "segments" if name == "segments" else "tokens"]
+        size, eps = float(truth.abs().max()), torch.finfo(value.dtype).eps
+        # A logit of size L is rounded by eps L: that much in a log-prob, and as a factor in a gradient.
+        size = (
+            size * (1 + torch.finfo(torch.float32).eps / eps * logit_size) if name == "d_hidden" else size + logit_size
+        )
+        eager_error, error = (float((x.double() - truth).abs().max()) for x in (eager[name], value))
+        ratios[name] = error / kernel_bound(eager_error, value.dtype, size)
+        if error != error:
+            ratios[name] = float("inf")
+    return ratios
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [129, 1003])
+def test_values_and_gradient_stay_within_twice_the_eager_error(vocab: int, dtype: torch.dtype) -> None:
+    ratios = excess(crowded(vocab), dtype)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"temperature": 0.7}, {"bias": True, "logit_scale": 1.7, "temperature": 1.3}], ids=str
+)
+def test_bias_scale_and_temperature_are_applied(options: dict[str, Any], dtype: torch.dtype) -> None:
+    ratios = excess(make_case(seed=2, **options), dtype)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("change", [huge, lambda case: shifted(case, -500.0)], ids=["huge", "all negative"])
+def test_extreme_logits_stay_within_twice_the_eager_error(change: Callable[[Case], Case], dtype: torch.dtype) -> None:
+    ratios = excess(change(make_case(seed=3)), dtype)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+@pytest.mark.parametrize("width", [8, 33, 576])
+def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int) -> None:
+    ratios = excess(crowded(2500 if width < 576 else 300, width, num_rows=5), torch.float32)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten row tiles in groups of eight, and 150 rows in tiles of 16."""
+    from cpo_kernels.linear_logprob import forward
+
+    monkeypatch.setattr(forward, "TILES_32_BIT", ((None, 16, 64, 32, 4, 2),))
+    ratios = excess(crowded(129, num_rows=150), torch.float32)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.linear_logprob import head
+
+    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 129 * 5)
+    ratios = excess(crowded(129, num_rows=13), dtype)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+def test_a_row_whose_targets_are_the_whole_vocabulary_has_no_rest() -> None:
+    case = make_case(vocab=5, num_rows=2, num_tokens=10)
+    case.rows, case.targets, case.segments = [0] * 5 + [1] * 5, list(range(5)) * 2, [0] * 10
+    ratios = excess(case, torch.float32)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_hidden_gives_bitwise_equal_reference(dtype: torch.dtype) -> None:
+    got = measured(crowded(1003), "triton", dtype)
+    assert torch.equal(got["tokens"], got["ref_tokens"])
+    assert torch.equal(got["tokens without gradient"], got["ref_tokens without gradient"])
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+    first, second = (measured(crowded(1003), "triton", dtype) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def confident_error(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Largest relative gradient error of tokens with p > 0.9999."""
+    generator = torch.Generator().manual_seed(7)
+    vocab, width, num_rows = 512, 64, 24
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randperm(vocab, generator=generator)[:num_rows]
+    strength = torch.linspace(0.22, 0.4, num_rows, dtype=torch.float64)[:, None]
+    hidden = (strength * weight[targets].double()).to(dtype)
+    exact_hidden = hidden.double().requires_grad_()
+    exact = (exact_hidden @ weight.double().T).log_softmax(-1)[torch.arange(num_rows), targets]
+    confident = exact.detach().exp() > 0.9999
+    assert int(confident.sum()) >= num_rows // 2
+    (want,) = torch.autograd.grad(exact.sum(), exact_hidden)
+    leaf = hidden.to(DEVICE).requires_grad_()
+    plan = LogprobPlan.build(torch.arange(num_rows), targets, torch.zeros(num_rows, dtype=torch.int64), 1)
+    linear_logprob(leaf, weight.to(DEVICE), plan, impl="triton").segment_logps.sum().backward()
+    errors = (leaf.grad.cpu().double() - want).norm(dim=1) / want.norm(dim=1)
+    return float(errors[confident].max())
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gradient_of_confident_tokens_survives(dtype: torch.dtype) -> None:
+    """Not float16: such a gradient lies below its smallest number, whoever computes it."""
+    assert confident_error(dtype) <= 2.5e-3
+
+
+def shared_row_case() -> Case:
+    """A confident target beside unlikely ones on one row."""
+    case = make_case(vocab=64, width=32, num_rows=2, num_tokens=6, seed=11)
+    case.hidden[0] = 1.5 * case.weight[5] / case.weight[5].square().mean().sqrt()
+    case.rows, case.targets, case.segments = [0, 0, 0, 0, 1, 1], [5, 5, 9, 0, 5, 63], [0, 1, 1, 3, 4, 4]
+    return rounded(case, torch.float32)
+
+
+@claim
+def test_confident_token_beside_unlikely_targets_of_the_same_row() -> None:
+    case = shared_row_case()
+    want = oracle(case)
+    assert float(want["tokens"][0]) > -1e-4
+    got = measured(case, "triton", torch.float32)["d_hidden"].double()
+    torch.testing.assert_close(got, want["d_hidden"], rtol=1e-5, atol=1e-5)
+
+
+@claim
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_empty_plan_gives_zeros_and_a_zero_gradient(requires_grad: bool) -> None:
+    hidden = torch.randn(4, 8, device=DEVICE, requires_grad=requires_grad)
+    nothing = torch.empty(0, dtype=torch.int64)
+    plan = LogprobPlan.build(nothing, nothing, nothing, 3)
+    result = linear_logprob(hidden, torch.randn(11, 8, device=DEVICE), plan, hidden, impl="triton")
+    assert result.token_logps.shape == (0,)
+    assert result.segment_logps.tolist() == result.ref_segment_logps.tolist() == [0.0] * 3
+    if requires_grad:
+        result.segment_logps.sum().backward()
+        assert hidden.grad.tolist() == [[0.0] * 8] * 4
+
+
+@claim
+def test_backward_twice_gives_the_same_gradient_and_reads_no_head() -> None:
+    case = crowded(129)
+    hidden, weight = case.hidden.to(DEVICE, torch.float32).requires_grad_(), case.weight.to(DEVICE, torch.float32)
+    total = linear_logprob(hidden, weight, case.plan(), impl="triton").segment_logps.square().sum()
+    (first,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    weight.fill_(float("nan"))
+    (second,) = torch.autograd.grad(total, hidden)
+    assert torch.equal(first, second)
+
+
+@claim
+def test_rows_without_gradient_make_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.linear_logprob import triton_frozen
+
+    case = crowded(129)
+    hidden, weight = case.hidden.to(DEVICE, torch.float32), case.weight.to(DEVICE, torch.float32)
+    want = linear_logprob(hidden, weight, case.plan(), hidden, impl="triton")
+
+    def refuse(*tensors: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a matrix of logits was made")
+
+    monkeypatch.setattr(triton_frozen, "matmul_accumulated", refuse)
+    got = linear_logprob(hidden, weight, case.plan(), hidden, impl="triton")
+    assert torch.equal(got.token_logps, want.token_logps)
+    with torch.no_grad():
+        hidden.requires_grad_()
+        linear_logprob(hidden, weight, case.plan(), hidden, impl="triton")
+    with pytest.raises(AssertionError, match="logits"):
+        linear_logprob(hidden, weight, case.plan(), impl="triton")
+
+
+@claim
+def test_strided_inputs_and_rows_outside_the_plan_do_not_matter() -> None:
+    case = crowded(129)
+    want = measured(case, "triton", torch.float32)
+    wide = torch.full((case.hidden.shape[0] + 1, 3 * case.hidden.shape[1]), float("nan"), dtype=torch.float64)
+    wide[:-1, 1::3] = case.hidden
+    case.hidden, case.weight = wide[:, 1::3], case.weight.T.contiguous().T
+    assert not case.hidden.is_contiguous()
+    got = measured(case, "triton", torch.float32)
+    assert torch.equal(got["d_hidden"][-1], torch.zeros(24))
+    got["d_hidden"] = got["d_hidden"][:-1]
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@claim
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"softcap": 3.0}, "softcap"),
+        ({"outputs": ("entropy",)}, "entropy"),
+        ({"logit_scale": -1.0}, "logit_scale"),
+        ({"bias": torch.zeros(129, device=DEVICE if INTERPRETED else "cpu", requires_grad=True)}, "gradient"),
+    ],
+    ids=["softcap", "outputs", "scale", "trainable"],
+)
+def test_what_no_kernel_computes_is_refused_by_name(change: dict[str, Any], word: str) -> None:
+    case = make_case()
+    hidden, weight = case.hidden.to(DEVICE, torch.float32), case.weight.to(DEVICE, torch.float32)
+    with pytest.raises(ValueError, match=word):
+        linear_logprob(hidden, weight, case.plan(), impl="triton", **change)
+    with pytest.raises(ValueError, match="float64"):
+        linear_logprob(hidden.double(), weight.double(), case.plan(), impl="triton")
+
+
+def without_last_split(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(num_tiles: int, programs: int) -> tuple[int, int]:
+        splits, tiles = original(num_tiles, programs)
+        return splits - 1, tiles
+
+    return wrong
+
+
+def targets_left_in(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The scale is not the point: any weight of a target's own row in the expected embedding must be seen."""
+
+    def wrong(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        probabilities = original(logits, *others)
+        return torch.where(logits.isinf(), probabilities.amax(), probabilities)
+
+    return wrong
+
+
+def with_argument(index: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The function with its positional argument `index` changed."""
+
+    def mutate(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(*arguments: Any) -> Any:
+            changed = list(arguments)
+            changed[index] = change(changed[index])
+            return original(*changed)
+
+        return wrong
+
+    return mutate
+
+
+MUTATIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "none": ("forward", "_splits", lambda original: original),
+    "last split skipped": ("forward", "_splits", without_last_split),
+    "target column not excluded": ("triton_frozen", "conditional_probabilities", targets_left_in),
+    "targets of the neighbouring row": ("triton_frozen", "row_gradients", with_argument(4, lambda w: w.roll(1, 0))),
+    "rest left out": ("triton_frozen", "row_gradients", with_argument(2, torch.zeros_like)),
+    "upstream of the row's others left out": ("triton_frozen", "row_gradients", with_argument(1, lambda x: x - 30.0)),
+    "bias forgotten": ("triton_frozen", "chunk_scores", with_argument(1, lambda bias: None)),
+}
+
+
+@claim
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.linear_logprob import forward, triton_frozen
+
+    module, function, mutate = MUTATIONS[name]
+    place = {"forward": forward, "triton_frozen": triton_frozen}[module]
+    case = crowded(1300, num_rows=9, bias=True)
+    monkeypatch.setattr(place, function, mutate(getattr(place, function)))
+    ratios = excess(case, torch.float32)
+    assert (max(ratios.values()) > 100) == (name != "none"), ratios
+    assert max(ratios.values()) <= 1 or name != "none", ratios
+
+
+@claim
+def test_rest_as_one_minus_the_log_prob_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.linear_logprob import triton_frozen
+
+    original = triton_frozen.row_gradients
+
+    def wrong(grad: torch.Tensor, logps: torch.Tensor, rest: torch.Tensor, *others: Any) -> torch.Tensor:
+        return original(grad, logps, 1 - logps.exp(), *others)  # one target a row in this case
+
+    monkeypatch.setattr(triton_frozen, "row_gradients", wrong)
+    assert confident_error() > 5e-3
