@@ -1,0 +1,93 @@
+"""Every kernel of tree_attention, in every shipped tile, compiled for compute capability 8.0 and 9.0 without a GPU.
+
+What a card refuses or silently slows down is read off the binary: shared memory above the card's, registers spilled to
+the stack, and on 9.0 a matrix product that does not use its matrix instructions.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.cpo_kernels.aot import MAX_SHARED_BYTES, compile_kernel
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled there"),
+    pytest.mark.slow,
+]
+HEAD_DIMS = (64, 96, 128, 256)
+SCHEDULE_BLOCKS = (128, 64)  # the defaults of tree_schedule
+# Registers spilled to the stack, per thread, by head size. The two accumulators of dk and dv at 256 take half of the
+# registers there are; on 9.0 addresses and operands then spill. The others keep at most a few loop constants there.
+MAX_STACK_BYTES = {64: 64, 96: 64, 128: 64, 256: 896}
+MAX_STACK_BYTES_FP32 = 320  # for comparisons, not for speed: its products run outside the matrix units
+INT_POINTERS = ("end", "offsets", "blocks", "start", "stop")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the constants that its launcher gives it."""
+
+    kernel: str
+    head_dim: int
+    dtype: str
+
+
+def compiled(case: Case, arch: int) -> Any:
+    """The kernel of a case, compiled; shapes of a call (rows, heads) are arguments, so one binary serves all."""
+    from cpo_kernels.tree_attention import backward, forward
+    from cpo_kernels.tree_attention.tiles import padded_head_dim
+
+    module = forward if case.kernel == "_forward_kernel" else backward
+    kernel = getattr(module, case.kernel)
+    tables = {
+        "_forward_kernel": forward.TILES,
+        "_grad_kv_kernel": backward.KEY_TILES,
+        "_grad_q_kernel": backward.QUERY_TILES,
+    }
+    constants: dict[str, object] = {"HEAD_DIM": case.head_dim, "BLOCK_D": padded_head_dim(case.head_dim)}
+    constants |= {"UPCAST": False, "BLOCK_Q": backward.DELTA_ROWS}
+    warps, stages = 4, 1
+    if case.kernel in tables:
+        table = module.EXACT_TILES if case.dtype == "fp32" else tables[case.kernel]
+        tile = table[padded_head_dim(case.head_dim)]
+        constants |= {
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_KV": tile.block_kv,
+            "TILES_PER_Q": SCHEDULE_BLOCKS[0] // tile.block_q,
+            "TILES_PER_KV": SCHEDULE_BLOCKS[1] // tile.block_kv,
+        }
+        warps, stages = tile.num_warps, tile.num_stages
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    names = [name for name in kernel.arg_names if name not in constants]
+    strides = [name for name in names if name.endswith("_stride")]
+    signature = {name: argument_type(name, case.dtype) for name in names}
+    return compile_kernel(kernel, signature, constants, arch, warps, stages, divisible=strides)
+
+
+def argument_type(name: str, dtype: str) -> str:
+    """Triton's name for the type of one argument."""
+    if not name.endswith("_ptr"):
+        return "fp32" if name.startswith("scale") else "i32"
+    if any(part in INT_POINTERS for part in name.split("_")):
+        return "*i32"
+    return "*fp32" if name in ("lse_ptr", "delta_ptr") else f"*{dtype}"
+
+
+KERNELS = ("_forward_kernel", "_grad_kv_kernel", "_grad_q_kernel")
+CASES = [Case(kernel, head_dim, "bf16") for kernel in KERNELS for head_dim in HEAD_DIMS]
+CASES += [Case(kernel, 128, "fp16") for kernel in KERNELS]
+CASES += [Case(kernel, head_dim, "fp32") for kernel in KERNELS for head_dim in (64, 128, 256)]
+CASES += [Case("_delta_kernel", 256, dtype) for dtype in ("bf16", "fp32")]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}-{case.head_dim}-{case.dtype}")
+def test_kernel_fits_the_card(case: Case, arch: int) -> None:
+    binary = compiled(case, arch)
+    assert binary.shared_bytes <= MAX_SHARED_BYTES[arch]
+    assert binary.stack_bytes <= (MAX_STACK_BYTES_FP32 if case.dtype == "fp32" else MAX_STACK_BYTES[case.head_dim])
+    products = case.kernel != "_delta_kernel" and case.dtype != "fp32"
+    assert ("wgmma.mma_async" in binary.ptx) is (products and arch == 90)
+    assert ("mma.sync" in binary.ptx) is (products and arch == 80)

@@ -1,0 +1,361 @@
+"""The Triton kernels of tree_attention against a dense masked softmax in fp64: on a GPU, else in Triton's interpreter.
+
+The interpreter must be chosen before a kernel is defined, and processes that compile for a GPU must not have it: without
+a GPU, `test_kernels_hold_in_the_interpreter` runs this file once more in a process with TRITON_INTERPRET=1, and the
+other tests are left to that process. There the schedule's blocks are 16 or 64 rows, which bounds the tiles; the tiles
+that a GPU gets are run once.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpo_kernels import TreeSchedule, build_forest, tree_attention, tree_schedule
+from cpo_kernels.testing import kernel_bound, random_sequences, random_subtree_end
+from cpo_kernels.tree_attention.reference import visible
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+LENGTHS = (1, 63, 64, 65, 127, 129, 300)
+NAMES = ("out", "dq", "dk", "dv")
+SCALE = 0.3
+
+runs_kernels = (
+    pytest.mark.gpu
+    if DEVICE == "cuda"
+    else pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_hold_in_the_interpreter")
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is this process")
+@pytest.mark.slow
+def test_kernels_hold_in_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=500", __file__],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert "passed" in result.stdout
+
+
+def random_heads(
+    num_rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0
+) -> list[torch.Tensor]:
+    """q [T, H, D], k and v [T, Hkv, D] and an upstream gradient [T, H, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_rows, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return [(1.5 * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape in shapes]
+
+
+def results(inputs: list[torch.Tensor], attention: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    """Output, dq, dk, dv."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+    out = attention(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+
+
+def triton_results(
+    inputs: list[torch.Tensor], subtree_end: torch.Tensor, schedule: TreeSchedule | None = None, block: int = 16
+) -> list[torch.Tensor]:
+    """The kernels under `schedule`, or under blocks of `block` by `block`."""
+    subtree_end = subtree_end.to(DEVICE)
+    schedule = tree_schedule(subtree_end, block, block) if schedule is None else schedule.to(DEVICE)
+    return results(
+        inputs,
+        lambda q, k, v: tree_attention(q, k, v, subtree_end, schedule=schedule, scale=SCALE, impl="triton"),
+    )
+
+
+def dense_results(inputs: list[torch.Tensor], subtree_end: torch.Tensor) -> list[torch.Tensor]:
+    """Softmax over a written-out mask, every step in the dtype of the inputs: the oracle, and the dtype's own error."""
+    mask = visible(subtree_end.to(DEVICE))
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        group = q.shape[1] // k.shape[1]
+        keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", q, keys) * SCALE
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        return torch.einsum("hij,jhd->ihd", weights, values)
+
+    return results(inputs, attention)
+
+
+def excess(actual: list[torch.Tensor], inputs: list[torch.Tensor], subtree_end: torch.Tensor) -> dict[str, float]:
+    """Error against fp64 over what is allowed, per result; at most 1 where the kernel is right.
+
+    To `kernel_bound` comes the rounding of float32 accumulators, eight times, since exp(score - log-sum-exp) inherits
+    that of both terms, about 8 in size; dq and dk are sums of (dp - delta) k, whose terms cancel, in a row that sees
+    only itself to nothing.
+    """
+    exact = dense_results([tensor.double() for tensor in inputs], subtree_end)
+    same_dtype = dense_results(inputs, subtree_end)
+    q, k, v, upstream = (float(tensor.double().norm(dim=-1).max()) for tensor in inputs)
+    sizes = {"out": v, "dq": SCALE * upstream * v * k, "dk": SCALE * upstream * v * q, "dv": upstream}
+    ratios = {}
+    for name, got, eager, want in zip(NAMES, actual, same_dtype, exact, strict=True):
+        assert got.dtype == inputs[0].dtype, name
+        error = float((got.double() - want).abs().max())
+        allowed = kernel_bound(float((eager.double() - want).abs().max()), got.dtype, float(want.abs().max()))
+        allowed += 8 * torch.finfo(torch.float32).eps * sizes[name]
+        ratios[name] = error / allowed if error == error else float("inf")  # a NaN is within no bound
+    return ratios
+
+
+def assert_right(inputs: list[torch.Tensor], subtree_end: torch.Tensor, **options: int) -> None:
+    ratios = excess(triton_results(inputs, subtree_end, **options), inputs, subtree_end)
+    assert max(ratios.values()) <= 1.0, ratios
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("num_rows", LENGTHS)
+def test_error_is_within_twice_the_same_dtype_error(num_rows: int, group: int, dtype: torch.dtype) -> None:
+    kv_heads = 2 if group == 1 else 1
+    subtree_end = random_subtree_end(num_rows + group, num_rows, num_padding=0 if num_rows < 8 else 5)
+    assert_right(random_heads(num_rows, kv_heads * group, kv_heads, 16, dtype), subtree_end, block=64)
+
+
+@runs_kernels
+@pytest.mark.parametrize("first", range(16))
+def test_a_node_may_start_at_every_offset_of_a_tile(first: int) -> None:
+    """Siblings of 13, 1 and 20 rows under a run that ends at the offset; then a second tree and padding."""
+    stem, tail = 16 + first, 70 + first
+    ends = [stem + 34] * stem + [stem + 13] * 13 + [stem + 14] + [stem + 34] * 20 + [tail] * (tail - stem - 34)
+    subtree_end = torch.tensor(ends + list(range(tail + 1, tail + 4)), dtype=torch.int32)
+    assert_right(random_heads(tail + 3, 2, 1, 16, torch.float32, seed=first), subtree_end)
+
+
+@runs_kernels
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_sequences(seed: int) -> None:
+    forest = build_forest(random_sequences(seed)[0], pad_to_multiple_of=16)
+    assert_right(random_heads(len(forest.tokens), 4, 2, 16, torch.float32, seed), forest.subtree_end)
+
+
+@runs_kernels
+@pytest.mark.parametrize("blocks", [(128, 64), (16, 64), (64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_of_the_schedule_do_not_change_the_result(blocks: tuple[int, int], dtype: torch.dtype) -> None:
+    """The first are the default, larger than a float32 tile."""
+    subtree_end = random_subtree_end(11, 200, num_padding=5)
+    inputs = random_heads(200, 2, 1, 16, dtype)
+    schedule = tree_schedule(subtree_end, *blocks)
+    ratios = excess(triton_results(inputs, subtree_end, schedule), inputs, subtree_end)
+    assert max(ratios.values()) <= 1.0, ratios
+
+
+@runs_kernels
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    """80 and 96 are padded to 128."""
+    assert_right(random_heads(129, 2, 1, head_dim, dtype), random_subtree_end(5, 129, num_padding=3), block=64)
+
+
+@runs_kernels
+@pytest.mark.parametrize("ends", [[130] * 130, [130] * 65 + list(range(66, 131))], ids=["chain", "comb"])
+def test_chain_and_comb(ends: list[int]) -> None:
+    """Everything below the diagonal is full; single-row siblings under one run."""
+    assert_right(random_heads(130, 2, 1, 16, torch.float32), torch.tensor(ends, dtype=torch.int32))
+
+
+@runs_kernels
+def test_rows_that_see_only_themselves_return_their_values() -> None:
+    """The gradients of q and k are exactly 0: what is left is dp - delta, two sums of about 20, rounded, times 4."""
+    inputs = random_heads(130, 2, 1, 16, torch.float32)
+    out, dq, dk, dv = triton_results(inputs, torch.arange(1, 131, dtype=torch.int32))
+    torch.testing.assert_close(out, inputs[2].expand(-1, 2, -1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dv, inputs[3].sum(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    assert max(float(dq.abs().max()), float(dk.abs().max())) < 5e-5
+
+
+@runs_kernels
+def test_scores_of_ten_thousand_do_not_overflow() -> None:
+    """Of both signs; a weight's relative error is then the rounding of its score, 1e4 times float32's."""
+    subtree_end = random_subtree_end(3, 65)
+    inputs = random_heads(65, 2, 1, 16, torch.float32)
+    inputs[0] *= 2e3
+    exact = dense_results([tensor.double() for tensor in inputs], subtree_end)
+    sizes = (1.0, 1.0, 2e3, 1.0)  # dk is a sum over q
+    for got, want, size in zip(triton_results(inputs, subtree_end), exact, sizes, strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got.double(), want, rtol=5e-2, atol=5e-2 * size)
+
+
+@runs_kernels
+def test_two_runs_are_bitwise_equal() -> None:
+    subtree_end = random_subtree_end(17, 129, num_padding=3)
+    inputs = random_heads(129, 4, 1, 16, torch.bfloat16)
+    for first, second in zip(triton_results(inputs, subtree_end), triton_results(inputs, subtree_end), strict=True):
+        assert torch.equal(first, second)
+
+
+@runs_kernels
+def test_a_graph_may_be_used_twice_and_forward_alone_asks_for_no_gradient() -> None:
+    subtree_end = random_subtree_end(19, 65).to(DEVICE)
+    inputs = random_heads(65, 2, 1, 16, torch.float32)
+    schedule = tree_schedule(subtree_end, 16, 16)
+    leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
+    out = tree_attention(*leaves, subtree_end, schedule=schedule, impl="triton")
+    first = torch.autograd.grad(out, leaves, inputs[3], retain_graph=True)
+    second = torch.autograd.grad(out, leaves, inputs[3], retain_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    with torch.no_grad():
+        alone = tree_attention(*leaves, subtree_end, schedule=schedule, impl="triton")
+    assert not alone.requires_grad
+    assert torch.equal(alone, out)
+
+
+@runs_kernels
+def test_strided_inputs_give_the_same_bits() -> None:
+    """Heads before rows, as a model hands them over; rows apart; a column apart; an expanded gradient."""
+    subtree_end = random_subtree_end(23, 65)
+    inputs = random_heads(65, 4, 2, 16, torch.float32)
+    inputs[3] = torch.ones_like(inputs[3])
+    strided = [
+        inputs[0].transpose(0, 1).contiguous().transpose(0, 1),
+        torch.stack([inputs[1], inputs[1]], dim=1)[:, 0],
+        torch.stack([inputs[2], inputs[2]], dim=3)[..., 0],
+        torch.ones((), device=DEVICE).expand(inputs[3].shape),
+    ]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    for want, got in zip(triton_results(inputs, subtree_end), triton_results(strided, subtree_end), strict=True):
+        assert torch.equal(want, got)
+
+
+@runs_kernels
+def test_rows_of_other_trees_are_not_read() -> None:
+    """NaN in every row of one tree stays in it: its blocks are skipped, not multiplied by zero."""
+    subtree_end = torch.tensor([64] * 64 + [128] * 64, dtype=torch.int32)
+    clean = random_heads(128, 2, 1, 16, torch.float32)
+    poisoned = [tensor.clone() for tensor in clean]
+    for tensor in poisoned:
+        tensor[:64] = float("nan")
+    for want, got in zip(triton_results(clean, subtree_end), triton_results(poisoned, subtree_end), strict=True):
+        assert torch.equal(want[64:], got[64:])
+
+
+def cut_schedule(subtree_end: torch.Tensor, block: int, skip_slack: int, full_slack: int) -> TreeSchedule:
+    """A schedule whose query lists are made here; a slack of 1 makes that test of a block off by one."""
+    right = tree_schedule(subtree_end, block, block)
+    num_rows, least, greatest = len(subtree_end), right.kv_min_end.tolist(), right.kv_max_end.tolist()
+    full: list[list[int]] = []
+    partial: list[list[int]] = []
+    for first in range(0, num_rows, block):
+        last = min(first + block, num_rows)
+        keys = [n for n in range(len(least)) if n * block < last and greatest[n] > first + skip_slack]
+        whole = [n for n in keys if (n + 1) * block - 1 <= first and least[n] >= last - full_slack]
+        full.append(whole)
+        partial.append([n for n in keys if n not in whole])
+    lists = {}
+    for name, rows in (("full", full), ("partial", partial)):
+        offsets = [sum(map(len, rows[:end])) for end in range(len(rows) + 1)]
+        lists[f"{name}_offsets"] = torch.tensor(offsets, dtype=torch.int32)
+        lists[f"{name}_blocks"] = torch.tensor([n for row in rows for n in row], dtype=torch.int32)
+    return replace(right, **lists)
+
+
+# Ends one past a block's first row and one before a block's last: the rows that a test off by one gets wrong.
+EDGES = torch.tensor([96] * 16 + [33] * 17 + [96] * 14 + [79] * 32 + [96] * 17, dtype=torch.int32)
+
+
+def off_by_one_skip(right: TreeSchedule) -> TreeSchedule:
+    return cut_schedule(right.subtree_end, right.block_q, skip_slack=1, full_slack=0)
+
+
+def off_by_one_full(right: TreeSchedule) -> TreeSchedule:
+    return cut_schedule(right.subtree_end, right.block_q, skip_slack=0, full_slack=1)
+
+
+def short_query_range(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, kv_query_stop=right.kv_query_stop - 1)
+
+
+def long_full_range(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, kv_full_stop=right.kv_full_stop + 1)
+
+
+def full_from_the_first_key(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, kv_full_start=right.kv_query_start)
+
+
+def end_one_late(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, subtree_end=(right.subtree_end + 1).clamp(max=right.num_rows))
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("mutation", "wrong"),
+    [
+        (lambda right: cut_schedule(right.subtree_end, right.block_q, 0, 0), set()),
+        (off_by_one_skip, {"out", "dq"}),
+        (off_by_one_full, {"out", "dq"}),
+        (short_query_range, {"dk", "dv"}),
+        (long_full_range, {"dk", "dv"}),
+        (full_from_the_first_key, {"dk", "dv"}),
+        (end_one_late, set(NAMES)),
+    ],
+    ids=["none", "skip", "full", "query_range", "full_range", "diagonal", "end"],
+)
+def test_a_wrong_schedule_gives_wrong_results(
+    monkeypatch: pytest.MonkeyPatch, mutation: Callable[[TreeSchedule], TreeSchedule], wrong: set[str]
+) -> None:
+    """Each mistake is seen at least in the results that it touches, by a factor of a hundred."""
+    module = sys.modules["cpo_kernels.tree_attention"]  # the function of that name hides it as an attribute
+    monkeypatch.setattr(module, "_check_schedule", lambda schedule, subtree_end: None)
+    inputs = random_heads(len(EDGES), 2, 1, 16, torch.float32)
+    schedule = mutation(tree_schedule(EDGES, 16, 16))
+    ratios = excess(triton_results(inputs, EDGES, schedule), inputs, EDGES)
+    assert all(ratios[name] > 100 for name in wrong), ratios
+    assert wrong or max(ratios.values()) <= 1.0, ratios
+
+
+@runs_kernels
+def test_what_the_kernels_cannot_take_is_refused() -> None:
+    subtree_end = random_subtree_end(5, 40).to(DEVICE)
+    q, k, v, _ = random_heads(40, 2, 1, 16, torch.float32)
+
+    def refused(*tensors: torch.Tensor, blocks: tuple[int, int] = (16, 16), of: torch.Tensor = subtree_end) -> str:
+        with pytest.raises(ValueError, match="tree_attention") as error:
+            tree_attention(*tensors, subtree_end, schedule=tree_schedule(of, *blocks), impl="triton")
+        return str(error.value)
+
+    assert "another forest" in refused(q, k, v, of=random_subtree_end(6, 40).to(DEVICE))
+    assert "another forest" in refused(q, k, v, of=random_subtree_end(6, 41).to(DEVICE))
+    assert "block_q" in refused(q, k, v, blocks=(24, 16))
+    assert "block_kv" in refused(q, k, v, blocks=(16, 8))
+    assert "float64" in refused(q.double(), k.double(), v.double())
+    assert "one dtype" in refused(q, k.half(), v)
+    assert "head_dim" in refused(*(torch.zeros(40, 1, 257, device=DEVICE) for _ in range(3)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernels on a CPU")
+def test_a_cpu_without_the_interpreter_is_refused() -> None:
+    q = torch.zeros(4, 1, 16)
+    with pytest.raises(ValueError, match="'triton' cannot run on cpu"):
+        tree_attention(q, q, q, torch.full((4,), 4, dtype=torch.int32), impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_more_elements_than_an_int32_counts() -> None:
+    """2^31 / 4096 rows of 32 heads of 128 would wrap; the last rows are compared with a line of their own."""
+    tail = 256
+    num_rows = 2**31 // 4096 + tail
+    q = torch.randn(num_rows, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+    k = torch.randn(num_rows, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    ends = ((torch.arange(num_rows, dtype=torch.int32) // tail + 1) * tail).to(DEVICE)
+    out = tree_attention(q, k, k, ends, impl="triton")
+    alone = tree_attention(q[-tail:], k[-tail:], k[-tail:], ends[-tail:] - (num_rows - tail), impl="triton")
+    assert torch.equal(out[-tail:], alone)
