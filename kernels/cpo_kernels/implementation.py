@@ -13,7 +13,7 @@ from collections.abc import Sequence
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "CPO_KERNELS_IMPL"
-DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "eager"}  # cuda turns to triton when the Triton kernels are there
+DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "eager"}  # cuda turns to triton once the kernels have run on one
 
 
 def resolve_implementation(op: str, impl: str | None, device_type: str, available: Sequence[str]) -> str:
