@@ -1,6 +1,7 @@
 # Every target makes .venv if it is missing, installs the tested versions into it, and runs. A second run installs nothing.
 #
 #   make quickstart   collect, pairs, train and eval with a 135M model on shipped word problems, on the CPU
+#   make soak         tests of several processes, which take longer or are less steady than `make test` may be
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
 #   make bench        benchmarks that fit a CPU     make gpu     GPU tests and benchmarks, on a machine with CUDA
@@ -26,14 +27,17 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart test lint aot bench gpu clean
+.PHONY: quickstart test soak lint aot bench gpu clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
 	$(BIN)/cpo-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m "soak and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from tests.integrations.trainers import save_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_end_at_the_parameters_of_trl(tmp_path: Path) -> None:
     save_model(tmp_path)
     script = ROOT / "tests" / "integrations" / "two_processes.py"

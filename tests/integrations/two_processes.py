@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from trl import DPOTrainer
 
 from cpo_kernels.integrations.trl import PackedDPOTrainer
@@ -34,3 +35,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # threads of a group that is still open can abort the process at exit
