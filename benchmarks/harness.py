@@ -1,4 +1,4 @@
-"""What every benchmark of this project shares: an exactness gate, interleaved timing, a stamped record, a table.
+"""What every benchmark of this project shares: an exactness gate, interleaved timing, a stamped record, a table, a plot.
 
 Variants of one benchmark run in turn within one process, so that a change of clock or of the machine's load hits all of
 them. Nothing is recorded or shown before the gate has passed: a fast wrong answer has no speed.
@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_STAMPED_PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "triton")
+_STAMPED_PACKAGES = (
+    "torch", "transformers", "peft", "trl", "deepspeed", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn",
+)  # fmt: skip
+_GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "memory.total")
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the last is an upper bound
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
           2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060)  # fmt: skip
@@ -53,6 +57,14 @@ class Timing:
     def median(self) -> float:
         """Median seconds."""
         return statistics.median(self.seconds)
+
+    def quantile(self, q: float) -> float:
+        """Seconds below which a share q of the runs lies, linear between neighbours."""
+        ordered = sorted(self.seconds)
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     @property
     def spread(self) -> float:
@@ -117,7 +129,7 @@ def stratified_total(samples: Mapping[Any, Sequence[float]], sizes: Mapping[Any,
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Versions, processor, threads, load (one minute), date and command: what a number needs beside it."""
+    """Versions, commit, processor, GPU with clocks and driver, threads, load (one minute), date and command."""
     import torch
 
     versions = {}
@@ -134,9 +146,37 @@ def environment(command: str) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "gpu": _gpu() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _answer(*command: str) -> str | None:
+    """Standard output of a command, or None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _gpu() -> dict[str, str] | None:
+    import torch
+
+    index = str(torch.cuda.current_device())
+    answer = _answer("nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i", index)
+    return None if answer is None else dict(zip(_GPU_FIELDS, answer.split(", "), strict=False))
+
+
+def _commit() -> str | None:
+    """Revision of the checkout, with `+` when files differ from it; None outside a checkout."""
+    folder = str(Path(__file__).parent)
+    revision = _answer("git", "-C", folder, "rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return revision + ("+" if _answer("git", "-C", folder, "status", "--porcelain", "-uno") else "")
 
 
 def processor_name() -> str:
@@ -179,4 +219,41 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], capt
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # a pipe has no width, and a table cut to 80 columns loses its numbers
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def plot(
+    path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str
+) -> Path | None:
+    """Draw milliseconds over size, a panel a key, a line a contestant, both axes logarithmic.
+
+    Args:
+        path: PNG to write.
+        title: above all panels.
+        panels: panel -> contestant -> (size, milliseconds).
+        x_label: what the sizes are.
+
+    Returns:
+        `path`, or None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
+    for axes, (panel, lines) in zip(grid[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            sizes, milliseconds = zip(*sorted(points), strict=True)
+            axes.loglog(sizes, milliseconds, marker="o", label=name, linewidth=2.5 if name.startswith("ours") else 1.0)
+        axes.set(title=panel, xlabel=x_label, ylabel="ms, median")
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -39,3 +39,9 @@ class NonFiniteError(CpoFastError):
     """The loss or the gradient is not a finite number (exit code 7)."""
 
     exit_code = 7
+
+
+class OutOfMemory(CpoFastError):
+    """Something does not fit into memory that the configuration can change (exit code 6)."""
+
+    exit_code = 6

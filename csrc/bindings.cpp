@@ -83,6 +83,12 @@ nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t bloc
     arrays["full_blocks"] = shared.view(&cpo::Schedule::full_blocks);
     arrays["partial_offsets"] = shared.view(&cpo::Schedule::partial_offsets);
     arrays["partial_blocks"] = shared.view(&cpo::Schedule::partial_blocks);
+    arrays["work_block"] = shared.view(&cpo::Schedule::work_block);
+    arrays["work_start"] = shared.view(&cpo::Schedule::work_start);
+    arrays["work_stop"] = shared.view(&cpo::Schedule::work_stop);
+    arrays["work_part"] = shared.view(&cpo::Schedule::work_part);
+    arrays["split_block"] = shared.view(&cpo::Schedule::split_block);
+    arrays["split_offsets"] = shared.view(&cpo::Schedule::split_offsets);
     arrays["segment_start"] = shared.view(&cpo::Schedule::segment_start);
     arrays["segment_stop"] = shared.view(&cpo::Schedule::segment_stop);
     arrays["segment_end"] = shared.view(&cpo::Schedule::segment_end);

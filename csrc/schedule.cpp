@@ -6,6 +6,12 @@
 // [n0, emax), and those that see all of it are [n1 - 1, emin); the lists below are filled from the first, which makes
 // the work proportional to what is visited. n1 is n0 + block_kv even where the line ends earlier: a ragged key block is
 // never full, so a kernel needs no bounds check on the keys of a full one.
+//
+// dK and dV of a key block sum over its query range. A prompt's blocks are seen by nearly every row while most are seen
+// by a few: left whole, they are the programs that all others wait for. A range of more query blocks than
+// kMinPartBlocks and than one kMaxWorkShare-th of all of them is cut into the fewest equal parts within that limit. The
+// parts are then fewer than 2 * kMaxWorkShare whatever the line: a cut block exceeds a share, so it has more than half
+// a share in every part. A chain of 2 * kMaxWorkShare key blocks or more stays whole.
 
 #include "schedule.h"
 
@@ -15,6 +21,45 @@
 #include <string>
 
 namespace cpo {
+
+namespace {
+
+constexpr int64_t kMinPartBlocks = 16;  // writing and reading a part's float32 sums costs about as much as two blocks
+constexpr int64_t kMaxWorkShare = 64;   // times the key heads this fills a card; bounds the memory that parts take
+
+// Cuts the query range of every key block into pieces of work.
+void cut_work(Schedule& schedule, int64_t block_q) {
+    const size_t num_kv_blocks = schedule.kv_query_start.size();
+    const auto num_q_blocks = [&](size_t block) {
+        const int64_t num_rows = schedule.kv_query_stop[block] - schedule.kv_query_start[block];
+        return (num_rows + block_q - 1) / block_q;
+    };
+    int64_t total = 0;
+    for (size_t block = 0; block < num_kv_blocks; ++block) {
+        total += num_q_blocks(block);
+    }
+    const int64_t limit = std::max(kMinPartBlocks, (total + kMaxWorkShare - 1) / kMaxWorkShare);
+    int32_t num_parts = 0;
+    schedule.split_offsets.push_back(0);
+    for (size_t block = 0; block < num_kv_blocks; ++block) {
+        const int64_t blocks = num_q_blocks(block);
+        const int64_t pieces = (blocks + limit - 1) / limit;
+        const int64_t rows = (blocks + pieces - 1) / pieces * block_q;
+        for (int64_t start = schedule.kv_query_start[block]; start < schedule.kv_query_stop[block]; start += rows) {
+            const int64_t stop = std::min<int64_t>(start + rows, schedule.kv_query_stop[block]);
+            schedule.work_block.push_back(static_cast<int32_t>(block));
+            schedule.work_start.push_back(static_cast<int32_t>(start));
+            schedule.work_stop.push_back(static_cast<int32_t>(stop));
+            schedule.work_part.push_back(pieces > 1 ? num_parts++ : -1);
+        }
+        if (pieces > 1) {
+            schedule.split_block.push_back(static_cast<int32_t>(block));
+            schedule.split_offsets.push_back(num_parts);
+        }
+    }
+}
+
+}  // namespace
 
 void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows) {
     std::vector<int32_t> open;  // ends of the subtrees that contain the row, the innermost last
@@ -59,6 +104,8 @@ Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t blo
         schedule.kv_full_start.push_back(static_cast<int32_t>(last));
         schedule.kv_full_stop.push_back(ragged ? static_cast<int32_t>(last) : std::max(*least, static_cast<int32_t>(last)));
     }
+
+    cut_work(schedule, block_q);
 
     // Two walks over the visited blocks: count, then place. Key blocks ascend within a query block by construction.
     std::vector<int64_t> num_full(static_cast<size_t>(num_q_blocks) + 1);

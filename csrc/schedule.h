@@ -19,6 +19,12 @@ struct Schedule {
     std::vector<int32_t> full_blocks;      // key blocks of query block q that need no mask, ascending
     std::vector<int32_t> partial_offsets;  // [Q + 1]
     std::vector<int32_t> partial_blocks;   // key blocks of query block q that need the mask, ascending
+    std::vector<int32_t> work_block;       // [W] key block of a piece of work on dK and dV, ascending
+    std::vector<int32_t> work_start;       // [W] the piece's query rows [start, stop); pieces of a block follow on
+    std::vector<int32_t> work_stop;        // [W] from one another and cover its query range
+    std::vector<int32_t> work_part;        // [W] -1 where the piece is the block's whole range, else its place among parts
+    std::vector<int32_t> split_block;      // [B] key blocks whose query range is cut into parts, ascending
+    std::vector<int32_t> split_offsets;    // [B + 1] parts of split_block[b] are split_offsets[b]:split_offsets[b + 1]
     std::vector<int32_t> segment_start;    // [N] first row of the run
     std::vector<int32_t> segment_stop;     // [N] one past its last row
     std::vector<int32_t> segment_end;      // [N] subtree_end of its rows

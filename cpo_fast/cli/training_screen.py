@@ -1,5 +1,9 @@
-"""What `cpo-fast train` shows: a progress line on a terminal, one plain line a step elsewhere, and a final table."""
+"""What `cpo-fast train` shows: a progress line on a terminal, one plain line a step elsewhere, and a final table.
 
+Above the steps stand the sentences that training logs: which kernels run, whether layers are recomputed, what was scored.
+"""
+
+import logging
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +32,21 @@ IN_TABLE = (
 )
 
 
+TRAINING = logging.getLogger("cpo_fast.train")
+
+
+class _Said(logging.Handler):
+    """Prints log lines above the progress line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self.console.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
 class TrainingScreen:
     """Progress of the steps; used as a context manager."""
 
@@ -44,9 +63,14 @@ class TrainingScreen:
                 console=self.console,
             )
         self.task: Any = None
+        self.said = _Said(self.console)
 
     def __enter__(self) -> "TrainingScreen":
-        """Start the progress line."""
+        """Start the progress line, and show what training says of itself."""
+        if not self.console.quiet:
+            self.level = TRAINING.level
+            TRAINING.setLevel(logging.INFO)
+            TRAINING.addHandler(self.said)
         if self.progress is not None:
             self.progress.start()
         return self
@@ -55,6 +79,9 @@ class TrainingScreen:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the progress line, also after an error."""
+        if self.said in TRAINING.handlers:
+            TRAINING.removeHandler(self.said)
+            TRAINING.setLevel(self.level)
         if self.progress is not None:
             self.progress.stop()
 
@@ -80,6 +107,8 @@ class TrainingScreen:
             if name in result.first:
                 table.add_row(name, f"{result.first[name]:.4f}", f"{result.last[name]:.4f}")
         self.console.print(table)
+        if result.profile:
+            self._profile(result)
         if result.num_held_out or result.best_step != result.num_steps:
             early = ", stopped early" if result.stopped_early else ""
             self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")
@@ -87,3 +116,16 @@ class TrainingScreen:
             self.console.print(f"warning: {result.alarm}", highlight=False, soft_wrap=True)
         self.console.print(f"adapter: {result.adapter_path}", highlight=False, soft_wrap=True)
         self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)
+
+    def _profile(self, result: Any) -> None:
+        """Where the profiled steps' time went."""
+        on_device = any(total.device_seconds is not None for total in result.profile)
+        table = Table(title=f"{result.profile[0].count} profiled steps")
+        table.add_column("range")
+        for column in ("times", "host seconds", *(["device seconds"] if on_device else []), "of the step"):
+            table.add_column(column, justify="right")
+        for total in result.profile:
+            device = [f"{total.device_seconds:.3f}"] if on_device else []
+            table.add_row(total.name, str(total.count), f"{total.host_seconds:.3f}", *device, f"{total.share:.0%}")
+        self.console.print(table)
+        self.console.print(f"trace: {result.profile_path / 'trace.json'}", highlight=False, soft_wrap=True)

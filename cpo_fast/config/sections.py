@@ -4,7 +4,7 @@ Values that the CPO paper (arXiv 2406.09136) fixes are the defaults; what it lea
 are errors. Nothing here imports torch.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,16 +39,28 @@ class TaskConfig(Section):
     shuffle_demonstrations: bool = Field(False, description="order of the demonstrations drawn from the seed")
 
 
+# settings of the search that share out its work and decide nothing
+_SHARING = {"batch_size", "questions_in_flight", "arena_tokens", "prefill_tokens"}
+
+
 class SearchConfig(Section):
     """Tree of thoughts: how states are expanded, judged and kept."""
 
-    engine: Literal["hf"] = Field("hf", description="hf: Hugging Face modules with batched sampling, the reference")
+    engine: Literal["arena", "hf"] = Field(
+        "hf", description="arena: many questions over one KV cache that is a tree; hf: the reference, one state at a time"
+    )
     strategy: Literal["bfs", "dfs"] = Field("bfs", description="by level, or best child first")
     num_candidates: int = Field(10, ge=1, description="k: thoughts sampled per state (paper: 10)")
     num_kept: int = Field(5, ge=1, description="n: states kept per level (paper: 5)")
     max_steps: int = Field(4, ge=1, description="at most so many thoughts in a chain, the answer line included")
     temperature: float = Field(0.9, gt=0, description="sampling temperature (paper: 0.4, arithmetic 0.9)")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    top_k: int = Field(
+        0, ge=0, description="a thought's tokens come from so many likeliest; 0: all (official code: 50)"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="of tokens in the prompt and the thought so far; 1: none (official code: 1.1)"
+    )
     max_thought_tokens: int = Field(96, ge=1, description="a thought without a newline by then is cut and incomplete")
     evaluator: Literal["logits", "sample"] = Field(
         "logits", description="logits: one forward; sample: sampled verdicts"
@@ -68,7 +80,18 @@ class SearchConfig(Section):
         None,
         description="depth-first search does not enter states valued below this; null: enters them in order of value",
     )
-    batch_size: int = Field(40, ge=1, description="rows per forward pass; never changes the trees")
+    batch_size: int = Field(
+        256, ge=1, description="rows per forward pass; in float32 never changes the trees, as the next three"
+    )
+    questions_in_flight: int = Field(16, ge=1, description="questions searched at a time by the arena engine")
+    arena_tokens: int | None = Field(
+        None, ge=1, description="tokens whose keys and values the arena engine holds; null: what free memory allows"
+    )
+    prefill_tokens: int = Field(8192, ge=1, description="tokens of one prefill forward of the arena engine")
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the trees, as plain JSON values: all but those that only share out the work."""
+        return self.model_dump(mode="json", exclude=_SHARING)
 
 
 class PairsConfig(Section):
@@ -141,8 +164,14 @@ class TrainConfig(Section):
     reference: Literal["auto", "online", "cached"] = Field(
         "auto", description="online: one fused pass; cached: once per unique sequence; auto: online for one epoch"
     )
-    gradient_checkpointing: Literal["off", "non_reentrant", "reentrant"] = Field(
-        "off", description="recompute each layer in backward instead of storing its activations"
+    gradient_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = Field(
+        "auto",
+        description="recompute each layer in backward instead of storing its activations; auto: where they do not fit",
+    )
+    lora_input: Literal["recast", "peft"] = Field(
+        "recast",
+        description="what an adapted layer keeps of its input on a 16-bit base: the input itself, cast again in "
+        "backward, or PEFT's float32 copy; same bits",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
     impl: Literal["reference", "eager", "triton"] | None = Field(None, description="kernels; null chooses by device")

@@ -10,11 +10,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from transformers import get_scheduler
 
 from cpo_fast.config import Config, dump_config
@@ -27,10 +28,13 @@ from cpo_fast.files import append_line, write_atomic
 from cpo_fast.train.adapter import copy_adapter, save_adapter
 from cpo_fast.train.alarm import OverOptimisationAlarm
 from cpo_fast.train.distributed import build_optimizer, initialize_engine
+from cpo_fast.train.memory import choose_checkpointing
 from cpo_fast.train.method import Method, PreferenceMethod, SftMethod
 from cpo_fast.train.metrics import rounded
-from cpo_fast.train.policy import Policy, build_policy
+from cpo_fast.train.policy import Policy, build_policy, checkpoint_layers
+from cpo_fast.train.step_profile import RangeTotal, StepProfiler
 from cpo_fast.train.validation import Validator
+from cpo_kernels import build_forest
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ class TrainResult:
 
     `num_items` counts what was trained on (pairs, or completions), `num_held_out` what was validated on. `adapter_path` is
     the best adapter where there was a validation (after `best_step`), else the last. `stopped_early` says that patience
-    ran out; `alarm` is the sentence of the over-optimisation watch, or "".
+    ran out; `alarm` is the sentence of the over-optimisation watch, or "". `profile` has the named ranges of the profiled
+    steps, whose trace lies in `profile_path`.
     """
 
     adapter_path: Path
@@ -57,15 +62,24 @@ class TrainResult:
     first: dict[str, Any]
     last: dict[str, Any]
     seconds: float
+    profile: tuple[RangeTotal, ...] = ()
+    profile_path: Path | None = None
 
 
-def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Progress | None = None) -> TrainResult:
+def train(
+    config: Config,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    profile_steps: int | None = None,
+) -> TrainResult:
     """Train an adapter on `config.data` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
 
     Args:
         config: sections model, pairs, data, lora and train, the run folder and the seed.
         model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
         progress: called after every step with its metrics and the total number of steps.
+        profile_steps: profile so many steps after the first, into `<run>/profile`; see `step_profile`.
 
     Raises:
         CpoFastError: a subclass for what the user can mend (configuration, data, environment, non-finite loss).
@@ -79,17 +93,20 @@ def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Pr
     items, held_out, method = _method(config, policy, run)
     validator = Validator(config, policy, method, held_out, run)
     trainer = _Trainer(config, policy, method, items, validator)
+    profiler = StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps else None
     method.self_test(trainer.engine, trainer.batches(0, "questions")[0])
     metrics_path = run / "metrics.jsonl"
     metrics_path.unlink(missing_ok=True)
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
-    for values in trainer.steps():
+    for values in trainer.steps(profiler):
         first, last = first or values, values
         if values["step"] % config.train.log_every == 0 or values["step"] == trainer.num_steps or "eval_loss" in values:
             append_line(metrics_path, rounded(values))
         if progress is not None:
             progress(values, trainer.num_steps)
+    if profiler is not None:
+        profiler.finish()
     save_adapter(policy.model, run / "adapter", config.train.zero_stage)
     if validator.best is not None and validator.best_step != last["step"]:
         copy_adapter(run / "adapter", run / "adapter-last")
@@ -106,6 +123,8 @@ def train(config: Config, model: Any = None, tokenizer: Any = None, progress: Pr
         first=first,
         last=last,
         seconds=time.perf_counter() - started,
+        profile=() if profiler is None else profiler.ranges,
+        profile_path=None if profiler is None else profiler.folder,
     )
 
 
@@ -147,12 +166,14 @@ class _Trainer:
         self, config: Config, policy: Policy, method: Method, items: Sequence[Any], validator: Validator
     ) -> None:
         self.config, self.method, self.items, self.validator = config, method, items, validator
+        self.implementations = {f"impl/{op}": name for op, name in asdict(policy.impl).items()}
         self.groups = [item.group for item in items]
         per_epoch = math.ceil(len(items) / config.train.batch_pairs)
         num_steps = per_epoch * config.train.num_epochs
         self.num_steps = min(num_steps, config.train.max_steps or num_steps)
         self.eval_every = config.train.eval_every or per_epoch
         self.trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        checkpoint_layers(policy.model, self._checkpointing(policy))
         optimizer = build_optimizer(config.train, self.trainable)
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
@@ -175,7 +196,19 @@ class _Trainer:
         indices = epoch_batches(self.groups, train.batch_pairs, order or train.batch_order, self.config.seed, epoch)
         return [[self.items[index] for index in batch] for batch in indices]
 
-    def steps(self) -> Iterator[dict[str, Any]]:
+    def _checkpointing(self, policy: Policy) -> str:
+        """What `train.gradient_checkpointing` says; `auto` decides by the largest micro-batch of the first epoch."""
+        asked = self.config.train.gradient_checkpointing
+        if asked != "auto":
+            return asked
+        largest, budget = 0, self.config.train.max_tokens
+        for batch in self.batches(0):
+            largest = max(largest, build_forest(self.method.sequences(batch)).num_tokens)
+            if largest >= budget:
+                break
+        return choose_checkpointing(policy.model, min(largest, budget), self.config.train.zero_stage)
+
+    def steps(self, profiler: StepProfiler | None = None) -> Iterator[dict[str, Any]]:
         """One optimizer step per item, until the epochs, `train.max_steps` or the patience are done."""
         step = 0
         for epoch in range(self.config.train.num_epochs):
@@ -184,11 +217,16 @@ class _Trainer:
                 if step == self.num_steps or self.validator.exhausted:
                     return
                 step += 1
+                if profiler is not None:
+                    profiler.before(step)
                 started = time.perf_counter()
-                values = self._step(batch)
+                with record_function("step"):
+                    values = self._step(batch)
                 values.update(
                     step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started
                 )
+                if profiler is not None:
+                    profiler.after(step)
                 self._watch_collapse(step, values)
                 if self.validator.active and (step % self.eval_every == 0 or step == self.num_steps):
                     values.update(self.validator.run(self.engine, step))
@@ -199,17 +237,26 @@ class _Trainer:
         normaliser = self.method.normaliser(batch)
         for micro in self.method.micro_batches(batch):
             result = self.engine(micro)
-            self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
+            with record_function("backward"):
+                self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
             metrics.add(micro, result)
-        self._refuse_nonfinite(metrics, batch)
+        with record_function("read"):
+            finite, gradient_norm = metrics.read(self.gradients_finite, self._local_gradient_norm())
+        self._refuse_nonfinite(metrics.nonfinite(), bool(finite), batch)
         learning_rate = self.engine.get_lr()[0]
-        gradient_norm = self._local_gradient_norm()
-        self.engine.step()
-        if gradient_norm is None:
+        with record_function("optimizer"):
+            self.engine.step()
+        if self.config.train.zero_stage > 0:
             gradient_norm = float(self.engine.get_global_grad_norm())
         values: dict[str, Any] = metrics.summary()
         self.rows_seen += int(values["tokens/rows"])
-        return {**values, "grad_norm": gradient_norm, "learning_rate": learning_rate, "num_tokens": self.rows_seen}
+        return {
+            **values,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": self.rows_seen,
+            **self.implementations,
+        }
 
     def _watch_collapse(self, step: int, values: dict[str, Any]) -> None:
         if "logps/chosen_drift" not in values:
@@ -220,20 +267,19 @@ class _Trainer:
             logger.warning("%s", text)
         values["alarm"] = self.alarm.raised_at is not None
 
-    def _local_gradient_norm(self) -> float | None:
-        """Global norm before clipping; None under ZeRO, which keeps gradients in its own buffers until its step."""
-        if self.config.train.zero_stage > 0:
-            return None
-        norms = [parameter.grad.double().norm() for parameter in self.trainable if parameter.grad is not None]
-        return float(torch.stack(norms).norm())
+    def _local_gradient_norm(self) -> torch.Tensor:
+        """Global norm before clipping; 0 under ZeRO, which keeps gradients in its own buffers until its step."""
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        if self.config.train.zero_stage > 0 or not gradients:
+            return torch.zeros((), device=self.gradients_finite.device)
+        return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
 
     def _watch(self, gradient: torch.Tensor) -> None:
         self.gradients_finite &= torch.isfinite(gradient).all()
 
-    def _refuse_nonfinite(self, metrics: Any, batch: Sequence[Any]) -> None:
-        bad = metrics.nonfinite()
+    def _refuse_nonfinite(self, bad: list[str], gradients_finite: bool, batch: Sequence[Any]) -> None:
         what = f"the loss of {len(bad)} rows"
-        if not bad and not bool(self.gradients_finite):
+        if not bad and not gradients_finite:
             what, bad = "the gradient", [item.source for item in batch]
         if bad:
             raise NonFiniteError(

@@ -31,11 +31,14 @@ class Method(Protocol):
     def micro_batches(self, items: Sequence[Any]) -> Iterator[Any]:
         """Cut a batch into inputs of `module`, each one forest within the token budget."""
 
+    def sequences(self, items: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The token ids of every row that a batch's forests are made of."""
+
     def normaliser(self, items: Sequence[Any]) -> float:
         """What the summed loss of a batch is divided by."""
 
     def metrics(self) -> Any:
-        """A fresh collector: `add(micro_batch, result)`, `summary()`, `nonfinite()`."""
+        """A fresh collector: `add(micro_batch, result)`, `read(*scalars)`, `summary()`, `nonfinite()`."""
 
     def self_test(self, engine: Any, items: Sequence[Any]) -> None:
         """Check what must hold before the first step."""
@@ -49,7 +52,7 @@ class PreferenceMethod:
     policy: Policy
 
     def __post_init__(self) -> None:
-        self.module = PreferenceObjective(self.policy.model, self.config.train, self.policy.reference)
+        self.module = PreferenceObjective(self.policy.model, self.config.train, self.policy.reference, self.policy.impl)
         self._cache: Any = None
 
     def prepare(self, pairs: Sequence[PreferencePair], run: Path) -> None:
@@ -64,6 +67,10 @@ class PreferenceMethod:
                 yield MicroBatch(pairs)
             else:
                 yield MicroBatch(pairs, self._cache.chosen(pairs), self._cache.rejected(pairs))
+
+    def sequences(self, items: Sequence[PreferencePair]) -> list[tuple[int, ...]]:
+        """Chosen and rejected of every pair, prompts included."""
+        return [sequence for pair in items for sequence in (pair.chosen_sequence, pair.rejected_sequence)]
 
     def normaliser(self, items: Sequence[PreferencePair]) -> float:
         """Number of pairs; weights average to 1 over the whole set, not over a batch."""
@@ -98,7 +105,7 @@ class SftMethod:
     policy: Policy
 
     def __post_init__(self) -> None:
-        self.module = SftObjective(self.policy.model, self.config.train)
+        self.module = SftObjective(self.policy.model, self.config.train, self.policy.impl)
 
     def prepare(self, examples: Sequence[SftExample], run: Path) -> None:
         """Check the ids."""
@@ -107,6 +114,10 @@ class SftMethod:
     def micro_batches(self, items: Sequence[SftExample]) -> Iterator[list[SftExample]]:
         """Forests of examples."""
         yield from group_examples(items, self.config.train.max_tokens)
+
+    def sequences(self, items: Sequence[SftExample]) -> list[tuple[int, ...]]:
+        """Prompt and completion of every example."""
+        return [item.prompt_ids + item.completion_ids for item in items]
 
     def normaliser(self, items: Sequence[SftExample]) -> float:
         """Completion tokens of the batch: a long chain counts for more than a short one, as in Hugging Face's loss."""

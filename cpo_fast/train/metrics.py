@@ -1,11 +1,14 @@
 """Step statistics under TRL's names, plus accuracy per reasoning step, drift per token and the tokens that sharing saved.
 
-Sums are kept on the device over a step's micro-batches and turned into numbers once, when a line is written.
+Results stay on the device over a step's micro-batches and come to the host in one transfer, `read`, together with
+whatever else the step must know (gradient norm, finiteness). It is the one place at which a step waits for the device;
+all arithmetic after it is the host's.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cpo_fast.data.pair import PreferencePair
@@ -15,6 +18,8 @@ from cpo_fast.train.sft import SftResult
 
 PER_PAIR = ("losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
 PER_TOKEN = ("entropy_sum", "chosen_logit_sum", "rejected_logit_sum", "num_top1")
+PER_COMPLETION = ("losses",)
+PER_COMPLETION_TOKEN = ("loss_sum", "entropy_sum", "num_top1")
 
 
 class PreferenceMetrics:
@@ -25,35 +30,40 @@ class PreferenceMetrics:
         self.beta = beta
         self.results: list[MicroBatchResult] = []
         self.pairs: list[PreferencePair] = []
+        self._host: dict[str, np.ndarray] | None = None
 
     def add(self, micro: MicroBatch, result: MicroBatchResult) -> None:
         """Add one micro-batch and what the module made of it."""
         self.results.append(result)
         self.pairs.extend(micro.pairs)
 
+    def read(self, *scalars: torch.Tensor) -> list[float]:
+        """Bring everything to the host in one transfer; returns the values of `scalars`, which travel along."""
+        self._host, values = _read(self.results, (*PER_PAIR, *PER_TOKEN), scalars)
+        return values
+
     def summary(self) -> dict[str, float]:
         """Means over the pairs (rewards, log-probs) or tokens (entropy, logits, accuracy), as TRL logs them."""
-        pairs = {name: torch.cat([getattr(result, name) for result in self.results]) for name in PER_PAIR}
-        tokens = {name: float(sum(getattr(result, name) for result in self.results)) for name in PER_TOKEN}
-        num_chosen = int(sum(result.chosen_lengths.sum() for result in self.results))
-        num_rejected = int(sum(result.rejected_lengths.sum() for result in self.results))
-        margins = pairs["chosen_rewards"] - pairs["rejected_rewards"]
-        correct = (margins > 0).float()
+        host = self._on_host()
+        num_chosen = sum(sum(result.chosen_lengths) for result in self.results)
+        num_rejected = sum(sum(result.rejected_lengths) for result in self.results)
+        margins = host["chosen_rewards"] - host["rejected_rewards"]
+        correct = margins > 0
         values = {
-            "loss": float(pairs["losses"].mean()),
-            "rewards/chosen": float(pairs["chosen_rewards"].mean()),
-            "rewards/rejected": float(pairs["rejected_rewards"].mean()),
+            "loss": float(host["losses"].mean()),
+            "rewards/chosen": float(host["chosen_rewards"].mean()),
+            "rewards/rejected": float(host["rejected_rewards"].mean()),
             "rewards/accuracies": float(correct.mean()),
             "rewards/margins": float(margins.mean()),
-            "logps/chosen": float(pairs["chosen_logps"].mean()),
-            "logps/rejected": float(pairs["rejected_logps"].mean()),
-            "logps/chosen_per_token": float(pairs["chosen_logps"].sum()) / max(num_chosen, 1),
-            "logps/rejected_per_token": float(pairs["rejected_logps"].sum()) / max(num_rejected, 1),
-            "logps/chosen_drift": float(pairs["chosen_rewards"].sum()) / self.beta / max(num_chosen, 1),
-            "logits/chosen": tokens["chosen_logit_sum"] / max(num_chosen, 1),
-            "logits/rejected": tokens["rejected_logit_sum"] / max(num_rejected, 1),
-            "entropy": tokens["entropy_sum"] / max(num_chosen + num_rejected, 1),
-            "mean_token_accuracy": tokens["num_top1"] / max(num_chosen, 1),
+            "logps/chosen": float(host["chosen_logps"].mean()),
+            "logps/rejected": float(host["rejected_logps"].mean()),
+            "logps/chosen_per_token": float(host["chosen_logps"].sum()) / max(num_chosen, 1),
+            "logps/rejected_per_token": float(host["rejected_logps"].sum()) / max(num_rejected, 1),
+            "logps/chosen_drift": float(host["chosen_rewards"].sum()) / self.beta / max(num_chosen, 1),
+            "logits/chosen": float(host["chosen_logit_sum"].sum()) / max(num_chosen, 1),
+            "logits/rejected": float(host["rejected_logit_sum"].sum()) / max(num_rejected, 1),
+            "entropy": float(host["entropy_sum"].sum()) / max(num_chosen + num_rejected, 1),
+            "mean_token_accuracy": float(host["num_top1"].sum()) / max(num_chosen, 1),
             "pairs": len(self.pairs),
             **_sharing(self.results),
         }
@@ -62,7 +72,13 @@ class PreferenceMetrics:
 
     def nonfinite(self) -> list[str]:
         """Source rows of pairs whose loss is not finite."""
-        return _nonfinite(self.results, [pair.source for pair in self.pairs])
+        return _nonfinite(self._on_host()["losses"], [pair.source for pair in self.pairs])
+
+    def _on_host(self) -> dict[str, np.ndarray]:
+        if self._host is None:
+            self.read()
+        assert self._host is not None
+        return self._host
 
 
 class SftMetrics:
@@ -72,26 +88,51 @@ class SftMetrics:
         """Start empty."""
         self.results: list[SftResult] = []
         self.sources: list[str] = []
+        self._host: dict[str, np.ndarray] | None = None
 
     def add(self, micro: Sequence[SftExample], result: SftResult) -> None:
         """Add one micro-batch and what the module made of it."""
         self.results.append(result)
         self.sources.extend(example.source for example in micro)
 
+    def read(self, *scalars: torch.Tensor) -> list[float]:
+        """Bring everything to the host in one transfer; returns the values of `scalars`, which travel along."""
+        self._host, values = _read(self.results, (*PER_COMPLETION, *PER_COMPLETION_TOKEN), scalars)
+        return values
+
     def summary(self) -> dict[str, float]:
         """Means over completion tokens, under the names of TRL's SFTTrainer."""
-        num_tokens = max(int(sum(result.lengths.sum() for result in self.results)), 1)
+        host = self._on_host()
+        num_tokens = max(sum(sum(result.lengths) for result in self.results), 1)
         return {
-            "loss": float(sum(result.loss_sum.detach() for result in self.results)) / num_tokens,
-            "entropy": float(sum(result.entropy_sum for result in self.results)) / num_tokens,
-            "mean_token_accuracy": float(sum(result.num_top1 for result in self.results)) / num_tokens,
+            "loss": float(host["loss_sum"].sum()) / num_tokens,
+            "entropy": float(host["entropy_sum"].sum()) / num_tokens,
+            "mean_token_accuracy": float(host["num_top1"].sum()) / num_tokens,
             "completions": len(self.sources),
             **_sharing(self.results),
         }
 
     def nonfinite(self) -> list[str]:
         """Source rows of completions whose loss is not finite."""
-        return _nonfinite(self.results, self.sources)
+        return _nonfinite(self._on_host()["losses"], self.sources)
+
+    def _on_host(self) -> dict[str, np.ndarray]:
+        if self._host is None:
+            self.read()
+        assert self._host is not None
+        return self._host
+
+
+def _read(
+    results: Sequence[Any], names: Sequence[str], scalars: Sequence[torch.Tensor]
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The named values of every result and the scalars as float64, which holds float32 values and counts exactly."""
+    columns = [[getattr(result, name).detach().reshape(-1) for result in results] for name in names]
+    columns.append([scalar.detach().reshape(1) for scalar in scalars])
+    sizes = [sum(part.shape[0] for part in column) for column in columns]
+    host = torch.cat([part.double() for column in columns for part in column]).cpu().numpy()
+    *values, rest = np.split(host, np.cumsum(sizes)[:-1])
+    return dict(zip(names, values, strict=True)), [float(value) for value in rest]
 
 
 def _sharing(results: Sequence[MicroBatchResult] | Sequence[SftResult]) -> dict[str, float]:
@@ -105,16 +146,15 @@ def _sharing(results: Sequence[MicroBatchResult] | Sequence[SftResult]) -> dict[
     }
 
 
-def _nonfinite(results: Sequence[MicroBatchResult] | Sequence[SftResult], sources: Sequence[str]) -> list[str]:
-    losses = torch.cat([result.losses for result in results])
-    return [sources[place] for place in (~torch.isfinite(losses)).nonzero().squeeze(1).tolist()]
+def _nonfinite(losses: np.ndarray, sources: Sequence[str]) -> list[str]:
+    return [source for source, finite in zip(sources, np.isfinite(losses), strict=True) if not finite]
 
 
-def _accuracy_by_step(correct: torch.Tensor, steps: Sequence[int]) -> dict[str, float]:
-    by_step: dict[int, list[float]] = {}
-    for value, step in zip(correct.tolist(), steps, strict=True):
+def _accuracy_by_step(correct: np.ndarray, steps: Sequence[int]) -> dict[str, float]:
+    by_step: dict[int, list[bool]] = {}
+    for value, step in zip(correct, steps, strict=True):
         if step:
-            by_step.setdefault(step, []).append(value)
+            by_step.setdefault(step, []).append(bool(value))
     return {f"rewards/accuracies/step_{step}": sum(v) / len(v) for step, v in sorted(by_step.items())}
 
 

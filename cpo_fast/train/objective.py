@@ -8,14 +8,17 @@ releases each weight where it is used. The sum is scaled to the step's mean outs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.pair import PreferencePair
 from cpo_kernels import preference_loss
-from cpo_kernels.integrations.transformers import packed_logps
+from cpo_kernels.implementation import Implementations
+from cpo_kernels.integrations.transformers import PackedLogps, packed_logps
+from cpo_kernels.linear_logprob import LogprobResult
+from cpo_kernels.transfer import to_device
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
@@ -39,8 +42,8 @@ class MicroBatchResult:
     rejected_rewards: torch.Tensor  # [N]
     chosen_logps: torch.Tensor  # [N]
     rejected_logps: torch.Tensor  # [N]
-    chosen_lengths: torch.Tensor  # [N] scored tokens
-    rejected_lengths: torch.Tensor  # [N]
+    chosen_lengths: Sequence[int]  # [N] scored tokens
+    rejected_lengths: Sequence[int]  # [N]
     entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
     chosen_logit_sum: torch.Tensor  # scalar, mean logits summed over chosen tokens
     rejected_logit_sum: torch.Tensor  # scalar
@@ -52,12 +55,15 @@ class MicroBatchResult:
 class PreferenceObjective(torch.nn.Module):
     """Policy and reference log-probs of a micro-batch and their preference loss."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainConfig, reference: str) -> None:
-        """`model` is a prepared PeftModel, `reference` a name that `packed_logps` accepts."""
+    def __init__(
+        self, model: torch.nn.Module, config: TrainConfig, reference: str, impl: Implementations | None = None
+    ) -> None:
+        """`model` is a prepared PeftModel, `reference` a name that `packed_logps` accepts, `impl` what the run resolved."""
         super().__init__()
         self.model = model
         self.config = config
         self.reference = reference
+        self.impl = impl or Implementations.of(config.impl)
 
     def forward(self, batch: MicroBatch) -> MicroBatchResult:
         """Score chosen and rejected of every pair on one forest; the reference online unless the batch carries it."""
@@ -65,14 +71,20 @@ class PreferenceObjective(torch.nn.Module):
         sequences = [pair.chosen_sequence for pair in pairs] + [pair.rejected_sequence for pair in pairs]
         starts = [len(pair.prompt_ids) for pair in pairs] * 2
         reference = self.reference if batch.ref_chosen is None else None
-        packed = packed_logps(self.model, sequences, starts, reference, impl=self.config.impl, outputs=OUTPUTS)
+        packed = packed_logps(self.model, sequences, starts, reference, impl=self.impl, outputs=OUTPUTS)
+        lengths = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
+        with record_function("loss"):
+            return self._loss(batch, packed, lengths)
+
+    def _loss(self, batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int]) -> MicroBatchResult:
         chosen, rejected = packed.segment_logps.chunk(2)
+        chosen_lengths, rejected_lengths = _like(lengths, chosen).chunk(2)
         if packed.ref_segment_logps is None:
-            ref_chosen, ref_rejected = chosen.new_tensor(batch.ref_chosen), chosen.new_tensor(batch.ref_rejected)
+            assert batch.ref_chosen is not None
+            assert batch.ref_rejected is not None
+            ref_chosen, ref_rejected = _like([*batch.ref_chosen, *batch.ref_rejected], chosen).chunk(2)
         else:
             ref_chosen, ref_rejected = packed.ref_segment_logps.chunk(2)
-        lengths = torch.bincount(packed.plan.segments, minlength=2 * len(pairs))
-        chosen_lengths, rejected_lengths = lengths.chunk(2)
         loss = preference_loss(
             chosen,
             rejected,
@@ -84,8 +96,9 @@ class PreferenceObjective(torch.nn.Module):
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             nll_weight=self.config.nll_weight,
-            pair_weight=_pair_weight(pairs, chosen),
+            pair_weight=_pair_weight(batch.pairs, chosen),
         )
+        num_pairs = len(batch.pairs)
         return MicroBatchResult(
             loss_sum=loss.losses.sum(),
             losses=loss.losses.detach(),
@@ -93,9 +106,9 @@ class PreferenceObjective(torch.nn.Module):
             rejected_rewards=loss.rejected_rewards,
             chosen_logps=chosen.detach(),
             rejected_logps=rejected.detach(),
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            **_token_sums(packed.result, packed.plan.segments < len(pairs)),
+            chosen_lengths=lengths[:num_pairs],
+            rejected_lengths=lengths[num_pairs:],
+            **_token_sums(packed.result, sum(lengths[:num_pairs])),
             num_tokens=packed.num_tokens,
             num_sequence_tokens=packed.num_sequence_tokens,
         )
@@ -104,13 +117,21 @@ class PreferenceObjective(torch.nn.Module):
 def _pair_weight(pairs: Sequence[PreferencePair], like: torch.Tensor) -> torch.Tensor | None:
     if all(pair.weight == 1.0 for pair in pairs):
         return None
-    return like.new_tensor([pair.weight for pair in pairs])
+    return _like([pair.weight for pair in pairs], like)
 
 
-def _token_sums(result: Any, is_chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+def _like(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def _token_sums(result: LogprobResult, num_chosen: int) -> dict[str, torch.Tensor]:
+    """Sums over tokens; a plan is segment-major, so the chosen responses' tokens are the first `num_chosen`."""
+    assert result.entropy is not None
+    assert result.mean_logit is not None
+    assert result.is_top1 is not None
     return {
         "entropy_sum": result.entropy.sum(),
-        "chosen_logit_sum": result.mean_logit[is_chosen].sum(),
-        "rejected_logit_sum": result.mean_logit[~is_chosen].sum(),
-        "num_top1": result.is_top1[is_chosen].sum(),
+        "chosen_logit_sum": result.mean_logit[:num_chosen].sum(),
+        "rejected_logit_sum": result.mean_logit[num_chosen:].sum(),
+        "num_top1": result.is_top1[:num_chosen].sum(),
     }

@@ -4,7 +4,8 @@ The base keeps its dtype and is frozen; adapters are float32 and their own maste
 step 0: the base with the adapter off, or, when training starts from a saved adapter, a frozen second copy of it.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
 from cpo_fast.config import Config
-from cpo_fast.errors import ConfigError
+from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model
+from cpo_kernels.implementation import Implementations, available_implementations, resolve_implementations
+from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.self_check import KernelCheckError
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
@@ -22,11 +28,12 @@ REFERENCE_ADAPTER = "reference"
 
 @dataclass(frozen=True)
 class Policy:
-    """A prepared `PeftModel`, its tokenizer, and the name under which `packed_logps` finds the reference."""
+    """A prepared `PeftModel`, its tokenizer, the name under which `packed_logps` finds the reference, and its kernels."""
 
     model: Any
     tokenizer: Any
     reference: str
+    impl: Implementations
 
 
 def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Policy:
@@ -37,7 +44,8 @@ def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Po
         model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
 
     Raises:
-        ConfigError: a LoRA target matches no module, or the model cannot run on a forest.
+        ConfigError: a LoRA target matches no module, the model cannot run on a forest, or `train.impl` not on its device.
+        EnvironmentProblem: the kernels that would run by default are wrong on this device.
     """
     if model is None or tokenizer is None:
         model, tokenizer = load_model(config.model)
@@ -51,12 +59,26 @@ def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Po
         reference = REFERENCE_ADAPTER
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{ADAPTER}." in name)
+    if config.train.lora_input == "recast":
+        keep_input_dtype(model)
+    return Policy(model, tokenizer, reference, _prepared(model, config))
+
+
+def _prepared(model: Any, config: Config) -> Implementations:
+    """Switch the model to forests and decide, for the whole run, which kernels compute them."""
+    device_type, impl = next(model.parameters()).device.type, config.train.impl
+    available = available_implementations(device_type)
+    if impl is not None and impl not in available:
+        raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(available)}")
     try:
-        prepare(model)
+        prepare(model, impl)
+        resolved = resolve_implementations(impl, device_type)
+    except KernelCheckError as error:
+        raise EnvironmentProblem(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"model.path: {config.model.path} cannot be trained on forests: {error}") from None
-    _checkpoint_layers(model, config.train.gradient_checkpointing)
-    return Policy(model, tokenizer, reference)
+    logger.info("kernels: %s", ", ".join(f"{op} {name}" for op, name in asdict(resolved).items()))
+    return resolved
 
 
 def _with_new_adapter(model: Any, config: Config) -> Any:
@@ -82,7 +104,8 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     return get_peft_model(model, lora, adapter_name=ADAPTER, autocast_adapter_dtype=True)
 
 
-def _checkpoint_layers(model: Any, variant: str) -> None:
+def checkpoint_layers(model: Any, variant: str) -> None:
+    """Recompute each layer in backward: `non_reentrant` or `reentrant` as torch names them; `off` does nothing."""
     if variant == "off":
         return
     base = model.get_base_model()

@@ -85,7 +85,7 @@ def _key(scored: Sequence[Scored], config: Config, policy: Policy) -> str:
         model_hash(config.model.path) if config.model.path else _hash_weights(policy.model),
         adapter_hash(config.model.adapter),
         str(policy.model.get_base_model().dtype),
-        str(config.train.impl),
+        str(policy.impl),
         torch.__version__,
     )
     digest = hashlib.sha256(repr(identity).encode())
@@ -149,6 +149,6 @@ def _agrees(cache: ReferenceCache, config: Config, policy: Policy, pairs: Sequen
 def _online(config: Config, policy: Policy, wanted: Sequence[Scored]) -> list[float]:
     sequences, starts = [sequence for sequence, _ in wanted], [start for _, start in wanted]
     with torch.no_grad():
-        packed = packed_logps(policy.model, sequences, starts, policy.reference, impl=config.train.impl)
+        packed = packed_logps(policy.model, sequences, starts, policy.reference, impl=policy.impl)
     assert packed.ref_segment_logps is not None
     return packed.ref_segment_logps.tolist()

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.sft import SftExample
+from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import packed_logps
+from cpo_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class SftResult:
 
     loss_sum: torch.Tensor  # scalar, differentiable: summed negative log-likelihood
     losses: torch.Tensor  # [N] mean negative log-likelihood per token
-    lengths: torch.Tensor  # [N] scored tokens
+    lengths: Sequence[int]  # [N] scored tokens
     entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
     num_top1: torch.Tensor  # scalar
     num_tokens: int  # tokens that met the backbone once
@@ -32,27 +35,29 @@ class SftResult:
 class SftObjective(torch.nn.Module):
     """Next-token loss of completions; the one module that DeepSpeed wraps."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainConfig) -> None:
-        """`model` is a prepared PeftModel."""
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, impl: Implementations | None = None) -> None:
+        """`model` is a prepared PeftModel, `impl` what the run resolved."""
         super().__init__()
         self.model = model
         self.config = config
+        self.impl = impl or Implementations.of(config.impl)
 
     def forward(self, examples: Sequence[SftExample]) -> SftResult:
         """Score every completion on one forest."""
         sequences = [example.prompt_ids + example.completion_ids for example in examples]
         starts = [len(example.prompt_ids) for example in examples]
-        packed = packed_logps(self.model, sequences, starts, impl=self.config.impl, outputs=("entropy", "is_top1"))
-        lengths = torch.bincount(packed.plan.segments, minlength=len(examples))
-        result = packed.result
+        packed = packed_logps(self.model, sequences, starts, impl=self.impl, outputs=("entropy", "is_top1"))
+        result, logps = packed.result, packed.segment_logps
+        lengths = [len(example.completion_ids) for example in examples]
         assert result.entropy is not None
         assert result.is_top1 is not None
-        return SftResult(
-            loss_sum=-packed.segment_logps.sum(),
-            losses=-packed.segment_logps.detach() / lengths,
-            lengths=lengths,
-            entropy_sum=result.entropy.sum(),
-            num_top1=result.is_top1.sum(),
-            num_tokens=packed.num_tokens,
-            num_sequence_tokens=packed.num_sequence_tokens,
-        )
+        with record_function("loss"):
+            return SftResult(
+                loss_sum=-logps.sum(),
+                losses=-logps.detach() / to_device(torch.tensor(lengths), logps.device),
+                lengths=lengths,
+                entropy_sum=result.entropy.sum(),
+                num_top1=result.is_top1.sum(),
+                num_tokens=packed.num_tokens,
+                num_sequence_tokens=packed.num_sequence_tokens,
+            )

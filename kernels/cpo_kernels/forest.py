@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from cpo_kernels import _csrc
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
+from cpo_kernels.tree_attention.schedule import TreeSchedule, moved, tree_schedule
 
 TokenSequence = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -29,7 +29,8 @@ TokenSequence = Sequence[int] | np.ndarray | torch.Tensor
 class Forest:
     """T rows after padding, S sequences, all tensors contiguous and on one device (the CPU when built).
 
-    Padding rows stand at the end: token 0, position 0, parent -1, subtree_end i + 1, on no path.
+    Padding rows stand at the end: token 0, position 0, parent -1, subtree_end i + 1, on no path. Tensors are not written
+    to: schedules made from `subtree_end` are kept, and a forest on a GPU keeps the CPU tensor to make them from.
     """
 
     tokens: torch.Tensor  # [T] int32, token id
@@ -39,18 +40,34 @@ class Forest:
     path_rows: torch.Tensor  # int32, rows of sequence s in order at path_offsets[s]:path_offsets[s + 1]
     path_offsets: torch.Tensor  # [S + 1] int64
     num_tokens: int  # rows before padding
+    host_subtree_end: torch.Tensor | None = field(default=None, init=False, repr=False)  # the CPU's, where it is known
+    _schedules: dict[tuple[int, int], TreeSchedule] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.subtree_end.is_cpu:
+            object.__setattr__(self, "host_subtree_end", self.subtree_end)
 
     def to(self, device: torch.device | str) -> Forest:
-        """The same forest with every tensor on `device`."""
+        """The same forest with every tensor on `device`, its schedules too; from the CPU without waiting for `device`."""
         values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return Forest(**values)
+        for entry in fields(self):
+            if entry.init:
+                value = getattr(self, entry.name)
+                values[entry.name] = moved(value, device) if isinstance(value, torch.Tensor) else value
+        forest = Forest(**values)
+        if self.host_subtree_end is not None:
+            object.__setattr__(forest, "host_subtree_end", self.host_subtree_end)
+        for blocks, schedule in self._schedules.items():
+            forest._schedules[blocks] = schedule.to(device, forest.subtree_end)
+        return forest
 
     def schedule(self, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
-        """The block schedule of tree attention over this line; see `tree_schedule`."""
-        return tree_schedule(self.subtree_end, block_q, block_kv)
+        """The block schedule of tree attention over this line; see `tree_schedule`. Made once for each pair of blocks."""
+        if (block_q, block_kv) not in self._schedules:
+            host = self.subtree_end if self.host_subtree_end is None else self.host_subtree_end
+            schedule = tree_schedule(host, block_q, block_kv).to(self.subtree_end.device, self.subtree_end)
+            self._schedules[block_q, block_kv] = schedule
+        return self._schedules[block_q, block_kv]
 
     def logprob_plan(self, starts: Sequence[int] | np.ndarray | torch.Tensor) -> LogprobPlan:
         """Score tokens starts[s]: of every sequence s into segment s.

@@ -2,18 +2,61 @@
 
 Names: `reference` (plain torch, the specification), `eager` (plain torch, any device, no T x T matrix and no head in
 backward), `triton` (GPU kernels), `flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by
-device, an explicit `impl=` argument overrides both. An implementation that cannot run raises.
+device, an explicit `impl=` argument overrides both. An implementation that cannot run raises. Where `triton` is nobody's
+choice but the device's, `cpo_kernels.self_check` compares the kernels with `eager` on that device first, once a process.
 """
+
+from __future__ import annotations
 
 import functools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "CPO_KERNELS_IMPL"
-DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "eager"}  # cuda turns to triton once the kernels have run on one
+DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "triton"}
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """One implementation name for each op; None leaves the choice to the op."""
+
+    tree_attention: str | None = None
+    linear_logprob: str | None = None
+
+    @classmethod
+    def of(cls, impl: str | Implementations | None) -> Implementations:
+        """One name for every op, or what is given already."""
+        return impl if isinstance(impl, Implementations) else cls(impl, impl)
+
+
+def default_implementation(device_type: str) -> str | None:
+    """What runs on a device when nobody chooses; None when `CPO_KERNELS_IMPL` does."""
+    return None if os.environ.get(ENVIRONMENT_VARIABLE) else DEFAULT_BY_DEVICE.get(device_type, "eager")
+
+
+def available_implementations(device_type: str) -> tuple[str, ...]:
+    """What every op has on a device: Triton's interpreter is the one way to run its kernels without a GPU."""
+    runs_triton = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return ("reference", "eager", "triton") if runs_triton else ("reference", "eager")
+
+
+def resolve_implementations(impl: str | Implementations | None, device_type: str) -> Implementations:
+    """Decide for every op, once a run, so that nothing is looked up again in its steps.
+
+    Raises:
+        ValueError: as `resolve_implementation`.
+        KernelCheckError: the device's default is `triton` and its kernels do not pass their check there.
+    """
+    wanted, available = Implementations.of(impl), available_implementations(device_type)
+    return Implementations(
+        **{op: resolve_implementation(op, name, device_type, available) for op, name in asdict(wanted).items()}
+    )
 
 
 def resolve_implementation(op: str, impl: str | None, device_type: str, available: Sequence[str]) -> str:
@@ -27,12 +70,20 @@ def resolve_implementation(op: str, impl: str | None, device_type: str, availabl
 
     Raises:
         ValueError: the chosen implementation is unknown to the op or cannot run on the device.
+        KernelCheckError: the device's default is `triton` and its kernels do not pass their check there.
     """
-    chosen = impl or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_BY_DEVICE.get(device_type, "eager")
+    default = default_implementation(device_type)
+    chosen = impl or default or os.environ[ENVIRONMENT_VARIABLE]
     if chosen not in available:
         raise ValueError(
             f"{op}: impl={chosen!r} cannot run on {device_type}; expected one of {', '.join(map(repr, available))}"
         )
+    if torch.compiler.is_compiling():  # a traced graph holds neither checks nor log lines
+        return chosen
+    if impl is None and default == "triton":
+        from cpo_kernels.self_check import check_once  # imports the ops, which import this module
+
+        check_once(device_type)
     _log_choice(op, chosen, device_type)
     return chosen
 

@@ -4,13 +4,15 @@
     segment_logps[s] = sum of token_logps[p] over the p with segments[p] == s
 
 One row may have many targets (the first tokens of siblings are all predicted by the hidden state of their common
-parent) and one token may count in many segments. `unique_rows` lists the rows that the head must see, each once. The
-plan knows nothing of trees: `Forest.logprob_plan` makes one from paths, `LogprobPlan.build` takes any.
+parent) and one token may count in many segments. `unique_rows` lists the rows that the head must see, each once;
+`pair_row` and `pair_target` the distinct (row, target) pairs, each scored once. All orders and counts that scoring and
+its backward need are found here, once, so that neither waits for a GPU. The plan knows nothing of trees:
+`Forest.logprob_plan` makes one from paths, `LogprobPlan.build` takes any.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,19 +21,32 @@ import torch
 class LogprobPlan:
     """Scored tokens and the segments they are summed into. Make it with `build`, which validates.
 
-    P scored tokens, R distinct rows; all tensors on one device.
+    P scored tokens, R distinct rows, U distinct (row, target) pairs, S segments; all tensors on one device but
+    `host_offsets`.
     """
 
     rows: torch.Tensor  # [P] int64, row of the hidden state that predicts the token
     targets: torch.Tensor  # [P] int64, token id
     segments: torch.Tensor  # [P] int64, in [0, num_segments)
-    num_segments: int
     unique_rows: torch.Tensor  # [R] int64, ascending
     row_index: torch.Tensor  # [P] int64, rows == unique_rows[row_index]
+    pair_row: torch.Tensor  # [U] int64, index into unique_rows, ascending
+    pair_target: torch.Tensor  # [U] int64, ascending within a row
+    pair_index: torch.Tensor  # [P] int64, the token's pair
+    pair_order: torch.Tensor  # [P] int64, tokens by pair, in the order of the plan
+    pair_lengths: torch.Tensor  # [U] int64, tokens of each pair
+    row_offsets: torch.Tensor  # [R + 1] int64, pairs [row_offsets[r], row_offsets[r + 1]) are of unique row r
+    segment_order: torch.Tensor  # [P] int64, tokens by segment, in the order of the plan
+    segment_lengths: torch.Tensor  # [S] int64
+    host_offsets: torch.Tensor  # [R + 1] int64, row_offsets, always on the CPU
+    max_row: int  # largest entry of rows, -1 without tokens
+    max_target: int  # largest entry of targets, -1 without tokens
 
     @classmethod
     def build(cls, rows: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor, num_segments: int) -> LogprobPlan:
-        """Validate the triples and list their distinct rows.
+        """Validate the triples and list their distinct rows and pairs.
+
+        On a GPU this waits for the device; build it on the CPU and move it with `to`.
 
         Args:
             rows: [P] int64, >= 0. Any order, repeats allowed. That they lie below the number of hidden rows is checked
@@ -56,16 +71,49 @@ class LogprobPlan:
             raise ValueError(f"num_segments: expected >= 0, got {num_segments}")
         if segments.numel() > 0 and int(segments.max()) >= num_segments:
             raise ValueError(f"segments: expected values < num_segments = {num_segments}, got {int(segments.max())}")
+        max_row, max_target = (int(tensor.max()) if tensor.numel() else -1 for tensor in (rows, targets))
         unique_rows, row_index = torch.unique(rows, sorted=True, return_inverse=True)
-        return cls(rows, targets, segments, num_segments, unique_rows, row_index)
+        base = max_target + 1
+        pairs, pair_index = torch.unique(row_index * base + targets, sorted=True, return_inverse=True)
+        pair_row = pairs // max(base, 1)
+        row_offsets = torch.searchsorted(pair_row, torch.arange(unique_rows.shape[0] + 1, device=rows.device))
+        return cls(
+            rows=rows,
+            targets=targets,
+            segments=segments,
+            unique_rows=unique_rows,
+            row_index=row_index,
+            pair_row=pair_row,
+            pair_target=pairs - pair_row * base,
+            pair_index=pair_index,
+            pair_order=torch.argsort(pair_index, stable=True),
+            pair_lengths=torch.bincount(pair_index, minlength=pairs.shape[0]),
+            row_offsets=row_offsets,
+            segment_order=torch.argsort(segments, stable=True),
+            segment_lengths=torch.bincount(segments, minlength=num_segments),
+            host_offsets=row_offsets.cpu(),
+            max_row=max_row,
+            max_target=max_target,
+        )
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor], max_row: int, max_target: int) -> LogprobPlan:
+        """The plan of `tensors()`: how a plan crosses the boundary of a torch op, which takes no dataclass."""
+        return cls(*tensors, max_row, max_target)  # type: ignore[call-arg, arg-type]
+
+    @property
+    def num_segments(self) -> int:
+        """How many sums there are."""
+        return self.segment_lengths.shape[0]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor, in the order of the fields."""
+        return [getattr(self, name) for name in _TENSORS]
 
     def to(self, device: torch.device | str) -> LogprobPlan:
-        """The same plan with every tensor on `device`."""
-        return LogprobPlan(
-            rows=self.rows.to(device),
-            targets=self.targets.to(device),
-            segments=self.segments.to(device),
-            num_segments=self.num_segments,
-            unique_rows=self.unique_rows.to(device),
-            row_index=self.row_index.to(device),
-        )
+        """The same plan with every tensor but `host_offsets` on `device`."""
+        moved = [tensor.to(device) for tensor in self.tensors()[:-1]]
+        return self.of([*moved, self.host_offsets], self.max_row, self.max_target)
+
+
+_TENSORS = tuple(field.name for field in fields(LogprobPlan) if field.type == "torch.Tensor")

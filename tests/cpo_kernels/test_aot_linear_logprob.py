@@ -1,9 +1,10 @@
-"""Every Triton kernel of linear_logprob, with every shipped tile, compiles for compute capability 8.0 and 9.0.
+"""Every Triton kernel of linear_logprob, in every shipped variant, compiles for compute capability 8.0 and 9.0.
 
 No GPU is needed. What would fail or crawl at the first launch fails here: shared memory above the card's limit, spilled
 registers, a product without the card's matrix instructions.
 """
 
+import importlib
 import os
 
 import pytest
@@ -12,38 +13,54 @@ from tests.cpo_kernels.aot import MAX_SHARED_BYTES, Compiled, compile_kernel
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
-MAX_STACK_BYTES = 8  # two registers a thread: the assembler parks that many to reach the next step of occupancy
+MAX_STACK_BYTES = 16  # four registers a thread: the assembler parks that many to reach the next step of occupancy
 WIDTH = 4096
 
-FLOATS = {"slope": "fp32", "scale": "fp32"}
-TYPES = {
-    "pair_row": "*i64", "target": "*i64", "row_offsets": "*i64", "first_row": "i32", "first_pair": "i32",
-    "last_pair": "i32", "num_rows": "i32", "vocab": "i32", "num_splits": "i32", "tiles_per_split": "i32",
-}  # fmt: skip
-HEAD_TYPED = ("hidden", "weight", "bias", "probabilities", "target_weights", "grad_rows")  # in the dtype of the head
+INT64 = ("pair_row", "target", "row_offsets", "top")
+INT32 = ("first_row", "num_rows", "vocab", "num_splits", "tiles_per_split", "plane")
+FLOATS = ("slope", "inner", "cap")
+HEAD_TYPED = (  # in the dtype of the head
+    "hidden", "weight", "bias", "probabilities", "target_weights", "grad_rows", "grad_products",
+)  # fmt: skip
+BIAS = {"HAS_BIAS": True, "CAPPED": True}
 KERNELS = {
-    "_logit_partials": {"HAS_BIAS": True, "BLOCK_V": "BLOCK_LOGITS"},
-    "_merge": {"TARGETS_APART": True, "BLOCK_S": "MAX_SPLITS"},
-    "_take_targets": {"HAS_BIAS": True, "BLOCK_U": "BLOCK_TARGETS"},
-    "_conditional": {"HAS_BIAS": True, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
-    "_target_logits": {"HAS_BIAS": True, "WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH"},
-    "_row_gradients": {"WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH", "INTERPRETED": False},
+    "chunk._take_targets": {**BIAS, "BLOCK_U": "BLOCK_TARGETS"},
+    "chunk._logit_partials": {**BIAS, "WITH_OUTPUTS": True, "BLOCK_V": "BLOCK_LOGITS"},
+    "chunk._conditional": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
+    "partials._merge": {"TARGETS_APART": True, "WITH_OUTPUTS": True, "BLOCK_S": "MAX_SPLITS"},
+    "fused._target_logits": {**BIAS, "ONE_A_ROW": False, "WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH"},
+    "backward._row_gradients": {"WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH", "INTERPRETED": False},
+    "backward._product_gradients": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
+    "backward._put_targets": {"BLOCK_U": "BLOCK_TARGETS", "INTERPRETED": False},
 }
+# the variants of one kernel that differ from the above
+PLAIN = [
+    ("chunk._logit_partials", {"HAS_BIAS": False, "CAPPED": False, "WITH_OUTPUTS": False}),
+    ("partials._merge", {"TARGETS_APART": False}),
+    ("partials._merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
+    ("partials._merge", {"WITH_OUTPUTS": False}),
+    ("fused._target_logits", {"HAS_BIAS": False, "CAPPED": False, "ONE_A_ROW": True}),
+]
 
 
 def compiled(name: str, constants: dict[str, object], arch: int, warps: int, stages: int, dtype: str) -> Compiled:
-    """Compile a kernel of `forward` or `backward`; a constant given as text is that module's constant."""
-    from cpo_kernels.linear_logprob import backward, forward
-
-    module = backward if name == "_row_gradients" else forward
-    kernel = getattr(module, name)
+    """Compile `module.kernel` of linear_logprob; a constant given as text is that module's constant."""
+    module_name, kernel_name = name.split(".")
+    module = importlib.import_module(f"cpo_kernels.linear_logprob.{module_name}")
+    kernel = getattr(module, kernel_name)
     constants = {key: getattr(module, value) if isinstance(value, str) else value for key, value in constants.items()}
     signature = {}
     for argument in kernel.arg_names:
         if argument in HEAD_TYPED:
             signature[argument] = f"*{dtype}"
+        elif argument in INT64:
+            signature[argument] = "*i64"
+        elif argument in INT32:
+            signature[argument] = "i32"
+        elif argument in FLOATS or (argument == "scale" and kernel_name == "_conditional"):
+            signature[argument] = "fp32"
         elif argument not in constants:
-            signature[argument] = (TYPES | FLOATS).get(argument, "*fp32")
+            signature[argument] = "*fp32"
     return compile_kernel(kernel, signature, constants, arch, warps, stages)
 
 
@@ -56,29 +73,39 @@ def check(binary: Compiled, arch: int) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_compiles_within_the_card(name: str, dtype: str, arch: int) -> None:
-    if name == "_merge" and dtype == "bf16":
+    if name == "partials._merge" and dtype == "bf16":
         pytest.skip("takes float32 alone")
-    check(compiled(name, KERNELS[name], arch, 4, 3, dtype), arch)
+    one_warp = name in ("chunk._take_targets", "backward._put_targets")
+    check(compiled(name, KERNELS[name], arch, 1 if one_warp else 4, 3, dtype), arch)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("index", range(len(PLAIN)))
+def test_plainer_variant_compiles_within_the_card(index: int, arch: int) -> None:
+    name, constants = PLAIN[index]
+    check(compiled(name, KERNELS[name] | constants, arch, 4, 3, "bf16"), arch)
 
 
 def tiles() -> list[tuple[str, tuple[int | None, int, int, int, int, int]]]:
     """Shipped tiles by dtype; loaded by the tests, so that collection does not import Triton."""
-    from cpo_kernels.linear_logprob.forward import TILES_16_BIT, TILES_32_BIT
+    from cpo_kernels.linear_logprob.fused import TILES_16_BIT, TILES_32_BIT
 
     return [*(("bf16", tile) for tile in TILES_16_BIT), *(("fp32", tile) for tile in TILES_32_BIT)]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("width", [WIDTH, 576])
+@pytest.mark.parametrize(
+    ("width", "outputs", "capped"), [(WIDTH, False, False), (WIDTH, True, True), (576, True, False)]
+)
 @pytest.mark.parametrize("index", range(5))
-def test_tile_compiles_within_the_card(index: int, width: int, arch: int) -> None:
+def test_tile_compiles_within_the_card(index: int, width: int, outputs: bool, capped: bool, arch: int) -> None:
     assert len(tiles()) == 5
     dtype, (_, block_r, block_v, block_e, warps, stages) = tiles()[index]
     constants = {
-        "WIDTH": width, "HAS_BIAS": False, "BLOCK_R": block_r, "BLOCK_V": block_v, "BLOCK_E": block_e,
-        "GROUP": 8, "UPCAST": False,
+        "WIDTH": width, "HAS_BIAS": False, "CAPPED": capped, "WITH_OUTPUTS": outputs, "BLOCK_R": block_r,
+        "BLOCK_V": block_v, "BLOCK_E": block_e, "GROUP": 8, "UPCAST": False,
     }  # fmt: skip
-    binary = compiled("_product_partials", constants, arch, warps, stages, dtype)
+    binary = compiled("fused._product_partials", constants, arch, warps, stages, dtype)
     check(binary, arch)
     if dtype == "bf16":
         hopper = arch == 90 and block_r >= 64  # a smaller tile has no warp-group product

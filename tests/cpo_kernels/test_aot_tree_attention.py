@@ -18,11 +18,9 @@ pytestmark = [
 ]
 HEAD_DIMS = (64, 96, 128, 256)
 SCHEDULE_BLOCKS = (128, 64)  # the defaults of tree_schedule
-# Registers spilled to the stack, per thread, by head size. The two accumulators of dk and dv at 256 take half of the
-# registers there are; on 9.0 addresses and operands then spill. The others keep at most a few loop constants there.
-MAX_STACK_BYTES = {64: 64, 96: 64, 128: 64, 256: 896}
-MAX_STACK_BYTES_FP32 = 320  # for comparisons, not for speed: its products run outside the matrix units
-INT_POINTERS = ("end", "offsets", "blocks", "start", "stop")
+MAX_STACK_BYTES = 128  # registers spilled to the stack, per thread: at most a few addresses and loop constants
+INT_POINTERS = ("end", "offsets", "blocks", "start", "stop", "work", "split")
+FP32_POINTERS = ("lse_ptr", "delta_ptr", "part_k_ptr", "part_v_ptr")
 
 
 @dataclass(frozen=True)
@@ -36,21 +34,29 @@ class Case:
 
 def compiled(case: Case, arch: int) -> Any:
     """The kernel of a case, compiled; shapes of a call (rows, heads) are arguments, so one binary serves all."""
-    from cpo_kernels.tree_attention import backward, forward
-    from cpo_kernels.tree_attention.tiles import padded_head_dim
+    from cpo_kernels.tree_attention import backward, backward_kv, backward_q, forward
+    from cpo_kernels.tree_attention.tiles import EXACT_TILES, padded_head_dim
 
-    module = forward if case.kernel == "_forward_kernel" else backward
-    kernel = getattr(module, case.kernel)
+    modules = {
+        "_forward_kernel": forward,
+        "_delta_kernel": backward,
+        "_grad_kv_kernel": backward_kv,
+        "_sum_parts_kernel": backward_kv,
+        "_grad_q_kernel": backward_q,
+    }
     tables = {
         "_forward_kernel": forward.TILES,
-        "_grad_kv_kernel": backward.KEY_TILES,
-        "_grad_q_kernel": backward.QUERY_TILES,
+        "_grad_kv_kernel": backward_kv.KEY_TILES,
+        "_grad_q_kernel": backward_q.QUERY_TILES,
     }
+    kernel = getattr(modules[case.kernel], case.kernel)
     constants: dict[str, object] = {"HEAD_DIM": case.head_dim, "BLOCK_D": padded_head_dim(case.head_dim)}
-    constants |= {"UPCAST": False, "BLOCK_Q": backward.DELTA_ROWS}
+    constants |= {"UPCAST": False, "BLOCK_Q": backward.DELTA_ROWS, "BLOCK_KV": backward_kv.SUM_ROWS}
+    constants["TILES_PER_KV"] = SCHEDULE_BLOCKS[1] // backward_kv.SUM_ROWS
+    constants["NUM_PHASES"] = backward_kv.num_phases(padded_head_dim(case.head_dim))
     warps, stages = 4, 1
     if case.kernel in tables:
-        table = module.EXACT_TILES if case.dtype == "fp32" else tables[case.kernel]
+        table = EXACT_TILES if case.dtype == "fp32" else tables[case.kernel]
         tile = table[padded_head_dim(case.head_dim)]
         constants |= {
             "BLOCK_Q": tile.block_q,
@@ -72,14 +78,14 @@ def argument_type(name: str, dtype: str) -> str:
         return "fp32" if name.startswith("scale") else "i32"
     if any(part in INT_POINTERS for part in name.split("_")):
         return "*i32"
-    return "*fp32" if name in ("lse_ptr", "delta_ptr") else f"*{dtype}"
+    return "*fp32" if name in FP32_POINTERS else f"*{dtype}"
 
 
 KERNELS = ("_forward_kernel", "_grad_kv_kernel", "_grad_q_kernel")
 CASES = [Case(kernel, head_dim, "bf16") for kernel in KERNELS for head_dim in HEAD_DIMS]
 CASES += [Case(kernel, 128, "fp16") for kernel in KERNELS]
 CASES += [Case(kernel, head_dim, "fp32") for kernel in KERNELS for head_dim in (64, 128, 256)]
-CASES += [Case("_delta_kernel", 256, dtype) for dtype in ("bf16", "fp32")]
+CASES += [Case(kernel, 256, dtype) for kernel in ("_delta_kernel", "_sum_parts_kernel") for dtype in ("bf16", "fp32")]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -87,7 +93,7 @@ CASES += [Case("_delta_kernel", 256, dtype) for dtype in ("bf16", "fp32")]
 def test_kernel_fits_the_card(case: Case, arch: int) -> None:
     binary = compiled(case, arch)
     assert binary.shared_bytes <= MAX_SHARED_BYTES[arch]
-    assert binary.stack_bytes <= (MAX_STACK_BYTES_FP32 if case.dtype == "fp32" else MAX_STACK_BYTES[case.head_dim])
-    products = case.kernel != "_delta_kernel" and case.dtype != "fp32"
+    assert binary.stack_bytes <= MAX_STACK_BYTES
+    products = case.kernel in KERNELS and case.dtype != "fp32"
     assert ("wgmma.mma_async" in binary.ptx) is (products and arch == 90)
     assert ("mma.sync" in binary.ptx) is (products and arch == 80)

@@ -101,5 +101,27 @@ def test_build_refuses_a_negative_number_of_segments() -> None:
 
 def test_to_moves_every_tensor() -> None:
     plan = build_forest([[1, 2]]).logprob_plan([1]).to("meta")
-    for name in ("rows", "targets", "segments", "unique_rows", "row_index"):
-        assert getattr(plan, name).device.type == "meta", name
+    for name, value in vars(plan).items():
+        if isinstance(value, torch.Tensor) and name != "host_offsets":
+            assert value.device.type == "meta", name
+    assert plan.host_offsets.device.type == "cpu"
+
+
+def test_pairs_are_distinct_and_their_orders_belong_together() -> None:
+    plan = LogprobPlan.build(int64(7, 2, 7, 0, 7), int64(5, 1, 3, 0, 5), int64(2, 0, 0, 2, 1), num_segments=4)
+    pairs = list(zip(plan.unique_rows[plan.pair_row].tolist(), plan.pair_target.tolist(), strict=True))
+    assert pairs == [(0, 0), (2, 1), (7, 3), (7, 5)]
+    assert [pairs[i] for i in plan.pair_index] == list(zip(plan.rows.tolist(), plan.targets.tolist(), strict=True))
+    assert plan.row_offsets.tolist() == plan.host_offsets.tolist() == [0, 1, 2, 4]
+    assert plan.pair_order.tolist() == [3, 1, 2, 0, 4]
+    assert plan.pair_lengths.tolist() == [1, 1, 1, 2]
+    assert plan.segment_order.tolist() == [1, 2, 4, 0, 3]
+    assert plan.segment_lengths.tolist() == [2, 1, 2, 0]
+    assert (plan.num_segments, plan.max_row, plan.max_target) == (4, 7, 5)
+
+
+def test_plan_comes_back_from_its_tensors() -> None:
+    plan = build_forest([[1, 2, 3], [1, 2, 4]]).logprob_plan([1, 1])
+    back = LogprobPlan.of(plan.tensors(), plan.max_row, plan.max_target)
+    assert vars(back).keys() == vars(plan).keys()
+    assert all(a is b for a, b in zip(vars(back).values(), vars(plan).values(), strict=True))

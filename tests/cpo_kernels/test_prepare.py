@@ -1,6 +1,7 @@
 """prepare: supported models pass its probe and still generate, the others are refused by a sentence that names why."""
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import packed_logps, prepare
 from tests.cpo_kernels.padded_oracle import padded_step, pair_sequences, relative_error
 from tests.tiny import random_pairs, tiny_llama, tiny_mistral, tiny_model, with_lora
@@ -249,3 +251,25 @@ def test_environment_overrides_the_choice_and_an_argument_overrides_both(monkeyp
     monkeypatch.setenv("CPO_KERNELS_IMPL", "reference")
     assert torch.equal(packed_logps(model, sequences, starts).segment_logps, dense)
     assert torch.equal(packed_logps(model, sequences, starts, impl="eager").segment_logps, eager)
+
+
+def test_temperature_divides_the_logits_of_policy_and_reference() -> None:
+    cooled, model = prepare(with_lora(tiny_llama())), prepare(with_lora(tiny_llama()))
+    with torch.no_grad():
+        cooled.get_output_embeddings().weight /= 0.5
+    want = packed_logps(cooled, ROWS, STARTS, "adapter_off")
+    packed = packed_logps(model, ROWS, STARTS, "adapter_off", temperature=0.5)
+    torch.testing.assert_close(packed.segment_logps, want.segment_logps)
+    torch.testing.assert_close(packed.ref_segment_logps, want.ref_segment_logps)
+    assert not torch.allclose(packed.segment_logps, packed_logps(model, ROWS, STARTS).segment_logps, rtol=1e-2)
+
+
+def test_each_op_can_be_told_its_own_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (sequences, starts) = prepare(tiny_llama()), pair_sequences(random_pairs(seed=2))
+    asked = set()
+    for op in ("tree_attention", "linear_logprob"):
+        module = importlib.import_module(f"cpo_kernels.{op}")
+        real = module.resolve_implementation
+        monkeypatch.setattr(module, "resolve_implementation", lambda *a, real=real: asked.add(a[:2]) or real(*a))
+    packed_logps(model, sequences, starts, impl=Implementations("reference", "eager"))
+    assert asked == {("tree_attention", "reference"), ("linear_logprob", "eager")}

@@ -93,15 +93,17 @@ def test_segments_are_the_maximal_runs_without_a_branch(seed: int) -> None:
     parent = forest.parent_row.tolist()
     num_children = [parent.count(row) for row in range(len(parent))]
     starts = [row for row in range(len(parent)) if parent[row] != row - 1 or row == 0 or num_children[row - 1] != 1]
-    assert schedule.segment_start.tolist() == starts
-    assert schedule.segment_stop.tolist() == [*starts[1:], len(parent)]
-    for start, stop, end in zip(schedule.segment_start, schedule.segment_stop, schedule.segment_end, strict=True):
+    assert schedule.host_segment_start.tolist() == starts
+    assert schedule.host_segment_stop.tolist() == [*starts[1:], len(parent)]
+    for start, stop, end in zip(
+        schedule.host_segment_start, schedule.host_segment_stop, schedule.host_segment_end, strict=True
+    ):
         assert (forest.subtree_end[start:stop] == end).all()
 
 
 def test_one_chain_is_one_segment_and_causal_blocks() -> None:
     schedule = build_forest([list(range(256))]).schedule(64, 64)
-    assert schedule.segment_stop.tolist() == [256]
+    assert schedule.host_segment_stop.tolist() == [256]
     assert lists(schedule.full_offsets, schedule.full_blocks) == [[], [0], [0, 1], [0, 1, 2]]
     assert lists(schedule.partial_offsets, schedule.partial_blocks) == [[0], [1], [2], [3]]
 
@@ -115,17 +117,17 @@ def test_empty_line_has_an_empty_schedule() -> None:
     schedule = tree_schedule(torch.zeros(0, dtype=torch.int32), 64, 64)
     assert schedule.num_rows == 0
     assert schedule.full_offsets.tolist() == schedule.partial_offsets.tolist() == [0]
-    assert schedule.segment_start.numel() == schedule.segment_stop.numel() == 0
+    assert schedule.host_segment_start.numel() == schedule.host_segment_stop.numel() == 0
 
 
 def test_every_tensor_is_int32_and_moves() -> None:
     schedule = build_forest([[1, 2], [1, 3]]).schedule(16, 32)
     moved = schedule.to("meta")
     tensors = [field.name for field in fields(schedule) if isinstance(getattr(schedule, field.name), torch.Tensor)]
-    assert len(tensors) == 14
+    assert len(tensors) == 20
     for name in tensors:
         assert getattr(schedule, name).dtype == torch.int32, name
-        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(moved, name).device.type == ("cpu" if name.startswith("host_") else "meta"), name
     assert (moved.block_q, moved.block_kv, moved.num_rows) == (16, 32, 3)
 
 

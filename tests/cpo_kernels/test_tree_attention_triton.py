@@ -1,9 +1,9 @@
 """The Triton kernels of tree_attention against a dense masked softmax in fp64: on a GPU, else in Triton's interpreter.
 
 The interpreter must be chosen before a kernel is defined, and processes that compile for a GPU must not have it: without
-a GPU, `test_kernels_hold_in_the_interpreter` runs this file once more in a process with TRITON_INTERPRET=1, and the
-other tests are left to that process. There the schedule's blocks are 16 or 64 rows, which bounds the tiles; the tiles
-that a GPU gets are run once.
+a GPU, `test_kernels_hold_in_the_interpreter` runs this file and that of the parts once more in a process with
+TRITON_INTERPRET=1, and the other tests are left to that process. There the schedule's blocks are 16 or 64 rows, which
+bounds the tiles; the tiles that a GPU gets are run once.
 """
 
 import os
@@ -17,27 +17,30 @@ import pytest
 import torch
 
 from cpo_kernels import TreeSchedule, build_forest, tree_attention, tree_schedule
-from cpo_kernels.testing import kernel_bound, random_sequences, random_subtree_end
-from cpo_kernels.tree_attention.reference import visible
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-LENGTHS = (1, 63, 64, 65, 127, 129, 300)
-NAMES = ("out", "dq", "dk", "dv")
-SCALE = 0.3
-
-runs_kernels = (
-    pytest.mark.gpu
-    if DEVICE == "cuda"
-    else pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_hold_in_the_interpreter")
+from cpo_kernels.testing import random_sequences, random_subtree_end
+from tests.cpo_kernels.attention_oracle import (
+    DEVICE,
+    INTERPRETED,
+    NAMES,
+    SCALE,
+    dense_results,
+    excess,
+    random_heads,
+    runs_kernels,
+    triton_results,
 )
+
+LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
+SIZES = [(length, group) for length in LENGTHS for group in (1, 4, 8) if DEVICE == "cuda" or length * group <= 1032]
+DTYPES = (torch.float32, torch.bfloat16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED_FILES = (Path(__file__), Path(__file__).with_name("test_tree_attention_parts.py"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")
 @pytest.mark.slow
 def test_kernels_hold_in_the_interpreter() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=500", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=500", *INTERPRETED_FILES],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -48,78 +51,14 @@ def test_kernels_hold_in_the_interpreter() -> None:
     assert "passed" in result.stdout
 
 
-def random_heads(
-    num_rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0
-) -> list[torch.Tensor]:
-    """q [T, H, D], k and v [T, Hkv, D] and an upstream gradient [T, H, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(num_rows, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    return [(1.5 * torch.randn(shape, generator=generator)).to(DEVICE, dtype) for shape in shapes]
-
-
-def results(inputs: list[torch.Tensor], attention: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-    """Output, dq, dk, dv."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
-    out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
-
-
-def triton_results(
-    inputs: list[torch.Tensor], subtree_end: torch.Tensor, schedule: TreeSchedule | None = None, block: int = 16
-) -> list[torch.Tensor]:
-    """The kernels under `schedule`, or under blocks of `block` by `block`."""
-    subtree_end = subtree_end.to(DEVICE)
-    schedule = tree_schedule(subtree_end, block, block) if schedule is None else schedule.to(DEVICE)
-    return results(
-        inputs,
-        lambda q, k, v: tree_attention(q, k, v, subtree_end, schedule=schedule, scale=SCALE, impl="triton"),
-    )
-
-
-def dense_results(inputs: list[torch.Tensor], subtree_end: torch.Tensor) -> list[torch.Tensor]:
-    """Softmax over a written-out mask, every step in the dtype of the inputs: the oracle, and the dtype's own error."""
-    mask = visible(subtree_end.to(DEVICE))
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
-        keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = torch.einsum("ihd,jhd->hij", q, keys) * SCALE
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return torch.einsum("hij,jhd->ihd", weights, values)
-
-    return results(inputs, attention)
-
-
-def excess(actual: list[torch.Tensor], inputs: list[torch.Tensor], subtree_end: torch.Tensor) -> dict[str, float]:
-    """Error against fp64 over what is allowed, per result; at most 1 where the kernel is right.
-
-    To `kernel_bound` comes the rounding of float32 accumulators, eight times, since exp(score - log-sum-exp) inherits
-    that of both terms, about 8 in size; dq and dk are sums of (dp - delta) k, whose terms cancel, in a row that sees
-    only itself to nothing.
-    """
-    exact = dense_results([tensor.double() for tensor in inputs], subtree_end)
-    same_dtype = dense_results(inputs, subtree_end)
-    q, k, v, upstream = (float(tensor.double().norm(dim=-1).max()) for tensor in inputs)
-    sizes = {"out": v, "dq": SCALE * upstream * v * k, "dk": SCALE * upstream * v * q, "dv": upstream}
-    ratios = {}
-    for name, got, eager, want in zip(NAMES, actual, same_dtype, exact, strict=True):
-        assert got.dtype == inputs[0].dtype, name
-        error = float((got.double() - want).abs().max())
-        allowed = kernel_bound(float((eager.double() - want).abs().max()), got.dtype, float(want.abs().max()))
-        allowed += 8 * torch.finfo(torch.float32).eps * sizes[name]
-        ratios[name] = error / allowed if error == error else float("inf")  # a NaN is within no bound
-    return ratios
-
-
 def assert_right(inputs: list[torch.Tensor], subtree_end: torch.Tensor, **options: int) -> None:
     ratios = excess(triton_results(inputs, subtree_end, **options), inputs, subtree_end)
     assert max(ratios.values()) <= 1.0, ratios
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", [1, 4, 8])
-@pytest.mark.parametrize("num_rows", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "group"), SIZES)
 def test_error_is_within_twice_the_same_dtype_error(num_rows: int, group: int, dtype: torch.dtype) -> None:
     kv_heads = 2 if group == 1 else 1
     subtree_end = random_subtree_end(num_rows + group, num_rows, num_padding=0 if num_rows < 8 else 5)
@@ -157,7 +96,7 @@ def test_blocks_of_the_schedule_do_not_change_the_result(blocks: tuple[int, int]
 
 @runs_kernels
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
     """80 and 96 are padded to 128."""
     assert_right(random_heads(129, 2, 1, head_dim, dtype), random_subtree_end(5, 129, num_padding=3), block=64)
@@ -218,6 +157,25 @@ def test_a_graph_may_be_used_twice_and_forward_alone_asks_for_no_gradient() -> N
 
 
 @runs_kernels
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=["q", "k", "v", "q, k", "k, v"])
+def test_what_needs_no_gradient_is_not_made(monkeypatch: pytest.MonkeyPatch, wanted: tuple[int, ...]) -> None:
+    """What is made has the same bits; the kernel of dq, and that of dk and dv, runs only where it is asked for."""
+    subtree_end = random_subtree_end(29, 65)
+    inputs = random_heads(65, 2, 1, 16, torch.float32)
+    full = triton_results(inputs, subtree_end)[1:]
+    backward = sys.modules["cpo_kernels.tree_attention.backward"]
+    unasked = [name for name, uses in (("launch_grad_q", {0}), ("launch_grad_kv", {1, 2})) if not uses & set(wanted)]
+    for name in unasked:
+        monkeypatch.setattr(backward, name, None)
+    schedule = tree_schedule(subtree_end, 16, 16).to(DEVICE)
+    leaves = [tensor.detach().requires_grad_(place in wanted) for place, tensor in enumerate(inputs[:3])]
+    out = tree_attention(*leaves, schedule.subtree_end, schedule=schedule, scale=SCALE, impl="triton")
+    gradients = torch.autograd.grad(out, [leaves[place] for place in wanted], inputs[3])
+    for place, gradient in zip(wanted, gradients, strict=True):
+        assert torch.equal(gradient, full[place])
+
+
+@runs_kernels
 def test_strided_inputs_give_the_same_bits() -> None:
     """Heads before rows, as a model hands them over; rows apart; a column apart; an expanded gradient."""
     subtree_end = random_subtree_end(23, 65)
@@ -267,7 +225,7 @@ def cut_schedule(subtree_end: torch.Tensor, block: int, skip_slack: int, full_sl
 
 
 # Ends one past a block's first row and one before a block's last: the rows that a test off by one gets wrong.
-EDGES = torch.tensor([96] * 16 + [33] * 17 + [96] * 14 + [79] * 32 + [96] * 17, dtype=torch.int32)
+EDGES = torch.tensor([96] * 16 + [33] * 17 + [96] * 19 + [79] * 27 + [96] * 17, dtype=torch.int32)
 
 
 def off_by_one_skip(right: TreeSchedule) -> TreeSchedule:
@@ -279,7 +237,7 @@ def off_by_one_full(right: TreeSchedule) -> TreeSchedule:
 
 
 def short_query_range(right: TreeSchedule) -> TreeSchedule:
-    return replace(right, kv_query_stop=right.kv_query_stop - 1)
+    return replace(right, work_stop=right.work_stop - 1)
 
 
 def long_full_range(right: TreeSchedule) -> TreeSchedule:
@@ -309,11 +267,9 @@ def end_one_late(right: TreeSchedule) -> TreeSchedule:
     ids=["none", "skip", "full", "query_range", "full_range", "diagonal", "end"],
 )
 def test_a_wrong_schedule_gives_wrong_results(
-    monkeypatch: pytest.MonkeyPatch, mutation: Callable[[TreeSchedule], TreeSchedule], wrong: set[str]
+    mutation: Callable[[TreeSchedule], TreeSchedule], wrong: set[str]
 ) -> None:
     """Each mistake is seen at least in the results that it touches, by a factor of a hundred."""
-    module = sys.modules["cpo_kernels.tree_attention"]  # the function of that name hides it as an attribute
-    monkeypatch.setattr(module, "_check_schedule", lambda schedule, subtree_end: None)
     inputs = random_heads(len(EDGES), 2, 1, 16, torch.float32)
     schedule = mutation(tree_schedule(EDGES, 16, 16))
     ratios = excess(triton_results(inputs, EDGES, schedule), inputs, EDGES)
@@ -353,9 +309,10 @@ def test_more_elements_than_an_int32_counts() -> None:
     """2^31 / 4096 rows of 32 heads of 128 would wrap; the last rows are compared with a line of their own."""
     tail = 256
     num_rows = 2**31 // 4096 + tail
-    q = torch.randn(num_rows, 32, 128, dtype=torch.bfloat16, device=DEVICE)
-    k = torch.randn(num_rows, 1, 128, dtype=torch.bfloat16, device=DEVICE)
-    ends = ((torch.arange(num_rows, dtype=torch.int32) // tail + 1) * tail).to(DEVICE)
-    out = tree_attention(q, k, k, ends, impl="triton")
-    alone = tree_attention(q[-tail:], k[-tail:], k[-tail:], ends[-tail:] - (num_rows - tail), impl="triton")
-    assert torch.equal(out[-tail:], alone)
+    q, upstream = (torch.randn(num_rows, 32, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    k, v = (torch.randn(num_rows, 1, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    ends = (torch.arange(num_rows, dtype=torch.int32) // tail + 1) * tail
+    last = [tensor[-tail:].clone() for tensor in (q, k, v, upstream)]
+    alone = triton_results(last, torch.full((tail,), tail, dtype=torch.int32), block=128)
+    for got, want in zip(triton_results([q, k, v, upstream], ends, block=128), alone, strict=True):
+        assert torch.equal(got[-tail:], want)

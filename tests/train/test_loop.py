@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpo_fast.config import Config
-from cpo_fast.errors import ConfigError, CpoFastError, DataError, NonFiniteError
+from cpo_fast.errors import ConfigError, CpoFastError, DataError, EnvironmentProblem, NonFiniteError
 from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import PreferenceMetrics
 from cpo_fast.train.objective import PreferenceObjective
 from cpo_fast.train.policy import build_policy
+from cpo_kernels.integrations.lora import RecastLinear
+from cpo_kernels.self_check import KernelCheckError
 from tests.data.hand_made import node, tree, write_trees
 from tests.tiny import randomize_lora
 from tests.train.conftest import id_rows, largest_difference
@@ -164,13 +165,15 @@ def test_nonfinite_loss_stops_before_the_update_and_names_rows(
     config = make_config(reference="online")
     policy = build_policy(config)
     before = {name: value.clone() for name, value in policy.model.state_dict().items() if "lora_" in name}
-    real = PreferenceMetrics.nonfinite
+    real = PreferenceObjective.forward
 
-    def poisoned(self: Any) -> list[str]:
-        self.results[0].losses[1] = float("nan")
-        return real(self)
+    def poisoned(self: Any, micro: Any) -> Any:
+        result = real(self, micro)
+        if torch.is_grad_enabled():
+            result.losses[1] = float("nan")
+        return result
 
-    monkeypatch.setattr(PreferenceMetrics, "nonfinite", poisoned)
+    monkeypatch.setattr(PreferenceObjective, "forward", poisoned)
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:\d+") as raised:
         train(config, policy.model, policy.tokenizer)
     assert raised.value.exit_code == 7
@@ -220,3 +223,61 @@ def test_trees_are_trained_on_directly_by_every_method(
         assert {"loss", "entropy", "mean_token_accuracy", "completions", "tokens/saved"} <= set(values[0])
     else:
         assert values[0]["pairs"] == {"all": 6, "fpo": 3}[rule]
+
+
+def test_every_line_of_the_metrics_names_the_kernels_that_ran(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resolved once at the start: what the environment says later changes nothing."""
+    monkeypatch.setenv("CPO_KERNELS_IMPL", "reference")
+    lines = metrics_of(make_config(max_steps=2))
+    assert [line["impl/tree_attention"] for line in lines] == ["reference"] * 2
+    real = PreferenceObjective.forward
+
+    def changing(self: PreferenceObjective, batch: Any) -> Any:
+        monkeypatch.setenv("CPO_KERNELS_IMPL", "no_such_kernel")
+        return real(self, batch)
+
+    monkeypatch.setattr(PreferenceObjective, "forward", changing)
+    monkeypatch.delenv("CPO_KERNELS_IMPL")
+    line = metrics_of(make_config(max_steps=1, reference="online"))[0]
+    assert (line["impl/tree_attention"], line["impl/linear_logprob"]) == ("eager", "eager")
+
+
+def test_kernels_that_cannot_run_on_the_device_are_refused_by_option(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"train\.impl: triton cannot run on cpu; choose one of reference, eager"):
+        train(make_config(impl="triton"))
+
+
+def test_kernels_that_fail_their_check_end_the_run_as_a_problem_of_the_machine(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> None:
+        raise KernelCheckError("tree_attention: its Triton kernels are wrong; set CPO_KERNELS_IMPL=eager")
+
+    monkeypatch.setattr("cpo_fast.train.policy.prepare", refuses)
+    with pytest.raises(EnvironmentProblem, match="CPO_KERNELS_IMPL=eager") as raised:
+        train(make_config())
+    assert raised.value.exit_code == 5
+
+
+def test_kept_lora_input_does_not_change_the_adapter_of_a_16_bit_base(make_config: MakeConfig) -> None:
+    recast, peft = (
+        make_config(num_epochs=1, model={"dtype": "bfloat16"}, lora_input=kept) for kept in ("recast", "peft")
+    )
+    assert largest_difference(adapter_of(recast), adapter_of(peft)) == 0.0
+    layers = [sum(isinstance(m, RecastLinear) for m in build_policy(c).model.modules()) for c in (recast, peft)]
+    assert layers == [6, 0]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(reference="online")
+    policy = build_policy(config)
+    weights = [parameter for name, parameter in policy.model.named_parameters() if "lora_B" in name]
+    weights[0].register_hook(lambda gradient: gradient * float("inf"))
+    before = [weight.detach().clone() for weight in weights]
+    with pytest.raises(NonFiniteError, match="the gradient is not finite at step 1"):
+        train(config, policy.model, policy.tokenizer)
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))

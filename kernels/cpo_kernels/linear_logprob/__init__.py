@@ -6,21 +6,18 @@ that the backward of a frozen head needs no head; `triton` does the same by kern
 interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
 
-from cpo_kernels.implementation import resolve_implementation
-from cpo_kernels.linear_logprob.eager import FrozenHeadLogps, distinct_targets, score
+from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.linear_logprob.op import NUM_PUBLIC, scoring
 from cpo_kernels.linear_logprob.reference import reference_token_logps
 from cpo_kernels.linear_logprob.result import OUTPUTS, LogprobResult, segment_sums
 from cpo_kernels.logprob_plan import LogprobPlan
 
 __all__ = ["LogprobResult", "linear_logprob", "selective_linear_logprob"]
-
-IMPLEMENTATIONS = ("reference", "eager")  # on any device; "triton" where `_available` says so
 
 
 def linear_logprob(
@@ -59,30 +56,33 @@ def linear_logprob(
             what "triton" does not take: float64, a soft-cap, a head that requires a gradient, outputs.
     """
     _check(hidden, weight, plan, ref_hidden, outputs)
-    chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, _available(hidden.device.type))
-    head = Head(weight, bias, logit_scale, softcap, temperature)
-    plan = plan.to(hidden.device)
-    rows = hidden.index_select(0, plan.unique_rows)
-    ref_rows = None if ref_hidden is None else ref_hidden.detach().index_select(0, plan.unique_rows)
-    extra: dict[str, torch.Tensor] = {}
-    if chosen == "triton":
-        from cpo_kernels.linear_logprob.triton_frozen import triton_logps  # loads Triton: only when it is asked for
-
-        logps, ref_logps = triton_logps(rows, ref_rows, plan, head, tuple(outputs))
-    elif chosen == "reference" or (head.trainable and torch.is_grad_enabled()):
-        logps, extra = reference_token_logps(rows, plan.row_index, plan.targets, head)
-        ref_logps = None
-        if ref_rows is not None:
-            with torch.no_grad():
-                ref_logps, _ = reference_token_logps(ref_rows, plan.row_index, plan.targets, head)
+    available = available_implementations(hidden.device.type)
+    if not torch.compiler.is_compiling() or impl is not None:
+        chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, available)
     else:
-        logps, extra, ref_logps = _frozen(rows, ref_rows, plan, head, tuple(outputs))
+        chosen = ""  # a graph outlives the environment it was traced in: the op looks the default up when it runs
+    head = Head(weight, bias, logit_scale, softcap, temperature)
+    if plan.rows.device != hidden.device:
+        plan = plan.to(hidden.device)
+    if chosen == "reference":
+        return _by_autograd(hidden, ref_hidden, plan, head, outputs)
+    if chosen == "triton" and hidden.dtype == torch.float64:
+        raise ValueError("linear_logprob: impl='triton' does not take float64 inputs; use impl='eager'")
+    mode = "none"
+    if torch.is_grad_enabled():
+        mode = "recompute" if head.trainable else "expected" if hidden.requires_grad else "none"
+    names = [name for name in OUTPUTS if name in outputs]
+    found = scoring(
+        hidden, weight, bias, None if ref_hidden is None else ref_hidden.detach(), plan.tensors(),
+        logit_scale, softcap, temperature, ",".join(names), mode, chosen,
+    )  # fmt: skip
+    token_logps, segment_logps, ref_token_logps, ref_segment_logps, *columns = found[:NUM_PUBLIC]
     return LogprobResult(
-        token_logps=logps,
-        segment_logps=segment_sums(logps, plan.segments, plan.num_segments),
-        ref_token_logps=ref_logps,
-        ref_segment_logps=None if ref_logps is None else segment_sums(ref_logps, plan.segments, plan.num_segments),
-        **{name: extra[name] for name in outputs},
+        token_logps,
+        segment_logps,
+        None if ref_hidden is None else ref_token_logps,
+        None if ref_hidden is None else ref_segment_logps,
+        *(column if name in names else None for name, column in zip(OUTPUTS, columns, strict=True)),
     )
 
 
@@ -116,23 +116,28 @@ def selective_linear_logprob(
     return dense.index_copy(0, rows, result.token_logps).view(labels.shape)
 
 
-def _available(device_type: str) -> tuple[str, ...]:
-    """Implementations on a device: Triton's interpreter is the one way to run its kernels without a GPU."""
-    runs_triton = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return (*IMPLEMENTATIONS, "triton") if runs_triton else IMPLEMENTATIONS
-
-
-def _frozen(
-    rows: torch.Tensor, ref_rows: torch.Tensor | None, plan: LogprobPlan, head: Head, outputs: tuple[str, ...]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-    pairs = distinct_targets(plan.row_index, plan.targets, rows.shape[0], head)
-    logps, *extra = FrozenHeadLogps.apply(rows, head, pairs, outputs)
+def _by_autograd(
+    hidden: torch.Tensor,  # [T, E]
+    ref_hidden: torch.Tensor | None,  # [T, E]
+    plan: LogprobPlan,
+    head: Head,
+    outputs: Sequence[str],
+) -> LogprobResult:
+    """The specification, outside of any op of ours: autograd sees every step."""
+    rows = hidden.index_select(0, plan.unique_rows)
+    logps, extra = reference_token_logps(rows, plan.row_index, plan.targets, head)
     ref_logps = None
-    if ref_rows is not None:
+    if ref_hidden is not None:
         with torch.no_grad():
-            ref_logps = score(ref_rows, head, pairs, (), with_expected=False).logps[pairs.inverse]
-    columns = {name: value[pairs.inverse] for name, value in zip(outputs, extra, strict=True)}
-    return logps[pairs.inverse], columns, ref_logps
+            ref_rows = ref_hidden.index_select(0, plan.unique_rows)
+            ref_logps, _ = reference_token_logps(ref_rows, plan.row_index, plan.targets, head)
+    return LogprobResult(
+        logps,
+        segment_sums(logps, plan),
+        ref_logps,
+        None if ref_logps is None else segment_sums(ref_logps, plan),
+        **{name: extra[name] for name in outputs},
+    )
 
 
 def _check(
@@ -153,15 +158,10 @@ def _check(
             f"linear_logprob: expected ref_hidden {tuple(hidden.shape)} {hidden.dtype}, "
             f"got {tuple(ref_hidden.shape)} {ref_hidden.dtype}"
         )
-    if plan.rows.shape[0] and not hidden.is_cuda:  # on a GPU this check would wait for the device
-        if int(plan.rows.max()) >= hidden.shape[0]:
-            raise ValueError(
-                f"linear_logprob: the plan names row {int(plan.rows.max())} of {hidden.shape[0]} hidden rows"
-            )
-        if int(plan.targets.max()) >= weight.shape[0]:
-            raise ValueError(
-                f"linear_logprob: target {int(plan.targets.max())} is outside a vocabulary of {weight.shape[0]}"
-            )
+    if plan.max_row >= hidden.shape[0]:
+        raise ValueError(f"linear_logprob: the plan names row {plan.max_row} of {hidden.shape[0]} hidden rows")
+    if plan.max_target >= weight.shape[0]:
+        raise ValueError(f"linear_logprob: target {plan.max_target} is outside a vocabulary of {weight.shape[0]}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"linear_logprob: unknown outputs {unknown}; expected any of {list(OUTPUTS)}")

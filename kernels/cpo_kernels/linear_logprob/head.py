@@ -13,6 +13,7 @@ import torch
 from cpo_kernels.precision import matmul_accumulated
 
 MAX_CHUNK_LOGITS = 1 << 25  # logits held at once: 128 MiB in float32
+ROW_TILE = 128  # rows of a matrix product's tile on sm80 and sm90
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,14 @@ class Head:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows whose logits are held at once."""
-        return max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
+        """Rows whose logits are held at once: whole tiles of a matrix product where that many fit."""
+        rows = max(1, MAX_CHUNK_LOGITS // self.weight.shape[0])
+        return rows if rows < ROW_TILE else rows // ROW_TILE * ROW_TILE
+
+    @property
+    def chunk_columns(self) -> int:
+        """Rows of the weight's gradient that are held at once beside their sum."""
+        return max(1, MAX_CHUNK_LOGITS // self.weight.shape[1])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final logits z [R, V] of hidden rows [R, E]."""

@@ -1,8 +1,10 @@
-"""What `linear_logprob` returns, and the segment sums that both implementations share the definition of."""
+"""What `linear_logprob` returns, and the segment sums in the one order that every implementation keeps."""
 
 from dataclasses import dataclass
 
 import torch
+
+from cpo_kernels.logprob_plan import LogprobPlan
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class LogprobResult:
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
-def segment_sums(token_logps: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sum tokens [P] by segment [P] in the order of the plan: [S], bitwise repeatable, 0 for an empty segment."""
+def segment_sums(token_logps: torch.Tensor, plan: LogprobPlan) -> torch.Tensor:
+    """Sum tokens [P] by segment in the order of the plan: [S], bitwise repeatable, 0 for an empty segment."""
     if token_logps.shape[0] == 0:
-        return token_logps.new_zeros(num_segments) + token_logps.sum()  # keeps the graph of an empty plan
-    order = torch.argsort(segments, stable=True)
-    lengths = torch.bincount(segments, minlength=num_segments)
-    sums: torch.Tensor = torch.segment_reduce(token_logps[order], "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return token_logps.new_zeros(plan.num_segments) + token_logps.sum()  # keeps the graph of an empty plan
+    sums: torch.Tensor = torch.segment_reduce(
+        token_logps[plan.segment_order], "sum", lengths=plan.segment_lengths, initial=0.0, unsafe=True
+    )
     return sums

@@ -1,8 +1,9 @@
 """Attention over a forest laid out in depth-first preorder: row i sees row j iff j <= i < subtree_end[j].
 
 `reference` is the specification (dense), `eager` the same without a T x T matrix, `triton` the GPU kernels (`forward`,
-`backward`), which run on a CPU under TRITON_INTERPRET=1. The block schedule that the kernels walk is made once per
-forest by `tree_schedule`.
+`backward`), which run on a CPU under TRITON_INTERPRET=1, `flash` flash-attn's varlen kernel for trees that are single
+chains. The block schedule that they walk is made once per forest on the host by `tree_schedule`; with it, nothing here
+waits for the device.
 """
 
 import os
@@ -12,7 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cpo_kernels.implementation import resolve_implementation
-from cpo_kernels.tree_attention.eager import EagerTreeAttention, TreeTiles, tree_tiles
+from cpo_kernels.tree_attention.eager import EagerTreeAttention, tree_tiles
+from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
 
@@ -37,10 +39,11 @@ def tree_attention(
         k: [T, Hkv, D], same dtype; Hkv divides H.
         v: [T, Hkv, D], same dtype.
         subtree_end: [T] int32, laminar, as `Forest.subtree_end`.
-        schedule: `forest.schedule()` of the same forest; made here when None.
+        schedule: `forest.schedule()` of the same forest; made here when None, for which a GPU is waited for.
         scale: factor on q . k, default D ** -0.5.
-        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64, head sizes up to
-            256, and schedules on the device of q whose block sizes are powers of two from 16 on.
+        impl: "reference", "eager", "triton", "flash", or None to choose by device. "triton" takes no float64, head sizes
+            up to 256, and schedules on the device of q whose block sizes are powers of two from 16 on. "flash" takes
+            float16 and bfloat16 on a GPU, and forests of which no tree branches.
 
     Returns:
         [T, H, D] in the dtype of q; differentiable in q, k and v. Accumulated in float32 (float64 for float64).
@@ -57,11 +60,12 @@ def tree_attention(
     if chosen == "reference":
         return tree_attention_reference(q, k, v, subtree_end, scale)
     if schedule is None:
-        schedule = tree_schedule(subtree_end.cpu())
-        schedule = schedule.to(q.device) if chosen == "triton" else schedule
+        schedule = tree_schedule(subtree_end).to(q.device)
     if chosen == "triton":
         return _triton(q, k, v, schedule, scale)
-    result: torch.Tensor = EagerTreeAttention.apply(q, k, v, _tiles(schedule, q.shape[1]), scale)
+    if chosen == "flash":
+        return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
+    result: torch.Tensor = EagerTreeAttention.apply(q, k, v, tree_tiles(schedule, q.shape[1], q.device), scale)
     return result
 
 
@@ -87,14 +91,16 @@ class TritonTreeAttention(torch.autograd.Function):
         from cpo_kernels.tree_attention.backward import tree_attention_backward
 
         q, k, v, out, lse = ctx.saved_tensors
-        gradients = tree_attention_backward(grad_outputs[0], q, k, v, out, lse, ctx.schedule, ctx.scale)
+        needs = ctx.needs_input_grad[:3]
+        gradients = tree_attention_backward(grad_outputs[0], q, k, v, out, lse, ctx.schedule, ctx.scale, needs)
         return (*gradients, None, None)
 
 
 def _available(device_type: str) -> tuple[str, ...]:
     """The Triton kernels need a GPU, or Triton's interpreter, which is chosen before Triton is imported."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (*IMPLEMENTATIONS, "triton") if device_type == "cuda" or interpreted else IMPLEMENTATIONS
+    if device_type == "cuda":
+        return (*IMPLEMENTATIONS, "triton", "flash")
+    return (*IMPLEMENTATIONS, "triton") if os.environ.get("TRITON_INTERPRET") == "1" else IMPLEMENTATIONS
 
 
 def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float) -> torch.Tensor:
@@ -107,17 +113,6 @@ def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSch
         )
     result: torch.Tensor = TritonTreeAttention.apply(q, k, v, schedule, scale)
     return result
-
-
-def _tiles(schedule: TreeSchedule, num_heads: int) -> TreeTiles:
-    """Tiles of a schedule, kept with it: every layer of a forward and of a recomputation uses the same ones."""
-    cached = getattr(schedule, "_tiles", None)
-    if cached is None or cached[0] != num_heads:
-        starts, stops, ends = schedule.segment_start, schedule.segment_stop, schedule.segment_end
-        cached = (num_heads, tree_tiles(starts.tolist(), stops.tolist(), ends.tolist(), num_heads))
-        object.__setattr__(schedule, "_tiles", cached)
-    tiles: TreeTiles = cached[1]
-    return tiles
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:
@@ -133,9 +128,11 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end
 
 
 def _check_schedule(schedule: TreeSchedule, subtree_end: torch.Tensor) -> None:
+    """By identity, which costs nothing; by value on the CPU only, as a device would have to be waited for every layer."""
     if schedule.subtree_end is subtree_end:
         return
-    if schedule.num_rows != subtree_end.shape[0] or not torch.equal(
-        schedule.subtree_end.to(subtree_end.device), subtree_end
-    ):
-        raise ValueError("tree_attention: the schedule was made for another forest; use forest.schedule() of this one")
+    if not (schedule.subtree_end.is_cpu and subtree_end.is_cpu and torch.equal(schedule.subtree_end, subtree_end)):
+        raise ValueError(
+            "tree_attention: the schedule was made for another forest; use forest.schedule() of this one, or pass "
+            "schedule.subtree_end, since tensors on a device are not read to compare them"
+        )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cpo_kernels.precision import accumulation_dtype
+from cpo_kernels.tree_attention.schedule import TreeSchedule, moved
 
 BLOCK_KEYS = 256  # keys per tile: the prompt, the longest run, is a few hundred tokens
 MAX_TILE_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
@@ -31,11 +32,22 @@ class TreeTiles(NamedTuple):
     """The tiles of a forest in visiting order, and the rows that see and are seen by nothing but themselves."""
 
     tiles: list[Tile]
-    isolated: list[int]
+    isolated: torch.Tensor  # int64, on the device of q
 
 
-def tree_tiles(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -> TreeTiles:
-    """Cut runs (rows [start, stop), subtree ending at end, in line order) into tiles of bounded size."""
+def tree_tiles(schedule: TreeSchedule, num_heads: int, device: torch.device) -> TreeTiles:
+    """Tiles of a schedule, made from its runs on the host and kept with it: all layers of a step use the same ones."""
+    key = ("eager", num_heads, device)
+    if key not in schedule.host_derived:
+        starts, stops, ends = schedule.host_segment_start, schedule.host_segment_stop, schedule.host_segment_end
+        tiles, isolated = _cut(starts.tolist(), stops.tolist(), ends.tolist(), num_heads)
+        schedule.host_derived[key] = TreeTiles(tiles, moved(torch.tensor(isolated, dtype=torch.int64), device))
+    plan: TreeTiles = schedule.host_derived[key]
+    return plan
+
+
+def _cut(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -> tuple[list[Tile], list[int]]:
+    """Runs (rows [start, stop), subtree ending at end, in line order) as tiles of bounded size, and isolated rows."""
     tiles: list[Tile] = []
     isolated: list[int] = []
     covered = 0  # rows before it lie in the subtree of an earlier run
@@ -49,7 +61,7 @@ def tree_tiles(starts: list[int], stops: list[int], ends: list[int], num_heads: 
             step = max(BLOCK_KEYS, MAX_TILE_SCORES // (num_heads * (key_stop - key_start)))
             for query_start in range(key_start, end, step):
                 tiles.append(Tile(key_start, key_stop, query_start, min(query_start + step, end)))
-    return TreeTiles(tiles, isolated)
+    return tiles, isolated
 
 
 class EagerTreeAttention(torch.autograd.Function):
@@ -74,8 +86,8 @@ class EagerTreeAttention(torch.autograd.Function):
             maximum[:, :, queries] = tile_maximum
             total[:, :, queries] = total[:, :, queries] * decay + weights.sum(dim=-1)
             out[:, :, queries] = out[:, :, queries] * decay.unsqueeze(-1) + weights @ grouped_v[:, :, keys]
-        if plan.isolated:
-            rows = torch.tensor(plan.isolated, device=q.device)
+        if plan.isolated.numel() > 0:
+            rows = plan.isolated
             out[:, :, rows] = grouped_v[:, :, rows].expand(-1, out.shape[1], -1, -1)
             maximum[:, :, rows], total[:, :, rows] = 0.0, 1.0
         out /= total.unsqueeze(-1)
@@ -93,24 +105,30 @@ class EagerTreeAttention(torch.autograd.Function):
         grouped_q = grouped_q * ctx.scale
         grad_out = _grouped(grad_outputs[0], num_kv_heads)
         delta = (grad_out * _grouped(out, num_kv_heads)).sum(dim=-1, keepdim=True)  # [Hkv, G, T, 1]
+        wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
         for tile in ctx.plan.tiles:
             queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
             scores = _scores(grouped_q, grouped_k, tile)
             weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
             tile_grad = grad_out[:, :, queries]
-            grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(tile_grad)
+            if wants_v:
+                grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(tile_grad)
+            if not (wants_q or wants_k):
+                continue
             grad_scores = (tile_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
             grad_scores.mul_(weights)
-            grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
-            grad_k[:, 0, keys] += _fold(grad_scores).transpose(1, 2) @ _fold(grouped_q[:, :, queries])
-        if ctx.plan.isolated:
-            rows = torch.tensor(ctx.plan.isolated, device=q.device)
+            if wants_q:
+                grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
+            if wants_k:
+                grad_k[:, 0, keys] += _fold(grad_scores).transpose(1, 2) @ _fold(grouped_q[:, :, queries])
+        if ctx.plan.isolated.numel() > 0:
+            rows = ctx.plan.isolated
             grad_v[:, 0, rows] = grad_out[:, :, rows].sum(dim=1)
         return (
-            _ungrouped(grad_q.mul_(ctx.scale), q.dtype),
-            _ungrouped(grad_k, k.dtype),
-            _ungrouped(grad_v, v.dtype),
+            _ungrouped(grad_q.mul_(ctx.scale), q.dtype) if wants_q else None,
+            _ungrouped(grad_k, k.dtype) if wants_k else None,
+            _ungrouped(grad_v, v.dtype) if wants_v else None,
             None,
             None,
         )

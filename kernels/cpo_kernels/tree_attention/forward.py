@@ -24,6 +24,8 @@ from cpo_kernels.tree_attention.tiles import (
     as_operand,
     by_rows,
     choose_tile,
+    hide,
+    listed_keys,
     load_rows,
     padded_head_dim,
     store_rows,
@@ -35,12 +37,6 @@ TILES = {
     64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=3),
     128: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),
     256: Tile(block_q=64, block_kv=64, num_warps=8, num_stages=1),
-}
-# float32 products run outside the matrix units and hold their operands in registers.
-EXACT_TILES = {
-    64: Tile(block_q=32, block_kv=32, num_warps=4, num_stages=1),
-    128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
-    256: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
 
 
@@ -68,7 +64,7 @@ def tree_attention_forward(
         ValueError: head size, dtype or block sizes that no kernel is made for.
     """
     num_rows, num_heads, head_dim = q.shape
-    tile = choose_tile(TILES, EXACT_TILES, head_dim, q.dtype, schedule)
+    tile = choose_tile(TILES, head_dim, q.dtype, schedule)
     q, k, v = by_rows(q), by_rows(k), by_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_rows), dtype=torch.float32, device=q.device)
@@ -148,42 +144,28 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     block_q = tile_index // TILES_PER_Q
-    for step in range(
-        tl.load(full_offsets_ptr + block_q) * TILES_PER_KV, tl.load(full_offsets_ptr + block_q + 1) * TILES_PER_KV
-    ):
-        block = tl.load(full_blocks_ptr + step // TILES_PER_KV)
-        keys = (block * TILES_PER_KV + step % TILES_PER_KV) * BLOCK_KV + tl.arange(0, BLOCK_KV)
-        k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, False, UPCAST)
-        v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, False, UPCAST)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_maximum[:, None])
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(weights, 1)
-        acc *= decay[:, None]
-        acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
-        maximum = new_maximum
-
-    for step in range(
-        tl.load(partial_offsets_ptr + block_q) * TILES_PER_KV, tl.load(partial_offsets_ptr + block_q + 1) * TILES_PER_KV
-    ):
-        block = tl.load(partial_blocks_ptr + step // TILES_PER_KV)
-        keys = (block * TILES_PER_KV + step % TILES_PER_KV) * BLOCK_KV + tl.arange(0, BLOCK_KV)
-        ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
-        k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
-        v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        visible = (keys[None, :] <= rows[:, None]) & (rows[:, None] < ends[None, :])
-        scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
-        offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - offset[:, None])
-        decay = tl.exp2(maximum - offset)
-        total = total * decay + tl.sum(weights, 1)
-        acc *= decay[:, None]
-        acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
-        maximum = new_maximum
+    for masked in tl.static_range(2):  # full blocks, then partial ones
+        offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
+        blocks_ptr = partial_blocks_ptr if masked else full_blocks_ptr
+        first, last = tl.load(offsets_ptr + block_q), tl.load(offsets_ptr + block_q + 1)
+        for step in range(first * TILES_PER_KV, last * TILES_PER_KV):
+            keys = listed_keys(blocks_ptr, step, BLOCK_KV, TILES_PER_KV)
+            k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
+            if masked == 1:
+                ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
+                scores = hide(scores, rows[:, None], keys[None, :], ends[None, :])
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            offset = new_maximum
+            if masked == 1:  # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
+                offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weights = tl.exp2(scores - offset[:, None])
+            decay = tl.exp2(maximum - offset)
+            total = total * decay + tl.sum(weights, 1)
+            acc *= decay[:, None]
+            acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
+            maximum = new_maximum
 
     total = tl.where(rows < num_rows, total, 1.0)  # rows past the line have seen nothing; they are not stored
     store_rows(out_ptr, acc / total[:, None], rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)

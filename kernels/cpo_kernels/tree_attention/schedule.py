@@ -4,14 +4,15 @@ Row i may see row j iff j <= i < subtree_end[j]. For query rows [m0, m1) and a b
 emax the least and greatest `subtree_end` of the keys, the block is skipped iff n0 >= m1 or emax <= m0, full iff
 n1 - 1 <= m0 and emin >= m1, partial otherwise. Both tests are exact, so a kernel that follows the schedule computes
 every visible score and masks only where it must. The rows that see a key block at all are one contiguous range: dK and
-dV walk [n0, emax) and need no list.
+dV walk [n0, emax) and need no list, only pieces of work: a range much longer than the others is cut into parts, whose
+sums are added afterwards in the order of the parts.
 
 Computed by csrc in O(T + visited blocks). A schedule makes attention faster and never changes what it means.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from cpo_kernels import _csrc
 
 @dataclass(frozen=True, eq=False)
 class TreeSchedule:
-    """The blocks to visit and the runs without a branch, as plain int32 tensors on one device.
+    """The blocks to visit and the runs without a branch, as plain int32 tensors.
 
-    T rows; Q = ceil(T / block_q) query blocks; K = ceil(T / block_kv) key blocks; N runs. "Full" means that all
-    block_kv keys exist and are visible: the ragged last key block is never full, so a kernel loads a full block
-    unchecked. Ranges are half open; an empty one has start == stop.
+    T rows; Q = ceil(T / block_q) query blocks; K = ceil(T / block_kv) key blocks; W >= K pieces of work; B key blocks
+    cut into parts; N runs. "Full" means that all block_kv keys exist and are visible: the ragged last key block is never
+    full, so a kernel loads a full block unchecked. Ranges are half open; an empty one has start == stop. All tensors are
+    on one device but those of the runs, which stay on the CPU: host code alone reads them.
     """
 
     subtree_end: torch.Tensor  # [T] int32, what the schedule was made for
@@ -44,22 +46,37 @@ class TreeSchedule:
     )  # int32, full key blocks of query block b at full_offsets[b]:full_offsets[b + 1], ascending
     partial_offsets: torch.Tensor  # [Q + 1] int32
     partial_blocks: torch.Tensor  # int32, partial key blocks of query block b likewise
-    segment_start: torch.Tensor  # [N] int32, first row of a maximal run of only children
-    segment_stop: torch.Tensor  # [N] int32, one past its last row
-    segment_end: torch.Tensor  # [N] int32, the subtree_end that all rows of the run share
+    work_block: torch.Tensor  # [W] int32, key block of a piece of work on dK and dV, ascending
+    work_start: torch.Tensor  # [W] int32, its query rows [start, stop): the pieces of a block cover its query range,
+    work_stop: torch.Tensor  # [W] int32, in order and whole multiples of block_q rows, but for the last
+    work_part: torch.Tensor  # [W] int32, -1 where the piece is the whole range, else its place among the parts
+    split_block: torch.Tensor  # [B] int32, key blocks whose query range is cut into parts, ascending
+    split_offsets: torch.Tensor  # [B + 1] int32, parts of split_block[b] are split_offsets[b]:split_offsets[b + 1]
+    num_parts: int  # split_offsets[B]
+    host_segment_start: torch.Tensor  # [N] int32 on the CPU, first row of a maximal run of only children
+    host_segment_stop: torch.Tensor  # [N] int32 on the CPU, one past its last row
+    host_segment_end: torch.Tensor  # [N] int32 on the CPU, the subtree_end that all rows of the run share
+    # what an implementation makes of the schedule, once for all layers; by name, device and whatever else it depends on
+    host_derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
         """T."""
         return self.subtree_end.shape[0]
 
-    def to(self, device: torch.device | str) -> TreeSchedule:
-        """The same schedule with every tensor on `device`."""
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return TreeSchedule(**values)
+    def to(self, device: torch.device | str, subtree_end: torch.Tensor | None = None) -> TreeSchedule:
+        """The same schedule on `device`, without waiting for it when the tensors come from the CPU.
+
+        Args:
+            device: where the kernels run.
+            subtree_end: [T] int32, this line's own tensor on `device` where there is one already: the schedule then
+                refers to it, and `tree_attention` sees that both are of one forest.
+        """
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and not name.startswith("host_"):
+                values[name] = moved(value, device)
+        return TreeSchedule(**values | ({} if subtree_end is None else {"subtree_end": subtree_end}))
 
 
 def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
@@ -78,8 +95,13 @@ def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int =
             size is below 1.
     """
     arrays = _csrc.tree_schedule(_host_array(subtree_end), block_q, block_kv)
-    tensors: dict[str, Any] = {name: torch.from_numpy(array).to(subtree_end.device) for name, array in arrays.items()}
-    return TreeSchedule(subtree_end=subtree_end, block_q=block_q, block_kv=block_kv, **tensors)
+    num_parts = int(arrays["split_offsets"][-1])
+    tensors: dict[str, Any] = {
+        f"host_{name}" if name.startswith("segment_") else name: torch.from_numpy(array)
+        for name, array in arrays.items()
+    }
+    schedule = TreeSchedule(subtree_end=subtree_end, block_q=block_q, block_kv=block_kv, num_parts=num_parts, **tensors)
+    return schedule if subtree_end.is_cpu else schedule.to(subtree_end.device, subtree_end)
 
 
 def validate_subtree_end(subtree_end: torch.Tensor) -> None:
@@ -90,6 +112,11 @@ def validate_subtree_end(subtree_end: torch.Tensor) -> None:
             or `subtree_end` is not a 1-D int32 tensor.
     """
     _csrc.validate_subtree_end(_host_array(subtree_end))
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`; from the CPU without waiting: the driver has read pageable memory when the call returns."""
+    return tensor.to(device, non_blocking=tensor.is_cpu)
 
 
 def _host_array(subtree_end: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tiles of rows for the Triton kernels of tree attention: their sizes, and how rows are loaded, rounded and stored.
+"""Tiles of rows for the Triton kernels of tree attention: their sizes, and how rows are loaded, masked and stored.
 
 A kernel's tile may be smaller than the schedule's block, never larger: every part of a full block is full, and a mask
 is exact on every part of a partial one. Both are powers of two, so the smaller divides the larger.
@@ -33,14 +33,19 @@ class Tile:
     num_stages: int  # of software pipelining: tiles in flight
 
 
-def choose_tile(
-    table: dict[int, Tile], exact: dict[int, Tile], head_dim: int, dtype: torch.dtype, schedule: TreeSchedule
-) -> Tile:
+# By padded head size. float32 products run outside the matrix units and hold their operands in registers.
+EXACT_TILES = {
+    64: Tile(block_q=32, block_kv=32, num_warps=8, num_stages=1),
+    128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+    256: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+}
+
+
+def choose_tile(table: dict[int, Tile], head_dim: int, dtype: torch.dtype, schedule: TreeSchedule) -> Tile:
     """The tile for a head size and dtype, no larger than the schedule's blocks.
 
     Args:
-        table: tile by padded head size, for 16-bit inputs.
-        exact: the same for float32 inputs.
+        table: tile by padded head size, for 16-bit inputs; those for float32 are `EXACT_TILES`.
         head_dim: D, at most 256.
         dtype: bfloat16, float16 or float32.
         schedule: gives the blocks.
@@ -58,7 +63,7 @@ def choose_tile(
                 f"tree_attention: impl='triton' expects a schedule whose {name} is a power of two >= {MIN_BLOCK}, "
                 f"got {block}"
             )
-    tile = (exact if dtype == torch.float32 else table)[max(padded_head_dim(head_dim), min(table))]
+    tile = (EXACT_TILES if dtype == torch.float32 else table)[max(padded_head_dim(head_dim), min(table))]
     return Tile(
         min(tile.block_q, schedule.block_q), min(tile.block_kv, schedule.block_kv), tile.num_warps, tile.num_stages
     )
@@ -85,6 +90,29 @@ def as_operand(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.te
         return (bits & -0x10000).to(tl.float32, bitcast=True)
     else:
         return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def listed_keys(
+    blocks_ptr: tl.tensor,  # int32, key blocks of the schedule
+    step: tl.tensor,  # counts tiles along the list
+    BLOCK_KV: tl.constexpr,
+    TILES_PER_KV: tl.constexpr,
+) -> tl.tensor:
+    """[BLOCK_KV] int32, the keys of one tile of a list of key blocks."""
+    block = tl.load(blocks_ptr + step // TILES_PER_KV)
+    return (block * TILES_PER_KV + step % TILES_PER_KV) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+
+
+@triton.jit
+def hide(
+    scores: tl.tensor,  # [queries, keys] or [keys, queries]
+    rows: tl.tensor,  # int32, a row or a column
+    keys: tl.tensor,  # int32, the other
+    ends: tl.tensor,  # int32, subtree_end of the keys, shaped as they are
+) -> tl.tensor:
+    """The scores where the row sees the key, elsewhere -inf."""
+    return tl.where((keys <= rows) & (rows < ends), scores, float("-inf"))
 
 
 @triton.jit

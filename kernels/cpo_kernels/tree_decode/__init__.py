@@ -1,5 +1,97 @@
-"""Attention of a search tree's frontier: every node that states share is read once, and the halves are merged."""
+"""Attention of a search tree's frontier: every node that states share is read once, and the partials are merged.
 
-from cpo_kernels.tree_decode.reference import merge_partials, partial_attention
+`reference` is the specification (dense, row by row), `eager` the plan's items in plain torch, `triton` the GPU kernels of
+`forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here is differentiable.
+"""
 
-__all__ = ["merge_partials", "partial_attention"]
+import torch
+
+from cpo_kernels.implementation import available_implementations, resolve_implementation
+from cpo_kernels.tree_decode.eager import tree_decode_eager
+from cpo_kernels.tree_decode.plan import DecodePlan
+from cpo_kernels.tree_decode.reference import merge_partials, partial_attention, tree_decode_reference
+
+__all__ = ["DecodePlan", "merge_partials", "partial_attention", "tree_decode"]
+
+
+@torch.no_grad()
+def tree_decode(
+    q: torch.Tensor,  # [N, H, D]
+    k_new: torch.Tensor,  # [N, Hkv, D]
+    v_new: torch.Tensor,  # [N, Hkv, D]
+    k_arena: torch.Tensor,  # [C, Hkv, D]
+    v_arena: torch.Tensor,  # [C, Hkv, D]
+    plan: DecodePlan,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Write the new keys and values to `plan.slots`, then attend as the plan says. Prefill and decode rows may mix.
+
+    Args:
+        q: [N, H, D] float64, float32, bfloat16 or float16; position encoding applied.
+        k_new, v_new: [N, Hkv, D], same dtype; Hkv divides H.
+        k_arena, v_arena: [C, Hkv, D], same dtype, changed in place; any strides, last dimension contiguous.
+        plan: of these N rows, on the device of q.
+        scale: factor on q . k, default D ** -0.5.
+        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64 and head sizes up to
+            256.
+
+    Returns:
+        [N, H, D] in the dtype of q; a row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
+        repeatable; with "eager" on a CPU in float32 a row's bits do not depend on the other rows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, the plan names rows past the arena, or `impl` cannot run here.
+    """
+    _check(q, k_new, v_new, k_arena, v_arena, plan)
+    chosen = resolve_implementation("tree_decode", impl, q.device.type, available_implementations(q.device.type))
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if chosen == "triton":
+        from cpo_kernels.tree_decode.forward import tree_decode_forward
+
+        return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale)
+    k_arena.index_copy_(0, plan.slots, k_new)
+    v_arena.index_copy_(0, plan.slots, v_new)
+    run = tree_decode_reference if chosen == "reference" else tree_decode_eager
+    return run(q, k_arena, v_arena, plan, scale)
+
+
+def _check(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_arena: torch.Tensor,
+    v_arena: torch.Tensor,
+    plan: DecodePlan,
+) -> None:
+    new_shape, arena_shape = (q.shape[0], *k_arena.shape[1:]), (*k_arena.shape[:2], q.shape[-1])
+    if q.ndim != 3 or k_arena.ndim != 3 or k_new.shape != new_shape or v_new.shape != new_shape:
+        raise ValueError(
+            "tree_decode: expected q [N, H, D], k_new and v_new [N, Hkv, D] and an arena [C, Hkv, D], "
+            f"got {tuple(q.shape)}, {tuple(k_new.shape)}, {tuple(v_new.shape)} and {tuple(k_arena.shape)}"
+        )
+    if k_arena.shape != arena_shape or v_arena.shape != arena_shape:
+        raise ValueError(
+            f"tree_decode: expected k_arena and v_arena {arena_shape}, "
+            f"got {tuple(k_arena.shape)} and {tuple(v_arena.shape)}"
+        )
+    if k_arena.stride(2) != 1 or v_arena.stride(2) != 1:
+        raise ValueError("tree_decode: expected an arena whose last dimension is contiguous")
+    if q.shape[1] % k_arena.shape[1] != 0:
+        raise ValueError(f"tree_decode: {q.shape[1]} query heads are not a multiple of {k_arena.shape[1]} key heads")
+    if {tensor.dtype for tensor in (k_new, v_new, k_arena, v_arena)} != {q.dtype}:
+        raise ValueError(
+            f"tree_decode: expected one dtype, got {q.dtype}, {k_new.dtype}, {v_new.dtype}, {k_arena.dtype} "
+            f"and {v_arena.dtype}"
+        )
+    if len(plan.slots) != q.shape[0]:
+        raise ValueError(f"tree_decode: the plan is of {len(plan.slots)} rows, q has {q.shape[0]}")
+    if plan.num_arena_rows > k_arena.shape[0]:
+        raise ValueError(
+            f"tree_decode: the plan names {plan.num_arena_rows} arena rows, the arena has {k_arena.shape[0]}"
+        )
+    if plan.slots.device != q.device or k_arena.device != q.device:
+        raise ValueError(
+            f"tree_decode: expected plan and arena on {q.device} like q, got {plan.slots.device} and {k_arena.device}"
+        )

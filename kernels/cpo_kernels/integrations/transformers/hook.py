@@ -1,11 +1,13 @@
 """The attention function `cpo_tree` that stock Hugging Face modules call: tree attention on a forest, SDPA otherwise.
 
 It is registered once under one name and stays for the model's life. A forward with `subtree_end` among its keyword
-arguments is a forest; without it the call goes to Transformers' own `sdpa` with its own mask, so `generate`, padded
-batches and caches behave as before. Switching back while a graph is alive would make checkpointed layers recompute with
-another attention, silently; there is no function here that does it.
+arguments is a forest, one with `decode_plan` a search tree's frontier over its arena; without either the call goes to
+Transformers' own `sdpa` with its own mask, so `generate`, padded batches and caches behave as before. Switching back
+while a graph is alive would make checkpointed layers recompute with another attention, silently; there is no function
+here that does it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cpo_kernels.tree_attention import TreeSchedule, tree_attention
+from cpo_kernels.tree_decode import DecodePlan, tree_decode
 
 IMPLEMENTATION = "cpo_tree"
 # keyword arguments of an attention call that change its result and that tree attention does not compute
@@ -32,15 +35,19 @@ def cpo_tree_attention(
     tree_schedule: TreeSchedule | None = None,
     tree_impl: str | None = None,
     layers_seen: set[int] | None = None,
+    decode_plan: DecodePlan | None = None,
+    decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, [B, T, H, D]; B is 1 for a forest. Adds the layer's index to `layers_seen`.
+
+    With `decode_plan` the rows are those of a search tree's frontier, which read and write `decode_arena`.
 
     Raises:
         ValueError: a forest call with attention dropout, a batch above 1, a KV cache, or an option that changes the
             result (soft-cap, sinks, position bias, bidirectional attention).
     """
-    if subtree_end is None:
+    if subtree_end is None and decode_plan is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -54,15 +61,13 @@ def cpo_tree_attention(
         raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
     if layers_seen is not None:
         layers_seen.add(getattr(module, "layer_idx", id(module)))
-    output = tree_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        subtree_end,
-        schedule=tree_schedule,
-        scale=scaling,
-        impl=tree_impl,
-    )
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    if decode_plan is not None:
+        k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
+        output = tree_decode(q, k, v, k_arena, v_arena, decode_plan, scale=scaling, impl=tree_impl)
+    else:
+        assert subtree_end is not None
+        output = tree_attention(q, k, v, subtree_end, schedule=tree_schedule, scale=scaling, impl=tree_impl)
     return output.unsqueeze(0), None
 
 

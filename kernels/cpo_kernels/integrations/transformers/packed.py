@@ -4,20 +4,28 @@
 
 The very token ids that would have been padded, the same numbers and gradients, a fraction of the tokens. The reference
 runs on the same forest without gradient and shares the pass over the head.
+
+Forest, schedule and plan are made on the host and sent to the device without waiting for it, so a caller that reads
+nothing keeps the device's queue full. Each part is a named range in a `torch.profiler` trace.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from cpo_kernels.forest import Forest, build_forest
+from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION
 from cpo_kernels.integrations.transformers.parts import ModelParts, model_parts, peft_configs, reference_adapter
 from cpo_kernels.integrations.transformers.refusals import check_forward
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
+from cpo_kernels.transfer import to_device
+from cpo_kernels.tree_attention import TreeSchedule
 
 ADAPTER_OFF = "adapter_off"
 
@@ -39,8 +47,9 @@ def packed_logps(
     sequences: Sequence[Sequence[int]],
     starts: Sequence[int],
     reference: str | torch.nn.Module | None = None,
-    impl: str | None = None,
+    impl: str | Implementations | None = None,
     outputs: Sequence[str] = (),
+    temperature: float = 1.0,
 ) -> PackedLogps:
     """Score tokens starts[s]: of every sequence in one forward over the sequences' forest.
 
@@ -49,8 +58,9 @@ def packed_logps(
         sequences: S sequences of token ids, prompt and response; equal prefixes are computed once.
         starts: first scored position of each sequence, 1 <= starts[s] <= len(sequences[s]).
         reference: None; "adapter_off"; the name of another adapter of the model; or a frozen prepared model.
-        impl: implementation of the kernels, None to choose by device.
+        impl: implementation of the kernels, by op or one name for all, None to choose by device.
         outputs: any of "entropy", "mean_logit", "is_top1", found in `PackedLogps.result`.
+        temperature: divisor of the final logits, of policy and reference alike.
 
     Returns:
         `PackedLogps`; one autograd graph a call.
@@ -60,26 +70,64 @@ def packed_logps(
         ValueError: the model was not prepared, or the rows, starts or reference do not fit.
         RuntimeError: a layer did not run tree attention.
     """
-    parts = _prepared_parts(model)
-    forest = build_forest(sequences)
-    plan = forest.logprob_plan(starts)
-    num_sequence_tokens = int(forest.path_offsets[-1])
-    check_forward(model, parts, _longest_path(forest))
-    device = next(parts.causal_lm.parameters()).device
-    forest, plan = forest.to(device), plan.to(device)
-    ref_hidden, ref_parts = _reference_hidden(model, parts, forest, reference, impl)
-    hidden = forest_forward(parts, forest, impl=impl).last_hidden_state[0]
+    parts, impl = _prepared_parts(model), Implementations.of(impl)
+    with record_function("pack"):
+        line, plan, num_sequence_tokens = _pack(model, parts, sequences, starts, impl)
+    with record_function("backbone reference"):
+        ref_hidden, ref_parts = _reference_hidden(model, parts, line, reference)
+    with record_function("backbone policy"):
+        hidden = _hidden(parts, line)
+    head = partial(_score, plan=plan, impl=impl.linear_logprob, temperature=temperature)
     shares_head = ref_parts is not None and ref_parts.head is parts.head
-    result = _score(parts, hidden, plan, ref_hidden if shares_head else None, impl, outputs)
-    ref_segment_logps = result.ref_segment_logps
-    if ref_parts is not None and ref_hidden is not None and not shares_head:
-        with torch.no_grad():
-            ref_segment_logps = _score(ref_parts, ref_hidden, plan, None, impl, ()).segment_logps
-    return PackedLogps(result.segment_logps, ref_segment_logps, forest.num_tokens, num_sequence_tokens, plan, result)
+    with record_function("head"):
+        result = head(parts, hidden, ref_hidden=ref_hidden if shares_head else None, outputs=outputs)
+        ref_segment_logps = result.ref_segment_logps
+        if ref_parts is not None and ref_hidden is not None and not shares_head:
+            with torch.no_grad():
+                ref_segment_logps = head(ref_parts, ref_hidden, ref_hidden=None, outputs=()).segment_logps
+    return PackedLogps(
+        result.segment_logps, ref_segment_logps, line.forest.num_tokens, num_sequence_tokens, plan, result
+    )
 
 
-def forest_forward(parts: ModelParts, forest: Forest, impl: str | None = None, **kwargs: Any) -> Any:
+@dataclass(frozen=True)
+class _Line:
+    """A forest on the device of the model, with what a forward over it needs to know."""
+
+    forest: Forest
+    schedule: TreeSchedule
+    longest_path: int
+    impl: str | None
+
+
+def _pack(
+    model: torch.nn.Module,
+    parts: ModelParts,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    impl: Implementations,
+) -> tuple[_Line, LogprobPlan, int]:
+    """Everything that a packed forward needs, made on the host and sent to the model's device."""
+    forest = build_forest(sequences)
+    plan, schedule = forest.logprob_plan(starts), forest.schedule()
+    num_sequence_tokens, longest_path = int(forest.path_offsets[-1]), _longest_path(forest)
+    check_forward(model, parts, longest_path)
+    device = next(parts.causal_lm.parameters()).device
+    forest, schedule, plan = to_device((forest, schedule, plan), device)
+    return _Line(forest, schedule, longest_path, impl.tree_attention), plan, num_sequence_tokens
+
+
+def forest_forward(
+    parts: ModelParts, forest: Forest, schedule: TreeSchedule | None = None, impl: str | None = None, **kwargs: Any
+) -> Any:
     """Backbone output over a forest on the model's device; `last_hidden_state` is [1, T, E] after the final norm.
+
+    Args:
+        parts: parts of a prepared model.
+        forest: on the device of the model.
+        schedule: the forest's, on the same device; None makes it here, for which a CUDA device is waited for.
+        impl: implementation of tree attention, None to choose by device.
+        kwargs: handed to the backbone.
 
     Raises:
         RuntimeError: a layer did not run tree attention (its attention was swapped, or ignores keyword arguments).
@@ -92,7 +140,7 @@ def forest_forward(parts: ModelParts, forest: Forest, impl: str | None = None, *
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=forest.tokens.device),
         use_cache=False,
         subtree_end=forest.subtree_end,
-        tree_schedule=forest.schedule(),
+        tree_schedule=forest.schedule() if schedule is None else schedule,
         tree_impl=impl,
         layers_seen=layers_seen,
         **kwargs,
@@ -103,6 +151,11 @@ def forest_forward(parts: ModelParts, forest: Forest, impl: str | None = None, *
             f"{type(parts.causal_lm).__name__}: its attention was changed after prepare(), or is not a standard one"
         )
     return output
+
+
+def _hidden(parts: ModelParts, line: _Line) -> torch.Tensor:
+    hidden: torch.Tensor = forest_forward(parts, line.forest, line.schedule, line.impl).last_hidden_state[0]
+    return hidden
 
 
 def _longest_path(forest: Forest) -> int:
@@ -122,17 +175,16 @@ def _prepared_parts(model: torch.nn.Module) -> ModelParts:
 def _reference_hidden(
     model: torch.nn.Module,
     parts: ModelParts,
-    forest: Forest,
+    line: _Line,
     reference: str | torch.nn.Module | None,
-    impl: str | None,
 ) -> tuple[torch.Tensor | None, ModelParts | None]:
     if reference is None:
         return None, None
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
             ref_parts = _prepared_parts(reference)
-            check_forward(reference, ref_parts, _longest_path(forest))
-            return forest_forward(ref_parts, forest, impl=impl).last_hidden_state[0], ref_parts
+            check_forward(reference, ref_parts, line.longest_path)
+            return _hidden(ref_parts, line), ref_parts
         adapters = peft_configs(model)
         if not adapters or (reference != ADAPTER_OFF and reference not in adapters):
             raise ValueError(
@@ -140,16 +192,26 @@ def _reference_hidden(
                 f"{sorted(adapters)}"
             )
         with reference_adapter(model, None if reference == ADAPTER_OFF else reference):
-            return forest_forward(parts, forest, impl=impl).last_hidden_state[0], parts
+            return _hidden(parts, line), parts
 
 
 def _score(
     parts: ModelParts,
     hidden: torch.Tensor,
+    *,
     plan: LogprobPlan,
     ref_hidden: torch.Tensor | None,
     impl: str | None,
     outputs: Sequence[str],
+    temperature: float,
 ) -> LogprobResult:
-    weight, bias = parts.head.weight, parts.head.bias
-    return linear_logprob(hidden, weight, plan, ref_hidden, bias=bias, outputs=outputs, impl=impl)  # type: ignore[arg-type]
+    return linear_logprob(
+        hidden,
+        parts.head.weight,  # type: ignore[arg-type]
+        plan,
+        ref_hidden,
+        bias=parts.head.bias,  # type: ignore[arg-type]
+        temperature=temperature,
+        outputs=outputs,
+        impl=impl,
+    )

@@ -2,7 +2,8 @@
 
 A 32-token forest with two branches runs through the hook and our head; its two paths run through the stock model with
 `sdpa`. The first layer whose hidden states differ by more than the dtype's bound is named and the model refused, which
-catches attention variants, logit transforms and architectures that nobody has listed.
+catches attention variants, logit transforms and architectures that nobody has listed. Where the Triton kernels are the
+device's default, they are first checked there in the model's own shapes (`cpo_kernels.self_check`).
 """
 
 from typing import Any
@@ -10,41 +11,64 @@ from typing import Any
 import torch
 
 from cpo_kernels.forest import Forest, build_forest
+from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.parts import ModelParts
 from cpo_kernels.integrations.transformers.refusals import check_supported, sliding_window
 from cpo_kernels.linear_logprob import linear_logprob
+from cpo_kernels.self_check import ModelShape, self_check
 from cpo_kernels.testing import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
 
 
-def prepare(model: Any) -> Any:
+def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     """Make a `PreTrainedModel` or `PeftModel` ready for `packed_logps`, in place; returns the same model.
 
     Call it once, before any wrapper (DDP, FSDP, DeepSpeed) and before training. Calls without `subtree_end` behave as
     with `sdpa` afterwards.
 
+    Args:
+        model: the model, in place.
+        impl: implementation that the probe runs, as for `packed_logps`.
+
     Raises:
         TypeError: not a transformers model (a wrapper, say).
         ValueError: the model cannot be computed exactly on a forest; the sentence names why or the first layer that
             differs.
+        KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
     """
-    parts = check_supported(model)
+    parts, impl = check_supported(model), Implementations.of(impl)
+    if impl == Implementations():
+        _check_kernels(parts)
     register()
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
     try:
         with torch.no_grad():
-            _probe(parts)
+            _probe(parts, impl)
     finally:
         for module in was_training:
             module.training = True
     return model
 
 
-def _probe(parts: ModelParts) -> None:
+def _check_kernels(parts: ModelParts) -> None:
+    device, config = next(parts.causal_lm.parameters()).device, parts.config
+    if default_implementation(device.type) == "triton":
+        heads = config.num_attention_heads
+        shape = ModelShape(
+            dtype=parts.causal_lm.dtype,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            hidden_size=config.hidden_size,
+        )
+        self_check(device, shape)
+
+
+def _probe(parts: ModelParts, impl: Implementations) -> None:
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
     forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
@@ -56,9 +80,9 @@ def _probe(parts: ModelParts) -> None:
     ]
     parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
     try:
-        output = forest_forward(parts, forest, output_hidden_states=True)
+        output = forest_forward(parts, forest, impl=impl.tree_attention, output_hidden_states=True)
         _compare_layers(parts, forest, output.hidden_states, [item.hidden_states for item in stock])
-        _compare_head(parts, forest, output.last_hidden_state[0], [item.logits for item in stock], paths)
+        _compare_head(parts, forest, output.last_hidden_state[0], [i.logits for i in stock], paths, impl.linear_logprob)
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
@@ -88,11 +112,17 @@ def _compare_layers(parts: ModelParts, forest: Forest, ours: Any, stock: list[An
 
 
 def _compare_head(
-    parts: ModelParts, forest: Forest, hidden: torch.Tensor, logits: list[torch.Tensor], paths: list[list[int]]
+    parts: ModelParts,
+    forest: Forest,
+    hidden: torch.Tensor,
+    logits: list[torch.Tensor],
+    paths: list[list[int]],
+    impl: str | None,
 ) -> None:
     bound = end_to_end_bound(parts.causal_lm.dtype)
     plan = forest.logprob_plan([1] * len(paths))
-    ours = linear_logprob(hidden, parts.head.weight, plan, bias=parts.head.bias).token_logps  # type: ignore[arg-type]
+    weight, bias = parts.head.weight, parts.head.bias
+    ours = linear_logprob(hidden, weight, plan, bias=bias, impl=impl).token_logps  # type: ignore[arg-type]
     expected = torch.cat(
         [
             torch.log_softmax(row[0, :-1].to(ours.dtype), dim=-1)

@@ -1,0 +1,174 @@
+"""What an optimizer step keeps in memory, predicted from the model's shape, and whether it fits without checkpointing.
+
+Bytes that autograd keeps for one token in one decoder layer (b bytes a number, E hidden, I intermediate, H query and K
+key heads of size D, adapters of rank r; frozen base, so a plain linear layer keeps nothing):
+
+    two RMSNorms       8 E + 8            their float32 input and 1 / rms
+    tree attention     b D (2 H + 2 K) + 4 H        q, k, v, the output and one float32 a head
+    gated MLP          3 b I              gate, its activation, up
+    each adapter       4 r, and its input: b a number once for all layers that read it, or 4 a number each as PEFT keeps it
+    ZeRO 3             the input of every linear layer, b a number: DeepSpeed's own linear keeps it
+
+With checkpointing a layer keeps its input, b E, and one layer's sum exists at a time. Recomputing costs a third more
+arithmetic, so it is chosen only where the step would not fit. The forward's working memory, the gradients of one layer
+and the output head are added as upper bounds. Shapes are those of Llama, Mistral and Qwen2; other decoders are taken
+for one of them. Leaves out what other processes take later.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpo_kernels.integrations.transformers.parts import model_parts
+from cpo_kernels.linear_logprob.head import MAX_CHUNK_LOGITS
+
+logger = logging.getLogger(__name__)
+
+# share of the free memory that a step may take: the rest is for what an allocator cannot give back in one piece
+USABLE_SHARE = 0.8
+WORKSPACE_BYTES = 256 << 20  # tiles of attention and the libraries' own buffers
+GIB = 1 << 30
+# linear layers of one decoder layer that read the same tensor; a name that is not here reads one of its own
+SHARED_INPUT = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+}
+KEPT_ANYWAY = "o_proj"  # reads the attention's output, which attention keeps
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one micro-batch of `num_tokens` tokens, beside the weights that are loaded already."""
+
+    num_tokens: int
+    num_layers: int
+    layer_bytes: float  # a token and layer, everything kept
+    checkpoint_bytes: float  # a token and layer, only the layer's input kept
+    once_bytes: float  # a token, outside the layers
+    head_bytes: float  # what the output head keeps, and its logits
+    fixed_bytes: float  # gradients and optimizer state of the adapters, workspace
+    working_bytes: float  # a token: tensors of one layer that live only while it runs
+
+    @property
+    def activation_bytes(self) -> float:
+        """Kept by the decoder for backward, without checkpointing."""
+        return self.num_tokens * (self.num_layers * self.layer_bytes + self.once_bytes)
+
+    @property
+    def total_bytes(self) -> float:
+        """Peak of a step without checkpointing."""
+        return self.activation_bytes + self._rest
+
+    @property
+    def checkpointed_bytes(self) -> float:
+        """Peak of a step with checkpointing: every layer's input, and everything of one layer."""
+        kept = self.num_layers * self.checkpoint_bytes + self.layer_bytes + self.once_bytes
+        return self.num_tokens * kept + self._rest
+
+    @property
+    def _rest(self) -> float:
+        return self.head_bytes + self.fixed_bytes + self.num_tokens * self.working_bytes
+
+
+def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None, zero_stage: int = 0) -> StepMemory:
+    """Memory of a micro-batch on a prepared `PeftModel`.
+
+    Args:
+        model: read for its configuration, dtype, adapters, and how these keep their input.
+        num_tokens: tokens of the forest.
+        num_rows: rows that meet the output head; None: all of them, an upper bound.
+        zero_stage: DeepSpeed's ZeRO stage.
+    """
+    parts = model_parts(model)
+    config, dtype = parts.config, parts.causal_lm.dtype
+    size = dtype.itemsize
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    attention = size * head_dim * (2 * heads + 2 * kv_heads) + 4 * heads
+    layer = 8 * hidden + 8 + attention + 3 * size * intermediate
+    num_rows = num_tokens if num_rows is None else num_rows
+    chunk = min(MAX_CHUNK_LOGITS, num_rows * config.vocab_size)
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return StepMemory(
+        num_tokens=num_tokens,
+        num_layers=config.num_hidden_layers,
+        layer_bytes=layer + sum(_linear_bytes(parts.backbone, size, zero_stage == 3)) / config.num_hidden_layers,
+        checkpoint_bytes=size * hidden,
+        once_bytes=4 * hidden + 4 + 2 * size * head_dim,  # the last norm and the rotary tables
+        # last hidden states of policy and reference; expected embedding in float32 and target weights for every row;
+        # logits, probabilities and a temporary of a chunk in float32
+        head_bytes=2 * num_tokens * size * hidden + num_rows * (4 + size) * hidden + 3 * 4 * chunk,
+        # float32: gradient, two moments and the copy that an update makes
+        fixed_bytes=16 * num_trainable + WORKSPACE_BYTES,
+        # a layer's forward and backward hold about the float32 input of a norm and the MLP's tensors twice
+        working_bytes=2 * (4 * hidden + 3 * size * intermediate),
+    )
+
+
+def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_bytes: int | None = None) -> str:
+    """`off` where a micro-batch of `num_tokens` fits the device's free memory, else `non_reentrant`; logs the numbers.
+
+    Args:
+        model: a prepared `PeftModel` on its device.
+        num_tokens: tokens of the largest micro-batch.
+        zero_stage: DeepSpeed's ZeRO stage.
+        free_bytes: free memory; None asks the device.
+    """
+    memory = predict_step_memory(model, num_tokens, zero_stage=zero_stage)
+    free = free_device_bytes(next(model.parameters()).device) if free_bytes is None else free_bytes
+    fits = memory.total_bytes <= USABLE_SHARE * free
+    logger.info(
+        "gradient checkpointing: %s; a step of %d tokens needs about %.2f GiB without (%d layers x %.1f KiB a token, "
+        "head %.2f GiB, the rest %.2f GiB), %.2f GiB with, and %.0f %% of %.2f GiB free may be used",
+        "off" if fits else "non_reentrant",
+        num_tokens,
+        memory.total_bytes / GIB,
+        memory.num_layers,
+        memory.layer_bytes / 1024,
+        memory.head_bytes / GIB,
+        (memory.total_bytes - memory.activation_bytes - memory.head_bytes) / GIB,
+        memory.checkpointed_bytes / GIB,
+        100 * USABLE_SHARE,
+        free / GIB,
+    )
+    return "off" if fits else "non_reentrant"
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device: free ones, and those that torch holds unused."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed
+
+    return int(psutil.virtual_memory().available)
+
+
+def _linear_bytes(backbone: torch.nn.Module, size: int, keeps_inputs: bool) -> Iterator[float]:
+    """What every linear layer of the decoder adds, per token: its adapters, and its input once for all that read it."""
+    seen: set[str] = set()
+    for name, module in backbone.named_modules():
+        parent, _, kind = name.rpartition(".")
+        adapters = getattr(module, "lora_A", None)
+        inside_adapter = kind == "base_layer" or ".lora_" in name
+        if adapters is None and (not keeps_inputs or inside_adapter or type(module) is not torch.nn.Linear):
+            continue
+        recast = True
+        if adapters is not None:
+            active = [adapters[name] for name in module.active_adapters if name in adapters]
+            yield sum(4 * adapter.out_features for adapter in active)
+            recast = size == 4 or not module.cast_input_dtype_enabled
+            if not recast:
+                yield 4 * module.in_features
+        shared = f"{parent}.{SHARED_INPUT.get(kind, kind)}"
+        if (recast or keeps_inputs) and shared not in seen and kind != KEPT_ANYWAY:
+            seen.add(shared)
+            yield size * module.in_features

@@ -1,0 +1,103 @@
+"""Where a step's time goes: some steps under `torch.profiler`, written as a Chrome trace with named ranges.
+
+Ranges (`torch.profiler.record_function`, also NVTX ranges under `torch.autograd.profiler.emit_nvtx`) nest as
+
+    step > pack | backbone reference | backbone policy | head | loss | backward | read | optimizer
+
+`read` is the step's one wait for the device. The first step of a run is left out: it compiles kernels and fills caches.
+Open `trace.json` in chrome://tracing or ui.perfetto.dev. A profiled step is slower than others by what recording costs.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cpo_fast.errors import ConfigError
+from cpo_fast.files import write_atomic
+
+STEP = "step"
+RANGES = (
+    STEP,
+    "pack",
+    "backbone reference",
+    "backbone policy",
+    "head",
+    "loss",
+    "backward",
+    "read",
+    "optimizer",
+)
+WARM_UP_STEPS = 1
+
+
+@dataclass(frozen=True)
+class RangeTotal:
+    """One named range over all profiled steps; ranges inside it are part of its seconds."""
+
+    name: str
+    count: int
+    host_seconds: float
+    device_seconds: float | None  # kernels launched inside it; None without a GPU
+    share: float  # of the host seconds of the steps
+
+
+class StepProfiler:
+    """Profiles `num_steps` optimizer steps after the first and writes `trace.json` and `ranges.json`."""
+
+    def __init__(self, num_steps: int, folder: Path, total_steps: int) -> None:
+        """Profile steps 2 to `num_steps` + 1 of a run of `total_steps`, or to its last.
+
+        Raises:
+            ConfigError: the run has no step after the first.
+        """
+        if total_steps <= WARM_UP_STEPS:
+            raise ConfigError(
+                f"--profile leaves out the first step, and this run has {total_steps}; raise train.num_epochs or "
+                "train.max_steps, or lower train.batch_pairs"
+            )
+        self.folder = folder
+        self.last_step = min(WARM_UP_STEPS + num_steps, total_steps)
+        self.ranges: tuple[RangeTotal, ...] = ()
+        self._profile: Any = None
+
+    def before(self, step: int) -> None:
+        """Start before the first profiled step (steps count from 1)."""
+        if step == WARM_UP_STEPS + 1:
+            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
+            self._profile.start()
+
+    def after(self, step: int) -> None:
+        """Stop and write after the last profiled step."""
+        if step == self.last_step:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write what was recorded; nothing where nothing runs. Also for a run that ends early."""
+        if self._profile is None:
+            return
+        recorded, self._profile = self._profile, None
+        recorded.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(self.folder / "trace.json"))
+        self.ranges = _totals(recorded)
+        write_atomic(self.folder / "ranges.json", json.dumps([asdict(total) for total in self.ranges], indent=1) + "\n")
+
+
+def _totals(recorded: Any) -> tuple[RangeTotal, ...]:
+    events = [event for event in recorded.events() if event.name in RANGES and event.device_type.name == "CPU"]
+    steps = sum(event.cpu_time_total for event in events if event.name == STEP)
+    totals = []
+    for name in RANGES:
+        found = [event for event in events if event.name == name]
+        if found:
+            host = sum(event.cpu_time_total for event in found)  # microseconds
+            device = sum(event.device_time_total for event in found) if torch.cuda.is_available() else None
+            totals.append(
+                RangeTotal(name, len(found), host / 1e6, None if device is None else device / 1e6, host / max(steps, 1))
+            )
+    return tuple(totals)

@@ -1,0 +1,97 @@
+"""One forward of a stock model over a search tree's frontier: rows of many states, keys and values in the arena.
+
+    token ids, positions -> backbone, whose layers call `tree_decode` -> hidden -> the model's own head -> float32 logits
+
+Prefill and decode are the same call under different plans. The model must be prepared; its live adapters take part.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION
+from cpo_kernels.integrations.transformers.parts import ModelParts, model_parts
+from cpo_kernels.tree_decode import DecodePlan
+
+# A CPU's matrix library deals rows out to threads by fours; what is left over is summed in another order.
+ROWS_PER_THREAD = 4
+
+
+@torch.no_grad()
+def decode_forward(
+    model: torch.nn.Module | ModelParts,
+    token_ids: torch.Tensor,  # [N] int
+    position_ids: torch.Tensor,  # [N] int
+    plan: DecodePlan,
+    arena: Sequence[tuple[torch.Tensor, torch.Tensor]],  # per layer k and v [C, Hkv, D]
+    rows: torch.Tensor | None = None,  # [R] int64
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Final hidden states of N rows; their keys and values are written to the arena.
+
+    Args:
+        model: a prepared model, or its parts as `model_parts` gives them.
+        token_ids: [N], on the device of the model.
+        position_ids: [N], each row's depth in tokens on its own path.
+        plan: of these N rows, on the same device.
+        arena: for each layer k and v [C, Hkv, D] in the dtype of the model's keys, changed in place.
+        rows: those whose hidden states are wanted; None: all.
+        impl: implementation of tree_decode, None to choose by device.
+
+    Returns:
+        [N, E], or [R, E], in the dtype of the model. On a CPU in float32 a row's bits are independent of the other
+        rows if N is a multiple of `row_multiple()`.
+
+    Raises:
+        RuntimeError: a layer did not run tree_decode (its attention was swapped, or ignores keyword arguments).
+        ValueError: the model was not prepared, or `tree_decode` cannot run on these inputs.
+    """
+    parts = _parts(model)
+    layers_seen: set[int] = set()
+    hidden: torch.Tensor = parts.backbone(
+        input_ids=token_ids.long().unsqueeze(0),
+        position_ids=position_ids.long().unsqueeze(0),
+        # a mask of four dimensions is handed through as it is: no N x N mask is made, and tree_decode reads none
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token_ids.device),
+        use_cache=False,
+        decode_plan=plan,
+        decode_arena=arena,
+        tree_impl=impl,
+        layers_seen=layers_seen,
+    ).last_hidden_state[0]
+    if len(layers_seen) != parts.config.num_hidden_layers:
+        raise RuntimeError(
+            f"tree_decode ran in {len(layers_seen)} of {parts.config.num_hidden_layers} layers of "
+            f"{type(parts.causal_lm).__name__}: its attention was changed after prepare(), or is not a standard one"
+        )
+    return hidden if rows is None else hidden.index_select(0, rows)
+
+
+@torch.no_grad()
+def next_logits(model: torch.nn.Module | ModelParts, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the next token, [R, V] float32: the model's own head on `hidden` [R, E], in the dtype of the model."""
+    num_rows = hidden.shape[0]
+    missing = -num_rows % row_multiple()
+    if hidden.device.type == "cpu" and missing:
+        hidden = torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])])
+    logits: torch.Tensor = _parts(model).head(hidden)[:num_rows]
+    return logits.float()
+
+
+def row_multiple() -> int:
+    """Rows of a CPU forward come in multiples of it where each row's bits must not depend on how many there are.
+
+    Enough for layers whose widths are multiples of 8: torch computes what is left over of a vector, in an activation
+    function, by other instructions.
+    """
+    return ROWS_PER_THREAD * torch.get_num_threads()
+
+
+def _parts(model: torch.nn.Module | ModelParts) -> ModelParts:
+    parts = model if isinstance(model, ModelParts) else model_parts(model)
+    if parts.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the model's attention is '{parts.config._attn_implementation}', not '{IMPLEMENTATION}': "
+            "call prepare(model) once before decode_forward"
+        )
+    return parts

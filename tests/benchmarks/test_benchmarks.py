@@ -1,0 +1,188 @@
+"""Every benchmark at its smallest on the CPU: it runs, refuses an inexact op of ours, and names a peer that is missing."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import (
+    attention_peers,
+    gpu_train_step,
+    harness,
+    kernel_profile,
+    linear_logprob,
+    logprob_peers,
+    step_contestants,
+    tree_attention,
+)
+
+QUICK = ["--device", "cpu", "--set", "tiny", "--runs", "1"]
+LOGPROB, ATTENTION = [*QUICK, "--skip", "linear_cross"], [*QUICK, "--forests", "trees,chain"]
+STEP = ["--device", "cpu", "--shape", "tiny", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (harness, linear_logprob, tree_attention, kernel_profile):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def records(results: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_linear_logprob_checks_times_and_records_every_layout(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert linear_logprob.main(LOGPROB) == 0
+    (line,) = records(results, "linear_logprob")
+    rows = line["results"]["rows"]
+    timed = {(r["contestant"], r["layout"], r["mode"], r["set"]) for r in rows if "seconds" in r}
+    for mode in ("forward", "policy", "step"):
+        for layout in ("gathered", "dense"):
+            assert {("ours eager", layout, mode, "flat"), ("TRL chunked", layout, mode, "flat")} <= timed
+    assert ("torch naive", "gathered", "step", "many") in timed
+    assert any(check["name"].endswith("confident_grad_error") for check in line["checks"])
+    assert line["environment"]["command"].startswith("python -m benchmarks.linear_logprob")
+    assert all(row["peak_bytes"] > 0 for row in rows if "seconds" in row)
+    assert "ours eager" in capsys.readouterr().out
+
+
+def test_tree_attention_agrees_with_every_peer(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tree_attention.main(ATTENTION) == 0
+    lines = records(results, "tree_attention")
+    assert [line["results"]["forest"] for line in lines] == ["trees", "chain"]
+    for line in lines:
+        both = {row["contestant"]: row for row in line["results"]["rows"] if row.get("mode") == "both"}
+        assert {"ours eager", "SDPA, dense mask", "SDPA, padded sequences"} <= both.keys()
+        for row in both.values():  # a peer put together wrongly would be measured on another problem
+            assert max(row[f"{part}_error"] for part in tree_attention.RESULT_NAMES) < 1e-4, row
+    assert "FlexAttention, backward: NotImplementedError" in capsys.readouterr().out
+
+
+def test_train_step_equals_the_trainer_and_counts_both_token_ratios(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for order in ("pairs", "questions"):
+        assert gpu_train_step.main([*STEP, "--order", order]) == 0
+    lines = records(results, "gpu_train_step")
+    assert len(lines) == 2
+    for line in lines:
+        assert {check["name"] for check in line["checks"]} >= {"loss against TRL", "gradient against TRL"}
+        rows = {row["name"]: row for row in line["results"]["rows"]}
+        ours, theirs = rows["packed"], rows["TRL"]
+        assert theirs["token_ratio"] == theirs["num_tokens"] / ours["num_tokens"] > 2
+        assert theirs["share_of_token_ratio"] == pytest.approx(theirs["speedup"] / theirs["token_ratio"])
+        assert set(theirs["searched"]) == {"1", "2", "4"}
+        assert max(row["gradient_difference"] for row in rows.values()) < 1e-4
+        assert rows["packed, cached reference, no checkpointing"]["passes"] == 2
+    assert "Bars not judged" in capsys.readouterr().out
+
+
+def spoiled_logprob(*args: Any, **kwargs: Any) -> Any:
+    result = logprob_op(*args, **kwargs)
+    return replace(result, token_logps=result.token_logps + 1e-3)
+
+
+def spoiled_without_gradient(*args: Any, **kwargs: Any) -> Any:
+    return (logprob_op if torch.is_grad_enabled() else spoiled_logprob)(*args, **kwargs)
+
+
+def spoiled_reference(*args: Any, **kwargs: Any) -> Any:
+    result = logprob_op(*args, **kwargs)
+    wrong = None if result.ref_token_logps is None else result.ref_token_logps + 1e-3
+    return replace(result, ref_token_logps=wrong)
+
+
+def spoiled_attention(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return attention_op(q * 1.001, *args, **kwargs)
+
+
+def spoiled_packed(*args: Any, **kwargs: Any) -> Any:
+    out = packed_op(*args, **kwargs)
+    return replace(out, segment_logps=1.01 * out.segment_logps)
+
+
+logprob_op, attention_op, packed_op = (
+    logprob_peers.linear_logprob,
+    attention_peers.tree_attention,
+    step_contestants.packed_logps,
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "spoiled", "main", "arguments"),
+    [
+        (logprob_peers, "linear_logprob", spoiled_logprob, linear_logprob.main, [*LOGPROB, "--only", "ours"]),
+        (logprob_peers, "linear_logprob", spoiled_without_gradient, linear_logprob.main, [*LOGPROB, "--only", "ours"]),
+        (logprob_peers, "linear_logprob", spoiled_reference, linear_logprob.main, [*LOGPROB, "--only", "ours"]),
+        (attention_peers, "tree_attention", spoiled_attention, tree_attention.main, [*ATTENTION, "--only", "ours"]),
+        (step_contestants, "packed_logps", spoiled_packed, gpu_train_step.main, STEP),
+    ],
+    ids=["linear_logprob", "its forward", "its reference", "tree_attention", "gpu_train_step"],
+)
+def test_nothing_is_printed_or_recorded_when_ours_is_inexact(
+    module: Any,
+    name: str,
+    spoiled: Callable[..., Any],
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, spoiled)
+    capsys.readouterr()
+    assert main(arguments) == 1
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert "exactness check failed" in written.err
+    assert list(results.iterdir()) == []
+
+
+def test_a_gradient_error_on_confident_tokens_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The naive gradient is good enough on ordinary tokens, so only the confident set can refuse it."""
+    monkeypatch.setattr(logprob_peers, "_ours", lambda impl, case, layout: logprob_peers._peer(
+        logprob_peers.naive, case, layout))  # fmt: skip
+    case, sure = (linear_logprob.make_case(kind, 64, 64, 1000, torch.float32, torch.device("cpu"))
+                  for kind in ("flat", "confident"))  # fmt: skip
+    found = linear_logprob.check_shape(case, sure, ["ours eager"])
+    checks = linear_logprob.our_checks(case, (64, 1000, 64), "flat", found, False)
+    failed = [check.name for check in checks if not check.error <= check.bound]
+    assert failed == ["ours eager, gathered, flat, E 64 V 1000 T 64: confident_grad_error"]
+
+
+def test_peers_that_are_not_installed_are_named(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ("liger_kernel", "cut_cross_entropy", "trl", "flash_attn")
+    for package in [*sys.modules, *missing]:
+        if package.split(".")[0] in missing:
+            monkeypatch.setitem(sys.modules, package, None)
+    assert linear_logprob.main(LOGPROB) == 0
+    assert gpu_train_step.main(STEP) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("TRL chunked", "Liger FLCE", "CCE exact", "Liger DPO", "TRL"):
+        assert f"{name}: not installed" in shown
+    (line,) = records(results, "gpu_train_step")
+    assert [row["name"] for row in line["results"]["rows"]][:2] == ["padded", "packed"]
+
+
+def test_a_profile_follows_the_latest_verdicts(results: Path) -> None:
+    def note(num_rows: int, status: str) -> None:
+        body = {"hidden_size": 64, "vocab_size": 1000, "num_rows": num_rows, "bars": [{"status": status}]}
+        harness.record("linear_logprob", "test", [], body)
+
+    note(64, "missed")
+    note(128, "missed")
+    note(64, "met")
+    assert kernel_profile.missed() == [["--op", "linear_logprob", "--head", "64x1000", "--rows", "128"]]
+    assert kernel_profile.main(["--device", "cpu"]) == 0
+    (line,) = records(results, "kernel_profile")
+    assert "aten::mm" in [row["kernel"] for row in line["results"]["kernels"]]

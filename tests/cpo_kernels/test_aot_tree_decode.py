@@ -1,0 +1,76 @@
+"""Every kernel of tree_decode, in every shipped tile, compiled for compute capability 8.0 and 9.0 without a GPU.
+
+Read off the binary: shared memory above the card's, registers spilled to the stack, and whether the products of the
+partial kernel use the card's matrix instructions.
+"""
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.cpo_kernels.aot import MAX_SHARED_BYTES, compile_kernel
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled there"),
+    pytest.mark.slow,
+]
+HEAD_DIMS = (32, 64, 96, 128, 256)
+GROUP = 4
+MAX_STACK_BYTES = 16  # registers spilled to the stack, per thread: a few loop constants
+INT_POINTERS = {"slots_ptr": "*i64", "items_ptr": "*i32", "offsets_ptr": "*i32", "index_ptr": "*i32"}
+INT_POINTERS |= {"suffix_start_ptr": "*i32", "suffix_len_ptr": "*i32"}
+FLOAT_POINTERS = ("partial_out_ptr", "partial_lse_ptr", "lse_ptr")
+
+
+def compiled(name: str, head_dim: int, dtype: str, arch: int) -> Any:
+    """The kernel as its launcher compiles it; rows, items and heads of a call are no constants of it."""
+    import torch
+
+    from cpo_kernels.tree_attention.tiles import padded_head_dim
+    from cpo_kernels.tree_decode import forward
+    from cpo_kernels.tree_decode.plan import ITEM_COLUMNS
+
+    kernel = getattr(forward, name)
+    block_d = padded_head_dim(head_dim)
+    constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": GROUP, "UPCAST": False}
+    warps, stages = 1 if name == "_store_kernel" else 4, 3  # 4 and 3: what a launch gets that names none
+    if name == "_partial_kernel":
+        tile = forward.choose_tile(
+            head_dim, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        )
+        constants |= {"BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "ITEM_COLUMNS": ITEM_COLUMNS}
+        warps, stages = tile.num_warps, tile.num_stages
+    elif name == "_merge_kernel":
+        constants["BLOCK_KV"] = forward.SUFFIX_BLOCKS[max(block_d, min(forward.SUFFIX_BLOCKS))]
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {key: argument_type(key, dtype, name) for key in kernel.arg_names if key not in constants}
+    strides = [key for key in signature if key.endswith("_stride")]
+    return compile_kernel(kernel, signature, constants, arch, warps, stages, divisible=strides)
+
+
+def argument_type(argument: str, dtype: str, kernel: str) -> str:
+    """Triton's name for the type of one argument."""
+    if not argument.endswith("_ptr"):
+        return "fp32" if argument.startswith("scale") else "i32"
+    if argument in INT_POINTERS:
+        return INT_POINTERS[argument]
+    partial = argument in FLOAT_POINTERS or (kernel, argument) == ("_partial_kernel", "out_ptr")
+    return "*fp32" if partial else f"*{dtype}"
+
+
+CASES = [(name, head_dim, "bf16") for name in ("_partial_kernel", "_merge_kernel") for head_dim in HEAD_DIMS]
+CASES += [("_partial_kernel", head_dim, "fp32") for head_dim in (64, 128, 256)]
+CASES += [("_partial_kernel", 128, "fp16"), ("_merge_kernel", 128, "fp32")]
+CASES += [("_store_kernel", 128, dtype) for dtype in ("bf16", "fp32")]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("name", "head_dim", "dtype"), CASES)
+def test_kernel_fits_the_card(name: str, head_dim: int, dtype: str, arch: int) -> None:
+    binary = compiled(name, head_dim, dtype, arch)
+    assert binary.shared_bytes <= MAX_SHARED_BYTES[arch]
+    assert binary.stack_bytes <= MAX_STACK_BYTES
+    products = name == "_partial_kernel" and dtype != "fp32"
+    assert ("wgmma.mma_async" in binary.ptx) is (products and arch == 90)
+    assert ("mma.sync" in binary.ptx) is (products and arch == 80)

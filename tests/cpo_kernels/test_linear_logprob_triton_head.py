@@ -1,0 +1,65 @@
+"""Gradients of a trained head and compiled graphs, by the Triton kernels; run as `test_linear_logprob_triton` says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from cpo_kernels import linear_logprob
+from tests.cpo_kernels.test_linear_logprob import oracle, upstream
+from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
+    DEVICE,
+    DTYPES,
+    OUTPUTS,
+    _poisoned_memory,
+    claim,
+    crowded,
+    excess,
+    rounded,
+)
+
+
+@claim
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"bias": True}, {"bias": True, "softcap": 4.0, "logit_scale": -1.5}], ids=str)
+def test_trainable_head_stays_within_twice_the_eager_error(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cpo_kernels.linear_logprob import head
+
+    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 300 * 4)  # several chunks of rows
+    ratios = excess(crowded(300, num_rows=10, **options), dtype, train_head=True)
+    if dtype != torch.float32:
+        # Eager multiplies float32 copies; here operands are rounded to 16 bits first, as for any matrix product of
+        # that dtype. The last rounding of the result is one step of the same size, so four bounds are two such steps.
+        ratios = {name: ratio / 4 if name.startswith("d_") else ratio for name, ratio in ratios.items()}
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
+def test_bias_alone_may_take_a_gradient() -> None:
+    case = rounded(crowded(129, bias=True), torch.float32)
+    bias = case.bias.to(DEVICE, torch.float32).requires_grad_()
+    hidden, weight = case.hidden.to(DEVICE, torch.float32), case.weight.to(DEVICE, torch.float32)
+    result = linear_logprob(hidden, weight, case.plan(), bias=bias, impl="triton")
+    token_weight, segment_weight = (w.to(DEVICE, torch.float32) for w in upstream(case))
+    total = (result.token_logps * token_weight).sum() + (result.segment_logps * segment_weight).sum()
+    (first,) = torch.autograd.grad(total, bias, retain_graph=True)
+    (second,) = torch.autograd.grad(total, bias)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.cpu().double(), oracle(case)["d_bias"], rtol=1e-4, atol=1e-4)
+
+
+@claim
+def test_compiled_graph_gives_the_same_bits() -> None:
+    case = crowded(129, bias=True)
+    hidden, weight = case.hidden.to(DEVICE, torch.float32).requires_grad_(), case.weight.to(DEVICE, torch.float32)
+    plan = case.plan().to(DEVICE)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        result = linear_logprob(hidden, weight, plan, hidden * 0.5, outputs=OUTPUTS, softcap=5.0, impl="triton")
+        return (result.segment_logps - result.ref_segment_logps).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (want,), (got,) = (torch.autograd.grad(function(hidden), hidden) for function in (loss, compiled))
+    assert torch.equal(got, want)

@@ -1,0 +1,34 @@
+"""Moving forest, schedule and plan together; the `meta` device stands for a GPU, which tests cannot count on."""
+
+import torch
+
+from cpo_kernels import build_forest
+from cpo_kernels.transfer import to_device
+
+
+def test_every_tensor_moves_and_the_schedule_stays_the_forests_own() -> None:
+    forest = build_forest([[3, 4, 5, 6], [3, 4, 7]])
+    value = (forest, forest.schedule(16, 16), forest.logprob_plan([1, 2]))
+    moved_forest, schedule, plan = to_device(value, "meta")
+    for moved, original in zip((moved_forest, schedule, plan), value, strict=True):
+        assert type(moved) is type(original)
+        for name, tensor in vars(original).items():
+            if isinstance(tensor, torch.Tensor):
+                expected = "cpu" if name.startswith("host_") else "meta"
+                assert getattr(moved, name).device.type == expected, name
+                assert tensor.device.type == "cpu", name
+    assert schedule.subtree_end is moved_forest.subtree_end
+    assert (moved_forest.num_tokens, plan.num_segments, schedule.block_q) == (5, 2, 16)
+
+
+def test_what_is_kept_beside_the_fields_moves_along() -> None:
+    forest = build_forest([[3, 4]])
+    object.__setattr__(forest, "_kept", {"ends": forest.subtree_end, "host": [1, 2]})
+    moved = to_device(forest, "meta")
+    assert moved._kept["ends"] is moved.subtree_end  # type: ignore[attr-defined]
+    assert moved._kept["host"] == [1, 2]  # type: ignore[attr-defined]
+
+
+def test_the_cpu_gives_the_value_itself() -> None:
+    forest = build_forest([[3, 4]])
+    assert to_device(forest, "cpu") is forest

@@ -1,0 +1,161 @@
+"""Claims about key blocks whose query range is cut into parts: bounded, equal to the whole, added in one order.
+
+The parts run where the kernels of tree_attention run: on a GPU, else in the interpreter, started by
+`test_kernels_hold_in_the_interpreter`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from cpo_kernels import TreeSchedule, tree_schedule
+from cpo_kernels.testing import random_subtree_end
+from tests.cpo_kernels.attention_oracle import NAMES, excess, random_heads, runs_kernels, triton_results
+
+MIN_PART_BLOCKS = 16
+MAX_PARTS = 127  # fewer than twice the 64th share of the work
+
+
+def prompt_and_thoughts(num_rows: int, prompt: int, thought: int) -> torch.Tensor:
+    """subtree_end [T] int32 of one prompt and thoughts of equal length below it, which do not see each other."""
+    ends = [num_rows] * prompt
+    for start in range(prompt, num_rows, thought):
+        ends += [min(start + thought, num_rows)] * (min(start + thought, num_rows) - start)
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+def whole(schedule: TreeSchedule) -> TreeSchedule:
+    """The same schedule with every query range in one piece."""
+    blocks = torch.arange(len(schedule.kv_query_start), dtype=torch.int32)
+    return replace(
+        schedule,
+        work_block=blocks,
+        work_start=schedule.kv_query_start,
+        work_stop=schedule.kv_query_stop,
+        work_part=torch.full_like(blocks, -1),
+        split_block=blocks[:0],
+        split_offsets=torch.zeros(1, dtype=torch.int32),
+        num_parts=0,
+    )
+
+
+LINES = {
+    "prompt": prompt_and_thoughts(2048, 100, 30),
+    "chain": torch.full((1000,), 1000, dtype=torch.int32),
+    "random": random_subtree_end(3, 1500, num_padding=20),
+    "one row": torch.ones(1, dtype=torch.int32),
+    "no row": torch.zeros(0, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (32, 16)])
+@pytest.mark.parametrize("line", LINES)
+def test_pieces_cover_every_query_range_once_and_in_order(line: str, blocks: tuple[int, int]) -> None:
+    schedule = tree_schedule(LINES[line], *blocks)
+    starts, stops = schedule.work_start.tolist(), schedule.work_stop.tolist()
+    pieces: dict[int, list[int]] = {}
+    for place, block in enumerate(schedule.work_block.tolist()):
+        pieces.setdefault(block, []).append(place)
+    assert list(pieces) == list(range(len(schedule.kv_query_start)))
+    split, slots = [], []
+    for block, places in pieces.items():
+        assert starts[places[0]] == schedule.kv_query_start[block]
+        assert stops[places[-1]] == schedule.kv_query_stop[block]
+        assert all(stops[one] == starts[two] for one, two in pairwise(places))
+        assert all((stops[place] - starts[place]) % blocks[0] == 0 for place in places[:-1])
+        parts = schedule.work_part[places].tolist()
+        if len(places) > 1:
+            split.append(block)
+            slots.append(parts)
+        else:
+            assert parts == [-1]
+    assert schedule.split_block.tolist() == split
+    offsets = schedule.split_offsets.tolist()
+    assert slots == [list(range(first, last)) for first, last in pairwise(offsets)]
+    assert offsets[-1] == schedule.num_parts <= MAX_PARTS
+
+
+def test_only_ranges_beyond_the_limit_are_cut() -> None:
+    """The limit is 16 query blocks, or a 64th of all where that is more: a long chain has no range above it."""
+    schedule = tree_schedule(prompt_and_thoughts(512, 16, 16), 16, 16)
+    assert schedule.work_part.tolist()[:3] == [0, 1, -1]  # 32 query blocks see the first key block
+    assert schedule.num_parts == 2
+    assert tree_schedule(prompt_and_thoughts(16 * MIN_PART_BLOCKS, 16, 16), 16, 16).num_parts == 0
+    assert tree_schedule(torch.full((8192,), 8192, dtype=torch.int32), 64, 64).num_parts == 0
+    assert tree_schedule(prompt_and_thoughts(65536, 512, 40), 128, 64).num_parts > 16
+
+
+PROMPT = prompt_and_thoughts(529, 30, 23)  # 34 query blocks see the first key block: three parts, the last ragged
+
+
+@pytest.fixture(scope="module")
+def uncut() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs of two query heads on one key head, and the results with every range in one piece."""
+    inputs = random_heads(len(PROMPT), 2, 1, 16, torch.float32)
+    return inputs, triton_results(inputs, PROMPT, whole(tree_schedule(PROMPT, 16, 16)))
+
+
+@runs_kernels
+def test_parts_add_up_to_the_whole_and_two_runs_are_bitwise_equal(
+    uncut: tuple[list[torch.Tensor], list[torch.Tensor]],
+) -> None:
+    inputs, wanted = uncut
+    schedule = tree_schedule(PROMPT, 16, 16)
+    assert schedule.split_offsets.tolist() == [0, 3, 6]
+    parts = triton_results(inputs, PROMPT, schedule)
+    assert max(excess(parts, inputs, PROMPT).values()) <= 1.0
+    for name, got, want in zip(NAMES, parts, wanted, strict=True):
+        first = 32 if name in ("dk", "dv") else 0  # the keys of the two blocks that are cut
+        assert torch.equal(got[first:], want[first:]), name
+    for first_run, second_run in zip(parts, triton_results(inputs, PROMPT, schedule), strict=True):
+        assert torch.equal(first_run, second_run)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.bfloat16), (96, torch.float32)])
+def test_parts_of_several_tiles(head_dim: int, dtype: torch.dtype) -> None:
+    """Blocks of 64 keys are four tiles of a float32 head of 96; its columns are padded to 128."""
+    inputs = random_heads(len(PROMPT), 1, 1, head_dim, dtype)
+    got = triton_results(inputs, PROMPT, tree_schedule(PROMPT, 16, 64))
+    assert max(excess(got, inputs, PROMPT).values()) <= 1.0
+
+
+def dropped_part(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, split_offsets=right.split_offsets - (right.split_offsets > 0).int())
+
+
+def part_added_twice(right: TreeSchedule) -> TreeSchedule:
+    stop = right.work_stop.clone()
+    stop[0] += right.block_q
+    return replace(right, work_stop=stop)
+
+
+def parts_of_the_next_block(right: TreeSchedule) -> TreeSchedule:
+    return replace(right, split_block=right.split_block.flip(0))
+
+
+@runs_kernels
+@pytest.mark.parametrize("mutation", [dropped_part, part_added_twice, parts_of_the_next_block])
+def test_a_wrong_cut_gives_wrong_gradients(mutation: Callable[[TreeSchedule], TreeSchedule]) -> None:
+    inputs = random_heads(len(PROMPT), 1, 1, 16, torch.float32)
+    ratios = excess(triton_results(inputs, PROMPT, mutation(tree_schedule(PROMPT, 16, 16))), inputs, PROMPT)
+    assert min(ratios["dk"], ratios["dv"]) > 100, ratios
+
+
+@runs_kernels
+def test_parts_are_added_in_the_order_of_the_schedule() -> None:
+    """Reversed they give the same gradient to rounding and other bits, so a sum in arrival order would be seen."""
+    right = tree_schedule(PROMPT, 16, 16)
+    last = right.split_offsets[1:] - 1
+    first = right.split_offsets[:-1]
+    owner = torch.bucketize(right.work_part, right.split_offsets, right=True) - 1
+    turned = torch.where(right.work_part < 0, right.work_part, (first + last)[owner.clamp(min=0)] - right.work_part)
+    inputs = random_heads(len(PROMPT), 1, 1, 16, torch.float32)
+    got = triton_results(inputs, PROMPT, replace(right, work_part=turned.int()))
+    assert max(excess(got, inputs, PROMPT).values()) <= 1.0
+    want = triton_results(inputs, PROMPT, right)
+    assert not torch.equal(got[2], want[2])
+    assert not torch.equal(got[3], want[3])

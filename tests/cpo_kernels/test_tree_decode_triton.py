@@ -1,0 +1,184 @@
+"""The Triton kernels of tree_decode against SDPA in fp64: on a GPU, else in Triton's interpreter.
+
+As for tree_attention, without a GPU `test_kernels_hold_in_the_interpreter` runs this file once more in a process with
+TRITON_INTERPRET=1, which must be chosen before a kernel is defined.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpo_kernels.testing import kernel_bound
+from cpo_kernels.tree_decode import DecodePlan, tree_decode
+from tests.cpo_kernels.decode_oracle import Frontier, Inputs, dense_attention, random_frontier, random_inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+SCALE = 0.3
+
+runs_kernels = (
+    pytest.mark.gpu
+    if DEVICE == "cuda"
+    else pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_hold_in_the_interpreter")
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is this process")
+@pytest.mark.slow
+def test_kernels_hold_in_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", __file__],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert "passed" in result.stdout
+
+
+def run(inputs: Inputs, plan: DecodePlan) -> torch.Tensor:
+    return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan.to(DEVICE), scale=SCALE, impl="triton")
+
+
+def excess(actual: torch.Tensor, frontier: Frontier, inputs: Inputs) -> float:
+    """Error against fp64 over what is allowed; at most 1 where the kernels are right, infinite for NaN.
+
+    To `kernel_bound` comes the rounding of float32 accumulators, eight times: a weight inherits that of a score and of a
+    log-sum-exp, each about 8 in size. SDPA sums in another order and may be better by that.
+    """
+    exact = dense_attention(frontier, inputs, SCALE, torch.float64)
+    same_dtype = dense_attention(frontier, inputs, SCALE, inputs.q.dtype)
+    assert actual.dtype == inputs.q.dtype
+    bound = kernel_bound(
+        float((same_dtype.double() - exact).abs().max()), inputs.q.dtype, float(exact.abs().max())
+    ) + 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    error = float((actual.double() - exact).abs().max())
+    return error / bound if error == error else float("inf")
+
+
+def case(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, **tree: int) -> tuple[Frontier, Inputs]:
+    frontier = random_frontier(**({"seed": 1, "depth": 2, "max_rows": 2} | tree))
+    return frontier, random_inputs(frontier, heads, kv_heads, head_dim, dtype, DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+def test_every_row_equals_sdpa_over_its_own_keys(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    frontier, inputs = case(heads, kv_heads, 16, dtype)
+    assert excess(run(inputs, frontier.plan(split=16)), frontier, inputs) <= 1.0
+
+
+@runs_kernels
+@pytest.mark.parametrize(("depth", "seed"), [(1, 6), (3, 4), (5, 13)])
+def test_ragged_trees_of_any_depth(depth: int, seed: int) -> None:
+    """Items, suffixes and the prefilled node are longer than a tile; nodes of one key and states of one row occur."""
+    frontier, inputs = case(2, 1, 16, torch.float32, seed=seed, depth=depth, max_node=40, num_prefilled=40)
+    lengths = [length for path in frontier.paths for _, length in path]
+    assert min(lengths) == 1
+    assert excess(run(inputs, frontier.plan()), frontier, inputs) <= 1.0
+
+
+@runs_kernels
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    """80 and 96 are padded to 128."""
+    frontier, inputs = case(2, 1, head_dim, dtype, depth=1, max_node=70, num_prefilled=3)
+    assert excess(run(inputs, frontier.plan()), frontier, inputs) <= 1.0
+
+
+@runs_kernels
+def test_items_of_more_queries_and_keys_than_a_tile() -> None:
+    """80 queries of a group of 4 are two items of several tiles; 80 rows of a prefilled node see 40 keys each before it."""
+    suffixes = [(300 + 2 * row, 1 + row % 2) for row in range(80)]
+    frontier = Frontier([[(0, 290)]] * 80, suffixes, [(10, 40)], (470, 70), num_arena_rows=540)
+    inputs = random_inputs(frontier, 4, 1, 16, torch.float32, DEVICE)
+    plan = frontier.plan()
+    assert int(plan.items[:, 1].max()) == 64
+    assert excess(run(inputs, plan), frontier, inputs) <= 1.0
+
+
+@runs_kernels
+def test_a_chunked_prefill_equals_sdpa() -> None:
+    frontier, inputs = case(2, 1, 16, torch.float32, num_prefilled=70)
+    prefilled = range(len(frontier.paths), frontier.num_rows)
+    expected = dense_attention(frontier, inputs, SCALE, torch.float64)
+    for first, last in ((0, 64), (64, 70)):
+        chunk = replace(inputs.rows(prefilled[first:last]), arena=inputs.arena)
+        out = run(chunk, frontier.prefill_plan(first, last))
+        torch.testing.assert_close(out.double(), expected[prefilled[first:last]], rtol=1e-5, atol=1e-5)
+
+
+@runs_kernels
+def test_scores_of_ten_thousand_do_not_overflow() -> None:
+    """Of both signs; a weight's relative error is then the rounding of its score, 1e4 times float32's."""
+    frontier, inputs = case(2, 1, 16, torch.float32)
+    inputs.q.mul_(2e3)
+    expected = dense_attention(frontier, inputs, SCALE, torch.float64)
+    torch.testing.assert_close(run(inputs, frontier.plan(split=16)).double(), expected, rtol=5e-2, atol=5e-2)
+
+
+@runs_kernels
+def test_order_of_items_padding_and_repetition_change_no_bit() -> None:
+    frontier, inputs = case(4, 2, 16, torch.bfloat16)
+    plan = frontier.plan(split=16)
+    order = torch.randperm(len(plan.items), generator=torch.Generator().manual_seed(7))
+    padded = plan.padded(len(plan.items) + 3, plan.num_partials + 11)
+    first = run(inputs, plan)
+    for other in (plan, replace(plan, items=plan.items[order]), padded):
+        assert torch.equal(run(inputs, other), first)
+
+
+@runs_kernels
+def test_strided_queries_keys_and_values_give_the_same_bits() -> None:
+    """Heads before rows; rows apart; a column apart, which is copied."""
+    frontier, inputs = case(4, 2, 16, torch.float32)
+    strided = replace(
+        inputs,
+        q=inputs.q.transpose(0, 1).contiguous().transpose(0, 1),
+        k_new=torch.stack([inputs.k_new] * 2, dim=1)[:, 0],
+        v_new=torch.stack([inputs.v_new] * 2, dim=3)[..., 0],
+    )
+    assert torch.equal(run(strided, frontier.plan()), run(inputs, frontier.plan()))
+
+
+@runs_kernels
+def test_new_keys_and_values_are_stored_and_rows_without_keys_are_zero() -> None:
+    frontier, inputs = case(4, 2, 16, torch.bfloat16)
+    plan = frontier.plan()
+    run(inputs, plan)
+    assert torch.equal(inputs.arena[0, plan.slots], inputs.k_new)
+    assert torch.equal(inputs.arena[1, plan.slots], inputs.v_new)
+    alone = inputs.rows([0])
+    assert torch.equal(run(alone, DecodePlan.build([0], [], [0], [0])), torch.zeros_like(alone.q))
+
+
+@runs_kernels
+@pytest.mark.parametrize("mutation", ["first_visible", "suffix_len", "partial_index"])
+def test_a_plan_that_is_off_by_one_is_seen(mutation: str) -> None:
+    frontier, inputs = case(2, 1, 16, torch.float32)
+    plan = frontier.plan()
+    mutated = {
+        "first_visible": replace(plan, items=plan.items - torch.tensor([0, 0, 0, 0, 1, 0], dtype=torch.int32)),
+        "suffix_len": replace(plan, suffix_len=(plan.suffix_len - 1).clamp_min(0)),
+        "partial_index": replace(plan, partial_index=plan.partial_index.roll(1)),
+    }[mutation]
+    assert excess(run(inputs, mutated), frontier, inputs) > 100
+
+
+@runs_kernels
+def test_float64_and_heads_of_more_than_256_are_refused() -> None:
+    frontier, inputs = case(2, 1, 264, torch.float32)
+    with pytest.raises(ValueError, match="head_dim <= 256, got 264"):
+        run(inputs, frontier.plan())
+    frontier, inputs = case(2, 1, 16, torch.float64)
+    with pytest.raises(ValueError, match=r"float32, got torch\.float64"):
+        run(inputs, frontier.plan())

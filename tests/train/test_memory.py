@@ -1,0 +1,163 @@
+"""Predicted against measured: the bytes that autograd really keeps, counted by storage, and what `auto` makes of them."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from cpo_fast.config import Config
+from cpo_fast.train import memory
+from cpo_fast.train.loop import train
+from cpo_fast.train.memory import GIB, choose_checkpointing, predict_step_memory
+from cpo_kernels import build_forest
+from cpo_kernels.integrations.lora import keep_input_dtype
+from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.integrations.transformers.parts import model_parts
+from cpo_kernels.testing import random_sequences
+from tests.tiny import ALL_LINEAR, tiny_model
+from tests.train.conftest import largest_difference
+from tests.train.test_loop import adapter_of, metrics_of
+
+SHAPES = {
+    "tiny": {"num_hidden_layers": 4},
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 3,
+    },
+}
+ARCHITECTURES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+PAPER = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture(autouse=True)
+def _plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's ZeRO 3, once started, replaces the linear function of the whole process, also for later tests."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
+
+def adapted(architecture: str, shape: str, dtype: torch.dtype, targets: tuple[str, ...], recast: bool) -> Any:
+    changes = {"sliding_window": None} if architecture == "mistral" else {}
+    model = tiny_model(ARCHITECTURES[architecture], dtype=dtype, **SHAPES[shape], **changes)
+    config = LoraConfig(r=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if recast:
+        keep_input_dtype(model)
+    return prepare(model)
+
+
+def kept_bytes(model: Any) -> tuple[int, int]:
+    """Tokens of a forest, and bytes that a forward over it keeps for backward, each storage once, weights left out."""
+    forest = build_forest(random_sequences(3, num_sequences=16)[0])
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    alive = []  # an address may be used again once its tensor is gone
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forest_forward(model_parts(model), forest).last_hidden_state
+    assert output.requires_grad
+    return forest.num_tokens, sum(seen.values())
+
+
+@pytest.mark.parametrize("targets", [PAPER, ALL_LINEAR], ids=["qkv", "all"])
+@pytest.mark.parametrize(
+    ("dtype", "recast"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "bf16", "bf16-peft"],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prediction_is_within_ten_percent_of_what_autograd_keeps(
+    architecture: str, shape: str, dtype: torch.dtype, recast: bool, targets: tuple[str, ...]
+) -> None:
+    model = adapted(architecture, shape, dtype, targets, recast)
+    num_tokens, measured = kept_bytes(model)
+    predicted = predict_step_memory(model, num_tokens).activation_bytes
+    assert 0.9 < predicted / measured < 1.1
+
+
+@pytest.mark.parametrize(("dtype", "recast"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("targets", [PAPER, ALL_LINEAR], ids=["qkv", "all"])
+def test_prediction_counts_the_inputs_that_zero_3_keeps(
+    dtype: torch.dtype, recast: bool, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    model = adapted("llama", "smollm2", dtype, targets, recast)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    num_tokens, measured = kept_bytes(model)
+    predicted = predict_step_memory(model, num_tokens, zero_stage=3).activation_bytes
+    assert 0.9 < predicted / measured < 1.1
+
+
+def test_checkpointed_prediction_is_within_ten_percent_of_what_autograd_keeps() -> None:
+    """Between forward and backward only the layers' inputs and what lies outside the layers are kept."""
+    model = adapted("llama", "smollm2", torch.bfloat16, PAPER, recast=True)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    num_tokens, measured = kept_bytes(model)
+    predicted = predict_step_memory(model, num_tokens)
+    kept = num_tokens * (predicted.num_layers * predicted.checkpoint_bytes + predicted.once_bytes)
+    assert 0.9 < kept / measured < 1.1
+
+
+def test_auto_turns_checkpointing_on_exactly_where_a_step_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted("llama", "tiny", torch.float32, PAPER, recast=True)
+    needed = predict_step_memory(model, 5000).total_bytes
+    enough = int(needed / memory.USABLE_SHARE) + 1
+    with caplog.at_level(logging.INFO):
+        assert choose_checkpointing(model, 5000, free_bytes=enough) == "off"
+        assert choose_checkpointing(model, 5000, free_bytes=enough - 2) == "non_reentrant"
+    first, second = (record.message for record in caplog.records if "gradient checkpointing" in record.message)
+    assert first.startswith("gradient checkpointing: off; a step of 5000 tokens needs about")
+    assert f"{needed / GIB:.2f} GiB" in first
+    assert second.startswith("gradient checkpointing: non_reentrant;")
+
+
+def test_memory_grows_with_tokens_and_checkpointing_saves_most_of_it() -> None:
+    model = adapted("llama", "smollm2", torch.bfloat16, PAPER, recast=True)
+    small, large = (predict_step_memory(model, count) for count in (1000, 8000))
+    assert large.activation_bytes == 8 * small.activation_bytes
+    assert large.checkpointed_bytes < large.total_bytes
+
+
+def test_free_memory_of_the_cpu_is_asked_for() -> None:
+    assert 0 < memory.free_device_bytes(torch.device("cpu")) < 1 << 46
+
+
+def test_training_decides_by_its_largest_forest_and_the_adapter_is_the_same(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "num_epochs": 1}
+    expected = adapter_of(make_config(**sgd, gradient_checkpointing="off"))
+    asked: list[int] = []
+
+    def scripted(model: Any, num_tokens: int, zero_stage: int) -> str:
+        asked.append(num_tokens)
+        return "non_reentrant"
+
+    monkeypatch.setattr("cpo_fast.train.loop.choose_checkpointing", scripted)
+    config = make_config(**sgd)
+    computed = [line["tokens/computed"] for line in metrics_of(config)]
+    assert asked == [max(computed)]
+    assert len(set(computed)) > 1
+    assert largest_difference(expected, load_file(Path(config.run) / "adapter" / "adapter_model.safetensors")) == 0.0
+    train(make_config(**sgd, max_tokens=100))
+    assert asked[-1] == 100
