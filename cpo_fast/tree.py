@@ -11,8 +11,9 @@ search gives the same bytes. Gold answers ride along for information; nothing he
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,13 +21,19 @@ from typing import Any, Literal, get_args
 from cpo_fast.errors import DataError
 from cpo_fast.files import canonical_json, read_jsonl, write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
 
 # ok: at least one winning path; no_answer: thoughts, but no complete chain; no_candidates: not one usable thought under
 # the root; failed: the search of this question raised, `detail` says what
 Status = Literal["ok", "no_answer", "no_candidates", "failed"]
 Stop = Literal["newline", "eos", "length"]
+LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
+
+
+def rounded_logps(logps: Iterable[float]) -> tuple[float, ...]:
+    """Log-probs as `Node.logps` holds them; never -0.0, so that equal values are equal bytes."""
+    return tuple(round(logp, LOGP_DECIMALS) + 0.0 for logp in logps)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Node:
         count: how many samples of this parent had this text (merged by collapsed whitespace).
         answer: the normalised answer of a complete node, else None.
         stop: why generation ended: a newline, end-of-sequence, or the token cap.
+        logps: natural log-prob of each generated token, rounded to `LOGP_DECIMALS`: of every id and, after `eos`, of the
+            end-of-sequence. Under the model itself: temperature 1, nothing filtered. Empty in an imported tree.
     """
 
     id: int
@@ -65,6 +74,7 @@ class Node:
     count: int
     answer: str | None
     stop: Stop
+    logps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,10 @@ class SearchTree:
         """
         version = row.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+            raise ValueError(
+                f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: another version of cpo_fast wrote "
+                "it; collect again into another folder"
+            )
         _check_fields(cls, row, _TREE_TYPES, "tree")
         if not isinstance(row["nodes"], list):
             raise ValueError("'nodes' is not a list")
@@ -253,6 +266,7 @@ _NODE_TYPES: dict[str, type | tuple[type, ...]] = {
     "count": int,
     "answer": (str, type(None)),
     "stop": str,
+    "logps": list,
 }
 _TREE_TYPES: dict[str, type | tuple[type, ...]] = {
     "id": str,
@@ -313,4 +327,11 @@ def _node(row: Any, position: int) -> Node:
     if not all(isinstance(record, dict) for record in row["evaluations"]):
         raise ValueError(f"{what}: 'evaluations' is not a list of objects")
     token_ids = _ids(row["token_ids"], "token_ids")
-    return Node(**{**row, "token_ids": token_ids, "evaluations": tuple(row["evaluations"])})
+    logps = row["logps"]
+    if not all(type(logp) in (int, float) and math.isfinite(logp) and logp <= 0 for logp in logps):
+        raise ValueError(f"{what}: 'logps' is not a list of finite log-probs")
+    num_generated = len(token_ids) + (row["stop"] == "eos")
+    if len(logps) not in (0, num_generated):
+        raise ValueError(f"{what}: has {len(logps)} logps for {num_generated} generated tokens")
+    lists = {"token_ids": token_ids, "evaluations": tuple(row["evaluations"]), "logps": tuple(map(float, logps))}
+    return Node(**{**row, **lists})

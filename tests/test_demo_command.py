@@ -18,6 +18,7 @@ from cpo_fast.cli.demo import STATEMENT, demo_command, demo_config
 from cpo_fast.config import config_hash
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.models import load_model
+from cpo_fast.search.engine import Search
 from cpo_fast.search.grower import SearchOutcome
 from cpo_fast.tree import Node
 from tests.tiny import save_tiny_model
@@ -46,7 +47,8 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
     folder = save_tiny_model(tmp_path / "model", max_position_embeddings=4096)
     searched: list[str] = []
 
-    def search_question(engine: Any, tokenizer: Any, task: Any, question: Any, *rest: Any) -> SearchOutcome:
+    def search_question(tokenizer: Any, task: Any, question: Any, *rest: Any) -> Search[SearchOutcome]:
+        yield from ()  # a search that asks nothing
         searched.append(question.id)
         texts = ["Step 1: add.\n", "Step 1: guess.\n", f"Answer: {question.gold}\n", "Answer: 77\n"]
         nodes = []
@@ -59,7 +61,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
             )
         return SearchOutcome(tuple(nodes), (2,), question.gold, 0, "ok")
 
-    monkeypatch.setattr("cpo_fast.search.collect.search_question", search_question)
+    monkeypatch.setattr("cpo_fast.search.question_search.search_question", search_question)
     monkeypatch.setattr("cpo_fast.demo.find_gguf", lambda: tmp_path / "unused.gguf")
     monkeypatch.setattr("cpo_fast.demo.convert_demo_model", lambda gguf: folder)
     return searched

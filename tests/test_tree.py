@@ -8,7 +8,7 @@ import pytest
 
 from cpo_fast.errors import DataError
 from cpo_fast.files import canonical_json
-from cpo_fast.tree import Node, Prompt, SearchTree, read_prompt, read_trees
+from cpo_fast.tree import Node, Prompt, SearchTree, read_prompt, read_trees, rounded_logps
 
 PROMPT = Prompt.build("few shots\n\n", [1, 10, 11, 12])
 
@@ -30,6 +30,7 @@ def _node(identity, parent, depth, token_ids, answer=None):
         1,
         answer,
         "newline",
+        (-0.5,) * len(token_ids),
     )
 
 
@@ -75,6 +76,16 @@ def test_a_tree_survives_the_file_unchanged_and_its_bytes_are_canonical(tmp_path
     assert path.read_text("utf-8").splitlines()[0] == canonical_json(trees[0].to_dict())
 
 
+def test_an_imported_tree_may_tell_no_log_probs():
+    row = _edit_node(2, logps=[])
+    assert SearchTree.from_dict(row).nodes[2].logps == ()
+
+
+def test_log_probs_are_rounded_once_and_zero_has_no_sign():
+    assert rounded_logps([-1.23456789, -1e-9, 0.0]) == (-1.234568, 0.0, 0.0)
+    assert canonical_json(rounded_logps([-1e-9, -0.1000004])) == "[0.0,-0.1]"
+
+
 def test_children_paths_and_ids():
     tree = _tree()
     assert [node.id for node in tree.children(-1)] == [0, 1]
@@ -113,8 +124,8 @@ def _edit_node(position, **changes):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (_edit(schema_version=2), "schema_version is 2"),
-        ({"schema_version": 1}, "missing"),
+        (_edit(schema_version=1), "schema_version is 1, this version reads 2: another version"),
+        ({"schema_version": 2}, "missing"),
         (_edit(extra=1), r"unknown \['extra'\]"),
         (_edit(question=3), "'question' has type int"),
         (_edit(num_shared_tokens=True), "'num_shared_tokens' has type bool"),
@@ -132,6 +143,11 @@ def _edit_node(position, **changes):
         (_edit_node(2, value="high"), "'value' has type str"),
         (_edit_node(2, evaluations=[3]), "'evaluations' is not a list of objects"),
         (_edit_node(2, stop="tired"), "stop 'tired'"),
+        (_edit_node(2, logps=None), "'logps' has type NoneType"),
+        (_edit_node(2, logps=[-0.5, 0.1]), "'logps' is not a list of finite log-probs"),
+        (_edit_node(2, logps=[-0.5, "low"]), "'logps' is not a list of finite log-probs"),
+        (_edit_node(2, logps=[-0.5]), "has 1 logps for 2 generated tokens"),
+        (_edit_node(2, stop="eos"), "has 2 logps for 3 generated tokens"),
     ],
 )
 def test_a_line_that_is_no_tree_is_named_with_its_place(tmp_path, row, message):

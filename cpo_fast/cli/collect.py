@@ -1,12 +1,16 @@
 """`cpo-fast collect`: search every question of a task, or import searches of the paper's program, to `trees.jsonl`."""
 
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError
+
+if TYPE_CHECKING:
+    from cpo_fast.search.worker import Worker
 
 # ids, answers and reasons in a line of progress: some are written by a model
 MAX_SHOWN = 80
@@ -23,10 +27,19 @@ MAX_SHOWN = 80
     type=click.Path(dir_okay=False),
     help="Do not search: convert the raw tree file of the CPO paper's own program.",
 )
-def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool, official_path: str | None) -> None:
+@click.option(
+    "--worker",
+    "worker_option",
+    metavar="I/N",
+    help="Search the questions of worker I of N, counted from 0. Without it: the rank that torchrun or Slurm gives.",
+)
+def collect_command(
+    config_path: str, overrides: tuple[str, ...], as_json: bool, official_path: str | None, worker_option: str | None
+) -> None:
     """Search: grow one tree of thoughts per question into RUN/trees.jsonl.
 
-    Questions that the file already holds are skipped, so a run that was stopped continues where it was.
+    Questions that are already finished are skipped, so a run that was stopped continues where it was, with as many
+    workers as before or with another number of them. The last worker to finish writes the file.
     """
     config = load_config(config_path, overrides)
     if not config.model.path:
@@ -35,12 +48,14 @@ def collect_command(config_path: str, overrides: tuple[str, ...], as_json: bool,
         _import(config, official_path, as_json)
         return
     from cpo_fast.search.collect import collect, load_questions
+    from cpo_fast.search.worker import find_worker
 
-    _, questions = load_questions(config)  # a bad question file is reported before torch is loaded
+    worker = find_worker(worker_option, os.environ)
+    load_questions(config)  # a bad question file is reported before torch is loaded
     if sys.stderr.isatty():
-        result = _collect_with_bar(config, collect, len(questions))
+        result = _collect_with_bar(config, collect, worker)
     else:
-        result = collect(config, progress=_print_line)
+        result = collect(config, progress=_print_line, worker=worker)
     if as_json:
         _print_json(result)
     else:
@@ -73,7 +88,7 @@ def _import(config: Config, official_path: str, as_json: bool) -> None:
     click.echo(f"trees: {result.trees_path}; left out: {result.dropped_path}")
 
 
-def _collect_with_bar(config: Config, collect: Any, num_questions: int) -> Any:
+def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -86,9 +101,14 @@ def _collect_with_bar(config: Config, collect: Any, num_questions: int) -> Any:
 
     columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        bar_id = bar.add_task("collect", total=num_questions)
-        result = collect(config, progress=lambda number, *_: bar.update(bar_id, completed=number))
-        bar.update(bar_id, completed=num_questions)
+        bar_id = bar.add_task("collect", total=None)
+        result = collect(
+            config,
+            progress=lambda number, total, *_: bar.update(bar_id, completed=number, total=total),
+            worker=worker,
+        )
+        num_finished = result.num_questions - result.num_missing
+        bar.update(bar_id, completed=num_finished, total=num_finished)
     return result
 
 
@@ -123,8 +143,9 @@ def _print_json(result: Any) -> None:
 
 
 def _print_summary(result: Any) -> None:
+    missing = f", {result.num_missing} of other workers not finished yet" if result.num_missing else ""
     rows = [
-        ("questions", f"{result.num_questions} ({result.num_resumed} finished before)"),
+        ("questions", f"{result.num_questions} ({result.num_resumed} finished before{missing})"),
         ("statuses", _counts(result.statuses)),
         ("samples", f"{result.num_samples} ({result.num_empty} empty)"),
         ("unique thoughts", f"{result.num_thoughts} ({result.num_cut} cut at the token cap)"),

@@ -2,8 +2,8 @@
 
 The chain is that of `greedy`, and of `generate`, token for token: the same largest logits, stopped by the same reader.
 The engine that grows the trees is used so that seconds of a chain and of a tree compare: both read the few-shot prompt
-from one cache and pay the same cost a token. The lines before are prefilled again for each line, and the reference
-engine fills one row up to four, which a CPU notices and an accelerator does not.
+from one cache and pay the same cost a token. The reference engine prefills the lines before
+again for each line, and on a CPU fills one row up to a few.
 """
 
 import time
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpo_fast.evaluate.chain import Chain, ChainReader
-from cpo_fast.search.engine import Engine, Request
+from cpo_fast.search.engine import Ask, Engine, Request, Sample
 from cpo_fast.tasks import Task
 
 
@@ -39,7 +39,8 @@ def engine_chain(
         state = (*prompt, *reader.token_ids)
         num_left = max_new_tokens - len(reader.token_ids)
         # greedy: no random number is drawn, so the name does not matter
-        (line,) = engine.sample([Request(state, "greedy", 0.0, 1.0, num_left)])
+        (line,) = engine.answer(Ask((Request(state, "greedy", 0.0, 1.0, num_left),), keep=True))
+        assert isinstance(line, Sample), "a request is answered by a sample"
         for token in line.token_ids:
             reader.add(token)
         if line.stop == "eos":

@@ -124,7 +124,7 @@ class _Asker:
         config = self._config
         settings: dict[str, Any] = {"max_steps": config.search.max_steps, "max_new_tokens": config.eval.max_new_tokens}
         if method == "tot":
-            settings = {"search": config.search.model_dump(mode="json", exclude={"batch_size"}), "seed": config.seed}
+            settings = {"search": config.search.deciding(), "seed": config.seed}
         prompts = [self._prompt_ids(PROBES[0])]
         if method == "tot":
             prompts += evaluator_prompts(self._task, self._tokenizer, PROBES[0], self._config.task.chat)
@@ -214,13 +214,14 @@ class _Asker:
     def _engine(self) -> "tuple[Engine, float]":
         """The search engine with every shared prompt in its cache, and the seconds that took; made when first used."""
         if self._engine_and_setup is None:
-            from cpo_fast.search.engine import Request
+            from cpo_fast.search.engine import Ask, Request
 
             start = time.perf_counter()
             chat = self._config.task.chat
-            engine = build_engine(self._task, self._model, self._tokenizer, self._config.search.batch_size, chat)
+            engine = build_engine(self._task, self._model, self._tokenizer, self._config.search, chat)
             # what a first call pays once is no question's cost
-            engine.sample([Request(tuple(self._prompt_ids(PROBES[0])), "warm-up", 0.0, 1.0, 2)])
+            warm_up = Request(tuple(self._prompt_ids(PROBES[0])), "warm-up", 0.0, 1.0, 2)
+            engine.answer(Ask((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
         return self._engine_and_setup
 

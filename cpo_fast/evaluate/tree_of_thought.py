@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Engine
+from cpo_fast.search.engine import Engine, drive
 from cpo_fast.search.strategy import SearchOutcome, search_question
 from cpo_fast.tasks import Question, Task
 from cpo_fast.tree import ROOT, Status
@@ -47,9 +47,9 @@ def tree_answer(
     seed: int,
     chat: bool = False,
 ) -> TreeAnswer:
-    """Search one question and vote. Arguments as for `search.strategy.search_question`."""
+    """Search one question alone and vote. Arguments as for `search.strategy.search_question`."""
     start = time.perf_counter()
-    outcome = search_question(engine, tokenizer, task, question, root_ids, settings, seed, chat)
+    outcome = drive(engine, search_question(tokenizer, task, question, root_ids, settings, seed, chat))
     seconds = time.perf_counter() - start
     num_tokens = outcome.num_thought_tokens + outcome.num_verdict_tokens
     text = _best_path(outcome)

@@ -4,12 +4,13 @@ An answer takes no place among the n. Order is (-value, parent rank, sample inde
 and one batch of verdicts whatever the model says.
 """
 
+from cpo_fast.search.engine import Search
 from cpo_fast.search.grower import Grower
 
 
-def grow(grower: Grower) -> None:
+def grow(grower: Grower) -> Search[None]:
     """Grow the whole tree, at most `search.max_steps` thoughts deep."""
     frontier = [grower.root]
     while frontier and grower.room:
-        children = [child for siblings in grower.expand(frontier) for child in siblings]
-        frontier = grower.select(children)
+        families = yield from grower.expand(frontier)
+        frontier = grower.select([child for siblings in families for child in siblings])

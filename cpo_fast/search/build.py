@@ -6,6 +6,7 @@ restart splits its forwards in the same places and rounds the same.
 
 from typing import Any
 
+from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Engine
 from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, encode_question, evaluator_text
 from cpo_fast.tasks.task import ANSWER_MARK
@@ -21,11 +22,9 @@ def evaluator_prompts(task: Task, tokenizer: Any, question: Question, chat: bool
     return [encode_prompt(tokenizer, text, chat) for text in texts]
 
 
-def build_engine(task: Task, model: Any, tokenizer: Any, batch_size: int, chat: bool) -> Engine:
-    """The Hugging Face engine with the few-shot prompt and the evaluator's prompts prefilled once."""
-    from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-
-    engine = HuggingFaceEngine(model, tokenizer, batch_size)
+def build_engine(task: Task, model: Any, tokenizer: Any, settings: SearchConfig, chat: bool) -> Engine:
+    """The engine that `settings` names, with the few-shot prompt and the evaluator's prompts prefilled once."""
+    engine = _engine(model, tokenizer, settings)
     prompts, others = (
         [encode_question(tokenizer, task, probe, chat), *evaluator_prompts(task, tokenizer, probe, chat)]
         for probe in PROBES
@@ -33,3 +32,13 @@ def build_engine(task: Task, model: Any, tokenizer: Any, batch_size: int, chat: 
     for one, other in zip(prompts, others, strict=True):
         engine.cache_prefix(one[: common_prefix_length(one, other)])
     return engine
+
+
+def _engine(model: Any, tokenizer: Any, settings: SearchConfig) -> Engine:
+    if settings.engine == "arena":
+        from cpo_fast.search.engine.arena_engine import ArenaEngine
+
+        return ArenaEngine(model, tokenizer, settings)
+    from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+
+    return HuggingFaceEngine(model, tokenizer, settings.batch_size)

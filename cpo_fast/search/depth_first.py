@@ -5,15 +5,16 @@ none valued below `search.dfs_threshold`. A child without a readable verdict is 
 last. The node budget decides how far the search comes back; what it has not reached by then stays an unexpanded leaf.
 """
 
+from cpo_fast.search.engine import Search
 from cpo_fast.search.grower import Grower
 
 
-def grow(grower: Grower) -> None:
+def grow(grower: Grower) -> Search[None]:
     """Grow the tree along the best children until nothing is left to follow or the budget is spent."""
     threshold = grower.settings.dfs_threshold
     stack = [grower.root]
     while stack and grower.room:
-        (children,) = grower.expand([stack.pop()])
+        (children,) = yield from grower.expand([stack.pop()])
         promising = [
             child for child in children if threshold is None or child.value is None or child.value >= threshold
         ]

@@ -6,7 +6,9 @@
 `logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the
 line is one of the two labels and nothing else. What cannot be read is recorded as such and counted. By
 `search.unparseable: drop` it is left out of the mean, and a state without one readable verdict has value None and
-ranks last; by `impossible` it counts as v_impossible. Equal states of a question are judged once.
+ranks last; by `impossible` it counts as v_impossible. Equal states of a question are judged once, and all that are to
+be judged at one time are one ask. The official program's top-k and repetition penalty are for thoughts; a verdict is
+one of two labels, and a penalty on tokens of the prompt, which holds both, would only blur it.
 """
 
 import math
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Engine, Request
+from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
 from cpo_fast.search.state import State
 from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, evaluator_text
 from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
@@ -33,7 +35,7 @@ class Evaluator:
     """Judges the states of one question.
 
     Args:
-        engine: scores labels or samples verdicts. tokenizer: turns evaluator prompts into ids.
+        tokenizer: turns evaluator prompts into ids.
         task: gives the prompts. question: shown in them.
         settings: `evaluator` and what belongs to it.
         run_name: seed and question, part of the uid of sampled verdicts.
@@ -45,7 +47,6 @@ class Evaluator:
 
     def __init__(
         self,
-        engine: Engine,
         tokenizer: Any,
         task: Task,
         question: Question,
@@ -53,7 +54,6 @@ class Evaluator:
         run_name: str,
         chat: bool = False,
     ) -> None:
-        self._engine = engine
         self._tokenizer = tokenizer
         self._task = task
         self._question = question
@@ -63,20 +63,44 @@ class Evaluator:
         self._judged: dict[str, Verdict] = {}
         self.num_tokens = 0
 
-    def evaluate(self, states: Sequence[State]) -> list[Verdict]:
-        """One verdict per state, in order."""
+    def evaluate(self, states: Sequence[State]) -> Search[list[Verdict]]:
+        """One verdict per state, in order. Asks the engine once, unless every state was judged before."""
         prompts = [
             evaluator_text(self._tokenizer, self._task, self._question, state.lines, self._chat) for state in states
         ]
-        judge = self._by_logits if self._settings.evaluator == "logits" else self._by_samples
-        for prompt in prompts:
-            if prompt not in self._judged:
-                self._judged[prompt] = judge(prompt)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._judged]
+        if new:
+            by_logits = self._settings.evaluator == "logits"
+            items = [self._scoring(prompt) if by_logits else self._requests(prompt) for prompt in new]
+            answers = iter((yield Ask(tuple(item for group in items for item in group), keep=False)))
+            for prompt, group in zip(new, items, strict=True):
+                judge = self._by_logits if by_logits else self._by_samples
+                self._judged[prompt] = judge([next(answers) for _ in group])
         return [self._judged[prompt] for prompt in prompts]
 
-    def _by_logits(self, prompt: str) -> Verdict:
+    def _scoring(self, prompt: str) -> tuple[Request | Scoring, ...]:
         prompt_ids, labels = label_ids(self._tokenizer, prompt, self._chat)
-        likely, impossible = self._engine.score(prompt_ids, labels)
+        return (Scoring(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
+
+    def _requests(self, prompt: str) -> tuple[Request | Scoring, ...]:
+        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt, self._chat))
+        digest = State.root(prompt_ids).digest
+        settings = self._settings
+        return tuple(
+            Request(
+                prompt_ids,
+                f"{self._run_name}/verdict/{digest}/{index}",
+                settings.verdict_temperature,
+                1.0,
+                settings.max_verdict_tokens,
+            )
+            for index in range(settings.num_verdicts)
+        )
+
+    def _by_logits(self, answers: list[Answer]) -> Verdict:
+        (logps,) = answers
+        assert isinstance(logps, list), "a scoring is answered by log-probs"
+        likely, impossible = logps
         # logistic of the difference, written so that neither exponential overflows
         difference = likely - impossible
         share = (
@@ -85,21 +109,10 @@ class Evaluator:
         value = share * self._settings.value_likely + (1 - share) * self._settings.value_impossible
         return Verdict(value, ({LIKELY: likely, IMPOSSIBLE: impossible},))
 
-    def _by_samples(self, prompt: str) -> Verdict:
-        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt, self._chat))
-        state = State.root(prompt_ids)
+    def _by_samples(self, answers: list[Answer]) -> Verdict:
+        samples = [answer for answer in answers if isinstance(answer, Sample)]
+        assert len(samples) == len(answers), "a request is answered by a sample"
         settings = self._settings
-        requests = [
-            Request(
-                prompt_ids,
-                f"{self._run_name}/verdict/{state.digest}/{index}",
-                settings.verdict_temperature,
-                1.0,
-                settings.max_verdict_tokens,
-            )
-            for index in range(settings.num_verdicts)
-        ]
-        samples = self._engine.sample(requests)
         self.num_tokens += sum(sample.num_tokens for sample in samples)
         texts = [sample.text for sample in samples]
         labels = [parse_verdict(text) for text in texts]

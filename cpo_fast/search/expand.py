@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Engine, Request
+from cpo_fast.search.engine import Ask, Request, Sample, Search
 from cpo_fast.search.state import Candidate, State
 
 
@@ -28,13 +28,12 @@ class Expansion:
     num_tokens: int
 
 
-def expand(engine: Engine, states: Sequence[State], settings: SearchConfig, run_name: str, next_id: int) -> Expansion:
-    """Sample under each state.
+def expand(states: Sequence[State], settings: SearchConfig, run_name: str, next_id: int) -> Search[Expansion]:
+    """Sample under each state, in one ask.
 
     Args:
-        engine: samples the thoughts.
         states: the states to continue, in rank order.
-        settings: `num_candidates`, `temperature`, `top_p`, `max_thought_tokens`.
+        settings: `num_candidates`, `max_thought_tokens`, and how a token is sampled.
         run_name: seed and question, the part of a sample's uid that the state does not give.
         next_id: id of the first node that these candidates become; ids go up by parent rank and sample index.
     """
@@ -45,11 +44,15 @@ def expand(engine: Engine, states: Sequence[State], settings: SearchConfig, run_
             settings.temperature,
             settings.top_p,
             settings.max_thought_tokens,
+            settings.top_k,
+            settings.repetition_penalty,
         )
         for state in states
         for index in range(settings.num_candidates)
     ]
-    samples = engine.sample(requests)
+    answers = yield Ask(tuple(requests), keep=True)
+    samples = [answer for answer in answers if isinstance(answer, Sample)]
+    assert len(samples) == len(requests), "a request is answered by a sample"
     children: list[list[Candidate]] = []
     num_empty = 0
     for rank, state in enumerate(states):
@@ -63,7 +66,7 @@ def expand(engine: Engine, states: Sequence[State], settings: SearchConfig, run_
                 merged[key] = replace(merged[key], count=merged[key].count + 1)
             else:
                 after = state.extend(next_id, sample.token_ids, sample.text)
-                merged[key] = Candidate(after, sample.token_ids, sample.text, sample.stop, count=1)
+                merged[key] = Candidate(after, sample, count=1)
                 next_id += 1
         children.append(list(merged.values()))
     return Expansion(children, num_empty, sum(sample.num_tokens for sample in samples))

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Engine
+from cpo_fast.search.engine import Sample, Search
 from cpo_fast.search.evaluate import Evaluator, Verdict
 from cpo_fast.search.expand import expand
 from cpo_fast.search.select import rank
 from cpo_fast.search.state import Candidate, State
 from cpo_fast.tasks import Task
-from cpo_fast.tree import ROOT, Node, Status
+from cpo_fast.tree import ROOT, Node, Status, rounded_logps
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Grower:
     """The tree of one question while a strategy grows it.
 
     Args:
-        engine: samples thoughts. evaluator: judges them. task: says where a chain ends and what its answer is.
+        evaluator: judges thoughts. task: says where a chain ends and what its answer is.
         root_ids: the question prompt as the model reads it.
         settings: the search.
         run_name: seed and question, part of every sample's uid.
@@ -67,14 +67,12 @@ class Grower:
 
     def __init__(
         self,
-        engine: Engine,
         evaluator: Evaluator,
         task: Task,
         root_ids: Sequence[int],
         settings: SearchConfig,
         run_name: str,
     ) -> None:
-        self._engine = engine
         self._evaluator = evaluator
         self._task = task
         self._run_name = run_name
@@ -94,8 +92,10 @@ class Grower:
         left = max(self.settings.max_nodes - len(self.nodes), 0)
         return -(-left // self.settings.num_candidates)
 
-    def expand(self, states: Sequence[State]) -> list[list[Child]]:
+    def expand(self, states: Sequence[State]) -> Search[list[list[Child]]]:
         """Sample, merge and judge the children of states, add them to the tree, and mark the states as kept.
+
+        Asks the engine twice: for all thoughts, then for all verdicts.
 
         Args:
             states: best first; those beyond `room` are left alone.
@@ -104,11 +104,12 @@ class Grower:
             One list of children for each expanded state, in sample order.
         """
         states = states[: self.room]
-        expansion = expand(self._engine, states, self.settings, self._run_name, next_id=len(self.nodes))
+        expansion = yield from expand(states, self.settings, self._run_name, next_id=len(self.nodes))
         self.num_empty += expansion.num_empty
         self.num_thought_tokens += expansion.num_tokens
         flat = [candidate for candidates in expansion.children for candidate in candidates]
-        verdicts = iter(self._evaluator.evaluate([candidate.state for candidate in flat]))
+        judged = yield from self._evaluator.evaluate([candidate.state for candidate in flat])
+        verdicts = iter(judged)
         children: list[list[Child]] = []
         for state, candidates in zip(states, expansion.children, strict=True):
             if state.node_id != ROOT:
@@ -124,29 +125,30 @@ class Grower:
         return [open_children[index].state for index in chosen]
 
     def _add(self, candidate: Candidate, verdict: Verdict, parent: int) -> Child:
-        state = candidate.state
-        answer = self._task.parse_answer(candidate.text) if candidate.stop != "length" else None
+        state, sample = candidate.state, candidate.sample
+        answer = self._task.parse_answer(sample.text) if sample.stop != "length" else None
         node = Node(
             id=state.node_id,
             parent=parent,
             depth=state.depth,
-            text=candidate.text,
-            token_ids=candidate.token_ids,
+            text=sample.text,
+            token_ids=sample.token_ids,
             value=verdict.value,
             evaluations=verdict.evaluations,
             kept=answer is not None,
-            terminal=self._ends(candidate),
+            terminal=self._ends(sample),
             complete=answer is not None,
             count=candidate.count,
             answer=answer,
-            stop=candidate.stop,
+            stop=sample.stop,
+            logps=rounded_logps(sample.logps),
         )
         assert node.id == len(self.nodes)
         self.nodes.append(node)
         is_open = not node.terminal and state.depth < self.settings.max_steps
         return Child(state, verdict.value, is_open)
 
-    def _ends(self, candidate: Candidate) -> bool:
+    def _ends(self, sample: Sample) -> bool:
         """Whether the search cannot continue after this thought."""
-        text = candidate.text
-        return candidate.stop != "newline" or self._task.is_answer_line(text) or self._task.leaves_question(text)
+        text = sample.text
+        return sample.stop != "newline" or self._task.is_answer_line(text) or self._task.leaves_question(text)

@@ -23,8 +23,9 @@ from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import canonical_json, write_jsonl
 from cpo_fast.search.official_file import Damage, Entry, read_official
 from cpo_fast.search.official_tree import Dropped, build_nodes
+from cpo_fast.search.provenance import Provenance
 from cpo_fast.search.root import RootPrompts
-from cpo_fast.search.tree_file import Provenance, TreeFile
+from cpo_fast.search.tree_file import open_trees
 from cpo_fast.tasks import Question
 from cpo_fast.tree import SearchTree, Status
 
@@ -133,9 +134,9 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     entries = [row for row in dropped if row["what"] == "entry"]
     _check_share(path, dropped_path, len(parts), entries, config.data.max_drop)
     questions = [Question(tree.id, tree.question) for tree in trees.values()]
-    TreeFile(trees_path, provenance, questions)  # refuses a file that another search or import wrote
-    roots.prompt.save(trees_path)
-    write_jsonl(trees_path, (tree.to_dict() for tree in trees.values()))
+    with open_trees(trees_path, provenance, questions):  # refuses a file that another search or import wrote
+        roots.prompt.save(trees_path)
+        write_jsonl(trees_path, (tree.to_dict() for tree in trees.values()))
     return ImportResult(
         trees_path=str(trees_path),
         dropped_path=str(dropped_path),

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpo_fast.tree import ROOT, Stop
+from cpo_fast.search.engine import Sample
+from cpo_fast.tree import ROOT
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,10 @@ class Candidate:
     """A thought sampled under a state and not yet judged.
 
     Attributes:
-        state: the state that includes the thought. token_ids, text, stop: as sampled.
+        state: the state that includes the thought. sample: the first one with its text.
         count: samples merged into it.
     """
 
     state: State
-    token_ids: tuple[int, ...]
-    text: str
-    stop: Stop
+    sample: Sample
     count: int

@@ -1,32 +1,28 @@
 """The growing `trees.jsonl` of a run: one append a question, safe to kill at any moment, ordered at the end.
 
-A killed writer leaves at most a last line without its newline; it is cut off when the file is opened again. Trees that
-another model, configuration, seed or prompt made are refused: a file holds the trees of one search only. One process
-writes a file.
+A worker alone appends to `trees.jsonl`; each of several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to
+`timings.worker-I-of-N.jsonl`. Whoever finishes and finds every question somewhere writes them all to `trees.jsonl`, in
+question order and in one step, and removes the parts: the same bytes for any number of workers. A restart, with the
+same N or another, finds what is finished in whatever parts there are; a part is removed only after its trees are on
+disk in the whole, and a question that is in both is taken once.
+
+A killed writer leaves at most a last line without its newline; it is left out by readers and cut off by the next
+writer. Trees that another model, configuration, seed or prompt made are refused: a file holds the trees of one search
+only.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from cpo_fast.errors import DataError
-from cpo_fast.files import append_line, write_jsonl
+from cpo_fast.errors import DataError, EnvironmentProblem
+from cpo_fast.files import append_line, read_jsonl, write_jsonl
+from cpo_fast.search.lock import LockHeld, locked
+from cpo_fast.search.provenance import Provenance
+from cpo_fast.search.worker import Worker, worker_files
 from cpo_fast.tasks import Question
 from cpo_fast.tree import SearchTree, read_trees
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What decides the trees of a run besides the questions. Fields as in `tree.SearchTree`."""
-
-    task: str
-    prompt_hash: str
-    model_hash: str
-    adapter_hash: str
-    seed: int
-    config_hash: str
-
 
 # how a refusal names the field that differs
 _FIELD_NAMES = {
@@ -40,58 +36,150 @@ _FIELD_NAMES = {
 
 
 class TreeFile:
-    """`trees.jsonl` of a run.
+    """`trees.jsonl` of a run and its parts, as one worker sees them; made by `open_trees`.
 
-    Args:
-        path: the file; it need not exist.
-        provenance: what the trees in it must have been made with.
-        questions: the questions of this run; a tree with the id of one must be about the same text.
-
-    Raises:
-        DataError: a line is not a tree, or a tree is of another search.
+    Attributes:
+        path: the whole file; it need not exist.
+        own_path: where this worker appends.
+        trees: what is finished, by question id, in file order: on opening, plus what was appended since.
     """
 
-    def __init__(self, path: Path, provenance: Provenance, questions: Sequence[Question]) -> None:
+    def __init__(self, path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker) -> None:
         self.path = path
+        self.own_path = worker.file(path)
+        self.trees: dict[str, SearchTree] = {}
+        self._provenance = provenance
         self._questions = questions
-        self.trees: dict[str, SearchTree] = {}  # by question id, in file order
-        if path.exists():
-            _cut_torn_line(path)
-            texts = {question.id: question.text for question in questions}
-            for tree in read_trees(path):
-                self._check(tree, provenance, texts)
-                self.trees[tree.id] = tree
+        self._timings_path = path.with_name("timings.jsonl")
+        self._own_timings_path = worker.file(self._timings_path)
+        with self._shared():
+            for own in (self.own_path, self._own_timings_path):
+                _cut_torn_line(own)
+            self._read()
 
-    def append(self, tree: SearchTree) -> None:
+    def append(self, tree: SearchTree, seconds: float) -> None:
         """Add one finished question; after return it survives a crash."""
-        append_line(self.path, tree.to_dict())
+        with self._shared():
+            append_line(self.own_path, tree.to_dict())
+            append_line(self._own_timings_path, {"id": tree.id, "seconds": round(seconds, 3)})
         self.trees[tree.id] = tree
 
-    def order(self) -> None:
-        """Rewrite the file atomically in question order; trees of other questions follow in the order they had."""
-        ids = [question.id for question in self._questions if question.id in self.trees]
-        asked = set(ids)
-        ids += [identity for identity in self.trees if identity not in asked]
-        write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
+    def finish(self) -> bool:
+        """Write every tree to `path` in question order, if none is missing; trees of other questions follow.
 
-    def _check(self, tree: SearchTree, provenance: Provenance, texts: dict[str, str]) -> None:
+        Returns:
+            Whether that was done; else questions of other workers are not finished yet. `trees` is as on disk now.
+        """
+        with self._shared():
+            self._read()
+            ids = [question.id for question in self._questions]
+            if not all(identity in self.trees for identity in ids):
+                return False
+            asked = set(ids)
+            ids += [identity for identity in self.trees if identity not in asked]
+            write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
+            self._merge_timings(ids)
+            _sync_folder(self.path.parent)
+            for part in (*worker_files(self.path), *worker_files(self._timings_path)):
+                self._remove(part)
+        return True
+
+    def _read(self) -> None:
+        """Trees of the whole file and of all parts; the first of several with one id counts."""
+        self.trees = {}
+        texts = {question.id: question.text for question in self._questions}
+        for path in (self.path, *worker_files(self.path)):
+            for tree in read_trees(path, drop_torn_tail=True) if path.exists() else ():
+                self._check(path, tree, texts)
+                self.trees.setdefault(tree.id, tree)
+
+    def _merge_timings(self, ids: Sequence[str]) -> None:
+        """Join the workers' seconds, in the order of the trees; those of one worker alone stay as they are."""
+        parts = worker_files(self._timings_path)
+        if not parts:
+            return
+        rows = {}
+        for path in (self._timings_path, *parts):
+            for _, row in read_jsonl(path, drop_torn_tail=True) if path.exists() else ():
+                rows[row.get("id")] = row
+        write_jsonl(self._timings_path, (rows[identity] for identity in ids if identity in rows))
+
+    def _remove(self, part: Path) -> None:
+        """Remove a part whose trees are in the whole, unless its worker is at work."""
+        if part in (self.own_path, self._own_timings_path):
+            part.unlink()
+            return
+        try:
+            with locked(_worker_lock(part), wait=False):
+                part.unlink()
+        except LockHeld:
+            pass  # its worker is searching what another N has finished meanwhile, and will find that out at its end
+
+    def _shared(self) -> AbstractContextManager[None]:
+        return locked(self.path.with_name(".collect.lock"), wait=True)
+
+    def _check(self, path: Path, tree: SearchTree, texts: dict[str, str]) -> None:
         for field, name in _FIELD_NAMES.items():
-            found, expected = getattr(tree, field), getattr(provenance, field)
+            found, expected = getattr(tree, field), getattr(self._provenance, field)
             if found != expected:
                 raise DataError(
-                    f"{self.path}: tree '{tree.id}' was searched with another {name} ({found or 'none'}, this run has "
+                    f"{path}: tree '{tree.id}' was searched with another {name} ({found or 'none'}, this run has "
                     f"{expected or 'none'}); set another folder in 'run', or delete the file to search again"
                 )
         if texts.get(tree.id, tree.question) != tree.question:
             raise DataError(
-                f"{self.path}: tree '{tree.id}' is about another question than '{tree.id}' in task.path; set another "
+                f"{path}: tree '{tree.id}' is about another question than '{tree.id}' in task.path; set another "
                 "folder in 'run', or delete the file to search again"
             )
 
 
+@contextmanager
+def open_trees(
+    path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker | None = None
+) -> Iterator[TreeFile]:
+    """The trees of a run, for one worker and no other process of its number.
+
+    Args:
+        path: `trees.jsonl`; neither it nor its folder need exist.
+        provenance: what the trees in it must have been made with.
+        questions: the questions of this run, of all workers; a tree with the id of one must be about the same text.
+        worker: None is one worker alone.
+
+    Raises:
+        EnvironmentProblem: another process is at work as the same worker.
+        DataError: a line is not a tree, or a tree is of another search.
+    """
+    worker = worker or Worker()
+    try:
+        with locked(_worker_lock(worker.file(path)), wait=False):
+            yield TreeFile(path, provenance, questions, worker)
+    except LockHeld:
+        raise EnvironmentProblem(
+            f"{path.parent}: another process collects here as worker {worker.index}/{worker.count}; wait for it, or give "
+            "this one another number with --worker I/N"
+        ) from None
+
+
+def _worker_lock(own_path: Path) -> Path:
+    """The lock of the worker that appends to `own_path`, be it trees or timings."""
+    _, _, name = own_path.stem.partition(".")
+    return own_path.with_name(f".collect.{name or Worker().name}.lock")
+
+
 def _cut_torn_line(path: Path) -> None:
     """Drop what follows the last newline: the line of a transaction that did not finish."""
+    if not path.exists():
+        return
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the renames in a folder survive a crash before anything there is removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

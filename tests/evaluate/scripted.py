@@ -1,13 +1,13 @@
 """Stand-ins whose words are known: a model behind `generate`, a model whose head leans, an engine that reads lines."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from cpo_fast.evaluate.result import Evaluation, Provenance, QuestionResult, summarise
-from cpo_fast.search.engine import Request, Sample
+from cpo_fast.search.engine import Answer, Ask, Request, Sample, Search, drive_each
 from tests.tiny import tiny_tokenizer
 
 EOS = 2  # of the tiny tokenizer
@@ -65,19 +65,25 @@ class ScriptedEngine:
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         self.prefixes.append(self.tokenizer.decode(list(token_ids)))
 
-    def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        return [self._line(number, request) for number, request in enumerate(requests)]
+    def answer(self, ask: Ask) -> list[Answer]:
+        return [
+            self.line(number, item) if isinstance(item, Request) else self._score(item.token_ids)
+            for number, item in enumerate(ask.items)
+        ]
 
-    def score(self, token_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    def run(self, searches: Iterable[tuple[str, Search[Any]]]) -> Iterator[tuple[str, Any, float]]:
+        return drive_each(self, searches)
+
+    def _score(self, token_ids: Sequence[int]) -> list[float]:
         # a state that says good is likely
         state = self.tokenizer.decode(list(token_ids)).rpartition("\nQuestion:")[2]
         return [-0.1, -3.0] if "good" in state else [-3.0, -0.1]
 
-    def _line(self, number: int, request: Request) -> Sample:
+    def line(self, number: int, request: Request) -> Sample:
         _, _, asked = self.tokenizer.decode(list(request.token_ids)).rpartition("Question: ")
         question, _, said = asked.partition("\n")
         if "warm-up" in request.uid:
-            return Sample((5,), "%", "length")
+            return Sample((5,), "%", "length", (-1.0,))
         if "raise" in question:
             raise ValueError("the question does not fit\nsecond line")
         if request.temperature == 0:
@@ -93,10 +99,11 @@ class ScriptedEngine:
         self.num_sampled += len(line)
         if line.rstrip("\n") in self.eos_after:  # the end-of-sequence takes the newline's place: as many tokens
             line = line.rstrip("\n")
-            return Sample(tuple(self.tokenizer(line).input_ids), line, "eos")
+            ids = self.tokenizer(line).input_ids
+            return Sample(tuple(ids), line, "eos", (-1.0,) * (len(ids) + 1))
         ids = self.tokenizer(line).input_ids[: request.max_new_tokens]
         text = self.tokenizer.decode(ids)
-        return Sample(tuple(ids), text, "newline" if text.endswith("\n") else "length")
+        return Sample(tuple(ids), text, "newline" if text.endswith("\n") else "length", (-1.0,) * len(ids))
 
 
 def leaning(model: Any, bias: dict[int, float]) -> Any:

@@ -29,16 +29,15 @@ def test_tree_answers_by_its_vote_and_counts_what_every_sample_cost() -> None:
 
 def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ScriptedEngine({}, THOUGHTS | {("likely or", 0): []}, eos_after=("Answer: 4",))
-    plain = engine.sample
+    plain = engine.line
     said = " likely\n"
 
-    def sample(requests):
-        if "/verdict/" in requests[0].uid:
-            lines = ScriptedEngine({}, {("", count): [said] for count in range(9)})
-            return lines.sample(requests)
-        return plain(requests)
+    def line(number, request):
+        if "/verdict/" in request.uid:
+            return ScriptedEngine({}, {("", count): [said] for count in range(9)}).line(number, request)
+        return plain(number, request)
 
-    monkeypatch.setattr(engine, "sample", sample)
+    monkeypatch.setattr(engine, "line", line)
     ids = encode_question(engine.tokenizer, TASK, QUESTION)
     settings = SearchConfig(**SETTINGS, evaluator="sample", num_verdicts=3)
     answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, settings, seed=0)

@@ -1,7 +1,7 @@
 """An engine that follows a script: what a search does then depends on the search alone."""
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Sample
+from cpo_fast.search.engine import Request, Sample, drive, drive_each
 from cpo_fast.search.strategy import search_question
 from cpo_fast.tasks import Question, get_task
 
@@ -26,27 +26,32 @@ class ScriptedEngine:
         self.thoughts = thoughts if callable(thoughts) else thoughts.__getitem__
         self.ids = {}
         self.expanded = []
+        self.asks = []
 
     def cache_prefix(self, token_ids):
         raise AssertionError("not part of a search")
 
-    def sample(self, requests):
-        texts = {number: text for text, number in self.ids.items()}
-        samples = []
-        for request in requests:
-            index = int(request.uid.rpartition("/")[2])
-            if "/verdict/" in request.uid:
-                samples.append(Sample((7, 8), self.verdicts[index % len(self.verdicts)], "newline"))
-                continue
-            lines = tuple(texts[number] for number in request.token_ids[len(ROOT_IDS) :])
-            if index == 0:
-                self.expanded.append(lines)
-            text, stop = self.thoughts(lines)[index]
-            samples.append(Sample((self.ids.setdefault(text, 100 + len(self.ids)),), text, stop))
-        return samples
+    def answer(self, ask):
+        self.asks.append(ask)
+        return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
 
-    def score(self, token_ids, continuations):
-        last = self.tokenizer.decode(token_ids).split("\n")[-2]
+    def run(self, searches):
+        return drive_each(self, searches)
+
+    def _sample(self, request):
+        index = int(request.uid.rpartition("/")[2])
+        if "/verdict/" in request.uid:
+            return Sample((7, 8), self.verdicts[index % len(self.verdicts)], "newline", (-0.5, -0.5))
+        texts = {number: text for text, number in self.ids.items()}
+        lines = tuple(texts[number] for number in request.token_ids[len(ROOT_IDS) :])
+        if index == 0:
+            self.expanded.append(lines)
+        text, stop = self.thoughts(lines)[index]
+        logps = (-0.25,) * (1 + (stop == "eos"))
+        return Sample((self.ids.setdefault(text, 100 + len(self.ids)),), text, stop, logps)
+
+    def _score(self, scoring):
+        last = self.tokenizer.decode(scoring.token_ids).split("\n")[-2]
         return [self.likely.get(last, -1.0), -1.0]
 
 
@@ -54,8 +59,8 @@ def search(tokenizer, thoughts, likely=None, verdicts=(), task="svamp", **settin
     """(outcome, engine) of one scripted search: 3 candidates, 1 kept, 3 steps unless said otherwise."""
     settings = {"num_candidates": 3, "num_kept": 1, "max_steps": 3, **settings}
     engine = ScriptedEngine(tokenizer, thoughts, likely, verdicts)
-    outcome = search_question(engine, tokenizer, get_task(task), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
-    return outcome, engine
+    grown = search_question(tokenizer, get_task(task), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
+    return drive(engine, grown), engine
 
 
 def full_tree(lines):

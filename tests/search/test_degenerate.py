@@ -9,6 +9,7 @@ import pytest
 from cpo_fast.config import SearchConfig
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
+from cpo_fast.search.engine import drive
 from cpo_fast.search.statistics import tree_statistics
 from cpo_fast.search.strategy import search_question
 from cpo_fast.tasks import get_task
@@ -50,7 +51,8 @@ def _search(tokenizer, thoughts, verdicts=("likely\n",), seconds=20.0, **setting
     settings = {"num_candidates": NUM_CANDIDATES, "num_kept": 2, "max_steps": 3, "max_nodes": MAX_NODES, **settings}
     engine = ScriptedEngine(tokenizer, thoughts, verdicts=verdicts)
     started = time.perf_counter()
-    outcome = search_question(engine, tokenizer, get_task("svamp"), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
+    grown = search_question(tokenizer, get_task("svamp"), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
+    outcome = drive(engine, grown)
     assert time.perf_counter() - started < seconds
     tree = SearchTree(
         id="q",

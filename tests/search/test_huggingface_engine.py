@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from cpo_fast.search.engine import Request
+from cpo_fast.search.engine import Ask, Request, Scoring
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.search.engine.sampler import choose_token, uniforms
 from tests.search.tiny_llama import build_model
 
 
-def _requests(tokenizer, num_samples=7, temperature=0.9, top_p=0.95, max_new_tokens=30):
+def _requests(tokenizer, num_samples=7, temperature=0.9, top_p=0.95, max_new_tokens=30, **processed):
     prompts = ["Question: a b c\n", "Question: 12 + 7 is what and why\nStep 1: go\n", "Question: z\n"]
     return [
-        Request(tuple(tokenizer(prompt)["input_ids"]), f"{prompt}/{index}", temperature, top_p, max_new_tokens)
+        Request(
+            tuple(tokenizer(prompt)["input_ids"]), f"{prompt}/{index}", temperature, top_p, max_new_tokens, **processed
+        )
         for prompt in prompts
         for index in range(num_samples)
     ]
@@ -26,7 +28,15 @@ def _sample_plainly(model, tokenizer, request):
     for position in range(request.max_new_tokens):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
-        token = choose_token(logits, float(table[position]), request.temperature, request.top_p)
+        token = choose_token(
+            logits,
+            float(table[position]),
+            request.temperature,
+            request.top_p,
+            request.top_k,
+            request.repetition_penalty,
+            ids,
+        )
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
@@ -35,14 +45,65 @@ def _sample_plainly(model, tokenizer, request):
     return tuple(ids[len(request.token_ids) :])
 
 
-def test_batched_sampling_equals_one_row_without_a_cache(model, tokenizer):
-    requests = _requests(tokenizer)
+@pytest.mark.parametrize("processed", [{}, {"top_k": 5, "repetition_penalty": 1.3}], ids=["plain", "processed"])
+def test_batched_sampling_equals_one_row_without_a_cache(model, tokenizer, processed):
+    requests = _requests(tokenizer, **processed)
     expected = [_sample_plainly(model, tokenizer, request) for request in requests]
     assert len(set(expected)) > 5  # a model that always says the same would prove nothing
     assert len({len(ids) for ids in expected}) > 3
     for batch_size in (1, 3, 40):
         engine = HuggingFaceEngine(model, tokenizer, batch_size)
         assert [sample.token_ids for sample in engine.sample(requests)] == expected
+
+
+def test_top_k_and_penalty_change_the_samples(model, tokenizer):
+    engine = HuggingFaceEngine(model, tokenizer, 8)
+    plain, few, penalised = (
+        engine.sample(_requests(tokenizer, **processed))
+        for processed in ({}, {"top_k": 2}, {"repetition_penalty": 2.0})
+    )
+    assert plain != few != penalised != plain
+
+
+def test_logps_are_the_raw_policys_whatever_was_sampled_from(model, tokenizer):
+    """Against one forward over prompt and line without a cache; the sampling itself is far from the policy."""
+    engine = HuggingFaceEngine(model, tokenizer, 40)
+    requests = _requests(tokenizer, temperature=2.5, top_p=0.9, top_k=20, repetition_penalty=1.3)
+    stops = set()
+    for request, sample in zip(requests, engine.sample(requests), strict=True):
+        stops.add(sample.stop)
+        targets = [*sample.token_ids, *([tokenizer.eos_token_id] if sample.stop == "eos" else [])]
+        assert len(sample.logps) == sample.num_tokens == len(targets)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.token_ids, *sample.token_ids]])).logits[0]
+        logps = logits.double().log_softmax(-1)[len(request.token_ids) - 1 :]
+        expected = [logps[position, target].item() for position, target in enumerate(targets)]
+        np.testing.assert_allclose(sample.logps, expected, rtol=1e-5, atol=1e-5)
+    assert stops >= {"newline", "eos"}
+
+
+def test_answers_stand_in_the_order_of_the_items(model, tokenizer):
+    engine = HuggingFaceEngine(model, tokenizer, 40)
+    requests = _requests(tokenizer, num_samples=2)
+    scoring = Scoring(requests[0].token_ids, ((5, 6), (7,)))
+    items = (requests[0], scoring, *requests[1:], scoring)
+    answers = engine.answer(Ask(items, keep=True))
+    samples, logps = engine.sample(requests), engine.score(scoring.token_ids, scoring.continuations)
+    assert answers == [samples[0], logps, *samples[1:], logps]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_tokens_and_logps_are_the_same_bits_for_any_number_of_rows(model, tokenizer, num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        # on two busy cores two threads wait for each other at every product: few forwards, of rows that leave a thread 1
+        requests = _requests(tokenizer, num_samples=14, max_new_tokens=4)[:14]
+        expected = HuggingFaceEngine(model, tokenizer, 40).sample(requests)
+        for batch_size in (5, 9):
+            assert HuggingFaceEngine(model, tokenizer, batch_size).sample(requests) == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_samples_do_not_depend_on_the_other_requests(model, tokenizer):
@@ -58,8 +119,12 @@ def test_a_cached_prefix_changes_no_sample_and_no_score(model, tokenizer):
     plain, cached = HuggingFaceEngine(model, tokenizer, 8), HuggingFaceEngine(model, tokenizer, 8)
     cached.cache_prefix(requests[0].token_ids[:3])
     cached.cache_prefix(requests[0].token_ids[:2])
-    assert cached.sample(requests) == plain.sample(requests)
-    assert cached.sample(requests) == plain.sample(requests)  # the stored cache was not grown by its use
+    expected = plain.sample(requests)
+    samples = cached.sample(requests)
+    assert samples == cached.sample(requests)  # the stored cache was not grown by its use
+    for sample, alone in zip(samples, expected, strict=True):
+        assert (sample.token_ids, sample.stop) == (alone.token_ids, alone.stop)
+        np.testing.assert_allclose(sample.logps, alone.logps, rtol=1e-4, atol=1e-4)  # another split of the prefill
     labels = [[5, 6], [7]]
     np.testing.assert_allclose(
         cached.score(requests[0].token_ids, labels), plain.score(requests[0].token_ids, labels), rtol=1e-5

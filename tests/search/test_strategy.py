@@ -9,7 +9,7 @@ def test_another_strategy_is_one_function_and_one_entry(tokenizer, monkeypatch):
         """A chain of the worst thoughts."""
         state = grower.root
         while state is not None:
-            (children,) = grower.expand([state])
+            (children,) = yield from grower.expand([state])
             open_children = [child for child in children if child.is_open]
             state = min(open_children, key=lambda child: child.value).state if open_children else None
 

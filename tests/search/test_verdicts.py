@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Sample
+from cpo_fast.search.engine import Request, Sample, drive
 from cpo_fast.search.evaluate import Evaluator, label_ids, num_unparseable, parse_verdict
 from cpo_fast.search.state import State
 from cpo_fast.tasks import Question, get_task
@@ -14,26 +14,33 @@ QUESTION = Question("q", "how many")
 
 
 class ScriptedEngine:
-    """Gives the same verdict texts and log-probs for every prompt, and counts its calls."""
+    """Gives the same verdict texts and log-probs for every prompt, and keeps what it was asked."""
 
     def __init__(self, texts=(), logps=(0.0, 0.0)):
-        self.texts, self.logps, self.num_calls = texts, logps, 0
+        self.texts, self.logps, self.asks = texts, logps, []
 
     def cache_prefix(self, token_ids):
         raise AssertionError("not part of a verdict")
 
-    def sample(self, requests):
-        self.num_calls += 1
+    def answer(self, ask):
+        assert not ask.keep
+        self.asks.append(ask)
+        requests = [item for item in ask.items if isinstance(item, Request)]
         assert len({request.uid for request in requests}) == len(requests)
-        return [Sample((1,), text, "newline") for text in self.texts]
+        samples = [Sample((1,), text, "newline", (-1.0,)) for text in self.texts]
+        if requests:
+            return samples * (len(requests) // len(samples))
+        return [list(self.logps) for _ in ask.items]
 
-    def score(self, token_ids, continuations):
-        self.num_calls += 1
-        return list(self.logps)
+
+def _evaluator(tokenizer, **settings):
+    return Evaluator(tokenizer, get_task("svamp"), QUESTION, SearchConfig(**settings), "0/q")
 
 
-def _evaluator(engine, tokenizer, **settings):
-    return Evaluator(engine, tokenizer, get_task("svamp"), QUESTION, SearchConfig(**settings), "0/q")
+def _verdict(engine, tokenizer, **settings):
+    """The verdict on one state."""
+    (verdict,) = drive(engine, _evaluator(tokenizer, **settings).evaluate([State(-1, (1,), ("a\n",))]))
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def test_only_a_line_that_is_the_label_is_a_verdict(text, label):
 
 def test_unreadable_verdicts_are_counted_and_left_out_of_the_mean(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n", " 47\n", " impossible\n", " likely\n"])
-    (verdict,) = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=4).evaluate([State(-1, (1,), ("a\n",))])
+    verdict = _verdict(engine, tokenizer, evaluator="sample", num_verdicts=4)
     assert verdict.value == pytest.approx((10 + 1 + 10) / 3)
     assert num_unparseable(verdict.evaluations) == 1
     assert [record["label"] for record in verdict.evaluations] == ["likely", None, "impossible", "likely"]
@@ -63,14 +70,14 @@ def test_unreadable_verdicts_are_counted_and_left_out_of_the_mean(tokenizer):
 
 def test_a_state_without_a_readable_verdict_has_no_value(tokenizer):
     engine = ScriptedEngine(texts=["maybe"] * 2)
-    (verdict,) = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=2).evaluate([State(-1, (1,), ("a\n",))])
+    verdict = _verdict(engine, tokenizer, evaluator="sample", num_verdicts=2)
     assert verdict.value is None
     assert num_unparseable(verdict.evaluations) == 2
 
 
 @pytest.mark.parametrize("logps", [(-1.0, -2.5), (-3.0, -0.1), (-2000.0, -1.0), (-1.0, -2000.0)])
 def test_logit_value_is_weighted_by_the_label_probabilities(tokenizer, logps):
-    (verdict,) = _evaluator(ScriptedEngine(logps=logps), tokenizer).evaluate([State(-1, (1,), ("a\n",))])
+    verdict = _verdict(ScriptedEngine(logps=logps), tokenizer)
     largest = max(logps)
     likely, impossible = (math.exp(logp - largest) for logp in logps)
     assert verdict.value == pytest.approx((10 * likely + 1 * impossible) / (likely + impossible))
@@ -79,12 +86,23 @@ def test_logit_value_is_weighted_by_the_label_probabilities(tokenizer, logps):
 
 def test_equal_states_are_judged_once(tokenizer):
     engine = ScriptedEngine(logps=(-1.0, -2.0))
-    evaluator = _evaluator(engine, tokenizer)
-    same, other = State(-1, (1,), ("a\n",)), State(-1, (2,), ("b\n",))
-    verdicts = evaluator.evaluate([same, other, same])
-    evaluator.evaluate([other])
-    assert engine.num_calls == 2
+    evaluator = _evaluator(tokenizer)
+    same, other, last = (State(-1, (number,), (f"{text}\n",)) for number, text in enumerate("abc"))
+    verdicts = drive(engine, evaluator.evaluate([same, other, same]))
+    drive(engine, evaluator.evaluate([other]))
+    drive(engine, evaluator.evaluate([other, last]))
+    assert [len(ask.items) for ask in engine.asks] == [2, 1]
     assert verdicts[0] == verdicts[2]
+
+
+@pytest.mark.parametrize("evaluator", ["logits", "sample"])
+def test_the_verdicts_of_a_level_are_one_ask(tokenizer, evaluator):
+    engine = ScriptedEngine(texts=[" likely\n", " impossible\n"])
+    states = [State(-1, (number,), (f"{text}\n",)) for number, text in enumerate("abca")]
+    verdicts = drive(engine, _evaluator(tokenizer, evaluator=evaluator, num_verdicts=2).evaluate(states))
+    (ask,) = engine.asks
+    assert len(ask.items) == 3 * (1 if evaluator == "logits" else 2)
+    assert {verdict.value for verdict in verdicts} == {5.5}
 
 
 def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(tokenizer):
@@ -96,13 +114,13 @@ def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(token
 def test_an_unreadable_verdict_can_count_as_impossible_and_is_still_recorded_as_unreadable(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n", " 47\n", " maybe\n", " likely\n"])
     settings = {"evaluator": "sample", "num_verdicts": 4, "unparseable": "impossible"}
-    (verdict,) = _evaluator(engine, tokenizer, **settings).evaluate([State(-1, (1,), ("a\n",))])
+    verdict = _verdict(engine, tokenizer, **settings)
     assert verdict.value == pytest.approx((10 + 1 + 1 + 10) / 4)
     assert num_unparseable(verdict.evaluations) == 2
 
 
 def test_tokens_of_verdicts_are_counted_once_a_prompt(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n"] * 3)
-    evaluator = _evaluator(engine, tokenizer, evaluator="sample", num_verdicts=3)
-    evaluator.evaluate([State(-1, (1,), ("a\n",)), State(-1, (1,), ("a\n",))])
+    evaluator = _evaluator(tokenizer, evaluator="sample", num_verdicts=3)
+    drive(engine, evaluator.evaluate([State(-1, (1,), ("a\n",)), State(-1, (1,), ("a\n",))]))
     assert evaluator.num_tokens == 3

@@ -3,27 +3,32 @@
 A state is prefilled once, unpadded, on top of the cached few-shot prefix; its cache is then repeated for the samples,
 which decode together until a newline, end-of-sequence or the cap. States never share a forward: with left padding the
 sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens. So a result
-depends on its own request only, as long as the matrix library treats the rows of a product alike. CPU libraries do
-from `MIN_ROWS` rows on (measured); a GPU library may choose another kernel for another number of rows, and there equal
+depends on its own request only, as long as the libraries below treat the rows of a batch alike. On a CPU they do in
+float32 where the number of rows is a multiple of `ROW_MULTIPLE` and attention is the plain one (measured: then tokens
+and log-probs are the same bits for any batch and any number of threads); torch's fused CPU attention gives other last
+bits to the rows of other threads. A GPU library may choose another kernel for another number of rows, and there equal
 results are promised for equal `batch_size` only.
 
-Reading every shared ancestor once, and batching states, is what the arena engine is for.
+Reading every shared ancestor once, and batching states and questions, is what the arena engine is for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpo_fast.search.engine.request import Request, Sample
-from cpo_fast.search.engine.sampler import choose_token, uniforms
+from cpo_fast.search.engine.drive import drive_each
+from cpo_fast.search.engine.request import Answer, Ask, R, Request, Sample, Scoring, Search
+from cpo_fast.search.engine.sampler import choose_token, log_probs, uniforms
 from cpo_fast.tree import Stop
 
-# below four rows a CPU matrix library takes matrix-vector routines that sum in another order; measured for float32
-MIN_ROWS = 4
+# a CPU matrix library sums a row in another order where a thread is left with fewer than four rows: measured for float32
+# on 1 to 6 threads, of 1 to 256 rows 1, 2, 3, 5, 6, 7, 9, 10 and 11 differ, and no multiple of four does
+ROW_MULTIPLE = 4
 
 
 class HuggingFaceEngine:
@@ -32,7 +37,7 @@ class HuggingFaceEngine:
     Args:
         model: `transformers` or PEFT model with a language-model head; set to eval mode here.
         tokenizer: its tokenizer.
-        batch_size: at most so many samples per forward (a smaller group is filled up to `MIN_ROWS` rows).
+        batch_size: at most so many samples per forward (filled up to a multiple of `ROW_MULTIPLE`).
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
@@ -51,6 +56,18 @@ class HuggingFaceEngine:
         if prefix and all(prefix != known for known, _ in self._prefixes):
             self._prefixes.append((prefix, self._forward(self._tensor([prefix]), None)[1]))
             self._prefixes.sort(key=lambda entry: -len(entry[0]))  # the longest that fits is found first
+
+    def answer(self, ask: Ask) -> list[Answer]:
+        """See `request.Engine.answer`. Nothing but the shared prefixes is kept between asks."""
+        samples = iter(self.sample([item for item in ask.items if isinstance(item, Request)]))
+        return [
+            self.score(item.token_ids, item.continuations) if isinstance(item, Scoring) else next(samples)
+            for item in ask.items
+        ]
+
+    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+        """See `request.Engine.run`: one search after the other."""
+        return drive_each(self, searches)
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
@@ -80,7 +97,7 @@ class HuggingFaceEngine:
         longest = max((len(continuation) for continuation in continuations), default=0)
         self._check_length(len(token_ids), longest)
         logits, cache = self._prefill(tuple(token_ids))
-        first = _log_softmax(logits[0, -1])
+        first = log_probs(_on_host(logits[0, -1]))
         sums = [first[continuation[0]] if continuation else 0.0 for continuation in continuations]
         if longest > 1:
             # right padding is invisible to the tokens before it; its own rows are not read
@@ -88,7 +105,7 @@ class HuggingFaceEngine:
             rest, _ = self._forward(self._tensor(inputs), _repeat(cache, len(inputs)), keep=0)
             for row, continuation in enumerate(continuations):
                 for position, token in enumerate(continuation[1:]):
-                    sums[row] += _log_softmax(rest[row, position])[token]
+                    sums[row] += log_probs(_on_host(rest[row, position]))[token]
         return [float(value) for value in sums]
 
     def _prefill(self, prompt: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
@@ -100,51 +117,55 @@ class HuggingFaceEngine:
 
     def _decode(self, requests: list[Request], logits: torch.Tensor, cache: Any) -> list[Sample]:
         """Samples of one state side by side. `logits` [V] after the prompt; `cache` one row, left unchanged."""
-        tables = [uniforms(request.uid, request.max_new_tokens) for request in requests]
-        generated: list[list[int]] = [[] for _ in requests]
-        stops: list[Stop | None] = [None] * len(requests)
-        alive = list(range(len(requests)))  # indices into requests, one per row that is still read
-        rows = logits.float().expand(len(requests), -1)
+        lines = [_Line(request) for request in requests]
+        alive = list(range(len(lines)))  # indices into lines, one per row that is still read
+        rows = logits.float().expand(len(lines), -1)
         past: Any = None
         num_rows = 0
-        for position in range(max(request.max_new_tokens for request in requests)):
-            values = rows.double().cpu().numpy()
+        for _ in range(max(request.max_new_tokens for request in requests)):
+            values = _on_host(rows)
             for row, index in enumerate(alive):
-                if stops[index] is None:
-                    request = requests[index]
-                    uniform = float(tables[index][position])
-                    token = choose_token(values[row], uniform, request.temperature, request.top_p)
-                    stops[index] = self._take(token, generated[index], request.max_new_tokens)
-            running = [row for row, index in enumerate(alive) if stops[index] is None]
+                if lines[index].stop is None:
+                    self._take(lines[index], values[row])
+            running = [row for row, index in enumerate(alive) if lines[index].stop is None]
             if not running:
                 break
-            if past is None or (len(running) <= num_rows // 2 and num_rows > MIN_ROWS):
+            if past is None or (len(running) <= num_rows // 2 and num_rows > ROW_MULTIPLE):
                 # only running rows go on, filled up with copies of the last; copies are computed and not read
-                picked = running + [running[-1]] * (MIN_ROWS - len(running))
+                picked = running + [running[-1]] * (-len(running) % ROW_MULTIPLE)
                 past = _repeat(cache, len(picked)) if past is None else _select(past, picked)
                 alive = [alive[row] for row in running]
                 num_rows = len(picked)
-            last = [generated[index][-1] if generated[index] else 0 for index in alive]
+            last = [lines[index].token_ids[-1] if lines[index].token_ids else 0 for index in alive]
             last += [last[-1]] * (num_rows - len(last))
-            rows = self._forward(self._tensor([[token] for token in last]), past)[0][: len(alive), -1]
-        return [self._sample(ids, stop or "length") for ids, stop in zip(generated, stops, strict=True)]
+            with self._plain_attention():
+                rows = self._forward(self._tensor([[token] for token in last]), past)[0][: len(alive), -1]
+        return [
+            Sample(tuple(line.token_ids), self._text(line.token_ids), line.stop or "length", tuple(line.logps))
+            for line in lines
+        ]
 
-    def _take(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
-        """Append a token to its row, unless it is end-of-sequence, and say whether the row ends with it."""
+    def _plain_attention(self) -> AbstractContextManager[None]:
+        on_cpu = self.model.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+
+    def _take(self, line: "_Line", logits: Any) -> None:
+        """Sample a line's next token from float64 `logits` [V], and note whether the line ends with it."""
+        token = line.choose(logits)
+        line.logps.append(float(log_probs(logits)[token]))
         if token in self._eos_ids:
-            return "eos"
-        generated.append(token)
+            line.stop = "eos"
+            return
+        line.token_ids.append(token)
         if self._contains_newline(token):
-            return "newline"
-        return "length" if len(generated) >= max_new_tokens else None
+            line.stop = "newline"
+        elif len(line.token_ids) >= line.request.max_new_tokens:
+            line.stop = "length"
 
     def _contains_newline(self, token: int) -> bool:
         if token not in self._has_newline:
             self._has_newline[token] = "\n" in self._text([token])
         return self._has_newline[token]
-
-    def _sample(self, ids: list[int], stop: Stop) -> Sample:
-        return Sample(tuple(ids), self._text(ids), stop)
 
     def _text(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -168,6 +189,26 @@ class HuggingFaceEngine:
             )
 
 
+class _Line:
+    """A line while it is sampled."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.logps: list[float] = []
+        self.stop: Stop | None = None
+        self._uniforms = uniforms(request.uid, request.max_new_tokens)
+
+    def choose(self, logits: Any) -> int:
+        """The next token from float64 `logits` [V]."""
+        request = self.request
+        uniform = float(self._uniforms[len(self.token_ids)])
+        seen = (*request.token_ids, *self.token_ids) if request.repetition_penalty != 1 else ()
+        return choose_token(
+            logits, uniform, request.temperature, request.top_p, request.top_k, request.repetition_penalty, seen
+        )
+
+
 def _select(cache: Any, rows: list[int]) -> Any:
     """Make row i of `cache` its former row `rows[i]`, in place; any number of rows, repeats allowed."""
     device = next(layer.keys.device for layer in cache.layers if getattr(layer, "keys", None) is not None)
@@ -180,14 +221,9 @@ def _repeat(cache: Any, count: int) -> Any:
     return _select(deepcopy(cache), [0] * count)
 
 
-def _log_softmax(logits: torch.Tensor) -> Any:
-    """[V] to float64 log-probs on the host."""
-    values = logits.double().cpu().numpy()
-    largest = values.max()
-    if not np.isfinite(largest):
-        raise ValueError("the model's logits are not finite; check the weights and the dtype")
-    shifted = values - largest
-    return shifted - np.log(np.exp(shifted).sum())
+def _on_host(logits: torch.Tensor) -> Any:
+    """[..., V] to float64 in numpy."""
+    return logits.double().cpu().numpy()
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

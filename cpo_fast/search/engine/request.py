@@ -1,20 +1,28 @@
-"""What a search asks of an engine, and what it gets back. Plain token ids; no torch."""
+"""What a search asks of an engine, and what it gets back. Plain token ids; no torch.
 
-from collections.abc import Sequence
+A search is a generator: it yields an `Ask`, is sent the answers in the order of its items, and returns its result. It
+holds no engine, so that one engine can keep many searches going and put what they ask into common forwards.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 from cpo_fast.tree import Stop
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to sample.
+    """One continuation to sample; answered by a `Sample`.
 
     Attributes:
         token_ids: the prompt, special tokens included.
         uid: names this sample in the whole run (seed, question, state, sample index); decides its random numbers.
         temperature: 0 is greedy. top_p: nucleus mass. max_new_tokens: the cap.
+        top_k: only so many of the likeliest tokens; 0 is all. repetition_penalty: of every token in the prompt or
+            generated so far, as Hugging Face defines it; 1 is none.
     """
 
     token_ids: tuple[int, ...]
@@ -22,16 +30,38 @@ class Request:
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Whole continuations to score after one prompt; answered by a list of their natural log-probs, in nats.
+
+    Attributes:
+        token_ids: the prompt, special tokens included.
+        continuations: token ids of each.
+    """
+
+    token_ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled line: the ids as generated (the newline's token kept whole, end-of-sequence left out), their text,
-    and why generation ended."""
+    """One sampled line.
+
+    Attributes:
+        token_ids: the ids as generated, the newline's token kept whole, end-of-sequence left out.
+        text: of the ids. stop: why generation ended.
+        logps: natural log-prob of each of the `num_tokens` generated tokens, end-of-sequence included, under the raw
+            policy: temperature 1, unprocessed logits, float64 log-softmax.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     stop: Stop
+    logps: tuple[float, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -44,14 +74,45 @@ def num_generated(token_ids: Sequence[int], stop: Stop) -> int:
     return len(token_ids) + (stop == "eos")
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What a search wants to know before it goes on.
+
+    Attributes:
+        items: in the order in which their answers are expected.
+        keep: whether the prompts are states that later prompts continue, so that their keys and values are worth
+            keeping: thoughts are, verdicts are not.
+    """
+
+    items: tuple[Request | Scoring, ...]
+    keep: bool
+
+
+# of a Request a Sample, of a Scoring a list of log-probs
+Answer: TypeAlias = Sample | list[float]
+Search: TypeAlias = Generator[Ask, list[Answer], R]
+
+
 class Engine(Protocol):
-    """What the search needs. Results of a request depend on the request alone, never on its company."""
+    """What the search needs. The answer to an item depends on the item alone, never on its company."""
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         """Compute these leading ids once; later prompts that start with them reuse the work."""
 
-    def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """One line per request, in order."""
+    def answer(self, ask: Ask) -> list[Answer]:
+        """Answers to one ask, in the order of its items.
 
-    def score(self, token_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Natural log-prob of each whole continuation after the prompt `token_ids`."""
+        Raises:
+            ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
+        """
+
+    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+        """Drive named searches until each is done.
+
+        Args:
+            searches: taken from the iterable as there is room for them.
+
+        Yields:
+            (name, result or the exception that ended the search, seconds in flight) as they end, in any order. What
+            cannot be answered is raised inside the search that asked; it never ends another.
+        """

@@ -1,0 +1,59 @@
+"""Compute nodes of the trie: their keys and values into the arena, and the logits at places that are scored."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cpo_fast.search.engine.arena import Arena
+from cpo_fast.search.engine.plans import chunks, depth_first, prefill_plan
+from cpo_fast.search.engine.trie import Node
+from cpo_fast.search.engine.wave import padding_rows
+from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits
+from cpo_kernels.integrations.transformers.parts import ModelParts
+
+LOGIT_ROWS = 256  # rows of logits held at once: 50 MiB in float32 at a vocabulary of 49,152
+
+Place = tuple[Node, int]  # a token: its node, and which of the node's tokens it is
+
+
+@torch.inference_mode()
+def compute_nodes(
+    parts: ModelParts, arena: Arena, nodes: Sequence[Node], max_tokens: int, reads: Sequence[Place] = ()
+) -> dict[tuple[int, int], np.ndarray]:
+    """Fill nodes, which have their arena rows, in forwards of at most `max_tokens` tokens.
+
+    Args:
+        parts: of a prepared model. arena: of its keys and values.
+        nodes: any order; what lies above them is stored or among them.
+        max_tokens: of one forward.
+        reads: tokens of these nodes after which a distribution is wanted.
+
+    Returns:
+        For each of `reads`, by (number of the node, token): natural log-probs [V] float64 of the next token.
+    """
+    device = next(parts.causal_lm.parameters()).device
+    wanted = {(node.number, offset) for node, offset in reads}
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for pieces in chunks(depth_first(nodes), max_tokens):
+        num_tokens = sum(map(len, pieces))
+        padding = padding_rows(num_tokens, device)
+        tokens = np.concatenate([piece.node.ids[piece.first : piece.last] for piece in pieces])
+        positions = np.concatenate([piece.node.position + np.arange(piece.first, piece.last) for piece in pieces])
+        hidden = decode_forward(
+            parts,
+            torch.from_numpy(np.pad(tokens, (0, padding))).to(device),
+            torch.from_numpy(np.pad(positions, (0, padding))).to(device),
+            prefill_plan(pieces, padding, arena.dump_row).to(device),
+            arena.layers,
+        )
+        names = [(piece.node.number, offset) for piece in pieces for offset in range(piece.first, piece.last)]
+        rows = [row for row, name in enumerate(names) if name in wanted]
+        for first in range(0, len(rows), LOGIT_ROWS):
+            some = rows[first : first + LOGIT_ROWS]
+            logits = next_logits(parts, hidden[some])
+            logps = torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+            found.update(zip((names[row] for row in some), logps, strict=True))
+    for node in nodes:
+        node.fixed = True
+    return found

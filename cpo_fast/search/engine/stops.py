@@ -1,0 +1,47 @@
+"""When a generated line ends, and what its ids are as text."""
+
+from typing import Any
+
+from cpo_fast.tree import Stop
+
+
+class Stops:
+    """Ends of lines for one model and tokenizer.
+
+    Args:
+        model: gives the end-of-sequence ids of its configuration and its generation configuration.
+        tokenizer: gives its own, and the text of ids.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = _eos_ids(model, tokenizer)
+        self._has_newline: dict[int, bool] = {}
+
+    def take(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
+        """Append a token to its row, unless it is end-of-sequence, and say whether the row ends with it."""
+        if token in self._eos_ids:
+            return "eos"
+        generated.append(token)
+        if self._contains_newline(token):
+            return "newline"
+        return "length" if len(generated) >= max_new_tokens else None
+
+    def text(self, ids: list[int]) -> str:
+        """The ids as text, special tokens kept, nothing cleaned up."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _contains_newline(self, token: int) -> bool:
+        if token not in self._has_newline:
+            self._has_newline[token] = "\n" in self.text([token])
+        return self._has_newline[token]
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a sequence: the tokenizer's, the model's and its generation config's."""
+    found: set[int] = set()
+    for holder in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    return frozenset(found)
