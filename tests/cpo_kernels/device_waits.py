@@ -13,8 +13,11 @@ from cpo_kernels import linear_logprob
 from cpo_kernels.linear_logprob import op
 from cpo_kernels.logprob_plan import LogprobPlan
 
-WAITING = ("_local_scalar_dense", "nonzero", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive",
-           "bincount", "masked_select", "equal", "is_nonzero")  # fmt: skip
+# `item` and `argwhere` are made of others, but inside an op of ours they come whole
+WAITING = (
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere", "masked_select",
+    "bincount", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+)  # fmt: skip
 INSIDE = {"linear_logprob": op.score_plan, "linear_logprob_backward": op.score_plan_backward}
 
 

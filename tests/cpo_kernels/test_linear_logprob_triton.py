@@ -185,6 +185,16 @@ def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int) -> 
 
 
 @claim
+def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabularies of tests are so small that every tile would be a split of its own."""
+    from cpo_kernels.linear_logprob import partials
+
+    monkeypatch.setattr(partials, "TARGET_PROGRAMS", 1)
+    ratios = excess(crowded(2500, 8, softcap=30.0, bias=True), torch.float32)
+    assert max(ratios.values()) <= 1, ratios
+
+
+@claim
 def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten row tiles in groups of eight, and 150 rows in tiles of 16."""
     from cpo_kernels.linear_logprob import fused

@@ -88,23 +88,27 @@ class Scheduler:
         """As `request.Engine.run`."""
         coming = iter(searches)
         try:
-            while True:
-                while len(self._jobs) < self._max_searches and (entry := next(coming, None)) is not None:
-                    trie = Trie(base=self._permanent)
-                    job = Job(entry[0], entry[1], trie, time.perf_counter(), trie)
-                    self._jobs.append(job)
-                    self._go_on(job, first=True)
-                if not self._jobs:
-                    return
-                self._round()
+            self._take(coming)
+            while self._jobs:
+                if any(not job.done for job in self._jobs):
+                    self._round()
                 for job in [job for job in self._jobs if not job.done and job.num_open == 0]:
                     self._go_on(job)
                 for job in [job for job in self._jobs if job.done]:
                     self._jobs.remove(job)
                     self._drop(job.states)
                     yield job.name, job.result, time.perf_counter() - job.started
+                self._take(coming)
         finally:
             self._abandon()
+
+    def _take(self, coming: Iterator[tuple[str, Search[Any]]]) -> None:
+        """Begin searches as long as there is room for them."""
+        while len(self._jobs) < self._max_searches and (entry := next(coming, None)) is not None:
+            trie = Trie(base=self._permanent)
+            job: Job[Any] = Job(entry[0], entry[1], trie, time.perf_counter(), trie)
+            self._jobs.append(job)
+            self._go_on(job, first=True)
 
     def _go_on(self, job: Job[Any], first: bool = False) -> None:
         """Give a search its answers, or its error, and take its next ask."""
