@@ -54,7 +54,7 @@ class TreeFile:
         self._own_timings_path = worker.file(self._timings_path)
         with self._shared():
             for own in (self.own_path, self._own_timings_path):
-                pass
+                _cut_torn_line(own)
             self._read()
 
     def append(self, tree: SearchTree, seconds: float) -> None:
