@@ -124,21 +124,26 @@ def _check_linear_logprob(device: torch.device, shape: ModelShape) -> dict[str, 
 
     def run(dtype: torch.dtype, impl: str) -> Results:
         leaf, others = hidden.to(dtype).requires_grad_(), (weight.to(dtype), plan.to(device), ref_hidden.to(dtype))
-        result = linear_logprob(leaf, *others, impl=impl)
+        result = linear_logprob(leaf, *others, outputs=("entropy", "mean_logit"), impl=impl)
         (gradient,) = torch.autograd.grad(result.token_logps, leaf, upstream.to(result.token_logps.dtype))
         plain = linear_logprob(leaf.detach(), *others, impl=impl)
         assert result.ref_token_logps is not None
+        assert result.entropy is not None
+        assert result.mean_logit is not None
         return {
             "log-probs": result.token_logps.detach(),
             "reference log-probs": result.ref_token_logps,
             "segment sums": result.segment_logps.detach(),
             "log-probs without gradient": plain.token_logps,
+            "entropy": result.entropy,
+            "mean logit": result.mean_logit,
             "gradient": gradient,
         }
 
     logit_size = float((hidden.double() @ weight.double().t()).abs().max())
     # a logit of size L is rounded by eps L: that much in a log-prob, and as a factor in a gradient
-    bands = dict.fromkeys(("log-probs", "reference log-probs", "log-probs without gradient"), FLOAT32_EPS * logit_size)
+    per_token = ("log-probs", "reference log-probs", "log-probs without gradient", "entropy", "mean logit")
+    bands = dict.fromkeys(per_token, FLOAT32_EPS * logit_size)
     bands["segment sums"] = FLOAT32_EPS * logit_size * NUM_TARGETS / 7
     bands["gradient"] = FLOAT32_EPS * logit_size * float(upstream.abs().max())
     return _excess(run, shape.dtype, bands)
