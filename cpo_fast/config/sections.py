@@ -47,7 +47,7 @@ class SearchConfig(Section):
     """Tree of thoughts: how states are expanded, judged and kept."""
 
     engine: Literal["arena", "hf"] = Field(
-        "hf",
+        "arena",
         description="arena: many questions over one KV cache that is a tree; hf: the reference, one state at a time",
     )
     strategy: Literal["bfs", "dfs"] = Field("bfs", description="by level, or best child first")

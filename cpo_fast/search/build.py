@@ -7,6 +7,7 @@ restart splits its forwards in the same places and rounds the same.
 from typing import Any
 
 from cpo_fast.config import SearchConfig
+from cpo_fast.errors import ConfigError
 from cpo_fast.search.engine import Engine
 from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, encode_question, evaluator_text
 from cpo_fast.tasks.task import ANSWER_MARK
@@ -23,7 +24,12 @@ def evaluator_prompts(task: Task, tokenizer: Any, question: Question, chat: bool
 
 
 def build_engine(task: Task, model: Any, tokenizer: Any, settings: SearchConfig, chat: bool) -> Engine:
-    """The engine that `settings` names, with the few-shot prompt and the evaluator's prompts prefilled once."""
+    """The engine that `settings` names, with the few-shot prompt and the evaluator's prompts prefilled once.
+
+    Raises:
+        ConfigError: the arena engine cannot compute this model exactly.
+        OutOfMemory: the shared prompts do not fit into the arena.
+    """
     engine = _engine(model, tokenizer, settings)
     prompts, others = (
         [encode_question(tokenizer, task, probe, chat), *evaluator_prompts(task, tokenizer, probe, chat)]
@@ -38,7 +44,10 @@ def _engine(model: Any, tokenizer: Any, settings: SearchConfig) -> Engine:
     if settings.engine == "arena":
         from cpo_fast.search.engine.arena_engine import ArenaEngine
 
-        return ArenaEngine(model, tokenizer, settings)
+        try:
+            return ArenaEngine(model, tokenizer, settings)
+        except ValueError as error:
+            raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
     from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 
     return HuggingFaceEngine(model, tokenizer, settings.batch_size)

@@ -4,7 +4,7 @@
 `run/statistics.jsonl` the trees in numbers; `run/timings.jsonl` the seconds from a question's start to its end, which
 never go into a tree. Several workers share the questions out by the hash of their ids and exchange nothing; the last to
 finish joins their files (see `tree_file`). A killed worker loses the questions it had in flight: one with
-`search.engine: hf`. A question whose
+`search.engine: hf`, at most `search.questions_in_flight` with `arena`. A question whose
 search raises (one that is longer than the model's context, for instance) is recorded with status `failed` and its
 reason, and the run goes on. Questions already in the file, failed ones included, are skipped: delete a line to search
 its question again.

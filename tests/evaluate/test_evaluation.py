@@ -86,12 +86,17 @@ def test_evaluation_without_reference_answers_has_no_accuracy(tmp_path: Path, fo
     assert (evaluation.metrics, evaluation.num_graded) == ({}, 0)
 
 
-def test_chains_alone_run_in_the_search_engine_and_equal_those_of_batches(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("engine", ["arena", "hf"])
+def test_chains_alone_run_in_the_search_engine_and_equal_those_of_batches(
+    tmp_path: Path, folder: Path, engine: str
+) -> None:
     texts = ["zzzzzzzzzzzzzzzzzzzzzzzzzzzzzz 7?", "QQ", "12 12 12 12 12 12 12 12 12 12 12 12 12 12 12"]
     questions = write_questions(tmp_path / "q.jsonl", texts, ["1", "2", "3"])
-    alone = evaluate(config_for(folder, tmp_path / "a", questions))
+    config = config_for(folder, tmp_path / "a", questions)
+    search = config.search.model_copy(update={"engine": engine, "arena_tokens": 8000})
+    alone = evaluate(config.model_copy(update={"search": search}))
     batched = evaluate(config_for(folder, tmp_path / "b", questions, batch_size=3))
-    assert (alone.engine, alone.batch_size, batched.engine, batched.batch_size) == ("hf", 1, "generate", 3)
+    assert (alone.engine, alone.batch_size, batched.engine, batched.batch_size) == (engine, 1, "generate", 3)
     assert [result.chain for result in alone.results] == [result.chain for result in batched.results]
     assert len({result.chain for result in alone.results}) > 1, "the same to every question would prove nothing"
     assert alone.setup_seconds > 0
@@ -123,7 +128,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
             ("plums", 0): ["Answer: 9\n"],
         },
     )
-    monkeypatch.setattr("cpo_fast.search.engine.huggingface.HuggingFaceEngine", lambda *arguments: engine)
+    monkeypatch.setattr("cpo_fast.search.build._engine", lambda *arguments: engine)
     return engine
 
 
@@ -196,7 +201,11 @@ def test_prompt_ids_are_those_the_search_uses(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
 ) -> None:
     config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), max_new_tokens=2)
-    config = config.model_copy(update={"task": config.task.model_copy(update={"chat": chat})})
+    task, search = (
+        config.task.model_copy(update={"chat": chat}),
+        config.search.model_copy(update={"engine": "hf"}),  # whose `sample` tells its prompts
+    )
+    config = config.model_copy(update={"task": task, "search": search})
     model, tokenizer = load_model(config.model)
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
     seen: list[tuple[int, ...]] = []

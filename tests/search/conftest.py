@@ -9,6 +9,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from cpo_fast.config import Config, validate_config
 from tests.search.tiny_llama import build_model, build_tokenizer
 
+ARENA_TOKENS = 20_000  # more than all questions of a test at once, few enough that the tiny model's arena is 5 MB
+
+
+@pytest.fixture(params=["hf", "arena"])
+def engine(request) -> str:
+    """Each value of `search.engine`."""
+    return request.param
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -35,7 +43,8 @@ def make_config(tmp_path: Path):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(run: str = "run", seed: int = 0, **search: object) -> Config:
-        settings = {"num_candidates": 5, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 20, **search}
+        sizes = {"num_candidates": 5, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 20}
+        settings = {"engine": "hf", "arena_tokens": ARENA_TOKENS, **sizes, **search}
         values = {"run": str(tmp_path / run), "seed": seed, "task": {"path": str(questions)}, "search": settings}
         return validate_config(values)
 

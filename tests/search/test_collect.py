@@ -29,6 +29,36 @@ def reference(make_config, model, tokenizer):
     return _bytes(config)
 
 
+def test_the_arena_engine_finds_the_reference_engines_trees(make_config, model, tokenizer, reference):
+    """Same tokens, same choices; values and log-probs differ by the rounding of another order of sums."""
+    config = make_config("arena", engine="arena")
+    collect(config, model, tokenizer)
+    found, expected = ([json.loads(line) for line in each.splitlines()] for each in (_bytes(config), reference))
+    for tree, other in zip(found, expected, strict=True):
+        assert tree["config_hash"] != other["config_hash"]
+        assert [tree[name] for name in ("id", "status", "answer", "winning_nodes", "num_thought_tokens")] == [
+            other[name] for name in ("id", "status", "answer", "winning_nodes", "num_thought_tokens")
+        ]
+        for node, twin in zip(tree["nodes"], other["nodes"], strict=True):
+            assert [node[name] for name in ("parent", "token_ids", "kept", "count", "stop")] == [
+                twin[name] for name in ("parent", "token_ids", "kept", "count", "stop")
+            ]
+            assert node["value"] == pytest.approx(twin["value"], rel=1e-4)
+            assert node["logps"] == pytest.approx(twin["logps"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("evaluator", ["logits", "sample"])
+def test_arena_trees_are_the_same_bytes_however_the_work_is_shared_out(make_config, model, tokenizer, evaluator):
+    found = set()
+    verdicts = {"evaluator": evaluator, "num_verdicts": 2, "max_verdict_tokens": 4}
+    less = {"batch_size": 3, "questions_in_flight": 1, "prefill_tokens": 50}
+    for number, shared in enumerate(({}, less, {"arena_tokens": 4000})):
+        config = make_config(f"{number}", **{"engine": "arena", **verdicts, **shared})
+        collect(config, model, tokenizer)
+        found.add(_bytes(config))
+    assert len(found) == 1
+
+
 def test_trees_are_the_same_bytes_for_any_batch_size(make_config, model, tokenizer, reference):
     trees = [json.loads(line) for line in reference.splitlines()]
     assert max(node["depth"] for tree in trees for node in tree["nodes"]) == 3  # the trees are not trivial
@@ -120,15 +150,23 @@ def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, mod
     ("word", "status"),
     [("</s>", "no_candidates"), ("\n", "no_candidates"), ("a", "no_answer"), ("Answer:", "no_answer")],
 )
-def test_degenerate_models_give_a_recorded_status(make_config, tokenizer, word, status):
+def test_degenerate_models_give_a_recorded_status(make_config, tokenizer, engine, word, status):
     stuck = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids(word): 1000.0})
     for evaluator in ("logits", "sample"):
-        config = make_config(f"stuck-{evaluator}", evaluator=evaluator, max_verdict_tokens=4)
+        config = make_config(f"stuck-{evaluator}", engine=engine, evaluator=evaluator, max_verdict_tokens=4)
         result = collect(config, stuck, tokenizer)
         assert result.statuses == {status: 3}
         if status == "no_answer":  # text without end is cut at the cap and never expanded
             nodes = read_trees(result.trees_path)[0].nodes
             assert [(node.stop, len(node.token_ids), node.count) for node in nodes] == [("length", 20, 5)]
+
+
+def test_a_model_that_the_arena_engine_cannot_compute_is_a_configuration_error(make_config, tokenizer):
+    broken = build_model(len(tokenizer), {0: float("nan")})
+    with pytest.raises(
+        ConfigError, match=r"search\.engine: arena: LlamaForCausalLM cannot run .*; set search\.engine=hf"
+    ):
+        collect(make_config("nan", engine="arena"), broken, tokenizer)
 
 
 def test_a_model_of_nans_fails_every_question_and_says_why(make_config, tokenizer):

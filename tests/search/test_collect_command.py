@@ -68,9 +68,39 @@ def test_every_question_failing_is_an_error(workspace, monkeypatch):
     tokenizer = build_tokenizer()
     broken = build_model(len(tokenizer), {0: float("nan")})
     monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (broken, tokenizer))
-    result = _invoke(workspace / "config.yaml")
+    result = _invoke(workspace / "config.yaml", "search.engine=hf")
     assert isinstance(result.exception, CpoFastError)
     assert "every question failed" in str(result.exception)
+    result = _invoke(workspace / "config.yaml", "search.engine=arena", f"run={workspace}/other")
+    assert isinstance(result.exception, ConfigError)
+    assert "set search.engine=hf" in str(result.exception)
+
+
+def test_a_worker_searches_its_own_questions_and_the_last_one_writes_the_file(workspace, monkeypatch):
+    from tests.search.tiny_llama import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (model, tokenizer))
+    (workspace / "questions.jsonl").write_text("".join(f'{{"question": "how many {n}"}}\n' for n in "abcdefgh"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = _invoke(workspace / "config.yaml")
+    assert first.exit_code == 0, first.output
+    assert "of other workers" in first.stdout
+    assert not (workspace / "run" / "trees.jsonl").exists()
+    second = _invoke(workspace / "config.yaml", "--worker", "1/2", "--json")
+    assert json.loads(second.stdout)["num_missing"] == 0
+    assert len((workspace / "run" / "trees.jsonl").read_text().splitlines()) == 8
+    assert "8 finished before)" in _invoke(workspace / "config.yaml").stdout
+
+
+def test_a_wrong_worker_is_a_configuration_error_before_anything_is_read(workspace, monkeypatch):
+    result = _invoke(workspace / "config.yaml", "--worker", "2/2")
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--worker 2/2: expected I/N")
+    monkeypatch.setenv("RANK", "two")
+    assert "RANK=two" in str(_invoke(workspace / "config.yaml").exception)
 
 
 def test_wrong_configuration_and_questions_are_named(workspace):

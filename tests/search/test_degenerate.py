@@ -1,10 +1,12 @@
 """Language models that say nothing, never stop, or say anything: a recorded status, bounded work, never a crash."""
 
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.files import canonical_json
@@ -15,7 +17,7 @@ from cpo_fast.search.strategy import search_question
 from cpo_fast.tasks import get_task
 from cpo_fast.tree import SearchTree, read_trees
 from tests.search.scripted_engine import QUESTION, ROOT_IDS, ScriptedEngine, line
-from tests.search.tiny_llama import build_byte_tokenizer, build_model
+from tests.search.tiny_llama import build_byte_tokenizer, build_model, build_tokenizer
 
 NUM_CANDIDATES, MAX_NODES = 4, 60
 HUGE = 100_000
@@ -130,17 +132,51 @@ def test_one_candidate_a_state_is_a_chain(tokenizer, strategy, monkeypatch):
     assert (tree.answer, tree.winning_nodes) == ("12", (2,))
 
 
+@pytest.mark.parametrize("evaluator", ["logits", "sample"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(
+    ("word", "status"), [("</s>", "no_candidates"), ("\n", "no_candidates"), ("a", "no_answer"), ("1", "no_answer")]
+)
+def test_empty_equal_and_endless_candidates_have_a_status_for_any_k(make_config, engine, evaluator, k, word, status):
+    """A model that says one word for ever: its candidates are all empty or all equal, its verdicts no labels."""
+    tokenizer = build_tokenizer()
+    stuck = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids(word): 1000.0})
+    settings = {"num_candidates": k, "num_kept": 2, "max_thought_tokens": 4, "num_verdicts": 2, "max_verdict_tokens": 2}
+    result = collect(make_config(engine=engine, evaluator=evaluator, **settings), stuck, tokenizer)
+    assert result.statuses == {status: 3}
+    assert (result.num_samples, result.num_empty) == (3 * k, 3 * k * (status == "no_candidates"))
+    assert result.num_thoughts == 3 * (status == "no_answer")  # equal ones are merged
+    assert result.num_unparseable == result.num_verdicts == (6 if evaluator == "sample" and result.num_thoughts else 0)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_same_line_for_ever_is_searched_to_the_last_step(make_config, engine, k):
+    """Greedy in all but name: every candidate of every state is equal, and every state goes on."""
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    ids = tokenizer.convert_tokens_to_ids
+    with torch.no_grad():  # `b` then a newline, whatever stands before: the embedding decides alone
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.fill_(-1000.0)
+        model.lm_head.bias[[ids("b"), ids("\n")]] = 0.0
+    config = make_config(engine=engine, num_candidates=k, num_kept=2, max_steps=3, max_thought_tokens=6, top_k=2)
+    trees = read_trees(collect(config, model, tokenizer).trees_path)
+    assert {tree.status for tree in trees} <= {"no_answer", "no_candidates"}
+    assert all(set(node.text) <= {"b", "\n"} for tree in trees for node in tree.nodes)
+    assert all(node.logps == tuple([round(math.log(0.5), 6)] * len(node.token_ids)) for t in trees for node in t.nodes)
+
+
 def _questions(config, *texts):
     rows = [{"id": str(number), "question": text} for number, text in enumerate(texts)]
     Path(config.task.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("strategy", ["bfs", "dfs"])
-def test_a_model_of_random_bytes_is_searched_to_the_end(make_config, strategy):
+def test_a_model_of_random_bytes_is_searched_to_the_end(make_config, strategy, engine):
     tokenizer = build_byte_tokenizer()
     noisy = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 3.0})  # newlines now and then
     settings = {"temperature": 5.0, "evaluator": "sample", "num_verdicts": 2, "max_verdict_tokens": 8}
-    config = make_config(strategy, strategy=strategy, num_candidates=3, max_nodes=12, **settings)
+    config = make_config(strategy, strategy=strategy, engine=engine, num_candidates=3, max_nodes=12, **settings)
     _questions(config, "how many \U0001f600?", "\u0643\u0645 e\u0301")
     result = collect(config, noisy, tokenizer)
     trees = read_trees(result.trees_path)
@@ -151,10 +187,10 @@ def test_a_model_of_random_bytes_is_searched_to_the_end(make_config, strategy):
 
 
 @pytest.mark.parametrize("text", ["why " * 2000, "\ud800 how many"], ids=["longer than the context", "half a pair"])
-def test_a_question_that_cannot_be_asked_is_recorded_and_the_next_one_is_searched(make_config, text):
+def test_a_question_that_cannot_be_asked_is_recorded_and_the_next_one_is_searched(make_config, text, engine):
     tokenizer = build_byte_tokenizer()
     model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("a"): 1000.0}, max_positions=6000)
-    config = make_config(num_candidates=2, max_thought_tokens=4)
+    config = make_config(engine=engine, num_candidates=2, max_thought_tokens=4)
     _questions(config, text, "how many")
     result = collect(config, model, tokenizer)
     first, second = read_trees(result.trees_path)
