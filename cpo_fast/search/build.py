@@ -4,9 +4,10 @@ What two unlike questions have in common is what all have in common. It does not
 restart splits its forwards in the same places and rounds the same.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from cpo_fast.config import SearchConfig
+from cpo_fast.config import Config, SearchConfig
 from cpo_fast.errors import ConfigError
 from cpo_fast.search.engine import Engine
 from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, encode_question, evaluator_text
@@ -23,6 +24,31 @@ def evaluator_prompts(task: Task, tokenizer: Any, question: Question, chat: bool
     return [encode_prompt(tokenizer, text, chat) for text in texts]
 
 
+def load_searched_model(config: Config) -> tuple[Any, Any]:
+    """Model and tokenizer that `config.model` names.
+
+    Raises:
+        ConfigError: an adapter is to be merged and none is set; as `load_model` besides.
+    """
+    if config.search.merge_adapter and config.model.adapter is None:
+        raise ConfigError(
+            "search.merge_adapter: there is no adapter to merge; set model.adapter to its folder, or "
+            "search.merge_adapter=false"
+        )
+    from cpo_fast.models import load_model
+
+    return load_model(config.model)
+
+
+def searched_weights(model: Any, settings: SearchConfig) -> AbstractContextManager[None]:
+    """The weights that `settings` wants searched, for the length of a `with`; build the engine inside it."""
+    if not settings.merge_adapter:
+        return nullcontext()
+    from cpo_fast.search.merged_adapter import merged_adapter
+
+    return merged_adapter(model)
+
+
 def build_engine(task: Task, model: Any, tokenizer: Any, settings: SearchConfig, chat: bool) -> Engine:
     """The engine that `settings` names, with the few-shot prompt and the evaluator's prompts prefilled once.
 
@@ -31,13 +57,18 @@ def build_engine(task: Task, model: Any, tokenizer: Any, settings: SearchConfig,
         OutOfMemory: the shared prompts do not fit into the arena.
     """
     engine = _engine(model, tokenizer, settings)
+    for prefix in shared_prefixes(task, tokenizer, chat):
+        engine.cache_prefix(prefix)
+    return engine
+
+
+def shared_prefixes(task: Task, tokenizer: Any, chat: bool) -> list[list[int]]:
+    """Leading token ids that all prompts of a kind have in common: the question prompts', then the evaluator's."""
     prompts, others = (
         [encode_question(tokenizer, task, probe, chat), *evaluator_prompts(task, tokenizer, probe, chat)]
         for probe in PROBES
     )
-    for one, other in zip(prompts, others, strict=True):
-        engine.cache_prefix(one[: common_prefix_length(one, other)])
-    return engine
+    return [one[: common_prefix_length(one, other)] for one, other in zip(prompts, others, strict=True)]
 
 
 def _engine(model: Any, tokenizer: Any, settings: SearchConfig) -> Engine:
