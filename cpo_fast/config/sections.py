@@ -50,6 +50,11 @@ class SearchConfig(Section):
         "arena",
         description="arena: many questions over one KV cache that is a tree; hf: the reference, one state at a time",
     )
+    merge_adapter: bool = Field(
+        False,
+        description="search with the adapter added to the base weights, which are put back bit for bit; rounds once more "
+        "than a live adapter, so its trees are those of another search",
+    )
     strategy: Literal["bfs", "dfs"] = Field("bfs", description="by level, or best child first")
     num_candidates: int = Field(10, ge=1, description="k: thoughts sampled per state (paper: 10)")
     num_kept: int = Field(5, ge=1, description="n: states kept per level (paper: 5)")

@@ -18,7 +18,13 @@ from cpo_fast.config import Config, config_hash
 from cpo_fast.errors import CpoFastError
 from cpo_fast.evaluate.result import Evaluation, Method, Provenance, QuestionResult, summarise
 from cpo_fast.files import canonical_json
-from cpo_fast.search.build import PROBES, build_engine, evaluator_prompts
+from cpo_fast.search.build import (
+    PROBES,
+    build_engine,
+    evaluator_prompts,
+    load_searched_model,
+    searched_weights,
+)
 from cpo_fast.search.collect import load_questions
 from cpo_fast.tasks import Question, Task, encode_question
 
@@ -38,7 +44,7 @@ def evaluate(
 
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the lines
-            of a chain as it does in a tree.
+            of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
         model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
         tokenizer: see `model`.
         on_question: called with (questions done, questions in all) after each.
@@ -63,24 +69,28 @@ def evaluate_methods(
     methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
     if model is None:
         # after the questions, whose mistakes then show before a model is loaded
-        from cpo_fast.models import load_model
-
-        model, tokenizer = load_model(config.model)
+        model, tokenizer = load_searched_model(config)
     asker = _Asker(config, task, questions, model, tokenizer)
     evaluations = []
-    for number, method in enumerate(methods):
-        results = []
-        for result in asker.ask_all(method):
-            results.append(result)
-            if on_question is not None:
-                on_question(number * len(questions) + len(results), len(methods) * len(questions))
-        if all(result.stop == "failed" for result in results):
-            raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
-        label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
-        evaluation = summarise(label, method, task.name, asker.provenance(method), results, asker.setup_seconds(method))
-        evaluation.write(Path(config.run))
-        evaluations.append(evaluation)
+    with searched_weights(model, config.search):
+        for number, method in enumerate(methods):
+            results = []
+            for result in asker.ask_all(method):
+                results.append(result)
+                if on_question is not None:
+                    on_question(number * len(questions) + len(results), len(methods) * len(questions))
+            evaluations.append(_finished(config, task, asker, method, results))
     return evaluations
+
+
+def _finished(config: Config, task: Task, asker: "_Asker", method: Method, results: list[QuestionResult]) -> Evaluation:
+    """The evaluation of these results, both its files written."""
+    if all(result.stop == "failed" for result in results):
+        raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
+    label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
+    evaluation = summarise(label, method, task.name, asker.provenance(method), results, asker.setup_seconds(method))
+    evaluation.write(Path(config.run))
+    return evaluation
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,11 @@ class _Asker:
         from cpo_fast.models import adapter_hash, model_hash
 
         config = self._config
-        settings: dict[str, Any] = {"max_steps": config.search.max_steps, "max_new_tokens": config.eval.max_new_tokens}
+        settings: dict[str, Any] = {
+            "max_steps": config.search.max_steps,
+            "max_new_tokens": config.eval.max_new_tokens,
+            "merge_adapter": config.search.merge_adapter,
+        }
         if method == "tot":
             settings = {"search": config.search.deciding(), "seed": config.seed}
         prompts = [self._prompt_ids(PROBES[0])]

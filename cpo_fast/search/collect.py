@@ -18,7 +18,7 @@ from typing import Any
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError
 from cpo_fast.files import write_jsonl
-from cpo_fast.search.build import build_engine
+from cpo_fast.search.build import build_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine
 from cpo_fast.search.provenance import provenance_of
 from cpo_fast.search.question_search import QuestionSearch
@@ -51,7 +51,7 @@ def collect(
             alone.
 
     Raises:
-        ConfigError: no question file or no model is configured.
+        ConfigError: no question file or no model is configured, or `search.merge_adapter` cannot be done exactly.
         DataError: the question file or the existing trees are not usable; see `tree_file`.
         EnvironmentProblem: another process collects as the same worker.
     """
@@ -60,9 +60,7 @@ def collect(
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
     if model is None:
-        from cpo_fast.models import load_model
-
-        model, tokenizer = load_model(config.model)
+        model, tokenizer = load_searched_model(config)
     roots = RootPrompts(task, tokenizer, config.task.chat)
     provenance = provenance_of(config, task, roots, model)
     trees_path = Path(config.run) / "trees.jsonl"
@@ -77,8 +75,9 @@ def collect(
         }
         seconds = 0.0
         if searches:
-            engine = build_engine(task, model, tokenizer, config.search, config.task.chat)
-            seconds = _run(engine, searches, file, len(own), progress)
+            with searched_weights(model, config.search):
+                engine = build_engine(task, model, tokenizer, config.search, config.task.chat)
+                seconds = _run(engine, searches, file, len(own), progress)
         is_whole = file.finish()
         trees = [file.trees[question.id] for question in questions if question.id in file.trees]
     if is_whole:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import Config, validate_config
-from cpo_fast.errors import CpoFastError, DataError
+from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from cpo_fast.evaluate import evaluate, evaluate_methods, read_evaluation
 from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import adapter_hash, load_model, model_hash
@@ -115,6 +115,28 @@ def test_adapter_is_evaluated_under_its_own_label(tmp_path: Path, folder: Path) 
     assert chains[0] != chains[1], "the adapter changed nothing"
     summary = json.loads((tmp_path / "run/eval-adapter.json").read_text())
     assert (summary["label"], summary["adapter_hash"]) == ("adapter", adapter_hash(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_merged_adapter_gives_the_same_answers_and_says_that_it_was_merged(
+    tmp_path: Path, folder: Path, batch_size: int
+) -> None:
+    questions = numbered(tmp_path / "q.jsonl", ["1", "2"])
+    base, _ = load_model(config_for(folder, folder).model)
+    with_lora(base, seed=5).save_pretrained(tmp_path / "adapter")
+    config = config_for(folder, tmp_path / "run", questions, method="both", batch_size=batch_size)
+    changes = {"model": config.model.model_copy(update={"adapter": str(tmp_path / "adapter")})}
+    found = []
+    for merge in (False, True):
+        search = config.search.model_copy(update={"merge_adapter": merge, "arena_tokens": 8000})
+        found.append(evaluate_methods(config.model_copy(update={**changes, "search": search})))
+    for live, merged in zip(*found, strict=True):
+        assert [result.chain for result in live.results] == [result.chain for result in merged.results]
+        assert [result.num_tokens for result in live.results] == [result.num_tokens for result in merged.results]
+        assert live.settings_hash != merged.settings_hash
+        assert live.adapter_hash == merged.adapter_hash != ""
+    with pytest.raises(ConfigError, match=r"search\.merge_adapter: there is no adapter to merge; set model\.adapter"):
+        evaluate_methods(config.model_copy(update={"search": search}))
 
 
 @pytest.fixture
