@@ -4,10 +4,12 @@ Without a GPU the kernels run in Triton's interpreter, which must be chosen befo
 more in a process with TRITON_INTERPRET=1.
 """
 
+import importlib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpo_kernels import implementation, self_check, tree_attention
+from cpo_kernels import implementation, self_check, self_check_cases, tree_attention
 from cpo_kernels.implementation import (
     Implementations,
     available_implementations,
@@ -23,14 +25,23 @@ from cpo_kernels.implementation import (
     resolve_implementations,
 )
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.self_check import KernelCheckError, ModelShape
+from cpo_kernels.self_check import OPS, TRAINING_OPS, KernelCheckError, ModelShape, check_once
 from tests.tiny import tiny_llama
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPE = ModelShape(torch.float32, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=48)
 
-GRADIENT_OF = {"dq": 0, "dk": 1, "dv": 2, "gradient": 0}  # argument
+# argument whose gradient it is
+GRADIENT_OF: dict[str, int | str] = {
+    "dq": 0,
+    "dk": 1,
+    "dv": 2,
+    "gradient": 0,
+    "weight gradient": 1,
+    "bias gradient": "bias",
+}
 
+IN_THE_INTERPRETER = "kernels_pass or by_default or does_nothing or by_both_paths"
 runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="run by test_check_holds_in_the_interpreter")
 
 
@@ -38,7 +49,7 @@ runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="run by test_check_hol
 @pytest.mark.slow
 def test_check_holds_in_the_interpreter() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "kernels_pass or by_default", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", IN_THE_INTERPRETER, __file__],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -46,22 +57,24 @@ def test_check_holds_in_the_interpreter() -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert "3 passed" in result.stdout
+    assert f"{3 + 2 + len(FAULTS)} passed" in result.stdout
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of 83 rows, nothing checked yet, and Triton as the default of the CPU."""
-    monkeypatch.setattr(self_check, "NUM_ROWS", 83)
-    monkeypatch.setattr(self_check, "NUM_TARGETS", 90)
-    monkeypatch.setattr(self_check, "VOCAB_SIZE", 131)
+    """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
+    sizes = {"LINE_ROWS": 83, "MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131}
+    sizes |= {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6}
+    for name, size in sizes.items():
+        monkeypatch.setattr(self_check_cases, name, size)
     monkeypatch.setattr(self_check, "_passed", set())
     monkeypatch.setitem(implementation.DEFAULT_BY_DEVICE, "cpu", "triton")
 
 
 @runs_kernels
 def test_right_kernels_pass() -> None:
-    self_check.self_check("cpu", ModelShape(torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, hidden_size=96))
+    shape = ModelShape(torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, hidden_size=96)
+    self_check.self_check("cpu", shape, OPS)
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -79,63 +92,225 @@ class ScaledGradient(torch.autograd.Function):
 
 def broken(op: str, part: str, factor: float) -> Callable[..., Any]:
     """The eager op that answers to `triton`, with one of its results or gradients off by `factor`."""
-    real = getattr(self_check, op)
+    real = getattr(self_check_cases, op)
 
     def posing(*args: Any, impl: str, **options: Any) -> Any:
-        inputs = list(args)
-        if impl == "triton" and part in GRADIENT_OF:
+        inputs, wrong = list(args), impl == "triton"
+        if wrong and part in GRADIENT_OF:
             place = GRADIENT_OF[part]
-            inputs[place] = ScaledGradient.apply(inputs[place], factor)
+            if isinstance(place, int):
+                inputs[place] = ScaledGradient.apply(inputs[place], factor)
+            elif options[place] is not None:
+                options[place] = ScaledGradient.apply(options[place], factor)
         result = real(*inputs, impl="eager", **options)
-        if impl == "triton" and part == "out":
+        if wrong and part == "out":
             return result * factor
-        if impl == "triton" and part.endswith("logps"):
+        if wrong and part in ("keys", "values"):
+            inputs[3 if part == "keys" else 4].mul_(factor)
+        if wrong and part == "is_top1" and result.is_top1 is not None:
+            return replace(result, is_top1=result.is_top1 & (factor == 1.0))
+        if wrong and op == "linear_logprob" and getattr(result, part, None) is not None:
             return replace(result, **{part: getattr(result, part) * factor})
         return result
 
     return posing
 
 
-@pytest.mark.parametrize("factor", [1.0, 1 + 1e-4, float("nan")])
+def pose(monkeypatch: pytest.MonkeyPatch, op: str = "", part: str = "nothing", factor: float = 1.0) -> None:
+    """Every op answers to `triton` by its eager self; one of them wrongly."""
+    for name in OPS:
+        monkeypatch.setattr(self_check_cases, name, broken(name, part if name == op else "nothing", factor))
+
+
+def test_right_results_pass(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pose(monkeypatch)
+    self_check.self_check("cpu", SHAPE, OPS)
+    assert self_check._passed == {(op, "cpu", SHAPE) for op in OPS}
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, float("nan")])
 @pytest.mark.parametrize(
     ("op", "part"),
     [
         *(("tree_attention", part) for part in ("out", "dq", "dk", "dv")),
         *(("linear_logprob", part) for part in ("token_logps", "ref_token_logps", "segment_logps", "gradient")),
+        *(
+            ("linear_logprob", part)
+            for part in ("entropy", "mean_logit", "is_top1", "weight gradient", "bias gradient")
+        ),
+        *(("tree_decode", part) for part in ("out", "keys", "values")),
     ],
 )
 def test_each_wrong_result_is_refused_by_the_name_of_its_op(
     small: None, monkeypatch: pytest.MonkeyPatch, op: str, part: str, factor: float
 ) -> None:
-    for name in ("tree_attention", "linear_logprob"):
-        monkeypatch.setattr(self_check, name, broken(name, part if name == op else "nothing", factor))
-    if factor == 1.0:
-        self_check.self_check("cpu", SHAPE)
-        return
+    pose(monkeypatch, op, part, factor)
     with pytest.raises(KernelCheckError, match=rf"^{op}: its Triton kernels are wrong on cpu .*CPO_KERNELS_IMPL=eager"):
-        self_check.self_check("cpu", SHAPE)
+        self_check.self_check("cpu", SHAPE, (op,))
     assert self_check._passed == set()
 
 
-@pytest.mark.parametrize("op", ["tree_attention", "linear_logprob"])
+@pytest.mark.parametrize("op", OPS)
 def test_kernel_that_does_not_launch_is_refused_with_its_reason(
     small: None, monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
     def fails(*args: Any, impl: str, **options: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
-    monkeypatch.setattr(self_check, "tree_attention", broken("tree_attention", "nothing", 1.0))
-    monkeypatch.setattr(self_check, op, fails)
+    pose(monkeypatch)
+    monkeypatch.setattr(self_check_cases, op, fails)
     with pytest.raises(KernelCheckError, match=rf"^{op}: .*do not run on cpu .*out of resource.*IMPL=eager") as raised:
-        self_check.self_check("cpu", SHAPE)
+        self_check.self_check("cpu", SHAPE, (op,))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_fault_of_one_op_is_in_nobody_elses_way(small: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    pose(monkeypatch, op, "token_logps" if op == "linear_logprob" else "out", 1.5)
+    others = tuple(name for name in OPS if name != op)
+    self_check.self_check("cpu", SHAPE, others)
+    for name in others:
+        check_once("cpu", name)
+    assert self_check._passed == {(name, "cpu", SHAPE) for name in others}
+    with pytest.raises(KernelCheckError, match=op):
+        check_once("cpu", op)
+    if op in TRAINING_OPS:
+        with pytest.raises(KernelCheckError, match=op):
+            self_check.self_check("cpu", SHAPE)
+    else:
+        self_check.self_check("cpu", SHAPE)
+        check_once("cpu")
+
+
+def test_an_op_of_another_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected ops out of tree_attention, .*, got tree_attend"):
+        self_check.self_check("cpu", SHAPE, ("tree_attention", "tree_attend"))
+
+
+# op, module, kernel, and the constants that the variant which does nothing has, if not all do nothing
+FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("tree_attention", "forward", "_forward_kernel", {}),
+    ("tree_attention", "backward", "_delta_kernel", {}),
+    ("tree_attention", "backward_q", "_grad_q_kernel", {}),
+    ("tree_attention", "backward_kv", "_grad_kv_kernel", {}),
+    ("tree_attention", "backward_kv", "_sum_parts_kernel", {}),
+    *(("linear_logprob", "chunk", "_take_targets", {"CAPPED": capped}) for capped in (False, True)),
+    *(("linear_logprob", "chunk", "_logit_partials", {"WITH_OUTPUTS": asked}) for asked in (False, True)),
+    ("linear_logprob", "chunk", "_logit_partials", {"HAS_BIAS": True}),
+    *(("linear_logprob", "chunk", "_conditional", {"CAPPED": capped}) for capped in (False, True)),
+    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
+    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": True}),
+    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": False}),
+    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": True}),
+    *(("linear_logprob", "fused", "_product_partials", {"BLOCK_R": rows}) for rows in (16, 64, 128)),
+    *(("linear_logprob", "fused", "_product_partials", {"CAPPED": capped}) for capped in (False, True)),
+    *(("linear_logprob", "fused", "_product_partials", {"WITH_OUTPUTS": asked}) for asked in (False, True)),
+    ("linear_logprob", "fused", "_target_logits", {"ONE_A_ROW": False}),
+    ("linear_logprob", "fused", "_target_logits", {"ONE_A_ROW": True}),
+    ("linear_logprob", "backward", "_row_gradients", {}),
+    *(("linear_logprob", "backward", "_product_gradients", {"CAPPED": capped}) for capped in (False, True)),
+    ("linear_logprob", "backward", "_put_targets", {}),
+    ("tree_decode", "forward", "_store_kernel", {}),
+    ("tree_decode", "forward", "_partial_kernel", {}),
+    ("tree_decode", "forward", "_merge_kernel", {}),
+]
+KERNELS_FOLDER = Path(self_check.__file__).parent
+
+
+def test_every_kernel_that_is_launched_is_among_the_faults() -> None:
+    launched = {
+        (op, path.stem, kernel)
+        for op in OPS
+        for path in (KERNELS_FOLDER / op).glob("*.py")
+        for kernel in re.findall(r"^\s+(_\w+)\[\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert launched == {fault[:3] for fault in FAULTS}
+
+
+class DoesNothing:
+    """A kernel whose launches with these constants do nothing but spoil what they would have written first."""
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel, self.constants, self.num_skipped = kernel, constants, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launch(grid, *args, **options)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launch it, or not."""
+        if not self.constants.items() <= options.items():
+            self.kernel[grid](*args, **options)
+            return
+        self.num_skipped += 1
+        if self.constants == {"ONE_A_ROW": True}:  # the largest logits: NaN there would only lose ties
+            args[5].fill_(float("-inf"))
+
+
+@pytest.fixture
+def tiny(small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fewer rows yet, the tiles of the fused product to match, and NaN in memory that is allocated and not written."""
+    from cpo_kernels.linear_logprob import fused
+
+    for name, size in {"MANY_ROWS": 9, "MEDIUM_ROWS": 6, "FEW_ROWS": 3, "VOCAB_SIZE": 67}.items():
+        monkeypatch.setattr(self_check_cases, name, size)
+    tiles = fused.TILES_16_BIT
+    monkeypatch.setattr(
+        fused, "TILES_16_BIT", tuple((n, *tile[1:]) for n, tile in zip((3, 4, None), tiles, strict=True))
+    )
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+TINY_SHAPE = ModelShape(torch.bfloat16, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=24)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, module: str, kernel: str, constants: dict[str, Any]) -> DoesNothing:
+    """Put a kernel that does nothing in the place of one."""
+    place = importlib.import_module(f"cpo_kernels.{op}.{module}")
+    fault = DoesNothing(getattr(place, kernel), constants)
+    monkeypatch.setattr(place, kernel, fault)
+    return fault
+
+
+@runs_kernels
+@pytest.mark.parametrize(("op", "module", "kernel", "constants"), FAULTS)
+def test_a_kernel_that_does_nothing_is_refused_by_the_name_of_its_op(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, op: str, module: str, kernel: str, constants: dict[str, Any]
+) -> None:
+    if op == "tree_attention":
+        monkeypatch.setattr(self_check_cases, "LINE_ROWS", 150)  # two query blocks, into which ranges are cut
+    fault = plant(monkeypatch, op, module, kernel, constants)
+    with pytest.raises(KernelCheckError, match=f"^{op}: its Triton kernels are wrong"):
+        self_check.self_check("cpu", TINY_SHAPE, (op,))
+    assert fault.num_skipped > 0
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("path", "module", "kernel"), [("chunk", "fused", "_target_logits"), ("fused", "chunk", "_take_targets")]
+)
+def test_rows_without_a_gradient_go_by_both_paths_whatever_the_environment_says(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, path: str, module: str, kernel: str
+) -> None:
+    monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", path)
+    plant(monkeypatch, "linear_logprob", module, kernel, {})
+    found = self_check_cases.check_linear_logprob(torch.device("cpu"), TINY_SHAPE)
+    for name, ratio in found.items():
+        if name.startswith("log-probs, path"):
+            assert (ratio <= 1) == (f"path {path}" in name), name
 
 
 @runs_kernels
 def test_kernels_by_default_are_checked_once_and_named_ones_never(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
+    calls: list[tuple[torch.device, str]] = []
     real = self_check.self_check
-    monkeypatch.setattr(self_check, "self_check", lambda *args: calls.append(args) or real("cpu", SHAPE))
+
+    def counted(device: torch.device, ops: tuple[str, ...]) -> None:
+        calls.extend((device, op) for op in ops)
+        real("cpu", SHAPE, ops)
+
+    monkeypatch.setattr(self_check, "self_check", counted)
     q = torch.randn(5, 2, 16)
     ends = torch.full((5,), 5, dtype=torch.int32)
     for impl in ("triton", "eager"):
@@ -147,7 +322,7 @@ def test_kernels_by_default_are_checked_once_and_named_ones_never(small: None, m
     for _ in range(2):
         tree_attention(q, q, q, ends)
     assert resolve_implementations(None, "cpu") == Implementations("triton", "triton")
-    assert calls == [(torch.device("cpu"),)]
+    assert calls == [(torch.device("cpu"), op) for op in TRAINING_OPS]
 
 
 @runs_kernels
@@ -157,14 +332,14 @@ def test_prepare_checks_kernels_by_default_in_the_shapes_of_the_model(
     model = tiny_llama(hidden_size=64)
     prepare(model)
     expected = ModelShape(torch.float32, num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64)
-    assert self_check._passed == {("cpu", expected)}
+    assert self_check._passed == {(op, "cpu", expected) for op in TRAINING_OPS}
     monkeypatch.setattr(self_check, "_passed", set())
     prepare(tiny_llama(hidden_size=64), impl="eager")
     assert self_check._passed == set()
 
 
 def test_prepare_refuses_a_device_on_which_a_kernel_is_wrong(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "tree_attention", broken("tree_attention", "out", 1.01))
+    pose(monkeypatch, "tree_attention", "out", 1.01)
     model = tiny_llama(hidden_size=64)
     with pytest.raises(KernelCheckError, match="tree_attention"):
         prepare(model)
@@ -175,10 +350,9 @@ def test_prepare_refuses_a_device_on_which_a_kernel_is_wrong(small: None, monkey
 def test_check_needs_no_gradients_around_it(
     small: None, monkeypatch: pytest.MonkeyPatch, context: Callable[..., Any]
 ) -> None:
-    for op in ("tree_attention", "linear_logprob"):
-        monkeypatch.setattr(self_check, op, broken(op, "nothing", 1.0))
+    pose(monkeypatch)
     with context():
-        self_check.self_check("cpu", SHAPE)
+        self_check.self_check("cpu", SHAPE, OPS)
 
 
 def test_cuda_defaults_to_triton_and_the_cpu_to_eager() -> None:
