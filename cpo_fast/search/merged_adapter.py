@@ -60,10 +60,10 @@ def merged_adapter(model: Any) -> Iterator[None]:
 
 
 def _write(weight: "torch.Tensor", values: "torch.Tensor") -> None:
-    """Change a weight in place. Outside inference mode, which would leave its counter of changes where it is."""
+    """Change a weight in place: its address stays, its counter of changes moves on."""
     import torch
 
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         weight.copy_(values)
 
 
