@@ -54,9 +54,14 @@ def test_a_path_forced_for_a_check_overrides_environment_and_table_and_ends_with
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
-    with pytest.raises(RuntimeError, match="of the check"), dispatch.path_forced("chunk"):
-        assert dispatch.choose_path(CPU, 576, 10) == "chunk"
-        raise RuntimeError("of the check")
+
+    def check() -> None:
+        with dispatch.path_forced("chunk"):
+            assert dispatch.choose_path(CPU, 576, 10) == "chunk"
+            raise RuntimeError("of the check")
+
+    with pytest.raises(RuntimeError, match="of the check"):
+        check()
     assert dispatch.choose_path(CPU, 576, 10) == "fused"
 
 
