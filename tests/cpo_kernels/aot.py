@@ -1,8 +1,9 @@
 """Compile a Triton kernel for a GPU that is not there, and read what the binary needs.
 
 `triton.compile` runs through to machine code without a driver; registers and stack are then read off the binary by the
-`cuobjdump` that Triton ships. Shared memory above the card's limit does not stop the compiler, so callers compare
-`shared_bytes` with `MAX_SHARED_BYTES`. The process must not have TRITON_INTERPRET set: there, kernels are not kernels.
+`cuobjdump` that Triton ships. Shared memory above the card's limit, a spill or a product without matrix instructions do
+not stop the compiler, so `assert_fits` and `assert_matrix_instructions` do. The process must not have TRITON_INTERPRET
+set: there, kernels are not kernels.
 """
 
 import re
@@ -69,6 +70,18 @@ def compile_kernel(
     )
     registers, stack_bytes = _resources(binary.asm["cubin"])
     return Compiled(int(binary.metadata.shared), registers, stack_bytes, binary.asm["ptx"])
+
+
+def assert_fits(binary: Compiled, arch: int, max_stack_bytes: int) -> None:
+    """Fail on more shared memory than the card has, or more spilled registers than a kernel may have."""
+    assert binary.shared_bytes <= MAX_SHARED_BYTES[arch], f"{binary.shared_bytes} bytes of shared memory"
+    assert binary.stack_bytes <= max_stack_bytes, f"{binary.stack_bytes} bytes of stack, {binary.registers} registers"
+
+
+def assert_matrix_instructions(binary: Compiled, warp_group: bool, warp: bool) -> None:
+    """Fail unless the products are, and are only, the warp group's of 9.0, a warp's as on 8.0, or neither."""
+    assert ("wgmma.mma_async" in binary.ptx) is warp_group, "wgmma.mma_async"
+    assert ("mma.sync" in binary.ptx) is warp, "mma.sync"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

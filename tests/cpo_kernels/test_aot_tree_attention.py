@@ -6,11 +6,10 @@ the stack, and on 9.0 a matrix product that does not use its matrix instructions
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
-from tests.cpo_kernels.aot import MAX_SHARED_BYTES, compile_kernel
+from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled there"),
@@ -32,8 +31,11 @@ class Case:
     dtype: str
 
 
-def compiled(case: Case, arch: int) -> Any:
-    """The kernel of a case, compiled; shapes of a call (rows, heads) are arguments, so one binary serves all."""
+def compiled(case: Case, arch: int, **changes: int) -> Compiled:
+    """The kernel of a case, compiled; shapes of a call (rows, heads) are arguments, so one binary serves all.
+
+    `changes` are for tests of the gate: another extent, number of warps or of stages than what is shipped.
+    """
     from cpo_kernels.tree_attention import backward, backward_kv, backward_q, forward
     from cpo_kernels.tree_attention.tiles import EXACT_TILES, padded_head_dim
 
@@ -65,6 +67,8 @@ def compiled(case: Case, arch: int) -> Any:
             "TILES_PER_KV": SCHEDULE_BLOCKS[1] // tile.block_kv,
         }
         warps, stages = tile.num_warps, tile.num_stages
+    warps, stages = changes.pop("num_warps", warps), changes.pop("num_stages", stages)
+    constants |= changes
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if name not in constants]
     strides = [name for name in names if name.endswith("_stride")]
@@ -92,8 +96,6 @@ CASES += [Case(kernel, 256, dtype) for kernel in ("_delta_kernel", "_sum_parts_k
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}-{case.head_dim}-{case.dtype}")
 def test_kernel_fits_the_card(case: Case, arch: int) -> None:
     binary = compiled(case, arch)
-    assert binary.shared_bytes <= MAX_SHARED_BYTES[arch]
-    assert binary.stack_bytes <= MAX_STACK_BYTES
+    assert_fits(binary, arch, MAX_STACK_BYTES)
     products = case.kernel in KERNELS and case.dtype != "fp32"
-    assert ("wgmma.mma_async" in binary.ptx) is (products and arch == 90)
-    assert ("mma.sync" in binary.ptx) is (products and arch == 80)
+    assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)
