@@ -40,7 +40,7 @@ class TaskConfig(Section):
 
 
 # settings of the search that share out its work and decide nothing
-_SHARING = {"batch_size", "questions_in_flight", "arena_tokens", "prefill_tokens"}
+_SHARING = {"batch_size", "questions_in_flight", "arena_tokens", "prefill_tokens", "cuda_graphs"}
 
 
 class SearchConfig(Section):
@@ -87,13 +87,14 @@ class SearchConfig(Section):
         description="depth-first search does not enter states valued below this; null: enters them in order of value",
     )
     batch_size: int = Field(
-        256, ge=1, description="rows per forward pass; in float32 never changes the trees, as the next three"
+        256, ge=1, description="rows per forward pass; in float32 never changes the trees, as the next four"
     )
     questions_in_flight: int = Field(16, ge=1, description="questions searched at a time by the arena engine")
     arena_tokens: int | None = Field(
         None, ge=1, description="tokens whose keys and values the arena engine holds; null: what free memory allows"
     )
     prefill_tokens: int = Field(8192, ge=1, description="tokens of one prefill forward of the arena engine")
+    cuda_graphs: bool = Field(True, description="record the arena engine's steps as CUDA graphs where there is CUDA")
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the trees, as plain JSON values: all but those that only share out the work."""

@@ -15,6 +15,7 @@ import torch
 from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena import Arena, default_num_tokens
+from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.prefill import compute_nodes
 from cpo_fast.search.engine.request import Answer, Ask, R, Search
 from cpo_fast.search.engine.scheduler import Scheduler
@@ -31,13 +32,21 @@ class ArenaEngine:
         model: `transformers` or PEFT model with a language-model head; prepared and set to eval mode here.
         tokenizer: its tokenizer.
         settings: `batch_size` rows of a wave, `questions_in_flight`, `arena_tokens`, `prefill_tokens`.
-        share: False reads a shared node once for each row; for measurements.
+        features: None is all that this device has, but for what `settings` switches off.
+        stops: say when a line ends; None is newline and end-of-sequence.
 
     Raises:
         ValueError: the model cannot be computed exactly this way; the sentence names why.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: SearchConfig, share: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: SearchConfig,
+        features: Features | None = None,
+        stops: Stops | None = None,
+    ) -> None:
         self.model = prepare(model.eval())
         self._parts = model_parts(model)
         first = next(self._parts.causal_lm.parameters())
@@ -51,11 +60,11 @@ class ArenaEngine:
             self._parts,
             self._arena,
             self._permanent,
-            Stops(model, tokenizer),
+            stops or Stops(model, tokenizer),
             settings.batch_size,
             settings.questions_in_flight,
             settings.prefill_tokens,
-            share,
+            features or Features(graphs=first.device.type == "cuda" and settings.cuda_graphs),
         )
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:

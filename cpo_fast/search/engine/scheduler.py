@@ -15,6 +15,8 @@ from typing import Any, Generic
 
 from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena import Arena
+from cpo_fast.search.engine.features import Features
+from cpo_fast.search.engine.graph_wave import GraphWave
 from cpo_fast.search.engine.prefill import Place, compute_nodes
 from cpo_fast.search.engine.request import Ask, R, Request, Sample, Scoring, Search
 from cpo_fast.search.engine.stops import Stops
@@ -56,10 +58,10 @@ class Scheduler:
         parts: of a prepared model. arena, permanent: storage, and the trie of prompts that stay.
         stops: says when a row ends.
         max_rows: of the wave. max_searches: in flight. prefill_tokens: of one forward.
-        share: see `Wave`.
+        features: what may be done.
 
     Attributes:
-        wave: its counters say what was read. num_prefilled: tokens computed into nodes.
+        wave: its counts say what was read. num_prefilled: tokens computed into nodes.
     """
 
     def __init__(
@@ -71,9 +73,13 @@ class Scheduler:
         max_rows: int,
         max_searches: int,
         prefill_tokens: int,
-        share: bool = True,
+        features: Features,
     ) -> None:
-        self.wave = Wave(parts, arena, stops, share)
+        self.wave: Wave | GraphWave = (
+            GraphWave(parts, arena, stops, features.share, features.refill)
+            if features.graphs
+            else Wave(parts, arena, stops, features.share, features.refill)
+        )
         self.num_prefilled = 0
         self._parts = parts
         self._arena = arena
@@ -167,11 +173,12 @@ class Scheduler:
         reads: list[Place] = []
         scored: list[tuple[Job[Any], int]] = []
         rows: list[Row] = []
+        room = self.wave.room(self._max_rows)
         for job in self._jobs:
             while job.pending:
                 index = job.pending[0]
                 item = job.ask.items[index]
-                if isinstance(item, Request) and len(self.wave.rows) + len(rows) >= self._max_rows:
+                if isinstance(item, Request) and len(rows) >= room:
                     break
                 nodes = [node for path in job.paths[index] for node, _ in path]
                 start = self._reserve(nodes, item.max_new_tokens if isinstance(item, Request) else 0, missing)

@@ -49,31 +49,52 @@ class Row:
         return self.failed or self.stop is not None
 
 
+@dataclass(eq=False)
+class WaveCounts:
+    """What a wave has computed: forwards, rows that generated, rows of the forwards, keys read (a shared one once)."""
+
+    num_steps: int = 0
+    num_rows: int = 0
+    num_places: int = 0
+    num_keys: int = 0
+
+    def add(self, num_rows: int, num_places: int, num_keys: int) -> None:
+        """Count one forward."""
+        self.num_steps += 1
+        self.num_rows += num_rows
+        self.num_places += num_places
+        self.num_keys += num_keys
+
+
 class Wave:
     """The rows of one forward.
 
     Args:
         parts: of a prepared model. arena: where keys and values are. stops: says when a row ends.
-        share: False reads a shared node once for each row; for measurements.
+        share, refill: see `Features`.
 
     Attributes:
         rows: in depth-first order.
-        num_steps, num_rows, num_keys: forwards so far, rows in them, and keys they read (a shared one once).
+        counts: of what was computed.
     """
 
-    def __init__(self, parts: ModelParts, arena: Arena, stops: Stops, share: bool = True) -> None:
+    def __init__(self, parts: ModelParts, arena: Arena, stops: Stops, share: bool = True, refill: bool = True) -> None:
         self.rows: list[Row] = []
-        self.num_steps = self.num_rows = self.num_keys = 0
+        self.counts = WaveCounts()
         self._parts = parts
         self._arena = arena
         self._stops = stops
-        self._share = share
+        self._share, self._refill = share, refill
         self._device = next(parts.causal_lm.parameters()).device
         self._sampler: BatchSampler | None = None
 
+    def room(self, max_rows: int) -> int:
+        """How many rows may be added now."""
+        return max(0, max_rows - len(self.rows)) if self._refill or not self.rows else 0
+
     def add(self, rows: Sequence[Row]) -> None:
         """Let more rows take part in the next step."""
-        self.rows = sorted([*self.rows, *rows], key=lambda row: [node.number for node, _ in row.path])
+        self.rows = depth_first_rows([*self.rows, *rows])
         self._sampler = None
 
     def drop(self, rows: Sequence[Row]) -> None:
@@ -97,7 +118,8 @@ class Wave:
             self._arena.dump_row,
             self._share,
         )
-        self._count(plan.items, lengths)
+        num_keys = int(plan.items[:, 3].sum()) + sum(lengths) + len(lengths)
+        self.counts.add(len(self.rows), len(self.rows) + padding, num_keys)
         hidden = decode_forward(
             self._parts,
             torch.tensor(tokens + [0] * padding, device=self._device),
@@ -125,10 +147,10 @@ class Wave:
             self.drop(ended)
         return ended
 
-    def _count(self, items: torch.Tensor, lengths: Sequence[int]) -> None:
-        self.num_steps += 1
-        self.num_rows += len(self.rows)
-        self.num_keys += int(items[:, 3].sum()) + sum(lengths) + len(lengths)
+
+def depth_first_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows in the order of their paths, so that those below one node stand together."""
+    return sorted(rows, key=lambda row: [node.number for node, _ in row.path])
 
 
 def padding_rows(num_rows: int, device: torch.device) -> int:

@@ -1,0 +1,248 @@
+"""A wave whose rows keep their places, so that the device steps alone and the host reads one step behind it.
+
+    device   step 1   step 2   step 3   ...
+    host              read 1   read 2   ...
+
+The host only decides which lines have ended. A row that ended is silenced at once, and its place stays empty until the
+wave is composed anew: when rows wait and `REFILL_STEPS` have passed, or when fewer than `MIN_ALIVE` of the places are
+alive. Between two compositions nothing is planned and nothing waits, so the same recorded step is replayed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpo_fast.errors import EnvironmentProblem
+from cpo_fast.search.engine.arena import Arena
+from cpo_fast.search.engine.batch_sampler import NOT_FINITE, BatchSampler
+from cpo_fast.search.engine.decode_step import DecodeStep, StepShape, row_bucket, vocab_size
+from cpo_fast.search.engine.plans import decode_plan
+from cpo_fast.search.engine.stops import Stops
+from cpo_fast.search.engine.wave import Row, WaveCounts, depth_first_rows
+from cpo_kernels.integrations.transformers.parts import ModelParts
+
+LAG = 1  # steps that the device is ahead of the host
+REFILL_STEPS = 8  # a composition costs the host a few milliseconds, a row that waits a step costs its share of one
+MIN_ALIVE = 0.75  # of the places; below, a smaller bucket saves more than the composition costs
+MAX_SHAPES = 32  # recorded steps that are kept
+
+Record = Callable[[Callable[[], None]], Callable[[], Any]]  # a step -> what repeats it
+
+
+@dataclass(eq=False)
+class _Pending:
+    """Tokens on their way to the host."""
+
+    rows: list[Row]
+    out: torch.Tensor  # [2, B] float64, on the host
+    event: Any
+
+
+class GraphWave:
+    """As `wave.Wave`, for a device that is faster than the host.
+
+    Args:
+        parts: of a prepared model. arena: where keys and values are. stops: says when a row ends.
+        share, refill: see `Features`.
+        record: makes a step repeatable; None records CUDA graphs.
+
+    Attributes:
+        rows: those that have not ended, as far as the host has read.
+        counts: of what was computed. num_compositions: how often rows were placed anew.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        arena: Arena,
+        stops: Stops,
+        share: bool = True,
+        refill: bool = True,
+        record: Record | None = None,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.counts = WaveCounts()
+        self.num_compositions = 0
+        self._parts, self._arena, self._stops = parts, arena, stops
+        self._share, self._refill = share, refill
+        self._device = next(parts.causal_lm.parameters()).device
+        self._record = record or cuda_graphs()
+        self._steps: dict[StepShape, DecodeStep] = {}  # least recently used first
+        self._step: DecodeStep | None = None
+        self._placed: list[Row] = []
+        self._num_item_keys = 0
+        self._lengths: list[int] = []  # of the placed rows, once all that was launched is done
+        self._age = 0
+        self._changed = False
+        self._pending: deque[_Pending] = deque()
+
+    def room(self, max_rows: int) -> int:
+        """How many rows may be added now."""
+        if self.rows and not (self._refill and (self._age >= REFILL_STEPS or self._is_sparse())):
+            return 0
+        return max(0, max_rows - len(self.rows))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Let more rows take part from the next step on."""
+        self.rows = depth_first_rows([*self.rows, *rows])
+        self._changed = True
+
+    @torch.inference_mode()
+    def drop(self, rows: Sequence[Row]) -> None:
+        """Leave rows out; what they still write is ordered before whatever the host asks for next."""
+        gone = {id(row) for row in rows}
+        self.rows = [row for row in self.rows if id(row) not in gone]
+        self._silence()
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Let every row generate one token more; returns rows known to have ended, which have left the wave."""
+        ended: list[Row] = []
+        if self._changed or (self._is_sparse() and row_bucket(len(self.rows)) < self._num_places):
+            ended += self._read_all()
+            self._compose()
+        launched = self._launch()
+        while len(self._pending) > (LAG if launched else 0):
+            ended += self._read()
+        return ended
+
+    @property
+    def _num_places(self) -> int:
+        return self._step.shape.num_rows if self._step is not None else 0
+
+    def _is_sparse(self) -> bool:
+        return len(self.rows) < MIN_ALIVE * self._num_places
+
+    def _compose(self) -> None:
+        """Place the rows that are alive, in depth-first order."""
+        self._placed, self._changed, self._age = list(self.rows), False, 0
+        self._lengths = [len(row.generated) for row in self._placed]
+        if not self._placed:
+            return
+        self.num_compositions += 1
+        num_rows = row_bucket(len(self._placed))
+        padding = num_rows - len(self._placed)
+        plan = decode_plan(
+            [row.path for row in self._placed],
+            [row.start for row in self._placed],
+            [length + 1 for length in self._lengths],
+            padding,
+            self._arena.dump_row,
+            self._share,
+        )
+        self._num_item_keys = int(plan.items[:, 3].sum())
+        sampler = BatchSampler.build(
+            [row.request for row in self._placed],
+            [row.generated for row in self._placed],
+            num_rows,
+            vocab_size(self._parts),
+            torch.device("cpu"),
+        )
+        self._step = self._step_for(StepShape.holding(num_rows, plan, sampler))
+        self._step.load(
+            plan,
+            sampler,
+            [row.generated[-1] if row.generated else row.request.token_ids[-1] for row in self._placed],
+            self._lengths,
+            [len(row.request.token_ids) - 1 for row in self._placed],
+            [row.request.max_new_tokens for row in self._placed],
+        )
+
+    def _step_for(self, shape: StepShape) -> DecodeStep:
+        step = self._steps.pop(shape, None)
+        if step is None:
+            step = DecodeStep(self._parts, self._arena, shape, self._device)
+            while len(self._steps) >= MAX_SHAPES:
+                del self._steps[next(iter(self._steps))]
+        self._steps[shape] = step
+        return step
+
+    def _launch(self) -> bool:
+        """Queue one step, unless every row is full once the queued ones are done."""
+        heard = [
+            not row.done and length < row.request.max_new_tokens
+            for row, length in zip(self._placed, self._lengths, strict=True)
+        ]
+        if not any(heard):
+            return False
+        step = self._step
+        assert step is not None
+        if step.num_runs == 0:  # whatever is compiled or allocated once must not happen while a graph is recorded
+            step.run()
+        else:
+            if step.replay is None:
+                step.replay = self._record(step.run)
+            step.replay()
+        step.num_runs += 1
+        on_gpu = self._device.type == "cuda"
+        out = step.out.to("cpu", non_blocking=True) if on_gpu else step.out.clone()
+        event = torch.cuda.Event() if on_gpu else None
+        if event is not None:
+            event.record()
+        self._pending.append(_Pending(list(self._placed), out, event))
+        self._age += 1
+        self._lengths = [length + one for length, one in zip(self._lengths, heard, strict=True)]
+        private = sum(length for length, one in zip(self._lengths, heard, strict=True) if one)
+        self.counts.add(sum(heard), step.shape.num_rows, self._num_item_keys + private)
+        return True
+
+    def _read_all(self) -> list[Row]:
+        ended: list[Row] = []
+        while self._pending:
+            ended += self._read()
+        return ended
+
+    def _read(self) -> list[Row]:
+        """Take in the oldest step that the host has not seen."""
+        pending = self._pending.popleft()
+        if pending.event is not None:
+            pending.event.synchronize()
+        tokens, logps = pending.out.tolist()
+        alive = {id(row) for row in self.rows}
+        ended: list[Row] = []
+        for row, token, logp in zip(pending.rows, tokens, logps, strict=False):
+            if id(row) not in alive:
+                continue
+            row.failed = token == NOT_FINITE
+            if not row.failed:
+                row.logps.append(logp)
+                row.stop = self._stops.take(int(token), row.generated, row.request.max_new_tokens)
+            if row.done:
+                ended.append(row)
+        if ended:
+            self.drop(ended)
+        return ended
+
+    def _silence(self) -> None:
+        if self._step is None:
+            return
+        alive = {id(row) for row in self.rows}
+        self._step.limit([row.request.max_new_tokens if id(row) in alive else 0 for row in self._placed])
+
+
+def cuda_graphs() -> Record:
+    """Records steps as CUDA graphs that share one memory pool.
+
+    Raises:
+        EnvironmentProblem: by what is returned: the model's forward cannot be recorded.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], None]) -> Callable[[], Any]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                run()
+        except RuntimeError as error:
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            raise EnvironmentProblem(
+                f"search.cuda_graphs: this model's forward cannot be recorded as a CUDA graph ({reason}); set "
+                "search.cuda_graphs=false"
+            ) from error
+        replay: Callable[[], Any] = graph.replay
+        return replay
+
+    return record
