@@ -27,7 +27,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 GPU_HEADS := 576x49152 2048x32000 4096x32000 4096x128256 3584x152064 8192x128256 2304x256000
 PYTHON_GPU ?= $(BIN)/python
 GPU_RUN = PYTHONPATH=.:kernels timeout 540 $(PYTHON_GPU)
-GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-profile gpu-sanitizer
+GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-collect gpu-profile gpu-sanitizer
 
 # Nothing may reach for the network after the installation; two threads are what the time limits are stated for.
 export HF_HUB_OFFLINE = 1
@@ -60,6 +60,8 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.train_step
 	PYTHONPATH=. $(BIN)/python -m benchmarks.linear_logprob
 	PYTHONPATH=. $(BIN)/python -m benchmarks.tree_attention
+	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
+	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
 
 # one part that fails does not keep the others from running; a missed bar is recorded, shown and profiled, and is no failure
 gpu: $(BENCH_STAMP)
@@ -81,16 +83,25 @@ gpu-train-step:
 	$(GPU_RUN) -m benchmarks.gpu_train_step --order pairs
 	$(GPU_RUN) -m benchmarks.gpu_train_step --order questions
 
+# ours runs in every command: a ratio is between runs of one process
+gpu-collect:
+	$(GPU_RUN) -m benchmarks.collect --contestants roofline,batched,sequential
+	$(GPU_RUN) -m benchmarks.collect --contestants "continuous batching,vLLM"
+	$(GPU_RUN) -m benchmarks.collect --contestants features
+	$(GPU_RUN) -m benchmarks.collect_cost
+
 # kernel by kernel, whatever the records of the parts above say was missed
 gpu-profile:
 	$(GPU_RUN) -m benchmarks.kernel_profile
 
-# small shapes of ours alone: a memory checker makes kernels a hundred times slower
+# small shapes of ours alone: a memory checker makes kernels a hundred times slower; the self-check runs every kernel once
 gpu-sanitizer:
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed: not run"; exit 0; }; \
 	for module in linear_logprob tree_attention; do \
 	  PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 270 compute-sanitizer --error-exitcode 9 \
-	    $(PYTHON_GPU) -m benchmarks.$$module --set tiny --only ours --no-record --runs 1 --seconds-each 0 || exit 1; done
+	    $(PYTHON_GPU) -m benchmarks.$$module --set tiny --only ours --no-record --runs 1 --seconds-each 0 || exit 1; done; \
+	PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 270 compute-sanitizer --error-exitcode 9 \
+	  $(PYTHON_GPU) -c "from cpo_kernels.self_check import OPS, self_check; self_check('cuda', ops=OPS)"
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

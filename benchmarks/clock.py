@@ -6,6 +6,7 @@ allocator's own peak, on a CPU the running sum of the allocations that the profi
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,6 +97,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
+    quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     kineto: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
@@ -105,6 +107,11 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         held += num_bytes
         peak = max(peak, held)
     return peak
+
+
+def quiet_profiler() -> None:
+    """Keep the profiler's own notes, two lines a run, off the screen."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")
 
 
 def reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ torch.profiler over a few runs, self time a kernel, one JSON line with the twent
     python -m benchmarks.kernel_profile --op linear_logprob --head 4096x128256 --rows 2048
     python -m benchmarks.kernel_profile --op tree_attention --forest trees --head 32x8x128
     python -m benchmarks.kernel_profile --op train_step --order pairs
+    python -m benchmarks.kernel_profile --op search --set gpu
 """
 
 import argparse
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import gpu_train_step, linear_logprob, tree_attention
+from benchmarks import gpu_train_step, linear_logprob, search_model, tree_attention
 from benchmarks.attention_peers import build
+from benchmarks.clock import quiet_profiler
 from benchmarks.harness import RESULTS, record, show
 from benchmarks.logprob_case import make_case
 from benchmarks.logprob_peers import contestant
+from benchmarks.search_ours import OURS, play, variants
 from benchmarks.step_contestants import packed, random_model
 from benchmarks.workload import step_pairs
 from cpo_kernels.integrations.transformers import split_pairs
@@ -32,6 +35,7 @@ NUM_SHOWN = 20
 
 def profile_kernels(run: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
     """Self seconds and calls a run of every kernel (on a CPU: every operator), longest first, after one warm run."""
+    quiet_profiler()
     run()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -69,6 +73,10 @@ def target(arguments: argparse.Namespace) -> Callable[[], Any]:
         dtype = tree_attention.SETS[size][-1]
         case = tree_attention.make_case(arguments.forest, size, (num_heads, num_kv_heads, head_dim), dtype, device)
         return build(our_name(device), case).both
+    if arguments.op == "search":
+        chosen = search_model.SETS[arguments.set](device)
+        ours = variants(device.type == "cuda", chosen.num_candidates)[OURS]
+        return lambda: play(chosen.model, chosen.warm_up, chosen.settings, ours)
     model_shape, trees, in_order_pairs, max_tokens, dtype = gpu_train_step.SHAPES[arguments.shape]
     num_pairs = in_order_pairs if arguments.order == "pairs" else trees.num_levels * trees.num_rejected
     pairs = step_pairs(arguments.order, num_pairs, trees)
@@ -87,6 +95,9 @@ def missed() -> list[list[str]]:
     for line in _lines("gpu_train_step"):
         call = ["--op", "train_step", "--order", line["order"], "--shape", line["shape"]]
         _note(wanted, call, "missed" in line["bars"].values())
+    for line in _lines("collect"):
+        is_missed = any(verdict.startswith("missed") for verdict in line["bars"].values())
+        _note(wanted, ["--op", "search", "--set", line["set"]], is_missed)
     return list(wanted.values())
 
 
@@ -106,12 +117,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--op", choices=("linear_logprob", "tree_attention", "train_step"))
+    parser.add_argument("--op", choices=("linear_logprob", "tree_attention", "train_step", "search"))
     parser.add_argument("--head", default="4096x128256", help="E x V, or query heads x key heads x head size")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--forest", choices=tree_attention.FORESTS, default="trees")
     parser.add_argument("--order", choices=("pairs", "questions"), default="pairs")
     parser.add_argument("--shape", choices=sorted(gpu_train_step.SHAPES), default="llama-2-7b")
+    parser.add_argument("--set", choices=sorted(search_model.SETS), default="gpu", help="of searches")
     parser.add_argument("--no-record", action="store_true", help="show only")
     return parser.parse_args(argv)
 

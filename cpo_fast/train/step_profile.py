@@ -9,6 +9,7 @@ Open `trace.json` in chrome://tracing or ui.perfetto.dev. A profiled step is slo
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ class StepProfiler:
         """Start before the first profiled step (steps count from 1)."""
         if step == WARM_UP_STEPS + 1:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            os.environ.setdefault(
+                "KINETO_LOG_LEVEL", "10"
+            )  # two notes of its own a profile, in the middle of the screen
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._profile.start()
 

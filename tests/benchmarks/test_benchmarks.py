@@ -12,6 +12,8 @@ import torch
 
 from benchmarks import (
     attention_peers,
+    collect,
+    collect_cost,
     gpu_train_step,
     harness,
     kernel_profile,
@@ -20,10 +22,12 @@ from benchmarks import (
     step_contestants,
     tree_attention,
 )
+from cpo_kernels.integrations.transformers import hook
 
 QUICK = ["--device", "cpu", "--set", "tiny", "--runs", "1"]
 LOGPROB, ATTENTION = [*QUICK, "--skip", "linear_cross"], [*QUICK, "--forests", "trees,chain"]
 STEP = ["--device", "cpu", "--shape", "tiny", "--repeats", "1"]
+SEARCH = ["--device", "cpu", "--set", "tiny", "--repeats", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +89,45 @@ def test_train_step_equals_the_trainer_and_counts_both_token_ratios(
     assert "Bars not judged" in capsys.readouterr().out
 
 
+def test_collect_plays_one_script_for_all_and_estimates_with_an_interval(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert collect.main([*SEARCH, "--contestants", "features,sequential,batched,roofline"]) == 0
+    (line,) = records(results, "collect")
+    rows = {row["name"]: row for row in line["results"]["rows"]}
+    assert {row["num_tokens"] for row in rows.values()} == {line["results"]["num_tokens"]}
+    assert [check["error"] for check in line["checks"][:2]] == [0.0, 0.0]
+    for name, calls in (("sequential", 54), ("batched", 24)):
+        assert rows[name]["low"] < rows[name]["seconds"] < rows[name]["high"]
+        assert rows[name]["note"] == f"sampled, 8 of {calls} calls"
+    ours, unshared = rows["ours"]["played"], rows["ours, a shared node read once a row"]["played"]
+    assert ours["kv_bytes"] < unshared["kv_bytes"]
+    assert rows["ours, shared prompts not cached"]["played"]["num_prefilled"] > ours["num_prefilled"]
+    assert rows["ours, one question at a time"]["played"]["num_steps"] > ours["num_steps"]
+    assert line["results"]["roofline"]["num_rows"] == 12
+    assert "sampled, 8 of 54 calls" in " ".join(capsys.readouterr().out.split())
+
+
+def test_continuous_batching_generates_the_lengths_of_the_script(results: Path) -> None:
+    assert collect.main([*SEARCH, "--contestants", "continuous batching"]) == 0
+    (line,) = records(results, "collect")
+    assert [row["name"] for row in line["results"]["rows"]] == ["ours", "continuous batching"], line["results"]
+
+
+def test_the_cost_table_moves_one_factor_at_a_time(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert collect_cost.main(SEARCH[:4]) == 0
+    (line,) = records(results, "collect_cost")
+    found = line["results"]["points"]
+    assert len(found) == 8
+    for factor in collect_cost.FACTORS:
+        small, large = (point for point in found if point["factor"] == factor)
+        name = factor.replace(" ", "_")
+        assert (small[name], large[name]) == collect_cost.VALUES["tiny"][factor]
+        if factor != "in flight":
+            assert small["kv_bytes"] < large["kv_bytes"] < large["unshared_kv_bytes"]
+    assert "in flight" in capsys.readouterr().out
+
+
 def spoiled_logprob(*args: Any, **kwargs: Any) -> Any:
     result = logprob_op(*args, **kwargs)
     return replace(result, token_logps=result.token_logps + 1e-3)
@@ -109,10 +152,15 @@ def spoiled_packed(*args: Any, **kwargs: Any) -> Any:
     return replace(out, segment_logps=1.01 * out.segment_logps)
 
 
-logprob_op, attention_op, packed_op = (
+def spoiled_decode(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return decode_op(q * 1.01, *args, **kwargs)
+
+
+logprob_op, attention_op, packed_op, decode_op = (
     logprob_peers.linear_logprob,
     attention_peers.tree_attention,
     step_contestants.packed_logps,
+    hook.tree_decode,
 )
 
 
@@ -124,8 +172,10 @@ logprob_op, attention_op, packed_op = (
         (logprob_peers, "linear_logprob", spoiled_reference, linear_logprob.main, [*LOGPROB, "--only", "ours"]),
         (attention_peers, "tree_attention", spoiled_attention, tree_attention.main, [*ATTENTION, "--only", "ours"]),
         (step_contestants, "packed_logps", spoiled_packed, gpu_train_step.main, STEP),
+        (hook, "tree_decode", spoiled_decode, collect.main, SEARCH),
+        (hook, "tree_decode", spoiled_decode, collect_cost.main, SEARCH[:4]),
     ],
-    ids=["linear_logprob", "its forward", "its reference", "tree_attention", "gpu_train_step"],
+    ids=["linear_logprob", "its forward", "its reference", "tree_attention", "gpu_train_step", "collect", "its cost"],
 )
 def test_nothing_is_printed_or_recorded_when_ours_is_inexact(
     module: Any,

@@ -1,0 +1,172 @@
+"""The arena engine playing a script, with each of its features switched off in turn, and what it has read."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.search_peers import seconds_of
+from benchmarks.search_script import Call, Level, Script, SearchShape, draw_script
+from cpo_fast.config import SearchConfig
+from cpo_fast.search.engine.arena_engine import ArenaEngine
+from cpo_fast.search.engine.features import Features
+from cpo_fast.search.engine.stops import Stops
+
+OURS = "ours"
+ROOFLINE_STEPS = 48
+BANDWIDTH_BYTES = 2**28  # of a copy that measures memory bandwidth: larger than any cache
+
+
+class FixedLength(Stops):
+    """Lines end at their cap and nowhere else."""
+
+    def __init__(self) -> None:
+        pass
+
+    def take(self, token: int, generated: list[int], max_new_tokens: int) -> Any:
+        """Append the token; the row ends when it is full."""
+        generated.append(token)
+        return "length" if len(generated) >= max_new_tokens else None
+
+    def text(self, ids: list[int]) -> str:
+        """Nothing reads it."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the engine: its features, and settings that differ from the benchmark's."""
+
+    features: Features
+    settings: Mapping[str, Any]
+    cached: bool = True  # shared prompts computed once for all questions
+    keep: bool = True  # states stay in the arena for the next level
+
+
+@dataclass(frozen=True)
+class Played:
+    """One run of a variant.
+
+    Attributes:
+        seconds: wall or CPU seconds, shared prompts included.
+        num_tokens: generated. num_prefilled: computed as prompts. num_steps: forwards that generated.
+        occupancy: rows that generated over rows that were computed.
+        mean_rows: rows a step. kv_bytes: keys and values read by steps of generation, a shared one once.
+        weight_bytes: read in one step. compositions: how often rows were placed anew; 0 without graphs.
+    """
+
+    seconds: float
+    num_tokens: int
+    num_prefilled: int
+    num_steps: int
+    occupancy: float
+    mean_rows: float
+    kv_bytes: int
+    weight_bytes: int
+    compositions: int
+
+
+def variants(graphs: bool, num_candidates: int) -> dict[str, Variant]:
+    """The engine as it is, and without each of its features."""
+    full = Features(graphs=graphs)
+    found = {
+        OURS: Variant(full, {}),
+        "ours, a shared node read once a row": Variant(Features(share=False, graphs=graphs), {}),
+        "ours, shared prompts not cached": Variant(full, {}, cached=False),
+        "ours, states not kept": Variant(full, {}, keep=False),
+        "ours, one question at a time": Variant(full, {"questions_in_flight": 1}),
+        "ours, one state's samples at a time": Variant(full, {"batch_size": num_candidates}),
+        "ours, no refill": Variant(Features(refill=False, graphs=graphs), {}),
+    }
+    if graphs:
+        found["ours, no CUDA graphs"] = Variant(Features(graphs=False), {})
+    return found
+
+
+def play(
+    model: Any, script: Script, settings: SearchConfig, variant: Variant, clock: Any = time.perf_counter
+) -> Played:
+    """Run a script once, in a new arena, whose allocation is not timed."""
+    settings = settings.model_copy(update=dict(variant.settings))
+    engine = ArenaEngine(model, None, settings, variant.features, FixedLength())
+    device = next(model.parameters()).device
+    totals: list[int] = []
+
+    def run() -> None:
+        if variant.cached:
+            for prefix in script.shared:
+                engine.cache_prefix(prefix)
+        for _, result, _ in engine.run(script.searches(variant.keep)):
+            if isinstance(result, Exception):
+                raise result
+            totals.append(result)
+
+    seconds = seconds_of(run, device, clock)
+    wave, counts = engine.scheduler.wave, engine.scheduler.wave.counts
+    shared = sum(map(len, script.shared)) if variant.cached else 0
+    return Played(
+        seconds=seconds,
+        num_tokens=sum(totals),
+        num_prefilled=engine.scheduler.num_prefilled + shared,
+        num_steps=counts.num_steps,
+        occupancy=counts.num_rows / max(1, counts.num_places),
+        mean_rows=counts.num_rows / max(1, counts.num_steps),
+        kv_bytes=counts.num_keys * engine._arena.bytes_per_token,
+        weight_bytes=read_weight_bytes(model),
+        compositions=getattr(wave, "num_compositions", 0),
+    )
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that this device's memory gives a reader: a large copy, read and write counted, best of five."""
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(6)][1:]
+    return 2 * BANDWIDTH_BYTES / min(seconds)
+
+
+def decode_roofline(model: Any, settings: SearchConfig, shape: SearchShape, num_rows: int) -> dict[str, float]:
+    """Seconds of a step of `num_rows` rows that are all alive, against reading weights and keys once.
+
+    Returns:
+        num_rows; step_seconds; bytes a step; share: seconds at the device's bandwidth over step_seconds.
+    """
+    device = next(model.parameters()).device
+    num_questions = -(-num_rows // shape.num_candidates)
+    even = replace(shape, thought=(ROOFLINE_STEPS, ROOFLINE_STEPS), depth=1)
+    drawn = draw_script(even, num_questions)
+    last = num_rows - (num_questions - 1) * shape.num_candidates
+    levels = []
+    for place, (level, *_) in enumerate(drawn.questions):
+        (call,) = level.thoughts
+        lengths = call.lengths[:last] if place == num_questions - 1 else call.lengths
+        levels.append((Level((Call(call.prompt, lengths),), ()),))
+    script = Script(drawn.shared[:1], tuple(levels))
+    settings = settings.model_copy(update={"batch_size": num_rows, "questions_in_flight": num_questions})
+    engine = ArenaEngine(model, None, settings, Features(graphs=device.type == "cuda"), FixedLength())
+    engine.cache_prefix(script.shared[0])
+    wave, ends = engine.scheduler.wave, []
+    step = wave.step
+
+    def timed() -> Any:
+        ended = step()
+        ends.append(time.perf_counter())
+        return ended
+
+    wave.step = timed  # type: ignore[method-assign]
+    assert all(not isinstance(result, Exception) for _, result, _ in engine.run(script.searches()))
+    # the first steps compile and record, and wait for the prefill; the last ones only read
+    step_seconds = (ends[-4] - ends[4]) / (len(ends) - 8)
+    weights, counts = read_weight_bytes(model), wave.counts
+    num_bytes = weights + counts.num_keys / counts.num_steps * engine._arena.bytes_per_token
+    share = num_bytes / bandwidth(device) / step_seconds
+    return {"num_rows": num_rows, "step_seconds": step_seconds, "bytes": num_bytes, "share": share}
+
+
+def read_weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a step reads: all, but for a table of embeddings that is not the head too."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return total if table is head else total - table.numel() * table.element_size()
