@@ -14,27 +14,30 @@ from cpo_kernels.integrations.transformers.parts import ModelParts
 
 LOGIT_ROWS = 256  # rows of logits held at once: 50 MiB in float32 at a vocabulary of 49,152
 
-Place = tuple[Node, int]  # a token: its node, and which of the node's tokens it is
+# a token, by its node and which of the node's tokens it is, and the id whose log-prob after it is wanted
+Read = tuple[Node, int, int]
 
 
 @torch.inference_mode()
 def compute_nodes(
-    parts: ModelParts, arena: Arena, nodes: Sequence[Node], max_tokens: int, reads: Sequence[Place] = ()
-) -> dict[tuple[int, int], np.ndarray]:
+    parts: ModelParts, arena: Arena, nodes: Sequence[Node], max_tokens: int, reads: Sequence[Read] = ()
+) -> dict[tuple[int, int, int], float]:
     """Fill nodes, which have their arena rows, in forwards of at most `max_tokens` tokens.
 
     Args:
         parts: of a prepared model. arena: of its keys and values.
         nodes: any order; what lies above them is stored or among them.
         max_tokens: of one forward.
-        reads: tokens of these nodes after which a distribution is wanted.
+        reads: what is wanted after tokens of these nodes.
 
     Returns:
-        For each of `reads`, by (number of the node, token): natural log-probs [V] float64 of the next token.
+        For each of `reads`, by (number of the node, token, id): natural log-prob of the id, a float64 log-softmax.
     """
     device = next(parts.causal_lm.parameters()).device
-    wanted = {(node.number, offset) for node, offset in reads}
-    found: dict[tuple[int, int], np.ndarray] = {}
+    wanted: dict[tuple[int, int], dict[int, None]] = {}
+    for node, offset, token in reads:
+        wanted.setdefault((node.number, offset), {})[token] = None
+    found: dict[tuple[int, int, int], float] = {}
     for pieces in chunks(depth_first(nodes), max_tokens):
         num_tokens = sum(map(len, pieces))
         padding = padding_rows(num_tokens, device)
@@ -51,9 +54,12 @@ def compute_nodes(
         rows = [row for row, name in enumerate(names) if name in wanted]
         for first in range(0, len(rows), LOGIT_ROWS):
             some = rows[first : first + LOGIT_ROWS]
-            logits = next_logits(parts, hidden[some])
-            logps = torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
-            found.update(zip((names[row] for row in some), logps, strict=True))
+            logps = torch.log_softmax(next_logits(parts, hidden[some]).double(), dim=-1)
+            places = [(place, token) for place, row in enumerate(some) for token in wanted[names[row]]]
+            index = torch.tensor(places, device=device)
+            values = logps[index[:, 0], index[:, 1]].tolist()  # only these leave the device
+            keys = [(*names[some[place]], token) for place, token in places]
+            found.update(zip(keys, values, strict=True))
     for node in nodes:
         node.fixed = True
     return found

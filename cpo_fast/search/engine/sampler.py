@@ -11,6 +11,7 @@ row is always processed alone, as one vector of the vocabulary's length, so its 
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,14 @@ import numpy.typing as npt
 Float64Array = npt.NDArray[np.float64]
 
 
+@lru_cache(maxsize=4096)  # a wave asks again for the rows that stay in it
 def uniforms(uid: str, count: int) -> Float64Array:
-    """The first `count` numbers in [0, 1) of a request's stream; float64 [count]. A longer table starts the same."""
+    """The first `count` numbers in [0, 1) of a request's stream; float64 [count], read-only. A longer table starts the
+    same."""
     key = int.from_bytes(hashlib.sha256(uid.encode("utf-8", "surrogatepass")).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+    numbers = np.random.Generator(np.random.Philox(key=key)).random(count)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def choose_token(

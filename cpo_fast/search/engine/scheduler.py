@@ -17,7 +17,7 @@ from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena import Arena
 from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.graph_wave import GraphWave
-from cpo_fast.search.engine.prefill import Place, compute_nodes
+from cpo_fast.search.engine.prefill import Read, compute_nodes
 from cpo_fast.search.engine.request import Ask, R, Request, Sample, Scoring, Search
 from cpo_fast.search.engine.stops import Stops
 from cpo_fast.search.engine.trie import Node, Path, Trie
@@ -170,7 +170,7 @@ class Scheduler:
     def _round(self) -> None:
         """Admit, prefill, score, and one step of the wave."""
         missing: dict[int, Node] = {}
-        reads: list[Place] = []
+        reads: list[Read] = []
         scored: list[tuple[Job[Any], int]] = []
         rows: list[Row] = []
         room = self.wave.room(self._max_rows)
@@ -189,7 +189,7 @@ class Scheduler:
                     rows.append(Row(item, job, index, job.paths[index][0], start))
                 else:
                     scored.append((job, index))
-                    reads.extend(_places(item, job.paths[index]))
+                    reads.extend(_reads(item, job.paths[index]))
         if not rows and not scored and not self.wave.rows and any(job.pending for job in self._jobs):
             raise OutOfMemory(
                 f"the KV arena of {self._arena.num_tokens} tokens cannot hold one prompt and its longest continuation; "
@@ -241,7 +241,7 @@ class Scheduler:
                         return start
         return None
 
-    def _answer_scoring(self, job: Job[Any], index: int, found: dict[tuple[int, int], Any]) -> None:
+    def _answer_scoring(self, job: Job[Any], index: int, found: dict[tuple[int, int, int], float]) -> None:
         item = job.ask.items[index]
         assert isinstance(item, Scoring)
         paths = job.paths[index]
@@ -250,7 +250,7 @@ class Scheduler:
             total = 0.0
             for place, token in enumerate(continuation):
                 node, offset = _locate(path, len(item.token_ids) - 1 + place)
-                total += float(found[node.number, offset][token])
+                total += found[node.number, offset, token]
             values.append(total)
         if any(value != value or value == float("inf") for value in values):
             job.error = ValueError("the model's logits are not finite; check the weights and the dtype")
@@ -307,17 +307,17 @@ def _sequences(item: Request | Scoring) -> list[tuple[tuple[int, ...], int]]:
     return [((*item.token_ids, *continuation[:-1]), len(item.token_ids) - 1) for continuation in item.continuations]
 
 
-def _places(item: Scoring, paths: list[Path]) -> list[Place]:
+def _reads(item: Scoring, paths: list[Path]) -> list[Read]:
     first = len(item.token_ids) - 1
     return [
-        _locate(path, first + place)
+        (*_locate(path, first + place), token)
         for continuation, path in zip(item.continuations, paths, strict=True)
-        for place in range(len(continuation))
+        for place, token in enumerate(continuation)
     ]
 
 
-def _locate(path: Path, position: int) -> Place:
-    """The token of a path at a position."""
+def _locate(path: Path, position: int) -> tuple[Node, int]:
+    """The token of a path at a position: its node, and which of the node's tokens it is."""
     for node, used in path:
         if node.position <= position < node.position + used:
             return node, position - node.position
