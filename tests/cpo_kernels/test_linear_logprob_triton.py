@@ -18,6 +18,7 @@ import torch
 
 from cpo_kernels import LogprobPlan, linear_logprob
 from cpo_kernels.testing import kernel_bound
+from tests.cpo_kernels.confident_tokens import ConfidentTokens
 from tests.cpo_kernels.device_waits import waits
 from tests.cpo_kernels.test_linear_logprob import Case, full_logits, huge, make_case, oracle, shifted, upstream
 
@@ -243,22 +244,10 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
 
 def confident_error(dtype: torch.dtype = torch.bfloat16) -> float:
     """Largest relative gradient error of tokens with p > 0.9999."""
-    generator = torch.Generator().manual_seed(7)
-    vocab, width, num_rows = 512, 64, 24
-    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randperm(vocab, generator=generator)[:num_rows]
-    strength = torch.linspace(0.22, 0.4, num_rows, dtype=torch.float64)[:, None]
-    hidden = (strength * weight[targets].double()).to(dtype)
-    exact_hidden = hidden.double().requires_grad_()
-    exact = (exact_hidden @ weight.double().T).log_softmax(-1)[torch.arange(num_rows), targets]
-    confident = exact.detach().exp() > 0.9999
-    assert int(confident.sum()) >= num_rows // 2
-    (want,) = torch.autograd.grad(exact.sum(), exact_hidden)
-    leaf = hidden.to(DEVICE).requires_grad_()
-    plan = LogprobPlan.build(torch.arange(num_rows), targets, torch.zeros(num_rows, dtype=torch.int64), 1)
-    linear_logprob(leaf, weight.to(DEVICE), plan, impl="triton").segment_logps.sum().backward()
-    errors = (leaf.grad.cpu().double() - want).norm(dim=1) / want.norm(dim=1)
-    return float(errors[confident].max())
+    case = ConfidentTokens.make(dtype)
+    leaf = case.hidden.to(DEVICE).requires_grad_()
+    linear_logprob(leaf, case.weight.to(DEVICE), case.plan(), impl="triton").segment_logps.sum().backward()
+    return case.error(leaf.grad)
 
 
 @claim

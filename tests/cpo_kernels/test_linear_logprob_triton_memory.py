@@ -1,0 +1,60 @@
+"""What the Triton path of linear_logprob makes: bounded logits, and no expected embedding that nobody asked for.
+
+Run as `test_linear_logprob_triton` says.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from cpo_kernels import linear_logprob
+from tests.cpo_kernels.test_linear_logprob import make_case
+from tests.cpo_kernels.test_linear_logprob_op import LargestTensor
+from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
+    DEVICE,
+    OUTPUTS,
+    _poisoned_memory,
+    claim,
+)
+
+
+@claim
+@pytest.mark.parametrize("train_head", [False, True])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.linear_logprob import head
+
+    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 500 * 7)
+    case = make_case(vocab=500, width=5, num_rows=20, num_tokens=30, bias=True)
+    hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_()
+    weight, bias = (x.to(DEVICE, torch.float32).requires_grad_(train_head) for x in (case.weight, case.bias))
+    plan = case.plan().to(DEVICE)
+    with LargestTensor() as mode:
+        result = linear_logprob(hidden, weight, plan, hidden.detach(), bias=bias, outputs=OUTPUTS, impl="triton")
+        result.segment_logps.sum().backward()
+    assert mode.entered == ["linear_logprob", "linear_logprob_backward"]
+    assert mode.largest == 500 * 7  # all rows at once would be 500 * 20
+
+
+@claim
+@pytest.mark.parametrize(("asks", "num_made"), [("gradient", 1), ("no gradient", 0), ("gradient of the head", 0)])
+def test_expected_embedding_is_made_for_a_gradient_under_a_frozen_head_alone(
+    asks: str, num_made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the policy; never for the reference."""
+    from cpo_kernels.linear_logprob import triton_scores
+
+    made: list[torch.Tensor] = []
+    original = triton_scores.conditional_probabilities
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        made.append(original(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(triton_scores, "conditional_probabilities", counted)
+    monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "chunk")
+    case = make_case()
+    hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_(asks != "no gradient")
+    weight = case.weight.to(DEVICE, torch.float32).requires_grad_(asks == "gradient of the head")
+    linear_logprob(hidden, weight, case.plan(), hidden.detach(), impl="triton")
+    assert len(made) == num_made
