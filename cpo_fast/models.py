@@ -237,6 +237,12 @@ def _load_problem(path: str, error: Exception) -> Exception:
             f"model.path: {path} needs Python code that comes with the model, which is not run; use a model whose "
             "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
         )
+    if "scaled_dot_product_attention" in str(error):
+        architecture = _first_line(error).partition(" ")[0]
+        return ConfigError(
+            f"model.path: {path}: transformers has no sdpa attention for {architecture} (its attention is not a standard "
+            "one: soft-capped scores, for instance), and every command computes with it; use another model"
+        )
     return ConfigError(f"model.path: {path} cannot be loaded ({_first_line(error)}); check the folder's files")
 
 

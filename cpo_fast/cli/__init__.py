@@ -6,6 +6,7 @@ line and set the exit code; `--debug` shows their traceback.
 
 import difflib
 import importlib
+import logging
 import sys
 
 import click
@@ -64,12 +65,15 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cpo-fast")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, of a question that fails too.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model. Never set by a file.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
     """Teach a language model to reason in one chain by learning from its own search tree."""
     ctx.obj = {"debug": debug}
+    if debug:
+        logging.basicConfig()
+        logging.getLogger("cpo_fast").setLevel(logging.DEBUG)
     if trust_remote_code:
         from cpo_fast.models import allow_remote_code
 

@@ -99,14 +99,15 @@ def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
         TimeRemainingColumn,
     )
 
+    def show(number: int, total: int, tree: Any, seconds: float) -> None:
+        if tree.status == "failed":
+            _print_line(number, total, tree, seconds)
+        bar.update(bar_id, completed=number, total=total)
+
     columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         bar_id = bar.add_task("collect", total=None)
-        result = collect(
-            config,
-            progress=lambda number, total, *_: bar.update(bar_id, completed=number, total=total),
-            worker=worker,
-        )
+        result = collect(config, progress=show, worker=worker)
         num_finished = result.num_questions - result.num_missing
         bar.update(bar_id, completed=num_finished, total=num_finished)
     return result

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,9 +181,10 @@ class _Asker:
             try:
                 yield ask(engine, question)
             except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
-                logger.warning("question '%s' failed", question.id, exc_info=True)
                 first_line = (str(error).splitlines() or [""])[0]
                 detail = f"{type(error).__name__}: {first_line}"[:300]
+                logger.warning("question %r failed: %s", question.id, detail)
+                logger.debug("question %r failed", question.id, exc_info=error)
                 yield _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
 
     def _chain(self, engine: "Engine", question: Question) -> _Answer:
@@ -235,7 +237,8 @@ class _Asker:
             engine = build_engine(self._task, self._model, self._tokenizer, self._config.search, chat)
             # what a first call pays once is no question's cost
             warm_up = Request(tuple(self._prompt_ids(PROBES[0])), "warm-up", 0.0, 1.0, 2)
-            engine.answer(Ask((warm_up,), keep=False))
+            with suppress(ValueError):  # every question will fail as this one does, and say why
+                engine.answer(Ask((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
         return self._engine_and_setup
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from cpo_fast.config import Config, SearchConfig
-from cpo_fast.errors import ConfigError
+from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.search.engine import Engine
 from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, encode_question, evaluator_text
 from cpo_fast.tasks.task import ANSWER_MARK
@@ -54,10 +54,12 @@ def build_engine(task: Task, model: Any, tokenizer: Any, settings: SearchConfig,
 
     Raises:
         ConfigError: the arena engine cannot compute this model exactly.
+        EnvironmentProblem: its kernels are wrong on this device.
         OutOfMemory: the shared prompts do not fit into the arena.
     """
-    engine = _engine(model, tokenizer, settings)
-    for prefix in shared_prefixes(task, tokenizer, chat):
+    prefixes = shared_prefixes(task, tokenizer, chat)
+    engine = _engine(model, tokenizer, settings, max(map(len, prefixes)))
+    for prefix in prefixes:
         engine.cache_prefix(prefix)
     return engine
 
@@ -71,14 +73,27 @@ def shared_prefixes(task: Task, tokenizer: Any, chat: bool) -> list[list[int]]:
     return [one[: common_prefix_length(one, other)] for one, other in zip(prompts, others, strict=True)]
 
 
-def _engine(model: Any, tokenizer: Any, settings: SearchConfig) -> Engine:
+def _engine(model: Any, tokenizer: Any, settings: SearchConfig, num_shared: int) -> Engine:
+    """The engine for prompts that all have more than `num_shared` tokens."""
     if settings.engine == "arena":
         from cpo_fast.search.engine.arena_engine import ArenaEngine
+        from cpo_kernels.integrations.transformers.parts import model_parts
+        from cpo_kernels.integrations.transformers.refusals import sliding_window
+        from cpo_kernels.self_check import KernelCheckError
 
         try:
-            return ArenaEngine(model, tokenizer, settings)
+            engine = ArenaEngine(model, tokenizer, settings)
+        except KernelCheckError as error:
+            raise EnvironmentProblem(str(error)) from error
         except ValueError as error:
             raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
+        window = sliding_window(model_parts(model).config)
+        if window is not None and num_shared >= window:
+            raise ConfigError(
+                f"search.engine: arena: every prompt of the task has more than {num_shared} tokens and the model has a "
+                f"sliding window of {window}; set search.engine=hf"
+            )
+        return engine
     from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 
     return HuggingFaceEngine(model, tokenizer, settings.batch_size)

@@ -65,7 +65,7 @@ class QuestionSearch:
         """The tree of what `grow` returned, or of status `failed` with the reason that it raised."""
         detail = ""
         if isinstance(result, Exception):
-            logger.warning("question %r failed", self._question.id, exc_info=result)
+            logger.debug("question %r failed", self._question.id, exc_info=result)  # the tree tells the reason
             first_line = (str(result).splitlines() or [""])[0]
             detail = f"{type(result).__name__}: {first_line}"[:300]
             outcome = SearchOutcome(nodes=(), winning_nodes=(), answer=None, num_empty=0, status="failed")

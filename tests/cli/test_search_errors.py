@@ -1,0 +1,154 @@
+"""What a user of `collect` and `eval` sees when the arena engine cannot do it: one sentence, the exit code, a status."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Gemma2Config, MistralConfig
+
+from cpo_fast.cli import main
+from cpo_fast.config import Config
+from cpo_fast.search.build import shared_prefixes
+from cpo_fast.search.collect import load_task
+from cpo_fast.search.engine.trie import Trie
+from tests.tiny import save_tiny_model, tiny_llama, tiny_model, tiny_tokenizer, with_lora
+
+POSITIONS = 6000
+SETTINGS: dict[str, Any] = {
+    "search": {"num_candidates": 2, "num_kept": 1, "max_steps": 2, "max_thought_tokens": 6, "arena_tokens": 30_000},
+    "eval": {"max_new_tokens": 6, "method": "both"},
+}
+COMMANDS = pytest.mark.parametrize("command", ["collect", "eval"])
+Run = Callable[..., tuple[int, str, str]]
+
+
+def save(folder: Path, config_class: type, **changes: Any) -> Path:
+    tokenizer = tiny_tokenizer(folder)
+    tiny_model(config_class, vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, **changes).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), max_position_embeddings=POSITIONS)
+
+
+@pytest.fixture
+def run(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """run(command, *overrides, questions=[...], debug=False) -> exit code, stdout, stderr of the program itself."""
+
+    def start(command: str, *overrides: str, questions: tuple[str, ...] = ("How many?", "And?"), debug: bool = False):
+        rows = [{"id": str(number), "question": text, "answer": 1} for number, text in enumerate(questions)]
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "run": str(tmp_path / "run"),
+            "model": {"path": str(llama), "dtype": "float32", "device": "cpu"},
+            "task": {"path": str(tmp_path / "q.jsonl")},
+            **SETTINGS,
+        }
+        (tmp_path / "c.yaml").write_text(json.dumps(settings))
+        flags = ["--debug"] if debug else []
+        monkeypatch.setattr(sys, "argv", ["cpo-fast", *flags, command, str(tmp_path / "c.yaml"), *overrides])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfd.readouterr()
+        assert debug or "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return start
+
+
+def error_line(stderr: str) -> str:
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@COMMANDS
+def test_a_sliding_window_shorter_than_the_prompt_names_the_engine_that_can(run: Run, tmp_path: Path, command: str):
+    folder = save(tmp_path / "mistral", MistralConfig, sliding_window=64)
+    code, _, stderr = run(command, f"model.path={folder}")
+    assert code == 2
+    assert error_line(stderr).startswith("error: search.engine: arena: every prompt of the task has more than ")
+    assert error_line(stderr).endswith("the model has a sliding window of 64; set search.engine=hf")
+    assert run(command, f"model.path={folder}", "search.engine=hf")[0] == 0
+
+
+@COMMANDS
+def test_soft_capped_attention_is_refused_by_name(run: Run, tmp_path: Path, command: str):
+    folder = save(tmp_path / "gemma", Gemma2Config, attention="eager", head_dim=8)
+    code, _, stderr = run(command, f"model.path={folder}")
+    assert code == 2
+    assert f"model.path: {folder}: transformers has no sdpa attention for Gemma2ForCausalLM" in error_line(stderr)
+    assert error_line(stderr).endswith("use another model")
+
+
+@COMMANDS
+@pytest.mark.parametrize("room", [-1, 20], ids=["no shared prompt", "no question"])
+def test_an_arena_that_is_too_small_names_the_option(run: Run, command: str, room: int):
+    # the tokens that stay: what all prompts share, each of its nodes once
+    trie = Trie()
+    for prefix in shared_prefixes(load_task(Config()), tiny_tokenizer(), chat=False):
+        trie.insert([prefix])
+    num_shared = sum(map(len, trie.nodes))
+    code, _, stderr = run(command, f"search.arena_tokens={num_shared + room}")
+    # eval records a question that does not fit, as any other that cannot be asked, and goes on
+    assert code == (1 if command == "eval" and room > 0 else 6)
+    what = "the shared prompts" if room < 0 else "one prompt and its longest continuation"
+    assert f"the KV arena of {num_shared + room} tokens cannot hold {what}; raise search.arena_tokens" in error_line(
+        stderr
+    )
+
+
+@COMMANDS
+def test_a_question_longer_than_the_context_is_recorded_and_the_next_is_asked(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, command: str
+):
+    questions = ("very " * 1500 + "long?", "How many?")
+    code, _, stderr = run(command, questions=questions)
+    assert code == 0
+    reason = r"ValueError: prompt of \d+ tokens and up to 6 new ones exceed the model's 6000 positions"
+    name = "trees" if command == "collect" else "eval-base-tot"
+    first, second = map(json.loads, (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines())
+    assert re.fullmatch(reason, first["detail"])
+    assert (first.get("stop", first.get("status")), second["detail"]) == ("failed", "")
+    # collect tells it in its line of progress, eval in a warning for each of its two methods
+    assert len(re.findall(reason, stderr)) == (command == "collect")
+    assert len(re.findall(reason, caplog.text)) == (2 if command == "eval" else 0)
+    assert not any(record.exc_info for record in caplog.records)
+    try:
+        run(command, f"run={tmp_path}/again", questions=questions, debug=True)
+    finally:
+        logging.getLogger("cpo_fast").setLevel(logging.NOTSET)
+    assert any(record.exc_info for record in caplog.records)
+
+
+@COMMANDS
+def test_a_context_shorter_than_every_prompt_fails_with_the_first_reason(run: Run, tmp_path: Path, command: str):
+    folder = save_tiny_model(tmp_path / "short", max_position_embeddings=500)
+    code, _, stderr = run(command, f"model.path={folder}")
+    assert code == 1
+    assert error_line(stderr).startswith("error: every question failed; the first")
+    assert "exceed the model's 500 positions" in error_line(stderr)
+
+
+def test_lora_dropout_changes_no_tree(run: Run, tmp_path: Path, llama: Path):
+    found = []
+    for dropout in (0.0, 0.5):
+        adapter = tmp_path / f"adapter-{dropout}"
+        with_lora(tiny_llama(vocab_size=len(tiny_tokenizer())), dropout=dropout).save_pretrained(adapter)
+        code, _, stderr = run("collect", f"model.adapter={adapter}", f"run={tmp_path}/{dropout}")
+        assert code == 0, stderr
+        lines = (tmp_path / f"{dropout}" / "trees.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["nodes"] for line in lines])
+    assert found[0] == found[1]
+    assert any(found[0])
