@@ -202,7 +202,7 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("linear_logprob", "partials", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": True}),
     ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": False}),
     ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": True}),
-    *(("linear_logprob", "fused", "_product_partials", {"BLOCK_R": rows}) for rows in (16, 64, 128)),
+    *(("linear_logprob", "fused", "_product_partials", {"BLOCK_R": n, "CAPPED": False}) for n in (16, 64, 128)),
     *(("linear_logprob", "fused", "_product_partials", {"CAPPED": capped}) for capped in (False, True)),
     *(("linear_logprob", "fused", "_product_partials", {"WITH_OUTPUTS": asked}) for asked in (False, True)),
     ("linear_logprob", "fused", "_target_logits", {"ONE_A_ROW": False}),
