@@ -3,7 +3,7 @@
 Names: `reference` (plain torch, the specification), `eager` (plain torch, any device, no T x T matrix and no head in
 backward), `triton` (GPU kernels), `flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by
 device, an explicit `impl=` argument overrides both. An implementation that cannot run raises. Where `triton` is nobody's
-choice but the device's, `cpo_kernels.self_check` compares the kernels with `eager` on that device first, once a process.
+choice but the device's, `cpo_kernels.self_check` compares the op's kernels with `eager` there first, once a process.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def resolve_implementation(op: str, impl: str | None, device_type: str, availabl
 
     Raises:
         ValueError: the chosen implementation is unknown to the op or cannot run on the device.
-        KernelCheckError: the device's default is `triton` and its kernels do not pass their check there.
+        KernelCheckError: the device's default is `triton` and the op's kernels do not pass their check there.
     """
     default = default_implementation(device_type)
     chosen = impl or default or os.environ[ENVIRONMENT_VARIABLE]
@@ -83,7 +83,7 @@ def resolve_implementation(op: str, impl: str | None, device_type: str, availabl
     if impl is None and default == "triton":
         from cpo_kernels.self_check import check_once  # imports the ops, which import this module
 
-        check_once(device_type)
+        check_once(device_type, op)
     _log_choice(op, chosen, device_type)
     return chosen
 

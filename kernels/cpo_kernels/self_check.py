@@ -80,12 +80,7 @@ def self_check(device: torch.device | str, shape: ModelShape | None = None, ops:
         )
 
 
-def check_once(device_type: str, op: str | None = None) -> None:
-    """Run `self_check` of an op on the current device of a type unless it has passed there in this process, in any shape.
-
-    Without an op: of those of training.
-    """
-    passed = {name for name, device, _ in _passed if torch.device(device).type == device_type}
-    missing = tuple(name for name in (TRAINING_OPS if op is None else (op,)) if name not in passed)
-    if missing:
-        self_check(torch.device(device_type), ops=missing)
+def check_once(device_type: str, op: str) -> None:
+    """Run `self_check` of an op on the current device of a type unless it has passed there before, in any shape."""
+    if not any(name == op and torch.device(device).type == device_type for name, device, _ in _passed):
+        self_check(torch.device(device_type), ops=(op,))

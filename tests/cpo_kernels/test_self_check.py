@@ -26,6 +26,7 @@ from cpo_kernels.implementation import (
 )
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.self_check import OPS, TRAINING_OPS, KernelCheckError, ModelShape, check_once
+from cpo_kernels.tree_decode import DecodePlan, tree_decode
 from tests.tiny import tiny_llama
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,7 +58,7 @@ def test_check_holds_in_the_interpreter() -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert f"{3 + 2 + len(FAULTS)} passed" in result.stdout
+    assert f"{4 + 2 + len(FAULTS)} passed" in result.stdout
 
 
 @pytest.fixture
@@ -179,7 +180,6 @@ def test_a_fault_of_one_op_is_in_nobody_elses_way(small: None, monkeypatch: pyte
             self_check.self_check("cpu", SHAPE)
     else:
         self_check.self_check("cpu", SHAPE)
-        check_once("cpu")
 
 
 def test_an_op_of_another_name_is_refused() -> None:
@@ -323,6 +323,22 @@ def test_kernels_by_default_are_checked_once_and_named_ones_never(small: None, m
         tree_attention(q, q, q, ends)
     assert resolve_implementations(None, "cpu") == Implementations("triton", "triton")
     assert calls == [(torch.device("cpu"), op) for op in TRAINING_OPS]
+
+
+@runs_kernels
+def test_search_by_default_is_checked_for_tree_decode_and_nothing_else(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pose(monkeypatch, "tree_attention", "out", 1.5)  # a fault that search does not use
+    plan = DecodePlan.build([0, 1], [], [0, 1], [1, 1])
+    q, arena = torch.randn(2, 2, 16), torch.zeros(2, 4, 1, 16)
+    tree_decode(q, q[:, :1], q[:, :1], arena[0], arena[1], plan)
+    assert {op for op, _, _ in self_check._passed} == {"tree_decode"}
+    monkeypatch.setattr(self_check, "_passed", set())
+    monkeypatch.setattr(self_check_cases, "tree_decode", broken("tree_decode", "out", 1.5))
+    with pytest.raises(KernelCheckError, match=r"^tree_decode: "):
+        tree_decode(q, q[:, :1], q[:, :1], arena[0], arena[1], plan)
+    tree_decode(q, q[:, :1], q[:, :1], arena[0], arena[1], plan, impl="triton")
 
 
 @runs_kernels
