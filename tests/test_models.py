@@ -174,6 +174,24 @@ def test_devices_resolve_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_device("cuda:2")
 
 
+def test_slurm_tasks_take_turns_on_the_devices_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for num_devices, index in ((4, 3), (2, 1), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=num_devices: count)
+        assert resolve_device("auto") == torch.device(f"cuda:{index}")
+
+
+def test_the_model_s_device_becomes_the_current_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("cpo_fast.models.resolve_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
+    load_model(config(folder))
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_model_hash_follows_contents_not_places(folder: Path, tmp_path: Path) -> None:
     first = model_hash(str(folder))
     assert len(first) == 16

@@ -3,8 +3,8 @@
 `run/trees.jsonl` gets one line a question in one append; `run/prompts/<hash>.json` the few-shot prompt, once;
 `run/statistics.jsonl` the trees in numbers; `run/timings.jsonl` the seconds from a question's start to its end, which
 never go into a tree. Several workers share the questions out by the hash of their ids and exchange nothing; the last to
-finish joins their files (see `tree_file`). A killed worker loses the questions it had in flight: one with
-`search.engine: hf`, at most `search.questions_in_flight` with `arena`. A question whose
+finish joins their files (see `tree_file`). A killed worker loses the lines that were being generated; what was answered
+for questions in flight is kept until their trees are written (see `answer_log`). A question whose
 search raises (one that is longer than the model's context, for instance) is recorded with status `failed` and its
 reason, and the run goes on. Questions already in the file, failed ones included, are skipped: delete a line to search
 its question again.
@@ -12,12 +12,14 @@ its question again.
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError
 from cpo_fast.files import write_jsonl
+from cpo_fast.search.answer_log import AnswerLog
 from cpo_fast.search.build import build_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine
 from cpo_fast.search.provenance import provenance_of
@@ -73,11 +75,13 @@ def collect(
             for question in own
             if question.id not in file.trees
         }
+        answers = AnswerLog(Path(config.run) / "answers", provenance)
+        answers.forget(file.trees)
         seconds = 0.0
         if searches:
-            with searched_weights(model, config.search):
+            with searched_weights(model, config.search), closing(answers):
                 engine = build_engine(task, model, tokenizer, config.search, config.task.chat)
-                seconds = _run(engine, searches, file, len(own), progress)
+                seconds = _run(engine, searches, file, answers, len(own), progress)
         is_whole = file.finish()
         trees = [file.trees[question.id] for question in questions if question.id in file.trees]
     if is_whole:
@@ -87,13 +91,19 @@ def collect(
 
 
 def _run(
-    engine: Engine, searches: dict[str, QuestionSearch], file: TreeFile, num_own: int, progress: Progress | None
+    engine: Engine,
+    searches: dict[str, QuestionSearch],
+    file: TreeFile,
+    answers: AnswerLog,
+    num_own: int,
+    progress: Progress | None,
 ) -> float:
     """Drive the searches to their end, each tree into the file at once; wall seconds."""
     started = time.perf_counter()
-    for name, result, seconds in engine.run((name, searches[name].grow()) for name in list(searches)):
+    for name, result, seconds in engine.run(((name, searches[name].grow()) for name in list(searches)), answers):
         tree = searches.pop(name).tree(result)
         file.append(tree, seconds)
+        answers.forget([name])
         if progress is not None:
             progress(num_own - len(searches), num_own, tree, seconds)
     return time.perf_counter() - started

@@ -100,7 +100,7 @@ def test_collect_plays_one_script_for_all_and_estimates_with_an_interval(
     for name, calls in (("sequential", 54), ("batched", 24)):
         assert rows[name]["low"] < rows[name]["seconds"] < rows[name]["high"]
         assert rows[name]["note"] == f"sampled, 8 of {calls} calls"
-    ours, unshared = rows["ours"]["played"], rows["ours, a shared node read once a row"]["played"]
+    ours, unshared = rows["ours"]["played"], rows["ours, unshared reads"]["played"]
     assert ours["kv_bytes"] < unshared["kv_bytes"]
     assert rows["ours, shared prompts not cached"]["played"]["num_prefilled"] > ours["num_prefilled"]
     assert rows["ours, one question at a time"]["played"]["num_steps"] > ours["num_steps"]

@@ -71,7 +71,7 @@ class ScriptedEngine:
             for number, item in enumerate(ask.items)
         ]
 
-    def run(self, searches: Iterable[tuple[str, Search[Any]]]) -> Iterator[tuple[str, Any, float]]:
+    def run(self, searches: Iterable[tuple[str, Search[Any]]], memory: Any = None) -> Iterator[tuple[str, Any, float]]:
         return drive_each(self, searches)
 
     def _score(self, token_ids: Sequence[int]) -> list[float]:

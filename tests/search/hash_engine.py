@@ -24,7 +24,7 @@ class HashEngine:
     def answer(self, ask):
         return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
 
-    def run(self, searches):
+    def run(self, searches, memory=None):
         group = []
         for search in searches:
             group.append(search)

@@ -3,8 +3,9 @@
 One process imports and builds the tiny model once and forks a child for every worker, so that a restart costs no
 import. Each restart draws the number of workers anew, and the moment at which each is killed. Lines are written in two
 halves with a pause between, so that a kill meets half a line now and then. Prints a line for each kill; exit code 0
-says that after every kill no file held a damaged line, no worker lost more than what it had in flight, and whenever all
-questions were finished the bytes were those of an undisturbed run.
+says that after every kill no file held a damaged line, no worker lost more than what it had in flight, no answer that was
+noted was ever computed again, and whenever all questions were finished the bytes were those of an undisturbed run. A wave
+holds no more lines than the smallest question asks for, so a kill costs no more than one question.
 """
 
 import json
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from cpo_fast.config import Config, validate_config
 from cpo_fast.files import canonical_json
 from cpo_fast.search import tree_file
+from cpo_fast.search.answer_log import AnswerLog, item_digest
 from cpo_fast.search.collect import collect
 from cpo_fast.search.lock import locked
 from cpo_fast.search.question_search import QuestionSearch
@@ -31,6 +34,7 @@ from tests.search.tiny_llama import build_model, build_tokenizer
 
 NUM_QUESTIONS = 6
 IN_FLIGHT = {"hf": 1, "arena": 3}
+MAX_ROWS = 4  # of a wave
 HALF_LINE_SECONDS = 0.03
 MAX_WORKERS = 3
 MAX_RESTARTS_PER_KILL = 20  # a worker may be done before its turn to be killed comes
@@ -49,7 +53,7 @@ class KillRuns:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"id": f"q{number}", "question": f"how many {'a b ' * number}"} for number in range(NUM_QUESTIONS)]
         (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.num_kills = self.num_torn = self.num_cycles = 0
+        self.num_kills = self.num_torn = self.num_cycles = self.num_kept = 0
 
         reference = self.config("reference")
         started = time.perf_counter()
@@ -58,9 +62,12 @@ class KillRuns:
         self.expected = _files(reference)
         self.lines = {tree.id: canonical_json(tree.to_dict()) for tree in _trees(reference)[0]}
         assert len(self.lines) == NUM_QUESTIONS
+        fewest = min(sum(node.count for node in tree.nodes) + tree.num_empty for tree in _trees(reference)[0])
+        assert fewest >= MAX_ROWS, f"a kill may cost {MAX_ROWS} lines, and a question asks for {fewest}"
 
     def config(self, run: str) -> Config:
-        settings = {"num_candidates": 4, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 12, "arena_tokens": 6000}
+        settings = {"num_candidates": 4, "num_kept": 2, "max_steps": 3, "max_thought_tokens": 12, "arena_tokens": 6000,
+                    "batch_size": MAX_ROWS}  # fmt: skip
         return validate_config(
             {
                 "run": str(self.folder / run),
@@ -77,7 +84,7 @@ class KillRuns:
         code = 1
         try:
             if audit is not None:
-                _listen(audit)
+                _listen(audit, Path(config.run))
                 tree_file.append_line = _append_slowly  # type: ignore[assignment]
             collect(config, self.model, self.tokenizer, worker=worker)
             code = 0
@@ -120,7 +127,7 @@ class KillRuns:
             num_finished, num_lost = self.check(config, audit)
             _say(
                 f"kill {self.num_kills}: {self.engine}, worker {worker.index}/{worker.count} after {moment:.2f} s; "
-                f"{num_finished} of {NUM_QUESTIONS} finished, {num_lost} lost in flight"
+                f"{num_finished} of {NUM_QUESTIONS} finished, {num_lost} in flight, {self.num_kept} of their answers kept"
             )
         self.compare()
 
@@ -135,6 +142,10 @@ class KillRuns:
         assert len(started) == len(set(started)), started
         lost = set(started) - finished
         assert len(lost) <= IN_FLIGHT[self.engine], f"lost {sorted(lost)}"
+        noted = Counter(_noted(config))
+        twice = [name for name, count in noted.items() if count > 1]
+        assert not twice, f"computed again: {twice[:3]}"
+        self.num_kept = sum(name.split()[0] in lost for name in noted)
         return len(finished), len(lost)
 
     def compare(self) -> None:
@@ -145,12 +156,21 @@ class KillRuns:
         # a worker that was killed between its last question and the joining leaves that to the next
         if missing == 0 and path.exists() and not worker_files(path) and _files(config).keys() == self.expected.keys():
             assert _files(config) == self.expected, "the bytes are not those of an undisturbed run"
+            assert not (Path(config.run) / "answers").exists(), "answers of finished questions were left behind"
             shutil.rmtree(config.run)
             self.num_cycles += 1
 
 
-def _listen(audit: Path) -> None:
-    grow = QuestionSearch.grow
+def _listen(audit: Path, run: Path) -> None:
+    """Write the questions that a child starts to `audit`, and every answer that it has noted to `run/noted`."""
+    grow, note = QuestionSearch.grow, AnswerLog.note
+
+    def noted(self: AnswerLog, name: str, item, answer) -> None:  # type: ignore[no-untyped-def]
+        note(self, name, item, answer)
+        with open(run / "noted", "ab", buffering=0) as file:
+            file.write(f"{name} {item_digest(item)}\n".encode())
+
+    AnswerLog.note = noted  # type: ignore[method-assign]
 
     def listen(self: QuestionSearch):  # type: ignore[no-untyped-def]
         with open(audit, "a") as file:
@@ -175,6 +195,12 @@ def _trees(config: Config) -> tuple[list[SearchTree], int]:
         paths = [each for each in (path, *worker_files(path)) if each.exists()]
         num_torn = sum(each.read_bytes()[-1:] not in (b"\n", b"") for each in paths)
         return [tree for each in paths for tree in read_trees(each, drop_torn_tail=True)], num_torn
+
+
+def _noted(config: Config) -> list[str]:
+    """Question and digest of every answer that was noted, whole lines only."""
+    path = Path(config.run) / "noted"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def _files(config: Config) -> dict[str, bytes]:

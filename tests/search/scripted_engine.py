@@ -35,7 +35,7 @@ class ScriptedEngine:
         self.asks.append(ask)
         return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
 
-    def run(self, searches):
+    def run(self, searches, memory=None):
         return drive_each(self, searches)
 
     def _sample(self, request):

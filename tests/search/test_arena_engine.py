@@ -22,7 +22,10 @@ from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+from cpo_fast.search.engine.plans import decode_plan
 from cpo_fast.search.engine.request import Ask, Request, Scoring
+from cpo_fast.search.engine.trie import Node
+from cpo_kernels.tree_decode.eager import _tables
 from tests.search.tiny_llama import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -261,10 +264,32 @@ def test_logits_that_are_not_finite_fail_the_search():
 
 def test_a_shared_node_is_read_once_for_all_rows():
     few_shot, prompts = random_prompts(31)
-    counts = []
+    counts, answers = [], []
     for share in (True, False):
         engine = ArenaEngine(tiny("llama"), TOKENIZER, settings(), Features(share=share))
         engine.cache_prefix(few_shot)
-        engine.answer(Ask(tuple(greedy([prompts[0]] * 20)), keep=True))
+        answers.append(engine.answer(Ask(tuple(sampled([prompts[0]], copies=20)), keep=True)))
         counts.append(engine.scheduler.wave.counts.num_keys)
     assert counts[1] > 5 * counts[0]
+    assert answers[0] == answers[1]
+
+
+def test_reads_that_are_not_shared_stay_apart():
+    """Else a measurement of what sharing is worth would compare two names of one thing."""
+    node = Node(np.arange(40), None, 0, 0, 0, start=0)
+    for share, num_products in ((True, 1), (False, 6)):
+        plan = decode_plan([[(node, 40)]] * 6, range(100, 160, 10), [1] * 6, 2, 999, share)
+        assert len(_tables(plan).products) == num_products
+
+
+def test_refill_fills_places_sooner_and_changes_no_answer():
+    _, prompts = random_prompts(31)
+    requests = (sampled([prompt], max_new_tokens=cap) for prompt in prompts for cap in (1, 24))
+    ask = Ask(tuple(request for group in requests for request in group), keep=True)
+    expected = ArenaEngine(tiny("llama"), TOKENIZER, settings()).answer(ask)
+    num_steps = []
+    for refill in (True, False):
+        engine = ArenaEngine(tiny("llama"), TOKENIZER, settings(batch_size=6), Features(refill=refill))
+        assert engine.answer(ask) == expected
+        num_steps.append(engine.scheduler.wave.counts.num_steps)
+    assert num_steps[0] < num_steps[1]

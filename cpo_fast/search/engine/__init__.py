@@ -1,12 +1,13 @@
 """Engines turn token ids into sampled token ids and log-probs. `huggingface` is the reference."""
 
 from cpo_fast.search.engine.drive import drive, drive_each
-from cpo_fast.search.engine.request import Answer, Ask, Engine, Request, Sample, Scoring, Search, num_generated
+from cpo_fast.search.engine.request import Answer, Ask, Engine, Memory, Request, Sample, Scoring, Search, num_generated
 
 __all__ = [
     "Answer",
     "Ask",
     "Engine",
+    "Memory",
     "Request",
     "Sample",
     "Scoring",

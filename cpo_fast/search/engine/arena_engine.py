@@ -17,7 +17,7 @@ from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena import Arena, default_num_tokens
 from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.prefill import compute_nodes
-from cpo_fast.search.engine.request import Answer, Ask, R, Search
+from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Search
 from cpo_fast.search.engine.scheduler import Scheduler
 from cpo_fast.search.engine.stops import Stops
 from cpo_fast.search.engine.trie import Trie
@@ -90,10 +90,12 @@ class ArenaEngine:
             raise answers
         return answers
 
-    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+    def run(
+        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+    ) -> Iterator[tuple[str, R | Exception, float]]:
         """As `request.Engine.run`; weights must not change before it ends."""
         self._check_weights()
-        return self.scheduler.run(searches)
+        return self.scheduler.run(searches, memory)
 
     def _check_weights(self) -> None:
         """Forget every stored node when a weight or the choice of adapters has changed since it was computed."""

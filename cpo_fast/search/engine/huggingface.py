@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpo_fast.search.engine.drive import drive_each
-from cpo_fast.search.engine.request import Answer, Ask, R, Request, Sample, Scoring, Search
+from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Request, Sample, Scoring, Search
 from cpo_fast.search.engine.sampler import choose_token, log_probs, uniforms
 from cpo_fast.tree import Stop
 
@@ -65,9 +65,11 @@ class HuggingFaceEngine:
             for item in ask.items
         ]
 
-    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+    def run(
+        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+    ) -> Iterator[tuple[str, R | Exception, float]]:
         """See `request.Engine.run`: one search after the other."""
-        return drive_each(self, searches)
+        return drive_each(self, searches, memory)
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request]) -> list[Sample]:

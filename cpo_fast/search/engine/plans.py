@@ -90,6 +90,8 @@ def _shared_items(queries: Sequence[tuple[int, int, Path]], share: bool = True) 
     items: list[Item] = []
     for depth in range(max((len(path) for _, _, path in queries), default=0)):
         at_depth = [(first, count, *path[depth]) for first, count, path in queries if len(path) > depth]
+        if not share:  # neighbours apart, or `tree_decode` would put their items together again
+            at_depth = at_depth[::2] + at_depth[1::2]
         expected = -1
         runs: list[list[int]] = []  # first query, number of queries, key start, number of keys, name of the node
         for first, count, node, used in at_depth:

@@ -93,6 +93,16 @@ Answer: TypeAlias = Sample | list[float]
 Search: TypeAlias = Generator[Ask, list[Answer], R]
 
 
+class Memory(Protocol):
+    """Answers of an earlier run, and where new ones are noted; `name` is that of the search."""
+
+    def recall(self, name: str, item: Request | Scoring) -> Answer | None:
+        """The answer to an item, if it is known."""
+
+    def note(self, name: str, item: Request | Scoring, answer: Answer) -> None:
+        """Take an answer that was computed, as soon as it is."""
+
+
 class Engine(Protocol):
     """What the search needs. The answer to an item depends on the item alone, never on its company."""
 
@@ -106,11 +116,14 @@ class Engine(Protocol):
             ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
         """
 
-    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+    def run(
+        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+    ) -> Iterator[tuple[str, R | Exception, float]]:
         """Drive named searches until each is done.
 
         Args:
             searches: taken from the iterable as there is room for them.
+            memory: what it knows is not computed again, and changes no other answer.
 
         Yields:
             (name, result or the exception that ended the search, seconds in flight) as they end, in any order. What

@@ -18,7 +18,7 @@ from cpo_fast.search.engine.arena import Arena
 from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.graph_wave import GraphWave
 from cpo_fast.search.engine.prefill import Read, compute_nodes
-from cpo_fast.search.engine.request import Ask, R, Request, Sample, Scoring, Search
+from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Request, Sample, Scoring, Search
 from cpo_fast.search.engine.stops import Stops
 from cpo_fast.search.engine.trie import Node, Path, Trie
 from cpo_fast.search.engine.wave import Row, Wave
@@ -89,10 +89,14 @@ class Scheduler:
         self._max_searches = max_searches
         self._prefill_tokens = prefill_tokens
         self._jobs: list[Job[Any]] = []
+        self._memory: Memory | None = None
 
-    def run(self, searches: Iterable[tuple[str, Search[R]]]) -> Iterator[tuple[str, R | Exception, float]]:
+    def run(
+        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+    ) -> Iterator[tuple[str, R | Exception, float]]:
         """As `request.Engine.run`."""
         coming = iter(searches)
+        self._memory = memory
         try:
             self._take(coming)
             while self._jobs:
@@ -136,8 +140,10 @@ class Scheduler:
 
     def _accept(self, job: Job[Any], ask: Ask) -> bool:
         """Lay the prompts of an ask out in the trie; False where it needs no work, or cannot be answered."""
-        job.ask, job.answers = ask, [None] * len(ask.items)
-        job.pending, job.num_open = list(range(len(ask.items))), len(ask.items)
+        memory = self._memory
+        job.ask, job.answers = ask, [memory and memory.recall(job.name, item) for item in ask.items]
+        job.pending = [index for index, answer in enumerate(job.answers) if answer is None]
+        job.num_open = len(job.pending)
         job.trie = job.states if ask.keep else Trie(base=self._permanent)
         try:
             for item in ask.items:
@@ -153,7 +159,11 @@ class Scheduler:
                 limits.append(limit)
         found = iter(job.trie.insert(prompts, limits))
         job.paths = [[next(found) for _ in _sequences(item)] for item in ask.items]
-        return bool(ask.items)
+        for paths, answer in zip(job.paths, job.answers, strict=True):
+            if answer is not None:  # its nodes were computed once, so later prompts must not cut them now either
+                for node in (node for path in paths for node, _ in path):
+                    node.fixed = True
+        return bool(job.pending)
 
     def _check(self, item: Request | Scoring) -> None:
         longest = item.max_new_tokens if isinstance(item, Request) else max(map(len, item.continuations), default=0)
@@ -254,8 +264,7 @@ class Scheduler:
             values.append(total)
         if any(value != value or value == float("inf") for value in values):
             job.error = ValueError("the model's logits are not finite; check the weights and the dtype")
-        job.answers[index] = values
-        job.num_open -= 1
+        self._take_answer(job, index, values)
         for path in paths:
             for node, _ in path:
                 node.num_users -= 1
@@ -266,12 +275,16 @@ class Scheduler:
     def _retire(self, row: Row) -> None:
         job: Job[Any] = row.owner
         self._free_row(row)
-        job.num_open -= 1
         if row.failed:
             job.error = ValueError("the model's logits are not finite; check the weights and the dtype")
-        job.answers[row.index] = Sample(
-            tuple(row.generated), self._stops.text(row.generated), row.stop or "length", tuple(row.logps)
-        )
+        text = self._stops.text(row.generated)
+        self._take_answer(job, row.index, Sample(tuple(row.generated), text, row.stop or "length", tuple(row.logps)))
+
+    def _take_answer(self, job: Job[Any], index: int, answer: Answer) -> None:
+        job.answers[index] = answer
+        job.num_open -= 1
+        if self._memory is not None and job.error is None:
+            self._memory.note(job.name, job.ask.items[index], answer)
 
     def _free_row(self, row: Row) -> None:
         self._arena.release(row.start, row.request.max_new_tokens)
