@@ -53,17 +53,16 @@ def resolve_device(name: str) -> "torch.device":
     """The torch device that `model.device` means.
 
     Args:
-        name: `auto` (this process's CUDA device, by LOCAL_RANK under a launcher, if there is one, else cpu), or `cpu`,
-            `cuda`, `cuda:N`.
+        name: `auto` (this process's CUDA device, by LOCAL_RANK or Slurm's SLURM_LOCALID under a launcher, if there is
+            one, else cpu), or `cpu`, `cuda`, `cuda:N`.
 
     Raises:
         ConfigError: torch does not know such a device.
         EnvironmentProblem: torch is missing, or this machine has no such CUDA device.
     """
     torch = _require("torch")
-    local_rank = os.environ.get("LOCAL_RANK", "0")
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{_local_rank(torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -77,6 +76,12 @@ def resolve_device(name: str) -> "torch.device":
             f"model.device: '{name}' does not exist; torch sees {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
     return device
+
+
+def _local_rank(num_devices: int) -> str:
+    """This process's place on its node. Slurm may show each task one device only, whatever its place."""
+    slurm = str(int(os.environ.get("SLURM_LOCALID", "0")) % max(1, num_devices))
+    return os.environ.get("LOCAL_RANK", slurm)
 
 
 def model_folder(path: str) -> Path:
@@ -124,6 +129,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     torch, transformers = _require("torch"), _require("transformers")
     safetensors = _require("safetensors")
     device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
     folder = model_folder(config.path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
