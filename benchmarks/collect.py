@@ -100,7 +100,7 @@ def whole(name: str, model: Any, script: Script, max_tokens: int, clock: Callabl
     part, note = script, ""
     if script.num_tokens > max_tokens:
         part = Script(script.shared, tuple(levels[:1] for levels in script.questions[:1]))
-        note = f"one level of one question, {part.num_tokens} of {script.num_tokens} tokens, by tokens"
+        note = f"{part.num_tokens} of {script.num_tokens} tokens, scaled"
     run, end = WHOLE[name](stock_copy(model), part)
     try:
         seconds = seconds_of(run, next(model.parameters()).device, clock)

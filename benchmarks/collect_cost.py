@@ -151,11 +151,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     deadline = time.monotonic() + arguments.max_seconds
     found, left_out = [], []
+    known: dict[tuple[int, ...], Point] = {}  # the middle is a place of every factor
     for factor, place in points(arguments.set, arguments.factors):
-        if time.monotonic() > deadline:
+        key = tuple(place.values())
+        if key not in known and time.monotonic() > deadline:
             left_out.append(f"{factor} {place[factor]}")
-        else:
-            found.append(measure(chosen, chosen.shape, place, factor, arguments))
+            continue
+        if key not in known:
+            known[key] = measure(chosen, chosen.shape, place, factor, arguments)
+        found.append(replace(known[key], factor=factor, value=place[factor]))
     if not arguments.no_record:
         command = " ".join(["python -m benchmarks.collect_cost", *(sys.argv[1:] if argv is None else argv)])
         body = {"set": arguments.set, "model": chosen.name, "clock": arguments.clock, "middle": MIDDLE[arguments.set]}

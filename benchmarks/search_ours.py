@@ -73,11 +73,11 @@ def variants(graphs: bool, num_candidates: int) -> dict[str, Variant]:
     full = Features(graphs=graphs)
     found = {
         OURS: Variant(full, {}),
-        "ours, a shared node read once a row": Variant(Features(share=False, graphs=graphs), {}),
+        "ours, unshared reads": Variant(Features(share=False, graphs=graphs), {}),
         "ours, shared prompts not cached": Variant(full, {}, cached=False),
         "ours, states not kept": Variant(full, {}, keep=False),
         "ours, one question at a time": Variant(full, {"questions_in_flight": 1}),
-        "ours, one state's samples at a time": Variant(full, {"batch_size": num_candidates}),
+        "ours, one state at a time": Variant(full, {"batch_size": num_candidates}),
         "ours, no refill": Variant(Features(refill=False, graphs=graphs), {}),
     }
     if graphs:
