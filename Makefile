@@ -85,10 +85,13 @@ gpu-train-step:
 
 # ours runs in every command: a ratio is between runs of one process
 gpu-collect:
-	$(GPU_RUN) -m benchmarks.collect --contestants roofline,batched,sequential
-	$(GPU_RUN) -m benchmarks.collect --contestants "continuous batching,vLLM"
-	$(GPU_RUN) -m benchmarks.collect --contestants features
-	$(GPU_RUN) -m benchmarks.collect_cost
+	status=0; for names in "roofline,batched,sequential" "continuous batching,vLLM" \
+	  "ours without CUDA graphs,ours without shared reads,ours without refill" \
+	  "ours without cached prompts,ours without kept states" \
+	  "ours with one question at a time,ours with one state at a time"; do \
+	  $(GPU_RUN) -m benchmarks.collect --contestants "$$names" || status=1; done; \
+	for factor in k depth prefix "in flight"; do \
+	  $(GPU_RUN) -m benchmarks.collect_cost --factors "$$factor" || status=1; done; exit $$status
 
 # kernel by kernel, whatever the records of the parts above say was missed
 gpu-profile:

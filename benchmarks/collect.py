@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.clock import reason
 from benchmarks.collect_check import check_exact
-from benchmarks.harness import CLOCKS, InexactError, gate, record, show, stratified_total
+from benchmarks.harness import CLOCKS, InexactError, TimeUp, end_in_time, gate, record, show, stratified_total
 from benchmarks.search_model import SETS, SearchSet
 from benchmarks.search_ours import OURS, Played, bandwidth, decode_roofline, play, variants
 from benchmarks.search_peers import (
@@ -43,6 +43,7 @@ SEQUENTIAL, BATCHED, CONTINUOUS, VLLM, ROOFLINE = "sequential", "batched", "cont
 WHOLE = {CONTINUOUS: continuous_batching, VLLM: vllm}  # peers that play a whole script
 BARS = {"cpu": {BATCHED: 8.0}, "cuda": {SEQUENTIAL: 100.0, BATCHED: 8.0}}  # times ours
 MIN_ROOFLINE_SHARE = 0.5  # of memory bandwidth, on a GPU at 256 rows
+STARTED = time.monotonic()
 
 Stratum = tuple[str, int]  # thoughts or verdicts, level
 
@@ -96,10 +97,10 @@ def estimate(
 
 
 def whole(name: str, model: Any, script: Script, max_tokens: int, clock: Callable[[], float]) -> Row:
-    """Time an engine that takes requests; of a script beyond `max_tokens` only the first level of some questions."""
+    """Time an engine that takes requests; of a script beyond `max_tokens` only the first level of its questions."""
     part, note = script, ""
     if script.num_tokens > max_tokens:
-        part = Script(script.shared, tuple(levels[:1] for levels in script.questions[:1]))
+        part = Script(script.shared, tuple(levels[:1] for levels in script.questions))
         note = f"{part.num_tokens} of {script.num_tokens} tokens, scaled"
     run, end = WHOLE[name](stock_copy(model), part)
     try:
@@ -123,13 +124,14 @@ def measure(chosen: SearchSet, script: Script, arguments: argparse.Namespace) ->
 
     play(model, chosen.warm_up, chosen.settings, ours[OURS], clock)
     run_ours()
-    deadline = time.monotonic() + arguments.max_seconds
+    deadline = STARTED + arguments.max_seconds
     for name in arguments.contestants:
         if name in (OURS, ROOFLINE):
             continue
         if time.monotonic() > deadline:
             failures[name] = "left out: the time was up"
             continue
+        _release(device)  # an engine beside torch needs the memory that torch holds unused
         try:
             if name in ours:
                 if device.type == "cuda":
@@ -141,12 +143,15 @@ def measure(chosen: SearchSet, script: Script, arguments: argparse.Namespace) ->
             else:
                 num_calls = arguments.sample_calls or chosen.sample_calls[name == BATCHED]
                 rows.append(estimate(name, stock_copy(model), script, num_calls, generator, clock))
+        except TimeUp as error:
+            failures[name] = str(error)
+            deadline = 0.0
         except Exception as error:  # a peer that breaks is a result
             failures[name] = reason(error)
         _release(device)
-        if len(runs) < arguments.repeats:
+        if time.monotonic() < deadline and len(runs) < arguments.repeats:
             run_ours()
-    while len(runs) < arguments.repeats:
+    while time.monotonic() < deadline and len(runs) < arguments.repeats:
         run_ours()
     seconds = [played.seconds for played in runs]
     middle = sorted(runs, key=lambda played: played.seconds)[len(runs) // 2]
@@ -216,7 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-peer-tokens", type=int, help="scripts beyond are played in part by whole-script peers")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine shared with others")
-    parser.add_argument("--max-seconds", type=float, default=450, help="no further contestant is started after this")
+    parser.add_argument("--max-seconds", type=float, default=400, help="no contestant is begun so long after the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-record", action="store_true", help="show only")
     arguments = parser.parse_args(argv)
@@ -235,6 +240,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, record and show; 1 when ours is inexact."""
     arguments = parse(argv)
+    end_in_time()
+    if arguments.device.type == "cuda" and arguments.device.index is not None:
+        torch.cuda.set_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = SETS[arguments.set](arguments.device)

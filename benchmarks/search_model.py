@@ -67,7 +67,7 @@ def llama_2_7b(device: torch.device) -> SearchSet:
     settings = SearchConfig(arena_tokens=81920)  # 40 GiB of keys and values
     return SearchSet(
         "Llama-2-7B shape, bf16", model, settings, lambda count: draw_script(shape, count), draw_script(shape, 2, 1),
-        shape, 16, shape.num_candidates, (200, 48), 1 << 30, 256,
+        shape, 16, shape.num_candidates, (200, 48), 20000, 256,
     )  # fmt: skip
 
 

@@ -73,15 +73,15 @@ def variants(graphs: bool, num_candidates: int) -> dict[str, Variant]:
     full = Features(graphs=graphs)
     found = {
         OURS: Variant(full, {}),
-        "ours, unshared reads": Variant(Features(share=False, graphs=graphs), {}),
-        "ours, shared prompts not cached": Variant(full, {}, cached=False),
-        "ours, states not kept": Variant(full, {}, keep=False),
-        "ours, one question at a time": Variant(full, {"questions_in_flight": 1}),
-        "ours, one state at a time": Variant(full, {"batch_size": num_candidates}),
-        "ours, no refill": Variant(Features(refill=False, graphs=graphs), {}),
+        "ours without shared reads": Variant(Features(share=False, graphs=graphs), {}),
+        "ours without cached prompts": Variant(full, {}, cached=False),
+        "ours without kept states": Variant(full, {}, keep=False),
+        "ours with one question at a time": Variant(full, {"questions_in_flight": 1}),
+        "ours with one state at a time": Variant(full, {"batch_size": num_candidates}),
+        "ours without refill": Variant(Features(refill=False, graphs=graphs), {}),
     }
     if graphs:
-        found["ours, no CUDA graphs"] = Variant(Features(graphs=False), {})
+        found["ours without CUDA graphs"] = Variant(Features(graphs=False), {})
     return found
 
 
@@ -120,11 +120,17 @@ def play(
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that this device's memory gives a reader: a large copy, read and write counted, best of five."""
-    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    """Bytes a second of large copies, read and write counted, best of five runs of several."""
+    num_bytes, num_copies = (4 * BANDWIDTH_BYTES, 20) if device.type == "cuda" else (BANDWIDTH_BYTES, 2)
+    source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(6)][1:]
-    return 2 * BANDWIDTH_BYTES / min(seconds)
+
+    def copy() -> None:
+        for _ in range(num_copies):
+            target.copy_(source)
+
+    seconds = [seconds_of(copy, device) for _ in range(6)][1:]
+    return 2 * num_bytes * num_copies / min(seconds)
 
 
 def decode_roofline(model: Any, settings: SearchConfig, shape: SearchShape, num_rows: int) -> dict[str, float]:
@@ -159,6 +165,7 @@ def decode_roofline(model: Any, settings: SearchConfig, shape: SearchShape, num_
     assert all(not isinstance(result, Exception) for _, result, _ in engine.run(script.searches()))
     # the first steps compile and record, and wait for the prefill; the last ones only read
     step_seconds = (ends[-4] - ends[4]) / (len(ends) - 8)
+    del wave.step  # the engine must not keep itself alive
     weights, counts = read_weight_bytes(model), wave.counts
     num_bytes = weights + counts.num_keys / counts.num_steps * engine._arena.bytes_per_token
     share = num_bytes / bandwidth(device) / step_seconds

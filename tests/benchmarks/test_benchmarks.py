@@ -1,6 +1,8 @@
 """Every benchmark at its smallest on the CPU: it runs, refuses an inexact op of ours, and names a peer that is missing."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,12 +102,40 @@ def test_collect_plays_one_script_for_all_and_estimates_with_an_interval(
     for name, calls in (("sequential", 54), ("batched", 24)):
         assert rows[name]["low"] < rows[name]["seconds"] < rows[name]["high"]
         assert rows[name]["note"] == f"sampled, 8 of {calls} calls"
-    ours, unshared = rows["ours"]["played"], rows["ours, unshared reads"]["played"]
+    ours, unshared = rows["ours"]["played"], rows["ours without shared reads"]["played"]
     assert ours["kv_bytes"] < unshared["kv_bytes"]
-    assert rows["ours, shared prompts not cached"]["played"]["num_prefilled"] > ours["num_prefilled"]
-    assert rows["ours, one question at a time"]["played"]["num_steps"] > ours["num_steps"]
+    assert rows["ours without cached prompts"]["played"]["num_prefilled"] > ours["num_prefilled"]
+    assert rows["ours with one question at a time"]["played"]["num_steps"] > ours["num_steps"]
     assert line["results"]["roofline"]["num_rows"] == 12
     assert "sampled, 8 of 54 calls" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("module", [collect, collect_cost])
+def test_a_benchmark_that_is_asked_to_end_records_what_it_has(
+    module: Any, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, calls, play = signal.getsignal(signal.SIGTERM), [], module.play
+
+    def stopped(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return play(*args)
+
+    monkeypatch.setattr(module, "play", stopped)
+    try:
+        arguments = ["--contestants", "features"] if module is collect else []
+        assert module.main([*SEARCH, *arguments]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    (line,) = records(results, module.__name__.split(".")[1])
+    found = line["results"]
+    if module is collect:
+        assert len(found["rows"]) == 3, found["rows"]
+        assert set(found["failures"].values()) == {"the time was up", "left out: the time was up"}
+    else:
+        assert len(found["points"]) == 1
+        assert len(found["left_out"]) == 7
 
 
 def test_continuous_batching_generates_the_lengths_of_the_script(results: Path) -> None:

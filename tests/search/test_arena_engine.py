@@ -278,8 +278,9 @@ def test_reads_that_are_not_shared_stay_apart():
     """Else a measurement of what sharing is worth would compare two names of one thing."""
     node = Node(np.arange(40), None, 0, 0, 0, start=0)
     for share, num_products in ((True, 1), (False, 6)):
-        plan = decode_plan([[(node, 40)]] * 6, range(100, 160, 10), [1] * 6, 2, 999, share)
+        plan, num_keys = decode_plan([[(node, 40)]] * 6, range(100, 160, 10), [1] * 6, 2, 999, share)
         assert len(_tables(plan).products) == num_products
+        assert num_keys == 40 * num_products
 
 
 def test_refill_fills_places_sooner_and_changes_no_answer():

@@ -127,6 +127,26 @@ def test_a_live_adapter_can_be_recorded(use):
     assert_same(results(graph_engine(with_adapter(tiny("qwen2"))), few_shot, prompts), expected)
 
 
+def test_a_switch_of_adapters_forgets_what_was_recorded(use):
+    """A recorded step holds the path through the modules that it was recorded on."""
+    use(traced)
+    few_shot, prompts = random_prompts(7, num_groups=2)
+    model = with_adapter(tiny("llama"))
+    engine = graph_engine(model)
+    on = results(engine, few_shot, prompts)
+    with model.disable_adapter():
+        off = results(engine, few_shot, prompts)
+    assert_same(off, results(ArenaEngine(tiny("llama"), TOKENIZER, settings()), few_shot, prompts))
+    assert results(engine, few_shot, prompts) == on != off
+
+
+def test_plain_torch_attention_refuses_a_plan_that_it_would_read_once_only(monkeypatch):
+    monkeypatch.setattr(graph_wave, "cuda_graphs", lambda: again)
+    _, prompts = random_prompts(5)
+    with pytest.raises(ValueError, match="cannot follow one whose contents change"):
+        graph_engine(tiny("llama")).answer(Ask(tuple(sampled(prompts)), keep=True))
+
+
 def test_a_step_is_run_by_python_twice_and_then_replayed(use):
     runs = use(traced)
     few_shot, prompts = random_prompts(11)

@@ -85,7 +85,8 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 def default_num_tokens(config: Any, dtype: torch.dtype, device: torch.device) -> int:
     """How many tokens the arena holds when the configuration does not say: a share of the memory that is free now."""
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, in no tensor
+        free = int((torch.cuda.mem_get_info(device)[0] + unused) * CUDA_SHARE)
     else:
         import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
 

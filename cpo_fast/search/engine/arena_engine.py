@@ -21,8 +21,10 @@ from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Search
 from cpo_fast.search.engine.scheduler import Scheduler
 from cpo_fast.search.engine.stops import Stops
 from cpo_fast.search.engine.trie import Trie
+from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.parts import model_parts
+from cpo_kernels.integrations.transformers.prepare import check_kernels
 
 
 class ArenaEngine:
@@ -50,6 +52,8 @@ class ArenaEngine:
         self.model = prepare(model.eval())
         self._parts = model_parts(model)
         first = next(self._parts.causal_lm.parameters())
+        _check_device(first.device)
+        check_kernels(self._parts, ("tree_decode",))
         dtype = self._parts.causal_lm.dtype
         num_tokens = settings.arena_tokens or default_num_tokens(self._parts.config, dtype, first.device)
         self._settings = settings
@@ -64,7 +68,7 @@ class ArenaEngine:
             settings.batch_size,
             settings.questions_in_flight,
             settings.prefill_tokens,
-            features or Features(graphs=first.device.type == "cuda" and settings.cuda_graphs),
+            features or Features(graphs=settings.cuda_graphs and _can_record(first.device)),
         )
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
@@ -103,10 +107,26 @@ class ArenaEngine:
         if now == self._weights:
             return
         self._weights = now
+        self.scheduler.wave.forget()
         for node in self._permanent.nodes:
             if node.start is not None:
                 self._arena.release(node.start, len(node))
                 node.start = None
+
+
+def _check_device(device: torch.device) -> None:
+    """Refuse a model away from the current CUDA device, where Triton launches and graphs are recorded."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"the model is on {device} and the current CUDA device is {torch.cuda.current_device()}; call "
+            f"torch.cuda.set_device({device.index}) before"
+        )
+
+
+def _can_record(device: torch.device) -> bool:
+    """Whether steps can become CUDA graphs: `tree_decode` in plain torch reads its plan on the host."""
+    available = available_implementations(device.type)
+    return device.type == "cuda" and resolve_implementation("tree_decode", None, "cuda", available) == "triton"
 
 
 def weights_fingerprint(model: Any) -> str:

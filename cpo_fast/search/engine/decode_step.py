@@ -107,6 +107,7 @@ class DecodeStep:
             suffix_len=empty(num_rows, dtype=torch.int32),
             num_partials=shape.num_partials,
             num_arena_rows=arena.num_tokens + 1,
+            is_reused=True,
         )
         self._sampler = BatchSampler(
             uniforms=empty(num_rows, shape.num_uniforms, dtype=torch.float64),

@@ -69,11 +69,12 @@ class GraphWave:
         self._parts, self._arena, self._stops = parts, arena, stops
         self._share, self._refill = share, refill
         self._device = next(parts.causal_lm.parameters()).device
-        self._record = record or cuda_graphs()
+        self._make_record = cuda_graphs if record is None else lambda: record
+        self._record = self._make_record()
         self._steps: dict[StepShape, DecodeStep] = {}  # least recently used first
         self._step: DecodeStep | None = None
         self._placed: list[Row] = []
-        self._num_item_keys = 0
+        self._num_node_keys = 0
         self._lengths: list[int] = []  # of the placed rows, once all that was launched is done
         self._age = 0
         self._changed = False
@@ -89,6 +90,14 @@ class GraphWave:
         """Let more rows take part from the next step on."""
         self.rows = depth_first_rows([*self.rows, *rows])
         self._changed = True
+
+    def forget(self) -> None:
+        """Drop what was recorded: the weights, or which of them take part, have changed."""
+        assert not self.rows, "weights changed while rows were generated"
+        self._pending.clear()
+        self._steps.clear()
+        self._step, self._placed, self._lengths = None, [], []
+        self._record = self._make_record()  # with a pool of its own
 
     @torch.inference_mode()
     def drop(self, rows: Sequence[Row]) -> None:
@@ -125,7 +134,7 @@ class GraphWave:
         self.num_compositions += 1
         num_rows = row_bucket(len(self._placed))
         padding = num_rows - len(self._placed)
-        plan = decode_plan(
+        plan, self._num_node_keys = decode_plan(
             [row.path for row in self._placed],
             [row.start for row in self._placed],
             [length + 1 for length in self._lengths],
@@ -133,7 +142,6 @@ class GraphWave:
             self._arena.dump_row,
             self._share,
         )
-        self._num_item_keys = int(plan.items[:, 3].sum())
         sampler = BatchSampler.build(
             [row.request for row in self._placed],
             [row.generated for row in self._placed],
@@ -186,7 +194,7 @@ class GraphWave:
         self._age += 1
         self._lengths = [length + one for length, one in zip(self._lengths, heard, strict=True)]
         private = sum(length for length, one in zip(self._lengths, heard, strict=True) if one)
-        self.counts.add(sum(heard), step.shape.num_rows, self._num_item_keys + private)
+        self.counts.add(0, step.shape.num_rows, self._num_node_keys + private)  # who generated is known when read
         return True
 
     def _read_all(self) -> list[Row]:
@@ -206,6 +214,7 @@ class GraphWave:
         for row, token, logp in zip(pending.rows, tokens, logps, strict=False):
             if id(row) not in alive:
                 continue
+            self.counts.num_rows += 1
             row.failed = token == NOT_FINITE
             if not row.failed:
                 row.logps.append(logp)
@@ -236,6 +245,8 @@ def cuda_graphs() -> Record:
         try:
             with torch.cuda.graph(graph, pool=pool):
                 run()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = (str(error).strip() or "no message").splitlines()[0]
             raise EnvironmentProblem(

@@ -49,7 +49,7 @@ def decode_plan(
     num_padding: int,
     dump_row: int,
     share: bool = True,
-) -> DecodePlan:
+) -> tuple[DecodePlan, int]:
     """The plan of rows that each read a path and their own private rows; the last of these receives the new key.
 
     Args:
@@ -58,11 +58,14 @@ def decode_plan(
         num_padding: rows to add that read nothing but themselves.
         dump_row: where these write.
         share: False reads every node once for each row, as an engine without a tree would; for measurements.
+
+    Returns:
+        The plan, and how many keys of nodes it reads, a shared one once.
     """
     items = _shared_items([(row, 1, path) for row, path in enumerate(paths)], share)
     starts = np.asarray([*suffix_start, *[dump_row] * num_padding], dtype=np.int64)
     lengths = np.asarray([*suffix_len, *[1] * num_padding], dtype=np.int64)
-    return DecodePlan.build(starts + lengths - 1, items, starts, lengths)
+    return DecodePlan.build(starts + lengths - 1, items, starts, lengths), keys_read(items)
 
 
 def prefill_plan(pieces: Sequence[Piece], num_padding: int, dump_row: int) -> DecodePlan:

@@ -11,6 +11,7 @@ from cpo_fast.search.engine.trie import Node
 from cpo_fast.search.engine.wave import padding_rows
 from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits
 from cpo_kernels.integrations.transformers.parts import ModelParts
+from cpo_kernels.transfer import to_device
 
 LOGIT_ROWS = 256  # rows of logits held at once: 50 MiB in float32 at a vocabulary of 49,152
 
@@ -45,8 +46,8 @@ def compute_nodes(
         positions = np.concatenate([piece.node.position + np.arange(piece.first, piece.last) for piece in pieces])
         hidden = decode_forward(
             parts,
-            torch.from_numpy(np.pad(tokens, (0, padding))).to(device),
-            torch.from_numpy(np.pad(positions, (0, padding))).to(device),
+            to_device(torch.from_numpy(np.pad(tokens, (0, padding))), device),
+            to_device(torch.from_numpy(np.pad(positions, (0, padding))), device),
             prefill_plan(pieces, padding, arena.dump_row).to(device),
             arena.layers,
         )

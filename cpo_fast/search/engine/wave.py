@@ -97,6 +97,9 @@ class Wave:
         self.rows = depth_first_rows([*self.rows, *rows])
         self._sampler = None
 
+    def forget(self) -> None:
+        """Nothing is kept between runs that a change of weights could spoil."""
+
     def drop(self, rows: Sequence[Row]) -> None:
         """Leave rows out from the next step on."""
         gone = {id(row) for row in rows}
@@ -110,7 +113,7 @@ class Wave:
         tokens = [row.generated[-1] if row.generated else row.request.token_ids[-1] for row in self.rows]
         lengths = [len(row.generated) for row in self.rows]
         positions = [len(row.request.token_ids) - 1 + length for row, length in zip(self.rows, lengths, strict=True)]
-        plan = decode_plan(
+        plan, num_node_keys = decode_plan(
             [row.path for row in self.rows],
             [row.start for row in self.rows],
             [length + 1 for length in lengths],
@@ -118,7 +121,7 @@ class Wave:
             self._arena.dump_row,
             self._share,
         )
-        num_keys = int(plan.items[:, 3].sum()) + sum(lengths) + len(lengths)
+        num_keys = num_node_keys + sum(lengths) + len(lengths)
         self.counts.add(len(self.rows), len(self.rows) + padding, num_keys)
         hidden = decode_forward(
             self._parts,

@@ -148,6 +148,11 @@ def _merge(
 
 def _tables(plan: DecodePlan) -> Tables:
     """Tables of a plan, kept with it; on a device they are read back once."""
+    if plan.is_reused:
+        raise ValueError(
+            "tree_decode: impl='eager' reads a plan once and cannot follow one whose contents change between forwards; "
+            "use impl='triton', or a new plan for each forward"
+        )
     multiple = max(ROW_MULTIPLE, ROWS_PER_THREAD * torch.get_num_threads())
     cached: Tables | None = getattr(plan, "_eager_tables", None)
     if cached is None or cached.row_multiple != multiple:

@@ -38,6 +38,7 @@ class DecodePlan:
     suffix_len: torch.Tensor  # [N] int32; 0: none; counts the row's own new key
     num_partials: int
     num_arena_rows: int = 0  # least arena that has every row named above
+    is_reused: bool = False  # the tensors get other contents between forwards, as those of a recorded step do
 
     @classmethod
     def build(

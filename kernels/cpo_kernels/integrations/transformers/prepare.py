@@ -6,6 +6,7 @@ catches attention variants, logit transforms and architectures that nobody has l
 device's default, they are first checked there in the model's own shapes (`cpo_kernels.self_check`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.parts import ModelParts
 from cpo_kernels.integrations.transformers.refusals import check_supported, sliding_window
 from cpo_kernels.linear_logprob import linear_logprob
-from cpo_kernels.self_check import ModelShape, self_check
+from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.testing import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
@@ -41,7 +42,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     """
     parts, impl = check_supported(model), Implementations.of(impl)
     if impl == Implementations():
-        _check_kernels(parts)
+        check_kernels(parts)
     register()
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
@@ -54,7 +55,12 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     return model
 
 
-def _check_kernels(parts: ModelParts) -> None:
+def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
+    """Run the self-check of some ops in a model's own shapes, where Triton is its device's default.
+
+    Raises:
+        KernelCheckError: a kernel does not run or is wrong there.
+    """
     device, config = next(parts.causal_lm.parameters()).device, parts.config
     if default_implementation(device.type) == "triton":
         heads = config.num_attention_heads
@@ -65,7 +71,7 @@ def _check_kernels(parts: ModelParts) -> None:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             hidden_size=config.hidden_size,
         )
-        self_check(device, shape)
+        self_check(device, shape, ops)
 
 
 def _probe(parts: ModelParts, impl: Implementations) -> None:
