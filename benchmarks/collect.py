@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.clock import reason
-from benchmarks.collect_check import check_exact
-from benchmarks.harness import CLOCKS, InexactError, TimeUp, end_in_time, gate, record, show, stratified_total
-from benchmarks.search_model import SETS, SearchSet
+from benchmarks.harness import CLOCKS, InexactError, TimeUp, record, show, stratified_total
+from benchmarks.search_model import SearchSet
+from benchmarks.search_options import add_options, begin
 from benchmarks.search_ours import OURS, Played, bandwidth, decode_roofline, play, variants
 from benchmarks.search_peers import (
     continuous_batching,
@@ -43,8 +43,6 @@ SEQUENTIAL, BATCHED, CONTINUOUS, VLLM, ROOFLINE = "sequential", "batched", "cont
 WHOLE = {CONTINUOUS: continuous_batching, VLLM: vllm}  # peers that play a whole script
 BARS = {"cpu": {BATCHED: 8.0}, "cuda": {SEQUENTIAL: 100.0, BATCHED: 8.0}}  # times ours
 MIN_ROOFLINE_SHARE = 0.5  # of memory bandwidth, on a GPU at 256 rows
-STARTED = time.monotonic()
-
 Stratum = tuple[str, int]  # thoughts or verdicts, level
 
 
@@ -110,7 +108,9 @@ def whole(name: str, model: Any, script: Script, max_tokens: int, clock: Callabl
     return Row(name, seconds * script.num_tokens / part.num_tokens, script.num_tokens, note=note)
 
 
-def measure(chosen: SearchSet, script: Script, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+def measure(
+    chosen: SearchSet, script: Script, arguments: argparse.Namespace, deadline: float
+) -> tuple[list[Row], dict[str, str]]:
     """Every contestant that is asked for, ours between them; and why others could not run."""
     clock, generator = CLOCKS[arguments.clock], random.Random(arguments.seed)
     model, device = chosen.model, next(chosen.model.parameters()).device
@@ -124,7 +124,6 @@ def measure(chosen: SearchSet, script: Script, arguments: argparse.Namespace) ->
 
     play(model, chosen.warm_up, chosen.settings, ours[OURS], clock)
     run_ours()
-    deadline = STARTED + arguments.max_seconds
     for name in arguments.contestants:
         if name in (OURS, ROOFLINE):
             continue
@@ -212,18 +211,10 @@ def show_rows(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--set", choices=sorted(SETS), help="model and searches; default by device")
-    parser.add_argument("--num-questions", type=int, help="questions; default by set")
-    parser.add_argument("--contestants", help="names with commas; peers, features, or parts of a name; default: all")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of ours")
+    add_options(parser, repeats=3, max_seconds=400)
+    parser.add_argument("--contestants", help="names with commas; peers, features or all; default: all")
     parser.add_argument("--sample-calls", type=int, help="timed calls of sequential and of batched; default by set")
     parser.add_argument("--max-peer-tokens", type=int, help="scripts beyond are played in part by whole-script peers")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine shared with others")
-    parser.add_argument("--max-seconds", type=float, default=400, help="no contestant is begun so long after the start")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-record", action="store_true", help="show only")
     arguments = parser.parse_args(argv)
     on_gpu = arguments.device.type == "cuda"
     arguments.set = arguments.set or ("gpu" if on_gpu else "cpu")
@@ -240,20 +231,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, record and show; 1 when ours is inexact."""
     arguments = parse(argv)
-    end_in_time()
-    if arguments.device.type == "cuda" and arguments.device.index is not None:
-        torch.cuda.set_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    chosen = SETS[arguments.set](arguments.device)
-    script = chosen.script(arguments.num_questions or chosen.num_questions)
     try:
-        checks = check_exact(chosen, script, random.Random(arguments.seed))
-        gate(checks)
+        chosen, script, checks, deadline = begin(
+            arguments, lambda chosen: chosen.script(arguments.num_questions or chosen.num_questions)
+        )
     except InexactError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    rows, failures = measure(chosen, script, arguments)
+    rows, failures = measure(chosen, script, arguments, deadline)
     roofline = None
     if ROOFLINE in arguments.contestants:
         roofline = decode_roofline(chosen.model, chosen.settings, chosen.shape, chosen.roofline_rows)

@@ -8,7 +8,6 @@ are one forward a level.
 """
 
 import argparse
-import random
 import statistics
 import sys
 import time
@@ -16,11 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from benchmarks.collect_check import check_exact
-from benchmarks.harness import CLOCKS, InexactError, TimeUp, end_in_time, gate, record, show
-from benchmarks.search_model import SETS
+from benchmarks.harness import CLOCKS, InexactError, TimeUp, record, show
+from benchmarks.search_options import add_options, begin
 from benchmarks.search_ours import OURS, Variant, play, variants
 from benchmarks.search_script import SearchShape, draw_script
 from cpo_fast.search.engine.features import Features
@@ -37,7 +33,6 @@ MIDDLE = {
     "tiny": {"k": 3, "depth": 2, "prefix": 16, "in flight": 2},
 }
 UNSHARED = "unshared"
-STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -117,16 +112,8 @@ def show_points(title: str, found: Sequence[Point], caption: str) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--set", choices=sorted(SETS), help="model and sizes; default by device")
+    add_options(parser, repeats=1, max_seconds=450)
     parser.add_argument("--factors", help=f"which of {', '.join(FACTORS)}, with commas; default: all")
-    parser.add_argument("--num-questions", type=int, help="default: the most that are in flight")
-    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each place")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine shared with others")
-    parser.add_argument("--max-seconds", type=float, default=480, help="no place is begun so long after the start")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-record", action="store_true", help="show only")
     arguments = parser.parse_args(argv)
     arguments.set = arguments.set or ("gpu" if arguments.device.type == "cuda" else "cpu")
     arguments.factors = arguments.factors.split(",") if arguments.factors else list(FACTORS)
@@ -139,19 +126,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, record and show; 1 when ours is inexact."""
     arguments = parse(argv)
-    end_in_time()
-    if arguments.device.type == "cuda" and arguments.device.index is not None:
-        torch.cuda.set_device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    chosen = SETS[arguments.set](arguments.device)
     try:
-        checks = check_exact(chosen, draw_script(replace(chosen.shape, depth=1), 2), random.Random(arguments.seed))
-        gate(checks)
+        chosen, _, checks, deadline = begin(arguments, lambda chosen: draw_script(replace(chosen.shape, depth=1), 2))
     except InexactError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    deadline = STARTED + arguments.max_seconds
     found, left_out = [], []
     known: dict[tuple[int, ...], Point] = {}  # the middle is a place of every factor
     for factor, place in points(arguments.set, arguments.factors):
