@@ -65,7 +65,12 @@ def tree_attention(
         return _triton(q, k, v, schedule, scale)
     if chosen == "flash":
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
-    result: torch.Tensor = EagerTreeAttention.apply(q, k, v, tree_tiles(schedule, q.shape[1], q.device), scale)
+    return _apply(EagerTreeAttention, q, k, v, tree_tiles(schedule, q.shape[1], q.device), scale)
+
+
+@torch.compiler.disable  # torch 2.11 compiles such a Function to a graph whose gradients are zero
+def _apply(function: Any, *arguments: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*arguments)
     return result
 
 
@@ -111,8 +116,7 @@ def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSch
             f"tree_attention: expected a schedule on {q.device} like q, got one on {schedule.subtree_end.device}; "
             "move it once with schedule.to(device)"
         )
-    result: torch.Tensor = TritonTreeAttention.apply(q, k, v, schedule, scale)
-    return result
+    return _apply(TritonTreeAttention, q, k, v, schedule, scale)
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:
