@@ -211,7 +211,7 @@ def show_rows(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, repeats=3, max_seconds=400)
+    add_options(parser, repeats=3)
     parser.add_argument("--contestants", help="names with commas; peers, features or all; default: all")
     parser.add_argument("--sample-calls", type=int, help="timed calls of sequential and of batched; default by set")
     parser.add_argument("--max-peer-tokens", type=int, help="scripts beyond are played in part by whole-script peers")
