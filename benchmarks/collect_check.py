@@ -93,9 +93,10 @@ def _greedy_differences(stock: Any, calls: Sequence[Call], samples: Sequence[Sam
 
 def _sample_differences(stock: Any, items: Sequence[Any], samples: Sequence[Sample]) -> float:
     reference = FixedLengthReference(stock)
-    expected = reference.answer(Ask(tuple(items), keep=False))
+    answers = reference.answer(Ask(tuple(items), keep=False))
+    expected = [answer for answer in answers if isinstance(answer, Sample)]
     pairs = zip(samples, expected, strict=True)
-    return sum(sample.token_ids != other.token_ids for sample, other in pairs) / len(samples)  # type: ignore[union-attr]
+    return sum(sample.token_ids != other.token_ids for sample, other in pairs) / len(samples)
 
 
 @torch.inference_mode()

@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from cpo_fast.search.engine import Ask, Request
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.batch_sampler import BatchSampler
 from cpo_fast.search.engine.sampler import uniforms
+from tests.search.hugging_face_processors import processed
 from tests.search.test_arena_engine import NEWLINES, TOKENIZER, random_prompts, settings, tiny
 
 VOCAB_SIZE = 7
@@ -26,19 +20,6 @@ PROMPT = (3, 3, 4)  # one likely token, twice, and one whose logit is negative
 
 def build(requests, generated, vocab_size):
     return BatchSampler.build(requests, generated, len(requests), vocab_size, torch.device("cpu"))
-
-
-def processed(logits, ids, temperature, top_p, top_k, penalty):
-    """[V] float64 probabilities by Hugging Face's own processors in `generate`'s order, for a row that holds `ids`."""
-    processors = LogitsProcessorList()
-    if penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-    processors.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    return processors(torch.tensor([ids]), logits.double()[None])[0].softmax(-1).numpy()
 
 
 def statistic(counts, expected):

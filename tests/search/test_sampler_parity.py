@@ -3,31 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from cpo_fast.search.engine.sampler import choose_token, log_probs
+from tests.search.hugging_face_processors import processed
 
 VOCAB_SIZE = 23
 
 
 def _expected(logits, temperature, top_p, top_k, penalty, seen):
-    """[V] float64 probabilities of `generate`'s processors, in its order."""
-    processors = LogitsProcessorList()
-    if penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-    processors.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    ids = torch.tensor([seen], dtype=torch.long)
-    return processors(ids, torch.from_numpy(logits)[None])[0].softmax(-1).numpy()
+    return processed(torch.from_numpy(logits), seen, temperature, top_p, top_k, penalty)
 
 
 def _found(logits, *settings):
