@@ -20,8 +20,8 @@ from benchmarks.search_peers import generate_call, stock_copy
 from benchmarks.search_script import Call, Script, requests
 from cpo_fast.search.engine import Ask, Sample
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+from cpo_fast.search.engine.requests import Features
 
 NUM_CHECKED, NUM_SAMPLES = 4, 3  # calls, and samples of each
 MAX_LOGP_ERROR = 2e-5  # relative to the largest |logp|: float32 through thirty layers, by two orders of summation

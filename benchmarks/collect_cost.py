@@ -19,7 +19,7 @@ from benchmarks.harness import CLOCKS, InexactError, TimeUp, record, show
 from benchmarks.search_options import add_options, begin
 from benchmarks.search_ours import OURS, Variant, play, variants
 from benchmarks.search_script import SearchShape, draw_script
-from cpo_fast.search.engine.features import Features
+from cpo_fast.search.engine.requests import Features
 
 FACTORS = ("k", "depth", "prefix", "in flight")
 VALUES: dict[str, dict[str, tuple[int, ...]]] = {

@@ -36,7 +36,7 @@ from benchmarks.step_contestants import (
 from benchmarks.workload import TINY, Pair, TreeShape, sequences_of, step_pairs
 from cpo_kernels import build_forest
 from cpo_kernels.integrations.transformers import split_pairs
-from cpo_kernels.testing import end_to_end_bound
+from cpo_kernels.tolerances import end_to_end_bound
 
 SHAPES = {  # model, trees, pairs in order `pairs`, tokens a micro-batch of ours, dtype
     "llama-2-7b": (LLAMA_2_7B, TreeShape(), 32, 16384, torch.bfloat16),

@@ -11,8 +11,8 @@ from benchmarks.search_peers import seconds_of
 from benchmarks.search_script import Call, Level, Script, SearchShape, draw_script
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.features import Features
-from cpo_fast.search.engine.stops import Stops
+from cpo_fast.search.engine.requests import Features
+from cpo_fast.search.engine.stopping import Stops
 
 OURS = "ours"
 ROOFLINE_STEPS = 48

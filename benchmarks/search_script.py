@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.build import build_engine, shared_prefixes
+from cpo_fast.search.collect import build_engine, shared_prefixes
 from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
-from cpo_fast.search.root import RootPrompts
-from cpo_fast.search.strategy import search_question
+from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Question, Task
+from cpo_fast.tasks.prompts import RootPrompts
 
 Ids = tuple[int, ...]
 TEMPERATURE = 0.9  # of every contestant

@@ -30,7 +30,7 @@ from torch import nn
 from benchmarks.harness import CLOCKS, Check, InexactError, Timing, gate, record, show, stratified_total, timed
 from cpo_kernels import preference_loss
 from cpo_kernels.integrations.transformers import packed_logps, prepare
-from cpo_kernels.testing import end_to_end_bound
+from cpo_kernels.tolerances import end_to_end_bound
 
 PROMPT_TOKENS = 450
 THOUGHT_TOKENS = (36, 44)  # inclusive

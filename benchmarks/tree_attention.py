@@ -22,7 +22,7 @@ from benchmarks.clock import MAX_RUNS, SECONDS_EACH, measure, peak_bytes, reason
 from benchmarks.harness import RESULTS, Check, InexactError, Timing, gate, plot, record, show
 from benchmarks.workload import TINY, TreeShape, sequences_of, step_pairs
 from cpo_kernels import build_forest
-from cpo_kernels.testing import kernel_bound
+from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_attention.reference import visible
 
 NUM_TREES = 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpo_fast.config import Config, validate_config
-from cpo_fast.data.formats import load_pairs
+from cpo_fast.data.load import load_pairs
 from cpo_fast.search.collect import collect
 from cpo_fast.train.policy import Policy, build_policy
 from cpo_fast.train.reference import reference_cache, scored_sequences

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.config import load_config
-from cpo_fast.config.presets import PRESETS
+from cpo_fast.config.sections import PRESETS
 from cpo_fast.errors import ConfigError
 
 

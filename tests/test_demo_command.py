@@ -19,7 +19,7 @@ from cpo_fast.config import config_hash
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.models import load_model
 from cpo_fast.search.engine import Search
-from cpo_fast.search.grower import SearchOutcome
+from cpo_fast.search.tree_search import SearchOutcome
 from cpo_fast.tree import Node
 from tests.tiny import save_tiny_model
 
@@ -61,7 +61,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
             )
         return SearchOutcome(tuple(nodes), (2,), question.gold, 0, "ok")
 
-    monkeypatch.setattr("cpo_fast.search.question_search.search_question", search_question)
+    monkeypatch.setattr("cpo_fast.search.collect.search_question", search_question)
     monkeypatch.setattr("cpo_fast.demo.find_gguf", lambda: tmp_path / "unused.gguf")
     monkeypatch.setattr("cpo_fast.demo.convert_demo_model", lambda gguf: folder)
     return searched

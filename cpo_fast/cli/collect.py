@@ -10,7 +10,7 @@ from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError
 
 if TYPE_CHECKING:
-    from cpo_fast.search.worker import Worker
+    from cpo_fast.search.tree_store import Worker
 
 # ids, answers and reasons in a line of progress: some are written by a model
 MAX_SHOWN = 80
@@ -48,7 +48,7 @@ def collect_command(
         _import(config, official_path, as_json)
         return
     from cpo_fast.search.collect import collect, load_questions
-    from cpo_fast.search.worker import find_worker
+    from cpo_fast.search.tree_store import find_worker
 
     worker = find_worker(worker_option, os.environ)
     load_questions(config)  # a bad question file is reported before torch is loaded
@@ -65,7 +65,7 @@ def collect_command(
 
 
 def _import(config: Config, official_path: str, as_json: bool) -> None:
-    from cpo_fast.search.official import import_official
+    from cpo_fast.official.importer import import_official
 
     result = import_official(config, official_path)
     if as_json:

@@ -16,7 +16,7 @@ import click
 from cpo_fast.config import Config, dump_config, validate_config
 
 if TYPE_CHECKING:
-    from cpo_fast.data.pairs import PairCounts
+    from cpo_fast.data.pair_files import PairCounts
     from cpo_fast.evaluate import Evaluation
     from cpo_fast.search.collect import CollectResult
     from cpo_fast.train.loop import TrainResult
@@ -49,7 +49,7 @@ def demo_command(out: str, quick: bool) -> None:
     config = demo_config(convert_demo_model(gguf), out, quick)
     click.echo(f"  {config.model.path}")
 
-    from cpo_fast.data.pairs import write_pairs
+    from cpo_fast.data.pair_files import write_pairs
     from cpo_fast.evaluate import evaluate
     from cpo_fast.files import write_atomic
     from cpo_fast.search.collect import collect

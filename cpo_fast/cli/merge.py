@@ -20,8 +20,8 @@ def merge_command(config_path: str, overrides: tuple[str, ...], output: str, max
     """Merge model.adapter into model.path in float32, check the result on prompts, and save it."""
     config = load_config(config_path, overrides)
 
+    from cpo_fast.adapters import merge
     from cpo_fast.tasks import get_task
-    from cpo_fast.train.merge import merge
 
     task = get_task(config.task.name)
     # the task's own prompts, cut at different places, so that many kinds of position are compared

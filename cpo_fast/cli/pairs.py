@@ -13,7 +13,7 @@ from cpo_fast.config import load_config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cpo_fast.data.pairs import PairCounts, SftCounts
+    from cpo_fast.data.pair_files import PairCounts, SftCounts
 
 
 @click.command("pairs")
@@ -37,7 +37,7 @@ def pairs_command(
 
     from rich.console import Console
 
-    from cpo_fast.data.pairs import write_pairs, write_sft
+    from cpo_fast.data.pair_files import write_pairs, write_sft
 
     write: Callable[..., PairCounts | SftCounts] = write_sft if sft else write_pairs
     counts = write(trees, target, config.pairs, config.seed)
@@ -49,7 +49,7 @@ def pairs_command(
 
 
 def _show(console: "Console", counts: "PairCounts | SftCounts") -> None:
-    from cpo_fast.data.pairs import PairCounts
+    from cpo_fast.data.pair_files import PairCounts
 
     if isinstance(counts, PairCounts):
         console.print(_step_table(counts))

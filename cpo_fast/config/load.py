@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cpo_fast.config.presets import PRESETS
-from cpo_fast.config.sections import Config
+from cpo_fast.config.sections import PRESETS, Config
 from cpo_fast.errors import ConfigError
 
 
@@ -43,7 +42,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Read a YAML file (or none), apply `section.key=value` overrides in order, fill in the preset, validate.
 
     A top-level `preset: paper` (or `official`) supplies every value of that preset that the file and the overrides leave
-    open; see `cpo_fast.config.presets`.
+    open; see `cpo_fast.config.sections`.
 
     Raises:
         ConfigError: the file is unreadable or not a mapping, a key is unknown or doubled, or a value has a wrong type.

@@ -1,11 +1,10 @@
 """Measuring a model: accuracy by greedy chain and by tree of thought, what a question costs, and paired comparisons."""
 
-from cpo_fast.evaluate.comparison import Comparison, Difference, compare
+from cpo_fast.evaluate.comparison import Agreement, Comparison, Difference, compare
 from cpo_fast.evaluate.evaluation import evaluate, evaluate_methods
-from cpo_fast.evaluate.overview import Agreement, Overview, run_overview
-from cpo_fast.evaluate.paired import mcnemar_exact, paired_bootstrap
+from cpo_fast.evaluate.overview import Overview, run_overview
 from cpo_fast.evaluate.result import Evaluation, Provenance, QuestionResult, read_evaluation
-from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
+from cpo_fast.evaluate.statistics import Spread, mcnemar_exact, paired_bootstrap, spread, wilson_interval
 
 __all__ = [
     "Agreement",

@@ -9,11 +9,31 @@ A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
     max_new_tokens  so many tokens are generated
 
 `greedy` and `line_by_line` generate by different means and share this reader, so they agree on what a chain is.
+
+A greedy chain through the search engine, line by line: what one question costs when it is asked alone.
+
+The chain is that of `greedy`, and of `generate`, token for token: the same largest logits, stopped by the same reader.
+The engine that grows the trees is used so that seconds of a chain and of a tree compare: both read the few-shot prompt
+from one cache and pay the same cost a token. The reference engine prefills the lines before
+again for each line, and on a CPU fills one row up to a few.
+
+Greedy decoding of whole chains through `model.generate`, each row stopped where its chain ends.
+
+Row b of a batch stops when its own chain ends (`chain` says when), whatever the other rows do. A row's tokens do not
+depend on the batch it is in beyond floating-point noise: rows are padded on the left and masked. The shared few-shot
+prompt is computed anew for every row; nothing is sampled. This is the path for throughput; for one question at a time
+see `line_by_line`.
 """
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from cpo_fast.search.engine import Ask, Engine, Request, Sample
 from cpo_fast.tasks import Task
 
 Stop = Literal["answer", "eos", "question", "max_steps", "max_new_tokens"]
@@ -107,3 +127,122 @@ class ChainReader:
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+
+def engine_chain(
+    engine: Engine, tokenizer: Any, prompt: Sequence[int], task: Task, max_new_tokens: int, max_steps: int
+) -> Chain:
+    """One greedy chain.
+
+    Args:
+        engine: continues a prompt by one line, greedily at temperature 0.
+        tokenizer: its tokenizer.
+        prompt: token ids, at least one.
+        task: says what an answer line is.
+        max_new_tokens: cap on the chain.
+        max_steps: cap on its lines, the answer line included.
+
+    Raises:
+        ValueError: a cap is below 1; from the engine, a prompt that does not fit the model, or logits not finite.
+    """
+    if min(max_new_tokens, max_steps) < 1:
+        raise ValueError(f"expected caps >= 1, got {max_new_tokens=}, {max_steps=}")
+    start = time.perf_counter()
+    reader = ChainReader(tokenizer, task, max_steps, max_new_tokens)
+    while reader.stop is None:
+        state = (*prompt, *reader.token_ids)
+        num_left = max_new_tokens - len(reader.token_ids)
+        # greedy: no random number is drawn, so the name does not matter
+        (line,) = engine.answer(Ask((Request(state, "greedy", 0.0, 1.0, num_left),), keep=True))
+        assert isinstance(line, Sample), "a request is answered by a sample"
+        for token in line.token_ids:
+            reader.add(token)
+        if line.stop == "eos":
+            reader.end_sequence()
+    return reader.chain(time.perf_counter() - start)
+
+
+class ChainEnd(StoppingCriteria):
+    """Hands every row's new token to its reader and tells `generate` which rows are done."""
+
+    def __init__(self, readers: Sequence[ChainReader], eos_ids: set[int]) -> None:
+        self._readers = readers
+        self._eos_ids = eos_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Read the newest column of `input_ids` [B, L] int64; return which rows are done, [B] bool."""
+        for reader, token in zip(self._readers, input_ids[:, -1].tolist(), strict=True):
+            if reader.stop is None and token in self._eos_ids:
+                reader.end_sequence()
+            elif reader.stop is None:
+                reader.add(token)
+        return torch.tensor([reader.stop is not None for reader in self._readers], device=input_ids.device)
+
+
+def greedy_chains(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    task: Task,
+    max_new_tokens: int,
+    max_steps: int,
+    batch_size: int = 1,
+) -> Iterator[Chain]:
+    """Yield one greedy chain per prompt, in order, a batch at a time.
+
+    Before the first batch one token is generated and thrown away: what a first call pays once is no question's cost.
+
+    Args:
+        model: a causal language model in eval mode, from `load_model`.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, none empty.
+        task: says what an answer line is.
+        max_new_tokens: cap on one chain.
+        max_steps: cap on its lines, the answer line included.
+        batch_size: prompts per call of `generate`.
+
+    Raises:
+        ValueError: a cap or the batch size is below 1, or a prompt is empty.
+    """
+    if min(max_new_tokens, max_steps, batch_size) < 1:
+        raise ValueError(f"expected caps and batch size >= 1, got {max_new_tokens=}, {max_steps=}, {batch_size=}")
+    if not all(prompts):
+        raise ValueError("expected prompts of at least one token, got an empty one")
+    if prompts:
+        _generate(model, tokenizer, prompts[:1], task, 1, max_steps)
+    for start in range(0, len(prompts), batch_size):
+        yield from _generate(model, tokenizer, prompts[start : start + batch_size], task, max_new_tokens, max_steps)
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], task: Task, max_new_tokens: int, max_steps: int
+) -> list[Chain]:
+    eos_ids = _eos_ids(model, tokenizer)
+    # masked positions never reach a result, so any valid id serves as padding
+    pad_id = next((token for token in (tokenizer.pad_token_id, *sorted(eos_ids)) if token is not None), 0)
+    readers = [ChainReader(tokenizer, task, max_steps, max_new_tokens) for _ in prompts]
+    start = time.perf_counter()
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])  # [B, L] int64
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [B, L] int64
+    model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(eos_ids) or None,
+        ),
+        stopping_criteria=StoppingCriteriaList([ChainEnd(readers, eos_ids)]),
+    )
+    seconds = (time.perf_counter() - start) / len(prompts)
+    return [reader.chain(seconds) for reader in readers]
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's end-of-sequence and whatever the model's generation config adds (chat models name several)."""
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return {token for token in ids if token is not None}

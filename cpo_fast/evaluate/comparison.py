@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cpo_fast.errors import DataError
-from cpo_fast.evaluate.paired import mcnemar_exact, paired_bootstrap
 from cpo_fast.evaluate.result import Evaluation, QuestionResult
+from cpo_fast.evaluate.statistics import mcnemar_exact, paired_bootstrap
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -79,6 +79,28 @@ class Comparison:
     confidence: float
     seed: int
     stated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a greedy chain gives the answer that a tree has voted for.
+
+    Attributes:
+        label: the evaluation of the chain.
+        source: where the votes are from: the trees' file, or the label of an evaluation.
+        num_voted: questions of the chain with a voted answer there.
+        num_agree: those where the chain's answer is the same after normalisation.
+    """
+
+    label: str
+    source: str
+    num_voted: int
+    num_agree: int
+
+    @property
+    def share(self) -> float:
+        """num_agree / num_voted."""
+        return self.num_agree / self.num_voted
 
 
 def compare(

@@ -4,6 +4,13 @@ The prompt is the task's own, tokenised as the search tokenises it, so a model i
 trained on. With `eval.batch_size: 1` chains run through the search engine, one question at a time, which is what
 latency is quoted at; larger batches run through `generate` and their seconds are the batch's, divided. A tree is always
 searched alone. Gold answers are read after everything is generated.
+
+Tree of thought as a way to answer: the search of `collect`, its vote, and every token that it generated.
+
+    tokens = all thoughts (the losers, duplicates and empty ones included) + all sampled verdicts
+
+End-of-sequence tokens count; they were generated. With `evaluator: logits` a verdict generates nothing, and its forward
+shows in the seconds alone. The tree itself is dropped: `collect` keeps trees.
 """
 
 import hashlib
@@ -15,23 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.config import Config, config_hash
+from cpo_fast.config import Config, SearchConfig, config_hash
 from cpo_fast.errors import CpoFastError
 from cpo_fast.evaluate.result import Evaluation, Method, Provenance, QuestionResult, summarise
 from cpo_fast.files import canonical_json
-from cpo_fast.search.build import (
+from cpo_fast.search.collect import (
     PROBES,
     build_engine,
     evaluator_prompts,
+    load_questions,
     load_searched_model,
     searched_weights,
 )
-from cpo_fast.search.collect import load_questions
+from cpo_fast.search.engine import Engine, drive
+from cpo_fast.search.tree_search import SearchOutcome, search_question
 from cpo_fast.tasks import Question, Task, encode_question
+from cpo_fast.tree import ROOT, Status
 
 if TYPE_CHECKING:
     from cpo_fast.evaluate.chain import Chain
     from cpo_fast.search.engine import Engine
+
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +171,7 @@ class _Asker:
         return method == "cot" and self._config.eval.batch_size > 1
 
     def _batched_chains(self) -> Iterator[_Answer]:
-        from cpo_fast.evaluate.greedy import greedy_chains
+        from cpo_fast.evaluate.chain import greedy_chains
 
         chains = greedy_chains(
             self._model,
@@ -188,7 +199,7 @@ class _Asker:
                 yield _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
 
     def _chain(self, engine: "Engine", question: Question) -> _Answer:
-        from cpo_fast.evaluate.chain_of_thought import engine_chain
+        from cpo_fast.evaluate.chain import engine_chain
 
         caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
         return self._of_chain(engine_chain(engine, self._tokenizer, self._prompt_ids(question), self._task, **caps))
@@ -197,7 +208,7 @@ class _Asker:
         return _Answer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
 
     def _tree(self, engine: "Engine", question: Question) -> _Answer:
-        from cpo_fast.evaluate.tree_of_thought import tree_answer
+        from cpo_fast.evaluate.evaluation import tree_answer
 
         ids = self._prompt_ids(question)
         config = self._config
@@ -245,3 +256,56 @@ class _Asker:
 
 def _short_hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TreeAnswer:
+    """What one search answered.
+
+    Attributes:
+        answer: normalised answer that won the vote, or None.
+        text: the winning path whose last thought has the largest value; empty without a winner.
+        status: as in `tree.SearchTree`.
+        num_tokens: all generated tokens; num_verdict_tokens: those of them that were verdicts.
+        seconds: wall time of the search.
+    """
+
+    answer: str | None
+    text: str
+    status: Status
+    num_tokens: int
+    num_verdict_tokens: int
+    seconds: float
+
+
+def tree_answer(
+    engine: Engine,
+    tokenizer: Any,
+    task: Task,
+    question: Question,
+    root_ids: list[int],
+    settings: SearchConfig,
+    seed: int,
+    chat: bool = False,
+) -> TreeAnswer:
+    """Search one question alone and vote. Arguments as for `search.strategy.search_question`."""
+    start = time.perf_counter()
+    outcome = drive(engine, search_question(tokenizer, task, question, root_ids, settings, seed, chat))
+    seconds = time.perf_counter() - start
+    num_tokens = outcome.num_thought_tokens + outcome.num_verdict_tokens
+    text = _best_path(outcome)
+    return TreeAnswer(outcome.answer, text, outcome.status, num_tokens, outcome.num_verdict_tokens, seconds)
+
+
+def _best_path(outcome: SearchOutcome) -> str:
+    def value_of(node_id: int) -> float:
+        value = outcome.nodes[node_id].value
+        return float("-inf") if value is None else value
+
+    # max keeps the first of equals; there is no winner when nothing was complete
+    node_id = max(outcome.winning_nodes, key=value_of, default=ROOT)
+    lines: list[str] = []
+    while node_id != ROOT:
+        lines.append(outcome.nodes[node_id].text)
+        node_id = outcome.nodes[node_id].parent
+    return "".join(reversed(lines))

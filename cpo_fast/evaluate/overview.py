@@ -13,35 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import DataError
-from cpo_fast.evaluate.comparison import Comparison, compare
+from cpo_fast.evaluate.comparison import Agreement, Comparison, compare
 from cpo_fast.evaluate.result import Evaluation, read_evaluation
 from cpo_fast.evaluate.tables import csv_text, markdown_text
 from cpo_fast.files import read_jsonl, write_atomic
 
 LABELS = ("base", "adapter", "base-tot", "adapter-tot")
 TREES = "trees.jsonl"
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often a greedy chain gives the answer that a tree has voted for.
-
-    Attributes:
-        label: the evaluation of the chain.
-        source: where the votes are from: the trees' file, or the label of an evaluation.
-        num_voted: questions of the chain with a voted answer there.
-        num_agree: those where the chain's answer is the same after normalisation.
-    """
-
-    label: str
-    source: str
-    num_voted: int
-    num_agree: int
-
-    @property
-    def share(self) -> float:
-        """num_agree / num_voted."""
-        return self.num_agree / self.num_voted
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cpo_fast.evaluate.result import Evaluation
 from cpo_fast.evaluate.statistics import Spread
 
 if TYPE_CHECKING:
-    from cpo_fast.evaluate.overview import Agreement
+    from cpo_fast.evaluate.comparison import Agreement
 
 METHODS = {"cot": "greedy chain", "tot": "tree of thought"}
 

@@ -4,7 +4,7 @@ from cpo_fast.errors import ConfigError
 from cpo_fast.tasks.arithmetic import ArithmeticTask
 from cpo_fast.tasks.fact_verification import FactVerificationTask
 from cpo_fast.tasks.multi_hop_qa import MultiHopQATask
-from cpo_fast.tasks.prompt import (
+from cpo_fast.tasks.prompts import (
     common_prefix_length,
     encode_prompt,
     encode_question,

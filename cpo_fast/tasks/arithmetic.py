@@ -2,7 +2,7 @@
 
 Released files: SVAMP is a JSON list of (ID, Body, Question, Equation, Answer, Type), where body and question are joined
 with a space; GSM8K is JSON lines of (question, answer), the answer being a solution whose last line is `#### 42`, and
-has no ids. An answer is a rational number in the normal form of `cpo_fast.tasks.number`: a line with no number, or with
+has no ids. An answer is a rational number in the normal form of `cpo_fast.tasks.answers`: a line with no number, or with
 several and no equals sign before the last one, has no readable answer, because guessing which was meant would put
 wrong chains among the winners.
 """
@@ -10,10 +10,9 @@ wrong chains among the winners.
 from typing import Any, ClassVar
 
 from cpo_fast.errors import DataError
-from cpo_fast.tasks.demonstrations import Demonstrations
-from cpo_fast.tasks.number import normalise_number
-from cpo_fast.tasks.rows import first_value, row_id, row_text
-from cpo_fast.tasks.task import ANSWER_MARK, VERDICT_CUE, Question, Task
+from cpo_fast.rows import first_value, row_id, row_text
+from cpo_fast.tasks.answers import normalise_number
+from cpo_fast.tasks.task import ANSWER_MARK, VERDICT_CUE, Demonstrations, Question, Task
 
 # stands before the number in a GSM8K solution
 GSM8K_MARK = "####"

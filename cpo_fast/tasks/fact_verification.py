@@ -11,9 +11,8 @@ import re
 from typing import Any, ClassVar, Literal
 
 from cpo_fast.errors import DataError
-from cpo_fast.tasks.demonstrations import Demonstrations
-from cpo_fast.tasks.rows import first_value, row_id, row_text
-from cpo_fast.tasks.task import ANSWER_MARK, CLAIM_MARK, VERDICT_CUE, Question, Task
+from cpo_fast.rows import first_value, row_id, row_text
+from cpo_fast.tasks.task import ANSWER_MARK, CLAIM_MARK, VERDICT_CUE, Demonstrations, Question, Task
 
 SUPPORTS = "SUPPORTS"
 REFUTES = "REFUTES"

@@ -8,11 +8,9 @@ model: the questions are asked closed-book, as the CPO paper does. Aliases of an
 from typing import Any, ClassVar
 
 from cpo_fast.errors import DataError
-from cpo_fast.tasks.demonstrations import Demonstrations
-from cpo_fast.tasks.number import normalise_number
-from cpo_fast.tasks.rows import first_value, row_id, row_text
-from cpo_fast.tasks.short_answer import contains, exact_match, f1_score, is_number, normalise_words
-from cpo_fast.tasks.task import ANSWER_MARK, VERDICT_CUE, Question, Task
+from cpo_fast.rows import first_value, row_id, row_text
+from cpo_fast.tasks.answers import contains, exact_match, f1_score, is_number, normalise_number, normalise_words
+from cpo_fast.tasks.task import ANSWER_MARK, VERDICT_CUE, Demonstrations, Question, Task
 
 DEMONSTRATIONS = Demonstrations(
     "Answer each question one line at a time: numbered steps, then the answer in a few words.",

@@ -3,8 +3,14 @@
 The prompts for search, training and evaluation come from here and nowhere else, so they cannot drift apart. A chain is
 lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline. A family is one
 file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
+
+Worked examples under one instruction, in the written order or in an order drawn from a seed.
+
+The order comes from hashes and not from a random generator, so that it is the same on every version and machine: equal
+seeds give equal prompts, byte for byte.
 """
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,8 +19,27 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cpo_fast.errors import DataError
-from cpo_fast.tasks.demonstrations import Demonstrations
-from cpo_fast.tasks.rows import is_hub, read_rows
+from cpo_fast.rows import is_hub, read_question_rows
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """What stands before every question: `instruction`, then `examples`, each a block of lines without a blank one."""
+
+    instruction: str
+    examples: tuple[str, ...]
+
+    def text(self, seed: int | None = None) -> str:
+        """Instruction and examples, a blank line after each; `seed` None keeps the written order."""
+        return "".join(f"{block}\n\n" for block in (self.instruction, *self.ordered(seed)))
+
+    def ordered(self, seed: int | None) -> tuple[str, ...]:
+        """The examples in the order of the seed."""
+        if seed is None:
+            return self.examples
+        keys = {example: hashlib.sha256(f"{seed}/{example}".encode()).digest() for example in self.examples}
+        return tuple(sorted(self.examples, key=keys.__getitem__))
+
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +122,7 @@ class Task(ABC):
         questions: dict[str, Question] = {}
         first_place: dict[str, str] = {}
         num_merged = 0
-        for place, row in read_rows(path):
+        for place, row in read_question_rows(path):
             question = self.read_row(row, place)
             if question is None:
                 continue

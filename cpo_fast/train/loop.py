@@ -18,21 +18,18 @@ import torch
 from torch.profiler import record_function
 from transformers import get_scheduler
 
+from cpo_fast.adapters import copy_adapter, save_adapter
 from cpo_fast.config import Config, dump_config
-from cpo_fast.data.batching import epoch_batches
-from cpo_fast.data.formats import load_pairs, load_sft
-from cpo_fast.data.split import split_by_question
-from cpo_fast.data.weights import weigh_pairs
+from cpo_fast.data.batches import epoch_batches, split_by_question, weigh_pairs
+from cpo_fast.data.load import load_pairs, load_sft
 from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
-from cpo_fast.train.adapter import copy_adapter, save_adapter
-from cpo_fast.train.alarm import OverOptimisationAlarm
-from cpo_fast.train.distributed import build_optimizer, initialize_engine
+from cpo_fast.train.deepspeed_engine import build_optimizer, initialize_engine
 from cpo_fast.train.memory import choose_checkpointing
 from cpo_fast.train.method import Method, PreferenceMethod, SftMethod
-from cpo_fast.train.metrics import rounded
+from cpo_fast.train.metrics import OverOptimisationAlarm, rounded
 from cpo_fast.train.policy import Policy, build_policy, checkpoint_layers
-from cpo_fast.train.step_profile import RangeTotal, StepProfiler
+from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.validation import Validator
 from cpo_kernels import build_forest
 

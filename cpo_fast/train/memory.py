@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.integrations.transformers.parts import model_parts
-from cpo_kernels.linear_logprob.head import MAX_CHUNK_LOGITS
+from cpo_kernels.integrations.transformers.model import model_parts
+from cpo_kernels.linear_logprob.results import MAX_CHUNK_LOGITS
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,19 @@ from typing import Any, Protocol
 import torch
 
 from cpo_fast.config import Config
-from cpo_fast.data.pair import PreferencePair
-from cpo_fast.data.sft import SftExample
+from cpo_fast.data.examples import PreferencePair, SftExample
 from cpo_fast.errors import CpoFastError, DataError
 from cpo_fast.train.metrics import PreferenceMetrics, SftMetrics
-from cpo_fast.train.micro_batch import group_examples, group_pairs
-from cpo_fast.train.objective import MicroBatch, MicroBatchResult, PreferenceObjective
+from cpo_fast.train.objective import (
+    MicroBatch,
+    MicroBatchResult,
+    PreferenceObjective,
+    SftObjective,
+    group_examples,
+    group_pairs,
+)
 from cpo_fast.train.policy import Policy
 from cpo_fast.train.reference import reference_cache
-from cpo_fast.train.sft import SftObjective
 
 
 class Method(Protocol):

@@ -3,18 +3,24 @@
 Results stay on the device over a step's micro-batches and come to the host in one transfer, `read`, together with
 whatever else the step must know (gradient norm, finiteness). It is the one place at which a step waits for the device;
 all arithmetic after it is the host's.
+
+Over-optimisation watch: the chosen responses become unlikely while the loss still falls.
+
+A preference loss only sees the margin. It can widen by pushing both responses down, until the model has forgotten how to
+write either; the loss looks best just then. The sign is that the chosen responses lose log-probability per token against
+the reference while margins grow. Some loss is normal; this watches for a lot of it.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 
-from cpo_fast.data.pair import PreferencePair
-from cpo_fast.data.sft import SftExample
-from cpo_fast.train.objective import MicroBatch, MicroBatchResult
-from cpo_fast.train.sft import SftResult
+from cpo_fast.data.examples import PreferencePair, SftExample
+from cpo_fast.train.objective import MicroBatch, MicroBatchResult, SftResult
 
 PER_PAIR = ("losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
 PER_TOKEN = ("entropy_sum", "chosen_logit_sum", "rejected_logit_sum", "num_top1")
@@ -161,3 +167,42 @@ def _accuracy_by_step(correct: np.ndarray, steps: Sequence[int]) -> dict[str, fl
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers with nine significant digits, enough to tell float32 values apart and short enough to read."""
     return {key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in values.items()}
+
+
+WINDOW = 10  # steps averaged: one step's pairs are few and noisy
+
+
+class OverOptimisationAlarm:
+    """Says once that chosen log-probs have fallen by more than a limit while margins grew."""
+
+    def __init__(self, limit_nats: float) -> None:
+        """`limit_nats`: fall of the chosen log-prob per token against the reference, in nats, that raises the alarm."""
+        self.limit_nats = limit_nats
+        self.raised_at: int | None = None
+        self._chosen: deque[float] = deque(maxlen=WINDOW)
+        self._margins: deque[float] = deque(maxlen=2 * WINDOW)
+
+    def update(self, step: int, chosen_drift: float, margin: float) -> str | None:
+        """Add one step; returns the sentence to show when the alarm is raised, once.
+
+        Args:
+            step: optimizer step, for the message.
+            chosen_drift: mean of (log-prob - reference log-prob) per chosen token, in nats.
+            margin: mean reward margin.
+        """
+        self._chosen.append(chosen_drift)
+        self._margins.append(margin)
+        if self.raised_at is not None or len(self._chosen) < min(WINDOW, 3):
+            return None
+        values = list(self._margins)
+        half = len(values) // 2
+        grows = fmean(values[half:]) > fmean(values[:half])
+        drift = fmean(self._chosen)
+        if drift >= -self.limit_nats or not grows:
+            return None
+        self.raised_at = step
+        return (
+            f"step {step}: chosen responses have lost {-drift:.2f} nats per token against the reference while margins "
+            "grow; the model may be collapsing although the loss falls. Lower train.lr or train.num_epochs, "
+            "raise train.beta, or set train.nll_weight"
+        )

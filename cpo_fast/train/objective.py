@@ -4,6 +4,15 @@
 
 Backbone, needed head rows, log-probs and reference all happen in this module's forward, so that DeepSpeed gathers and
 releases each weight where it is used. The sum is scaled to the step's mean outside, where the global pair count is known.
+
+Pairs to groups that fit one forest of `train.max_tokens` tokens; a pair that never fits is named by its row.
+
+Supervised fine-tuning on winning paths (the paper's TS-SFT baseline): next-token loss on completions, prompt masked.
+
+    loss = - sum over the step's completion tokens of log p / number of those tokens
+
+which is Hugging Face's loss of the same rows padded into one batch. Winning paths of a question share their steps, so they
+are computed as a forest like preference pairs.
 """
 
 from collections.abc import Sequence
@@ -13,12 +22,14 @@ import torch
 from torch.profiler import record_function
 
 from cpo_fast.config import TrainConfig
-from cpo_fast.data.pair import PreferencePair
+from cpo_fast.data.examples import PreferencePair, SftExample
+from cpo_fast.errors import DataError
+from cpo_fast.tasks import common_prefix_length
 from cpo_kernels import preference_loss
+from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
-from cpo_kernels.integrations.transformers import PackedLogps, packed_logps
+from cpo_kernels.integrations.transformers import PackedLogps, packed_logps, split_pairs
 from cpo_kernels.linear_logprob import LogprobResult
-from cpo_kernels.transfer import to_device
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
@@ -135,3 +146,83 @@ def _token_sums(result: LogprobResult, num_chosen: int) -> dict[str, torch.Tenso
         "rejected_logit_sum": result.mean_logit[num_chosen:].sum(),
         "num_top1": result.is_top1[:num_chosen].sum(),
     }
+
+
+def group_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[PreferencePair]]:
+    """Cut pairs into micro-batches whose forests have at most `max_tokens` tokens.
+
+    Raises:
+        DataError: a pair alone has more; names its row and the option.
+    """
+    for pair in pairs:
+        common = common_prefix_length(pair.chosen_ids, pair.rejected_ids)
+        num_tokens = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - common
+        if num_tokens > max_tokens:
+            raise DataError(
+                f"{pair.source}: the pair alone has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
+                "raise the budget or set data.max_length to drop such rows"
+            )
+    triples = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    return [[pairs[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
+
+
+def group_examples(examples: Sequence[SftExample], max_tokens: int) -> list[list[SftExample]]:
+    """Cut completions into micro-batches whose forests have at most `max_tokens` tokens.
+
+    Raises:
+        DataError: a completion with its prompt alone has more; names its row and the option.
+    """
+    for example in examples:
+        num_tokens = len(example.prompt_ids) + len(example.completion_ids)
+        if num_tokens > max_tokens:
+            raise DataError(
+                f"{example.source}: the row has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
+                "raise the budget or set data.max_length to drop such rows"
+            )
+    # a completion is a pair whose two responses are one: equal sequences share every row
+    triples = [(example.prompt_ids, example.completion_ids, example.completion_ids) for example in examples]
+    return [[examples[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """Loss and statistics of one micro-batch of N examples; all detached but `loss_sum`."""
+
+    loss_sum: torch.Tensor  # scalar, differentiable: summed negative log-likelihood
+    losses: torch.Tensor  # [N] mean negative log-likelihood per token
+    lengths: Sequence[int]  # [N] scored tokens
+    entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
+    num_top1: torch.Tensor  # scalar
+    num_tokens: int  # tokens that met the backbone once
+    num_sequence_tokens: int  # tokens of the N rows
+
+
+class SftObjective(torch.nn.Module):
+    """Next-token loss of completions; the one module that DeepSpeed wraps."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, impl: Implementations | None = None) -> None:
+        """`model` is a prepared PeftModel, `impl` what the run resolved."""
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.impl = impl or Implementations.of(config.impl)
+
+    def forward(self, examples: Sequence[SftExample]) -> SftResult:
+        """Score every completion on one forest."""
+        sequences = [example.prompt_ids + example.completion_ids for example in examples]
+        starts = [len(example.prompt_ids) for example in examples]
+        packed = packed_logps(self.model, sequences, starts, impl=self.impl, outputs=("entropy", "is_top1"))
+        result, logps = packed.result, packed.segment_logps
+        lengths = [len(example.completion_ids) for example in examples]
+        assert result.entropy is not None
+        assert result.is_top1 is not None
+        with record_function("loss"):
+            return SftResult(
+                loss_sum=-logps.sum(),
+                losses=-logps.detach() / to_device(torch.tensor(lengths), logps.device),
+                lengths=lengths,
+                entropy_sum=result.entropy.sum(),
+                num_top1=result.is_top1.sum(),
+                num_tokens=packed.num_tokens,
+                num_sequence_tokens=packed.num_sequence_tokens,
+            )

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cpo_fast.config import Config
-from cpo_fast.data.pair import PreferencePair
+from cpo_fast.data.examples import PreferencePair
 from cpo_fast.models import adapter_hash, model_hash
-from cpo_fast.train.micro_batch import group_pairs
+from cpo_fast.train.objective import group_pairs
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
-from cpo_kernels.testing import end_to_end_bound
+from cpo_kernels.tolerances import end_to_end_bound
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from cpo_fast.adapters import save_adapter
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError
-from cpo_fast.evaluate.greedy import greedy_chains
+from cpo_fast.evaluate.chain import greedy_chains
 from cpo_fast.search.collect import load_questions
 from cpo_fast.tasks import encode_question
-from cpo_fast.train.adapter import save_adapter
 from cpo_fast.train.method import Method
 from cpo_fast.train.policy import Policy
 

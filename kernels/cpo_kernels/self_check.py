@@ -1,10 +1,10 @@
 """Are the Triton kernels right on this very device? Every one once, forward and backward, before it is anyone's default.
 
 Random inputs, ragged at every tile, go through `triton` and through `eager` in one dtype, and both are compared with
-`eager` in float64 (`self_check_cases`). A kernel may err as `cpo_kernels.testing.kernel_bound` says: twice the eager error,
-plus rounding. What a compiler, a driver or a card gets wrong shows here in seconds instead of in a run's results. Each op
-is checked for those that use it: a fault of `tree_decode` is no reason not to train. An `impl=` that somebody asked for by
-name is not checked.
+`eager` in float64 (`self_check_cases`). A kernel may err as `cpo_kernels.tolerances.kernel_bound` says: twice the eager
+error, plus rounding. What a compiler, a driver or a card gets wrong shows here in seconds instead of in a run's results.
+Each op is checked for those that use it: a fault of `tree_decode` is no reason not to train. An `impl=` that somebody
+asked for by name is not checked.
 """
 
 import logging

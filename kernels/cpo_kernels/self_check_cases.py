@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpo_kernels.linear_logprob import linear_logprob
-from cpo_kernels.linear_logprob.dispatch import PATHS, path_forced
-from cpo_kernels.linear_logprob.result import OUTPUTS, LogprobResult
+from cpo_kernels.linear_logprob.results import OUTPUTS, LogprobResult
+from cpo_kernels.linear_logprob.triton import PATHS, path_forced
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.testing import kernel_bound, random_subtree_end
+from cpo_kernels.tolerances import kernel_bound, random_subtree_end
 from cpo_kernels.tree_attention import TreeSchedule, tree_attention, tree_schedule
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
 

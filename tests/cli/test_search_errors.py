@@ -13,9 +13,8 @@ from transformers import Gemma2Config, MistralConfig
 
 from cpo_fast.cli import main
 from cpo_fast.config import Config
-from cpo_fast.search.build import shared_prefixes
-from cpo_fast.search.collect import load_task
-from cpo_fast.search.engine.trie import Trie
+from cpo_fast.search.collect import load_task, shared_prefixes
+from cpo_fast.search.engine.kv_arena import Trie
 from tests.tiny import save_tiny_model, tiny_llama, tiny_model, tiny_tokenizer, with_lora
 
 POSITIONS = 6000

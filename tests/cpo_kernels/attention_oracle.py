@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpo_kernels import TreeSchedule, tree_attention, tree_schedule
-from cpo_kernels.testing import kernel_bound
+from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_attention.reference import visible
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -88,7 +88,7 @@ def test_plainer_variant_compiles_within_the_card(index: int, arch: int) -> None
 
 def tiles() -> list[tuple[str, tuple[int | None, int, int, int, int, int]]]:
     """Shipped tiles by dtype; loaded by the tests, so that collection does not import Triton."""
-    from cpo_kernels.linear_logprob.fused import TILES_16_BIT, TILES_32_BIT
+    from cpo_kernels.linear_logprob.triton_fused import TILES_16_BIT, TILES_32_BIT
 
     return [*(("bf16", tile) for tile in TILES_16_BIT), *(("fp32", tile) for tile in TILES_32_BIT)]
 

@@ -36,26 +36,26 @@ def compiled(case: Case, arch: int, **changes: int) -> Compiled:
 
     `changes` are for tests of the gate: another extent, number of warps or of stages than what is shipped.
     """
-    from cpo_kernels.tree_attention import backward, backward_kv, backward_q, forward
-    from cpo_kernels.tree_attention.tiles import EXACT_TILES, padded_head_dim
+    from cpo_kernels.tree_attention import triton_backward, triton_forward
+    from cpo_kernels.triton_tiles import EXACT_TILES, padded_head_dim
 
     modules = {
-        "_forward_kernel": forward,
-        "_delta_kernel": backward,
-        "_grad_kv_kernel": backward_kv,
-        "_sum_parts_kernel": backward_kv,
-        "_grad_q_kernel": backward_q,
+        "_forward_kernel": triton_forward,
+        "_delta_kernel": triton_backward,
+        "_grad_kv_kernel": triton_backward,
+        "_sum_parts_kernel": triton_backward,
+        "_grad_q_kernel": triton_backward,
     }
     tables = {
-        "_forward_kernel": forward.TILES,
-        "_grad_kv_kernel": backward_kv.KEY_TILES,
-        "_grad_q_kernel": backward_q.QUERY_TILES,
+        "_forward_kernel": triton_forward.TILES,
+        "_grad_kv_kernel": triton_backward.KEY_TILES,
+        "_grad_q_kernel": triton_backward.QUERY_TILES,
     }
     kernel = getattr(modules[case.kernel], case.kernel)
     constants: dict[str, object] = {"HEAD_DIM": case.head_dim, "BLOCK_D": padded_head_dim(case.head_dim)}
-    constants |= {"UPCAST": False, "BLOCK_Q": backward.DELTA_ROWS, "BLOCK_KV": backward_kv.SUM_ROWS}
-    constants["TILES_PER_KV"] = SCHEDULE_BLOCKS[1] // backward_kv.SUM_ROWS
-    constants["NUM_PHASES"] = backward_kv.num_phases(padded_head_dim(case.head_dim))
+    constants |= {"UPCAST": False, "BLOCK_Q": triton_backward.DELTA_ROWS, "BLOCK_KV": triton_backward.SUM_ROWS}
+    constants["TILES_PER_KV"] = SCHEDULE_BLOCKS[1] // triton_backward.SUM_ROWS
+    constants["NUM_PHASES"] = triton_backward.num_phases(padded_head_dim(case.head_dim))
     warps, stages = 4, 1
     if case.kernel in tables:
         table = EXACT_TILES if case.dtype == "fp32" else tables[case.kernel]

@@ -27,22 +27,22 @@ def compiled(name: str, head_dim: int, dtype: str, arch: int) -> Any:
     """The kernel as its launcher compiles it; rows, items and heads of a call are no constants of it."""
     import torch
 
-    from cpo_kernels.tree_attention.tiles import padded_head_dim
-    from cpo_kernels.tree_decode import forward
+    from cpo_kernels.tree_decode import triton_forward
     from cpo_kernels.tree_decode.plan import ITEM_COLUMNS
+    from cpo_kernels.triton_tiles import padded_head_dim
 
-    kernel = getattr(forward, name)
+    kernel = getattr(triton_forward, name)
     block_d = padded_head_dim(head_dim)
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": GROUP, "UPCAST": False}
     warps, stages = 1 if name == "_store_kernel" else 4, 3  # 4 and 3: what a launch gets that names none
     if name == "_partial_kernel":
-        tile = forward.choose_tile(
+        tile = triton_forward.choose_tile(
             head_dim, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         )
         constants |= {"BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "ITEM_COLUMNS": ITEM_COLUMNS}
         warps, stages = tile.num_warps, tile.num_stages
     elif name == "_merge_kernel":
-        constants["BLOCK_KV"] = forward.SUFFIX_BLOCKS[max(block_d, min(forward.SUFFIX_BLOCKS))]
+        constants["BLOCK_KV"] = triton_forward.SUFFIX_BLOCKS[max(block_d, min(triton_forward.SUFFIX_BLOCKS))]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {key: argument_type(key, dtype, name) for key in kernel.arg_names if key not in constants}
     strides = [key for key in signature if key.endswith("_stride")]

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cpo_kernels.linear_logprob import dispatch
+from cpo_kernels.linear_logprob import triton as dispatch
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cpo_kernels import LogprobPlan, linear_logprob
-from cpo_kernels.linear_logprob import head
+from cpo_kernels.linear_logprob import results as head
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ import torch
 import torch._functorch.config
 
 from cpo_kernels import LogprobPlan, LogprobResult, linear_logprob
-from cpo_kernels.linear_logprob import head as head_module
 from cpo_kernels.linear_logprob import op
+from cpo_kernels.linear_logprob import results as head_module
 from tests.cpo_kernels.device_waits import DeviceWaits, waits
 from tests.cpo_kernels.test_linear_logprob import Case, make_case, measured, oracle
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cpo_kernels import LogprobPlan, linear_logprob
-from cpo_kernels.testing import kernel_bound
+from cpo_kernels.tolerances import kernel_bound
 from tests.cpo_kernels.confident_tokens import ConfidentTokens
 from tests.cpo_kernels.device_waits import waits
 from tests.cpo_kernels.test_linear_logprob import Case, full_logits, huge, make_case, oracle, shifted, upstream
@@ -198,7 +198,7 @@ def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.Monke
 @claim
 def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten row tiles in groups of eight, and 150 rows in tiles of 16."""
-    from cpo_kernels.linear_logprob import fused
+    from cpo_kernels.linear_logprob import triton_fused as fused
 
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
     monkeypatch.setattr(fused, "TILES_32_BIT", ((None, 16, 64, 32, 4, 2),))
@@ -211,7 +211,7 @@ def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatc
 @claim
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import head
+    from cpo_kernels.linear_logprob import results as head
 
     monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 129 * 5)
     ratios = excess(crowded(129, num_rows=13), dtype)
@@ -301,7 +301,7 @@ def test_backward_twice_gives_the_same_gradient_and_reads_no_head() -> None:
 
 @claim
 def test_fused_rows_make_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import triton_scores
+    from cpo_kernels.linear_logprob import triton as triton_scores
 
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
     case = crowded(129)

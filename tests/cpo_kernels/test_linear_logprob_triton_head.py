@@ -25,7 +25,7 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 def test_trainable_head_stays_within_twice_the_eager_error(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cpo_kernels.linear_logprob import head
+    from cpo_kernels.linear_logprob import results as head
 
     monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 300 * 4)  # several chunks of rows
     ratios = excess(crowded(300, num_rows=10, **options), dtype, train_head=True)

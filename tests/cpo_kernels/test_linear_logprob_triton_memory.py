@@ -22,7 +22,7 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 @claim
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import head
+    from cpo_kernels.linear_logprob import results as head
 
     monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 500 * 7)
     case = make_case(vocab=500, width=5, num_rows=20, num_tokens=30, bias=True)
@@ -42,7 +42,7 @@ def test_expected_embedding_is_made_for_a_gradient_under_a_frozen_head_alone(
     asks: str, num_made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once for the policy; never for the reference."""
-    from cpo_kernels.linear_logprob import triton_scores
+    from cpo_kernels.linear_logprob import triton as triton_scores
 
     made: list[torch.Tensor] = []
     original = triton_scores.conditional_probabilities

@@ -78,7 +78,7 @@ def test_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @claim
 def test_rest_as_one_minus_the_log_prob_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import triton_scores
+    from cpo_kernels.linear_logprob import triton as triton_scores
 
     original = triton_scores.row_gradients
 

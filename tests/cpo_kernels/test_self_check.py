@@ -249,7 +249,7 @@ class DoesNothing:
 @pytest.fixture
 def tiny(small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fewer rows yet, the tiles of the fused product to match, and NaN in memory that is allocated and not written."""
-    from cpo_kernels.linear_logprob import fused
+    from cpo_kernels.linear_logprob import triton_fused as fused
 
     for name, size in {"MANY_ROWS": 9, "MEDIUM_ROWS": 6, "FEW_ROWS": 3, "VOCAB_SIZE": 67}.items():
         monkeypatch.setattr(self_check_cases, name, size)

@@ -3,7 +3,7 @@
 import torch
 
 from cpo_kernels import build_forest
-from cpo_kernels.transfer import to_device
+from cpo_kernels.device import to_device
 
 
 def test_every_tensor_moves_and_the_schedule_stays_the_forests_own() -> None:

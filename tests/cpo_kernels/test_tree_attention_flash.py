@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cpo_kernels import build_forest, tree_attention, tree_schedule
-from cpo_kernels.testing import kernel_bound, random_subtree_end
+from cpo_kernels.tolerances import kernel_bound, random_subtree_end
 from cpo_kernels.tree_attention.flash import chain_lengths, flash_tree_attention, load_varlen
 
 CPU = torch.device("cpu")

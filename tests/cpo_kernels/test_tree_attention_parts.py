@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cpo_kernels import TreeSchedule, tree_schedule
-from cpo_kernels.testing import random_subtree_end
+from cpo_kernels.tolerances import random_subtree_end
 from tests.cpo_kernels.attention_oracle import NAMES, excess, random_heads, runs_kernels, triton_results
 
 MIN_PART_BLOCKS = 16

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpo_kernels import build_forest, tree_attention, tree_schedule
-from cpo_kernels.testing import random_sequences
+from cpo_kernels.tolerances import random_sequences
 from cpo_kernels.tree_attention.eager import EagerTreeAttention
 
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "item", "is_nonzero", "_to_copy")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpo_kernels.testing import kernel_bound
+from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_decode import DecodePlan, merge_partials, partial_attention, tree_decode
 from tests.cpo_kernels.decode_oracle import Frontier, Inputs, dense_attention, random_frontier, random_inputs
 

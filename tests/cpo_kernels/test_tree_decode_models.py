@@ -10,7 +10,7 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Q
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits, row_multiple
 from cpo_kernels.integrations.transformers.hook import cpo_tree_attention
-from cpo_kernels.integrations.transformers.parts import model_parts
+from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.tree_decode import DecodePlan
 from tests.tiny import VOCAB_SIZE, tiny_llama, tiny_model, with_lora
 

@@ -11,8 +11,8 @@ from trl import DPOTrainer, extract_prompt
 from trl.data_utils import _tokenize, common_prefix_length
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.encode import with_extracted_prompt
-from cpo_fast.data.formats import LoadedPairs, load_pairs, load_sft
+from cpo_fast.data.examples import with_extracted_prompt
+from cpo_fast.data.load import LoadedPairs, load_pairs, load_sft
 from cpo_fast.errors import DataError
 from cpo_fast.files import write_jsonl
 from tests.tiny import tiny_tokenizer

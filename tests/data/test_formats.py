@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.batching import epoch_batches
-from cpo_fast.data.formats import LoadedPairs, load_pairs
-from cpo_fast.data.pairs import write_pairs
+from cpo_fast.data.batches import epoch_batches
+from cpo_fast.data.load import LoadedPairs, load_pairs
+from cpo_fast.data.pair_files import write_pairs
 from cpo_fast.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.pairs import write_pairs, write_sft
-from cpo_fast.data.tree_rows import REPEATED, TreeFileReader
+from cpo_fast.data.pair_files import REPEATED, TreeFileReader, write_pairs, write_sft
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.files import write_jsonl
 from tests.data.hand_made import PROMPT, node, random_tree, tree, write_trees
@@ -76,7 +75,7 @@ def test_same_trees_give_the_same_bytes_whatever_their_gold(tmp_path: Path, suff
 
 
 def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
-    from cpo_fast.data.parquet import read_parquet
+    from cpo_fast.rows import read_parquet
 
     path = write_trees(tmp_path / "trees.jsonl", [random_tree(seed, f"q{seed}") for seed in range(20)])
     write_pairs(path, tmp_path / "pairs.jsonl")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.formats import LoadedPairs, load_pairs
-from cpo_fast.data.rows import read_rows
+from cpo_fast.data.load import LoadedPairs, load_pairs
 from cpo_fast.errors import DataError
 from cpo_fast.files import read_jsonl, write_jsonl
+from cpo_fast.rows import read_rows
 from tests.tiny import tiny_tokenizer
 
 MAX_LENGTH = 60  # the tokenizer has one token a byte

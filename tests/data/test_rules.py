@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.rules import TreePair, response_ids, select_pairs, tree_pairs, winning_paths
+from cpo_fast.data.pair_rules import TreePair, response_ids, select_pairs, tree_pairs, winning_paths
 from cpo_fast.tree import Node, SearchTree
 from tests.data.hand_made import node, random_tree, tree
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import Config, validate_config
-from cpo_fast.data.formats import load_pairs, load_sft
-from cpo_fast.data.pairs import write_pairs, write_sft
-from cpo_fast.data.parquet import write_parquet
-from cpo_fast.data.split import split_by_question
+from cpo_fast.data.batches import split_by_question
+from cpo_fast.data.load import load_pairs, load_sft
+from cpo_fast.data.pair_files import write_pairs, write_sft
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
+from cpo_fast.rows import write_parquet
 from tests.data.hand_made import random_tree, write_trees
 from tests.tiny import tiny_tokenizer
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from cpo_fast.data.draw import uniform
-from cpo_fast.data.mixture import apportion
-from cpo_fast.data.pair import PreferencePair
-from cpo_fast.data.split import split_by_question
-from cpo_fast.data.weights import weigh_pairs
+from cpo_fast.data.batches import split_by_question, weigh_pairs
+from cpo_fast.data.examples import PreferencePair
+from cpo_fast.data.load import apportion
+from cpo_fast.data.pair_rules import uniform
 from cpo_fast.errors import DataError
 
 

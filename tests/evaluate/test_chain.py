@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpo_fast.evaluate.chain import Chain
-from cpo_fast.evaluate.chain_of_thought import engine_chain
-from cpo_fast.evaluate.greedy import greedy_chains
+from cpo_fast.evaluate.chain import Chain, engine_chain, greedy_chains
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.tasks import get_task
 from tests.evaluate.scripted import EOS, Scripted, ScriptedEngine, leaning
@@ -64,7 +62,7 @@ def test_rows_of_one_batch_stop_apart() -> None:
 
 def test_seconds_are_the_batchs_divided_and_the_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 200.0, 207.0])  # the call that is thrown away takes 100 s, the batch 7 s
-    monkeypatch.setattr("cpo_fast.evaluate.greedy.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("cpo_fast.evaluate.chain.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     assert [chain.seconds for chain in chains_of(["Answer: 1\n", "Answer: 2\n"])] == [3.5, 3.5]
 
 

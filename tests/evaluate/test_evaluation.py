@@ -150,7 +150,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
             ("plums", 0): ["Answer: 9\n"],
         },
     )
-    monkeypatch.setattr("cpo_fast.search.build._engine", lambda *arguments: engine)
+    monkeypatch.setattr("cpo_fast.search.collect._engine", lambda *arguments: engine)
     return engine
 
 
@@ -258,7 +258,7 @@ def test_batched_chains_use_the_same_prompts(tmp_path: Path, folder: Path, monke
         seen.extend(prompts)
         return [Chain("Answer: 1\n", (5,), "answer", 0.1)]
 
-    monkeypatch.setattr("cpo_fast.evaluate.greedy.greedy_chains", record)
+    monkeypatch.setattr("cpo_fast.evaluate.chain.greedy_chains", record)
     config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), batch_size=2)
     evaluate(config, Scripted([]), tokenizer)
     assert seen == [tokenizer(TASK.few_shot + "Question: What is number 0?\n").input_ids]

@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy
 import pytest
 
-from cpo_fast.evaluate import paired
-from cpo_fast.evaluate.paired import mcnemar_exact, paired_bootstrap
+from cpo_fast.evaluate import statistics
+from cpo_fast.evaluate.statistics import mcnemar_exact, paired_bootstrap
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_bootstrap_is_a_function_of_its_seed_and_never_draws_too_much_at_once(mo
     first, second = [0.0, 1.0] * 20, [1.0, 1.0, 0.0, 1.0] * 10
     whole = paired_bootstrap(first, second, seed=3)
     assert paired_bootstrap(first, second, seed=3) == whole
-    monkeypatch.setattr(paired, "MAX_DRAWN", 1000)  # 25 resamples of 40 questions at a time
+    monkeypatch.setattr(statistics, "MAX_DRAWN", 1000)  # 25 resamples of 40 questions at a time
     assert paired_bootstrap(first, second, seed=3) == pytest.approx(whole, abs=0.03)
     spread = {paired_bootstrap(first, list(numpy.linspace(0, 1, 40)), seed=seed) for seed in range(3)}
     assert len(spread) == 3

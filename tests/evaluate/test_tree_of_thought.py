@@ -3,7 +3,7 @@
 import pytest
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.evaluate.tree_of_thought import tree_answer
+from cpo_fast.evaluate.evaluation import tree_answer
 from cpo_fast.tasks import Question, encode_question, get_task
 from tests.evaluate.scripted import ScriptedEngine
 

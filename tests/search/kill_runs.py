@@ -23,12 +23,10 @@ import torch
 
 from cpo_fast.config import Config, validate_config
 from cpo_fast.files import canonical_json
-from cpo_fast.search import tree_file
-from cpo_fast.search.answer_log import AnswerLog, item_digest
-from cpo_fast.search.collect import collect
-from cpo_fast.search.lock import locked
-from cpo_fast.search.question_search import QuestionSearch
-from cpo_fast.search.worker import Worker, worker_files
+from cpo_fast.search import tree_store
+from cpo_fast.search.answer_cache import AnswerLog, item_digest
+from cpo_fast.search.collect import QuestionSearch, collect
+from cpo_fast.search.tree_store import Worker, locked, worker_files
 from cpo_fast.tree import SearchTree, read_trees
 from tests.search.tiny_llama import build_model, build_tokenizer
 
@@ -85,7 +83,7 @@ class KillRuns:
         try:
             if audit is not None:
                 _listen(audit, Path(config.run))
-                tree_file.append_line = _append_slowly  # type: ignore[assignment]
+                tree_store.append_line = _append_slowly  # type: ignore[assignment]
             collect(config, self.model, self.tokenizer, worker=worker)
             code = 0
         except BaseException:

@@ -2,7 +2,7 @@
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Request, Sample, drive, drive_each
-from cpo_fast.search.strategy import search_question
+from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Question, get_task
 
 QUESTION = Question("q", "how many")

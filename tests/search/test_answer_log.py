@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cpo_fast.search.answer_log import AnswerLog, item_digest
+from cpo_fast.search.answer_cache import AnswerLog, item_digest
 from cpo_fast.search.engine import Ask, Request, Sample, Scoring
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.provenance import Provenance
+from cpo_fast.search.tree_store import Provenance
 from tests.search.test_arena_engine import TOKENIZER, random_prompts, sampled, searches, settings, tiny
 
 PROVENANCE = Provenance("svamp", "prompt", "model", "", 0, "config")

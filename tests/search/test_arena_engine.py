@@ -20,11 +20,10 @@ from transformers import (
 from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.features import Features
+from cpo_fast.search.engine.forward_plans import decode_plan
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.engine.plans import decode_plan
-from cpo_fast.search.engine.request import Ask, Request, Scoring
-from cpo_fast.search.engine.trie import Node
+from cpo_fast.search.engine.kv_arena import Node
+from cpo_fast.search.engine.requests import Ask, Features, Request, Scoring
 from cpo_kernels.tree_decode.eager import _tables
 from tests.search.tiny_llama import build_tokenizer
 

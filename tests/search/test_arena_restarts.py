@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.search.collect import collect
-from cpo_fast.search.worker import Worker, worker_files
+from cpo_fast.search.tree_store import Worker, worker_files
 
 SMALL_WAVE = {"batch_size": 3, "questions_in_flight": 1}
 SMALL_PREFILL = {"prefill_tokens": 64, "questions_in_flight": 2, "batch_size": 17}

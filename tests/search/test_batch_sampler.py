@@ -6,8 +6,7 @@ import torch
 
 from cpo_fast.search.engine import Ask, Request
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.batch_sampler import BatchSampler
-from cpo_fast.search.engine.sampler import uniforms
+from cpo_fast.search.engine.sampler import BatchSampler, uniforms
 from tests.search.hugging_face_processors import processed
 from tests.search.test_arena_engine import NEWLINES, TOKENIZER, random_prompts, settings, tiny
 

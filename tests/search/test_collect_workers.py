@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.errors import DataError, EnvironmentProblem
-from cpo_fast.search.collect import collect
-from cpo_fast.search.question_search import QuestionSearch
-from cpo_fast.search.tree_file import TreeFile
-from cpo_fast.search.worker import Worker, worker_files
+from cpo_fast.search.collect import QuestionSearch, collect
+from cpo_fast.search.tree_store import TreeFile, Worker, worker_files
 from tests.search.hash_engine import HashEngine
 
 NUM_QUESTIONS = 7

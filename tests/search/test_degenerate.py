@@ -13,7 +13,7 @@ from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
 from cpo_fast.search.engine import drive
 from cpo_fast.search.statistics import tree_statistics
-from cpo_fast.search.strategy import search_question
+from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import get_task
 from cpo_fast.tree import SearchTree, read_trees
 from tests.search.scripted_engine import QUESTION, ROOT_IDS, ScriptedEngine, line

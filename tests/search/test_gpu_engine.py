@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.features import Features
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.engine.request import Ask
+from cpo_fast.search.engine.requests import Ask, Features
 from tests.search.test_arena_engine import (
     ARCHITECTURES,
     TOKENIZER,

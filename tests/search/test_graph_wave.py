@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cpo_fast.search.engine import graph_wave
+from cpo_fast.search.engine import cuda_graph_batch
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.decode_step import DecodeStep, power_bucket, row_bucket
-from cpo_fast.search.engine.features import Features
-from cpo_fast.search.engine.request import Ask
-from cpo_fast.search.engine.wave import Row
+from cpo_fast.search.engine.cuda_graph_batch import DecodeStep, power_bucket, row_bucket
+from cpo_fast.search.engine.decode_batch import Row
+from cpo_fast.search.engine.requests import Ask, Features
 from cpo_kernels.integrations.transformers import hook
 from tests.cpo_kernels.device_waits import DeviceWaits
 from tests.search.dense_decode import dense_tree_decode
@@ -67,7 +66,7 @@ def use(monkeypatch):
             plain(self)
 
     def choose(record):
-        monkeypatch.setattr(graph_wave, "cuda_graphs", lambda: record)
+        monkeypatch.setattr(cuda_graph_batch, "cuda_graphs", lambda: record)
         monkeypatch.setattr(DecodeStep, "run", run)
         return runs
 
@@ -141,7 +140,7 @@ def test_a_switch_of_adapters_forgets_what_was_recorded(use):
 
 
 def test_plain_torch_attention_refuses_a_plan_that_it_would_read_once_only(monkeypatch):
-    monkeypatch.setattr(graph_wave, "cuda_graphs", lambda: again)
+    monkeypatch.setattr(cuda_graph_batch, "cuda_graphs", lambda: again)
     _, prompts = random_prompts(5)
     with pytest.raises(ValueError, match="cannot follow one whose contents change"):
         graph_engine(tiny("llama")).answer(Ask(tuple(sampled(prompts)), keep=True))

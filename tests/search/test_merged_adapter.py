@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, Qwen2Config
 
+from cpo_fast.adapters import merged_adapter
 from cpo_fast.errors import ConfigError
 from cpo_fast.search.collect import collect
 from cpo_fast.search.engine import Ask, Scoring
 from cpo_fast.search.engine.arena_engine import ArenaEngine, weights_fingerprint
-from cpo_fast.search.merged_adapter import merged_adapter
 from cpo_fast.tree import read_trees
 from tests.search.test_arena_engine import TOKENIZER, VOCAB, greedy, random_prompts, sampled, settings
 from tests.search.tiny_llama import build_model
@@ -75,7 +75,7 @@ def test_a_merge_that_fails_half_way_puts_back_what_it_had_merged(failing, monke
             raise KeyboardInterrupt
         return torch.zeros_like(target.weight)
 
-    monkeypatch.setattr("cpo_fast.search.merged_adapter._sum", fail)
+    monkeypatch.setattr("cpo_fast.adapters._sum", fail)
     with pytest.raises(KeyboardInterrupt), merged_adapter(model):
         pytest.fail("entered")
     assert len(calls) == failing + 1

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from cpo_fast.cli.collect import collect_command
 from cpo_fast.config import validate_config
 from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.official.importer import import_official
 from cpo_fast.search.collect import collect
-from cpo_fast.search.official import import_official
 from cpo_fast.tasks import get_task
 from cpo_fast.tasks.task import Question
 from cpo_fast.tree import read_prompt, read_trees

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cpo_fast.errors import DataError
-from cpo_fast.search.official_file import Damage, Entry, read_official
+from cpo_fast.official.reader import Damage, Entry, read_official
 from tests.search.official_sample import MATH, MATH_QUESTION, QUESTION, SEARCH, written
 
 FIRST, SECOND = {QUESTION: SEARCH}, {MATH_QUESTION: MATH}

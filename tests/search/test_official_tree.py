@@ -2,8 +2,8 @@
 
 import pytest
 
-from cpo_fast.search.official_file import Entry, Level
-from cpo_fast.search.official_tree import build_nodes
+from cpo_fast.official.nodes import build_nodes
+from cpo_fast.official.reader import Entry, Level
 from cpo_fast.tasks import get_task
 from tests.search.official_sample import (
     FOUNDER,

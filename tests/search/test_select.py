@@ -1,6 +1,6 @@
 """Order and cut of the beam, and the vote."""
 
-from cpo_fast.search.select import rank, vote
+from cpo_fast.search.selection import rank, vote
 from cpo_fast.tree import Node
 
 

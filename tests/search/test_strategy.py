@@ -1,6 +1,6 @@
 """Another search is one function: everything else of a tree comes from the grower."""
 
-from cpo_fast.search.strategy import STRATEGIES
+from cpo_fast.search.tree_search import STRATEGIES
 from tests.search.scripted_engine import full_tree, line, search
 
 

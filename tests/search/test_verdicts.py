@@ -6,8 +6,8 @@ import pytest
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Request, Sample, drive
-from cpo_fast.search.evaluate import Evaluator, label_ids, num_unparseable, parse_verdict
 from cpo_fast.search.state import State
+from cpo_fast.search.state_evaluator import Evaluator, label_ids, num_unparseable, parse_verdict
 from cpo_fast.tasks import Question, get_task
 
 QUESTION = Question("q", "how many")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.errors import ConfigError
-from cpo_fast.search.worker import Worker, find_worker, worker_files
+from cpo_fast.search.tree_store import Worker, find_worker, worker_files
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}

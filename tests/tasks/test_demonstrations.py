@@ -7,8 +7,7 @@ import time
 import pytest
 
 from cpo_fast.tasks import Question, get_task
-from cpo_fast.tasks.demonstrations import Demonstrations
-from cpo_fast.tasks.task import VERDICT_CUE
+from cpo_fast.tasks.task import VERDICT_CUE, Demonstrations
 
 FAMILIES = ["svamp", "bamboogle", "fever"]
 GOLDS = {"svamp": "4", "bamboogle": "Rome", "fever": "REFUTES"}

@@ -5,8 +5,8 @@ import builtins
 import pytest
 
 from cpo_fast.errors import DataError, EnvironmentProblem
+from cpo_fast.rows import parse_hub_path
 from cpo_fast.tasks import get_task
-from cpo_fast.tasks.hub import parse_hub_path
 
 datasets = pytest.importorskip("datasets")
 

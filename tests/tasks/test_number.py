@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpo_fast.tasks.number import normalise_number
+from cpo_fast.tasks.answers import normalise_number
 
 
 @pytest.mark.parametrize(

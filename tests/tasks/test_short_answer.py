@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpo_fast.tasks.short_answer import contains, exact_match, f1_score, is_number, normalise_words
+from cpo_fast.tasks.answers import contains, exact_match, f1_score, is_number, normalise_words
 
 
 def published_form(text):

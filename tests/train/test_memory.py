@@ -19,9 +19,9 @@ from cpo_fast.train.memory import GIB, choose_checkpointing, predict_step_memory
 from cpo_kernels import build_forest
 from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.packed import forest_forward
-from cpo_kernels.integrations.transformers.parts import model_parts
-from cpo_kernels.testing import random_sequences
+from cpo_kernels.tolerances import random_sequences
 from tests.tiny import ALL_LINEAR, tiny_model
 from tests.train.conftest import largest_difference
 from tests.train.test_loop import adapter_of, metrics_of

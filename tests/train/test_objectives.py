@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 from cpo_fast.config import TrainConfig
-from cpo_fast.data.pair import PreferencePair
-from cpo_fast.data.sft import SftExample
-from cpo_fast.train.objective import MicroBatch, PreferenceObjective
-from cpo_fast.train.sft import SftObjective
+from cpo_fast.data.examples import PreferencePair, SftExample
+from cpo_fast.train.objective import MicroBatch, PreferenceObjective, SftObjective
 from cpo_kernels.integrations.transformers import prepare
 from tests.cpo_kernels.padded_oracle import padded_step, trained_gradients, worst_gradient_error
 from tests.tiny import random_pairs, tiny_llama, with_lora

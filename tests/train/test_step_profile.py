@@ -16,7 +16,7 @@ from cpo_fast.cli import cli
 from cpo_fast.config import Config, dump_config
 from cpo_fast.errors import ConfigError
 from cpo_fast.train.loop import train
-from cpo_fast.train.step_profile import RANGES
+from cpo_fast.train.profiler import RANGES
 
 INSIDE_STEP = RANGES[1:]
 

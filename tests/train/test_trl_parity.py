@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.batching import epoch_batches
+from cpo_fast.data.batches import epoch_batches
 from cpo_fast.train.loop import train
 from tests.tiny import save_tiny_model, tiny_tokenizer, with_lora
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from cpo_fast.config import Config
 from cpo_fast.errors import DataError
 from cpo_fast.train import loop
-from cpo_fast.train.alarm import OverOptimisationAlarm
 from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import PreferenceMetrics
+from cpo_fast.train.metrics import OverOptimisationAlarm, PreferenceMetrics
 from cpo_fast.train.validation import Validator
 from tests.train.conftest import id_rows
 

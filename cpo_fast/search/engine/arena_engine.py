@@ -14,16 +14,14 @@ import torch
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine.arena import Arena, default_num_tokens
-from cpo_fast.search.engine.features import Features
-from cpo_fast.search.engine.prefill import compute_nodes
-from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Search
+from cpo_fast.search.engine.forward_plans import compute_nodes
+from cpo_fast.search.engine.kv_arena import Arena, Trie, default_num_tokens
+from cpo_fast.search.engine.requests import Answer, Ask, Features, Memory, R, Search
 from cpo_fast.search.engine.scheduler import Scheduler
-from cpo_fast.search.engine.stops import Stops
-from cpo_fast.search.engine.trie import Trie
+from cpo_fast.search.engine.stopping import Stops
 from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.parts import model_parts
+from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpo_fast.search.engine.drive import drive_each
-from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Request, Sample, Scoring, Search
+from cpo_fast.search.engine.requests import Answer, Ask, Memory, R, Request, Sample, Scoring, Search, drive_each
 from cpo_fast.search.engine.sampler import choose_token, log_probs, uniforms
 from cpo_fast.tree import Stop
 

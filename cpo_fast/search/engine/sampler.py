@@ -7,14 +7,24 @@ The logits are processed in the order and by the rules of Hugging Face's process
 top-k, top-p. The generator is counter-based and keyed by the request's name, so a sample depends neither on the rows
 beside it, nor on the batch size, nor on what was sampled before it: a restarted run continues with the same numbers. A
 row is always processed alone, as one vector of the vocabulary's length, so its sums round the same way in every batch.
+
+Tokens of many rows at once, on the device that holds the logits: the rule of `sampler.choose_token`, row by row.
+
+Hugging Face's order: repetition penalty, temperature, top-k, top-p; then the inverse CDF at the row's own uniform, in
+float64. Nothing here draws a random number or waits for the device, so a step of generation can be recorded as a graph.
+What no row of a wave asks for is left out of its step.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from cpo_fast.search.engine.requests import Request
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -103,3 +113,126 @@ def _nucleus(probabilities: Float64Array, top_p: float) -> Float64Array:
     nucleus = np.zeros_like(probabilities)
     nucleus[kept] = probabilities[kept]
     return nucleus
+
+
+NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or +inf, or exclude every token
+
+
+@dataclass(eq=False)
+class BatchSampler:
+    """Parameters of B rows, on one device.
+
+    Attributes:
+        uniforms: [B, S] float64, the numbers of each row's stream; S is the largest cap.
+        temperature: [B] float64; 0 is greedy. top_p: [B] float64.
+        top_k: [B] int64, V where it is off. None where no row asks for it, as the next two.
+        penalty: [B] float64 repetition penalty. seen: [B, V] bool, ids of prompt and generated tokens.
+        all_greedy: no row draws at all.
+    """
+
+    uniforms: torch.Tensor
+    temperature: torch.Tensor
+    top_p: torch.Tensor | None
+    top_k: torch.Tensor | None
+    penalty: torch.Tensor | None
+    seen: torch.Tensor | None
+    all_greedy: bool
+
+    @classmethod
+    def build(
+        cls,
+        requests: Sequence[Request],
+        generated: Sequence[Sequence[int]],
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> "BatchSampler":
+        """Parameters of rows that have generated these ids so far; rows beyond the requests are greedy and free."""
+        padding = num_rows - len(requests)
+        longest = max((request.max_new_tokens for request in requests), default=1)
+        table = np.zeros((num_rows, longest))
+        for row, request in enumerate(requests):
+            table[row, : request.max_new_tokens] = uniforms(request.uid, request.max_new_tokens)
+
+        def column(values: list[float], fill: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor([*values, *[fill] * padding], dtype=dtype, device=device)
+
+        seen = penalty = top_k = top_p = None
+        if any(request.repetition_penalty != 1.0 for request in requests):
+            penalty = column([request.repetition_penalty for request in requests], 1.0, torch.float64)
+            present = np.zeros((num_rows, vocab_size), dtype=bool)
+            for row, (request, ids) in enumerate(zip(requests, generated, strict=True)):
+                present[row, [*request.token_ids, *ids]] = True
+            seen = torch.from_numpy(present).to(device)
+        if any(request.top_k for request in requests):
+            top_k = column([min(request.top_k or vocab_size, vocab_size) for request in requests], 1, torch.int64)
+        if any(request.top_p < 1 for request in requests):
+            top_p = column([request.top_p for request in requests], 1.0, torch.float64)
+        return cls(
+            uniforms=torch.from_numpy(table).to(device),
+            temperature=column([request.temperature for request in requests], 0.0, torch.float64),
+            top_p=top_p,
+            top_k=top_k,
+            penalty=penalty,
+            seen=seen,
+            all_greedy=all(request.temperature == 0 for request in requests),
+        )
+
+    def sample(self, logits: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose each row's token.
+
+        Args:
+            logits: [B, V] float32, unprocessed.
+            step: [B] int64, how many tokens the row has generated; picks its uniform.
+
+        Returns:
+            tokens [B] int64, `NOT_FINITE` where the logits are not usable, and raw log-probs [B] float64: natural,
+            temperature 1, of the unprocessed logits.
+        """
+        raw = logits.double()
+        raw_max = raw.amax(dim=1, keepdim=True)
+        scores = raw
+        if self.penalty is not None:
+            assert self.seen is not None
+            factor = self.penalty.unsqueeze(1)
+            scores = torch.where(self.seen, torch.where(raw < 0, raw * factor, raw / factor), raw)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        largest = scores.amax(dim=1, keepdim=True)
+        # the smallest id among equals, as numpy's argmax
+        tokens = torch.where(scores == largest, ids, logits.shape[1] - 1).amin(dim=1)
+        if not self.all_greedy:
+            tokens = torch.where(self.temperature > 0, self._draw(scores, largest, step), tokens)
+        # NaN has no place in an order; such rows are marked below
+        tokens = tokens.clamp(0, logits.shape[1] - 1)
+        log_normaliser = (raw - raw_max).exp_().sum(dim=1).log()
+        logps = raw.gather(1, tokens.unsqueeze(1)).squeeze(1) - raw_max.squeeze(1) - log_normaliser
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
+        return torch.where(torch.isfinite(raw_max.squeeze(1)), tokens, NOT_FINITE), logps
+
+    def _draw(self, scores: torch.Tensor, largest: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        temperature = torch.where(self.temperature > 0, self.temperature, 1.0).unsqueeze(1)
+        probabilities = ((scores - largest) / temperature).exp_()
+        if self.top_k is not None:
+            ordered = scores.sort(dim=1, descending=True).values
+            least = ordered.gather(1, (self.top_k - 1).unsqueeze(1))
+            probabilities = torch.where(scores < least, 0.0, probabilities)
+        if self.top_p is not None:
+            mass, order = probabilities.sort(dim=1, descending=True, stable=True)
+            total = mass.cumsum(dim=1)
+            limit = torch.where(self.top_p < 1, self.top_p, float("inf")).unsqueeze(1) * total[:, -1:]
+            kept = torch.where(total - mass < limit, mass, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter_(1, order, kept)
+        cumulative = (
+            probabilities.cumsum_(dim=1) if self.top_k is None and self.top_p is None else probabilities.cumsum(1)
+        )
+        uniform = self.uniforms.gather(1, step.clamp_max(self.uniforms.shape[1] - 1).unsqueeze(1))
+        return _first_above(cumulative, uniform * cumulative[:, -1:])
+
+
+def _first_above(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """First place whose cumulative mass exceeds `wanted`; where none does, the first that reaches the whole mass."""
+    place = torch.searchsorted(cumulative, wanted, right=True)
+    # u just below 1 can round up to the whole mass: then the last token that has any
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
+    return torch.minimum(place, last).squeeze(1)

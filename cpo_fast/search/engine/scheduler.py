@@ -14,16 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine.arena import Arena
-from cpo_fast.search.engine.features import Features
-from cpo_fast.search.engine.graph_wave import GraphWave
-from cpo_fast.search.engine.prefill import Read, compute_nodes
-from cpo_fast.search.engine.request import Answer, Ask, Memory, R, Request, Sample, Scoring, Search
-from cpo_fast.search.engine.stops import Stops
-from cpo_fast.search.engine.trie import Node, Path, Trie
-from cpo_fast.search.engine.wave import Row, Wave
-from cpo_kernels.integrations.transformers.parts import ModelParts
-from cpo_kernels.integrations.transformers.refusals import check_forward
+from cpo_fast.search.engine.cuda_graph_batch import GraphWave
+from cpo_fast.search.engine.decode_batch import Row, Wave
+from cpo_fast.search.engine.forward_plans import Read, compute_nodes
+from cpo_fast.search.engine.kv_arena import Arena, Node, Path, Trie
+from cpo_fast.search.engine.requests import Answer, Ask, Features, Memory, R, Request, Sample, Scoring, Search
+from cpo_fast.search.engine.stopping import Stops
+from cpo_kernels.integrations.transformers.model import ModelParts, check_forward
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cpo_kernels.linear_logprob import linear_logprob
-from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.linear_logprob.results import Head
 from cpo_kernels.logprob_plan import LogprobPlan
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

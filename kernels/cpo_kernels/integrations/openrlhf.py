@@ -22,7 +22,7 @@ import torch
 
 from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps, route_forward
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.parts import unwrap_peft
+from cpo_kernels.integrations.transformers.model import unwrap_peft
 
 KEYWORD = "packed_scored"  # the argument of the model's forward that asks for packed log-probs
 # what any OpenRLHF with this call shape names its arguments; later ones have defaults here

@@ -21,7 +21,7 @@ from trl import DPOTrainer
 
 from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps, route_forward
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.parts import unwrap_peft
+from cpo_kernels.integrations.transformers.model import unwrap_peft
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
-from cpo_kernels.linear_logprob.head import Head
 from cpo_kernels.linear_logprob.op import NUM_PUBLIC, scoring
 from cpo_kernels.linear_logprob.reference import reference_token_logps
-from cpo_kernels.linear_logprob.result import OUTPUTS, LogprobResult, segment_sums
+from cpo_kernels.linear_logprob.results import OUTPUTS, Head, LogprobResult, segment_sums
 from cpo_kernels.logprob_plan import LogprobPlan
 
 __all__ = ["LogprobResult", "linear_logprob", "selective_linear_logprob"]

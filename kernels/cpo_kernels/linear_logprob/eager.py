@@ -19,10 +19,9 @@ from collections.abc import Iterator
 
 import torch
 
-from cpo_kernels.linear_logprob.head import Head
-from cpo_kernels.linear_logprob.scores import GRADED, Scores, pair_coefficients
+from cpo_kernels.device import accumulation_dtype, matmul_accumulated
+from cpo_kernels.linear_logprob.results import GRADED, Head, Scores, pair_coefficients
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.precision import accumulation_dtype, matmul_accumulated
 
 
 def score(rows: torch.Tensor, head: Head, plan: LogprobPlan, outputs: tuple[str, ...], mode: str) -> Scores:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.implementation import (
     ENVIRONMENT_VARIABLE,
     available_implementations,
@@ -20,11 +21,8 @@ from cpo_kernels.implementation import (
     resolve_implementation,
 )
 from cpo_kernels.linear_logprob import eager
-from cpo_kernels.linear_logprob.head import Head
-from cpo_kernels.linear_logprob.result import OUTPUTS, segment_sums
-from cpo_kernels.linear_logprob.scores import GRADED, Scores, pair_gradients
+from cpo_kernels.linear_logprob.results import GRADED, OUTPUTS, Head, Scores, pair_gradients, segment_sums
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.precision import accumulation_dtype
 
 Tensors = tuple[torch.Tensor, ...]
 NUM_PUBLIC = 7  # token_logps, segment_logps, ref_token_logps, ref_segment_logps, entropy, mean_logit, is_top1
@@ -41,7 +39,7 @@ def _module(impl: str, device: torch.device) -> ModuleType:
         )
     if chosen == "eager":
         return eager
-    from cpo_kernels.linear_logprob import triton_scores  # loads Triton: only when it is asked for
+    from cpo_kernels.linear_logprob import triton as triton_scores  # loads Triton: only when it is asked for
 
     return triton_scores
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.linear_logprob.results import Head
 
 MAX_SPLITS = 256  # partial sums of a row, merged by one program; one row tile alone then fills a card of 132 SMs
 TARGET_PROGRAMS = 512  # about four per SM: enough to even out the last wave

@@ -9,7 +9,7 @@ pass holds [T, V]. Gradients flow to hidden rows, weight and bias, whichever req
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cpo_kernels.linear_logprob.head import Head
+from cpo_kernels.linear_logprob.results import Head
 
 
 def reference_token_logps(

@@ -82,7 +82,7 @@ class TritonTreeAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float
     ) -> torch.Tensor:
         """Keeps q, k, v, the output and one float32 per row and head for the backward."""
-        from cpo_kernels.tree_attention.forward import tree_attention_forward
+        from cpo_kernels.tree_attention.triton_forward import tree_attention_forward
 
         out, lse = tree_attention_forward(q, k, v, schedule, scale)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -93,7 +93,7 @@ class TritonTreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """dq, dk, dv by the schedule of the forward."""
-        from cpo_kernels.tree_attention.backward import tree_attention_backward
+        from cpo_kernels.tree_attention.triton_backward import tree_attention_backward
 
         q, k, v, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpo_kernels.precision import accumulation_dtype
+from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_attention.schedule import TreeSchedule, moved
 
 BLOCK_KEYS = 256  # keys per tile: the prompt, the longest run, is a few hundred tokens

@@ -8,7 +8,7 @@ Scores, softmax and the weighted sum are in float32 (float64 for float64 inputs)
 
 import torch
 
-from cpo_kernels.precision import accumulation_dtype
+from cpo_kernels.device import accumulation_dtype
 
 
 def visible(subtree_end: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def tree_decode(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if chosen == "triton":
-        from cpo_kernels.tree_decode.forward import tree_decode_forward
+        from cpo_kernels.tree_decode.triton_forward import tree_decode_forward
 
         return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale)
     k_arena.index_copy_(0, plan.slots, k_new)

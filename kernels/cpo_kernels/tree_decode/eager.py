@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpo_kernels.precision import accumulation_dtype
+from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
 
 # Rows of a product come in multiples of both: the matrix library deals them out to threads by fours, and sums what is

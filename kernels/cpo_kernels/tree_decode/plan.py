@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cpo_kernels.transfer import to_device
+from cpo_kernels.device import to_device
 
 QUERY_TILE = 64  # a chunk of a prefill that starts at a multiple of it is cut as the whole is
 ITEM_COLUMNS = 6

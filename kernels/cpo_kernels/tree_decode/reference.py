@@ -12,7 +12,7 @@ does without the split: it gathers the keys of each row and takes one softmax ov
 
 import torch
 
-from cpo_kernels.precision import accumulation_dtype
+from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
 
 

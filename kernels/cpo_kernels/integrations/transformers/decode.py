@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION
-from cpo_kernels.integrations.transformers.parts import ModelParts, model_parts
+from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
 from cpo_kernels.tree_decode import DecodePlan
 
 # A CPU's matrix library deals rows out to threads by fours; what is left over is summed in another order.

@@ -14,12 +14,11 @@ import torch
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
+from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, sliding_window
 from cpo_kernels.integrations.transformers.packed import forest_forward
-from cpo_kernels.integrations.transformers.parts import ModelParts
-from cpo_kernels.integrations.transformers.refusals import check_supported, sliding_window
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
-from cpo_kernels.testing import end_to_end_bound
+from cpo_kernels.tolerances import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
 

@@ -1,0 +1,160 @@
+"""Which thoughts of a search tree are preferred over which: the pair rules, each a pure function of the tree.
+
+Sibling rules (Chain of Preference Optimization, arXiv 2406.09136): for every state s on a winning path, the children of
+s on a winning path are winners and every other generated child, pruned ones included, is a loser. Children of states off
+the winning paths are never used.
+
+    all     each winner against each loser
+    lower   each winner against the losers valued below it
+    lowest  each winner against the loser of the smallest value (ties: smallest sample index), if that is below it
+    fpo     each winning path against each other complete path, whole, at most `max_fpo_pairs` a question
+
+A thought without a value (no verdict was readable) ranks below every value, as the search ranks it: it is below any
+winner that has a value, and nothing is below a winner without one. `rejected_fraction` draws among the losers before the
+rule looks at them. Gold answers, times and file order do not enter.
+
+Seeded draws that depend on names alone: equal seed and name give an equal number, whatever stands around them.
+
+    uniform(seed, names) = first 53 bits of SHA-256(seed, names) / 2^53
+
+There is no generator state, so row order, file order and other questions change nothing, and draws are nested: what a
+share of 0.2 takes, a share of 0.3 takes too.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cpo_fast.config import PairsConfig
+from cpo_fast.files import canonical_json
+from cpo_fast.tree import ROOT, Node, SearchTree
+
+
+def uniform(seed: int, *names: str | int) -> float:
+    """A number in [0, 1) for these names; different purposes pass different first names."""
+    content = canonical_json([seed, *names])
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def draw(names: Iterable[str], count: int, seed: int, purpose: str) -> set[str]:
+    """`count` of the distinct `names` (all of them if there are fewer): those with the smallest numbers."""
+    return set(sorted(set(names), key=lambda name: (uniform(seed, purpose, name), name))[:count])
+
+
+OUTSIDE_FRACTION = "outside pairs.rejected_fraction"
+NOT_BELOW = "value not below the winner's"
+NOT_LOWEST = "not the lowest value"
+OVER_CAP = "over pairs.max_fpo_pairs"
+SAME_TOKENS = "chosen equals rejected"
+
+
+@dataclass(frozen=True)
+class TreePair:
+    """Two continuations of one state.
+
+    Attributes:
+        parent: the state, -1 for the question itself.
+        step: depth of the two thoughts from 1; 0 when they are whole paths.
+        chosen, rejected: the last thought of each; the response is the thoughts from below `parent` down to it.
+    """
+
+    parent: int
+    step: int
+    chosen: Node
+    rejected: Node
+
+
+@dataclass(frozen=True)
+class PairSelection:
+    """What a rule made of one tree: pairs by state, then winner, then loser, each in node order; and what it left."""
+
+    pairs: tuple[TreePair, ...]
+    unused: tuple[tuple[TreePair, str], ...]  # with the reason
+
+
+def tree_pairs(tree: SearchTree, settings: PairsConfig | None = None, seed: int = 0) -> list[TreePair]:
+    """The pairs of one tree; see the module's docstring. Without settings: rule `all`, everything."""
+    return list(select_pairs(tree, settings or PairsConfig(), seed).pairs)
+
+
+def select_pairs(tree: SearchTree, settings: PairsConfig, seed: int) -> PairSelection:
+    """The pairs of one tree and the couples of winner and loser that became none, with the reason.
+
+    Args:
+        tree: the tree.
+        settings: rule, rejected_fraction and max_fpo_pairs are used.
+        seed: key of the draws, together with the tree's id and the nodes' ids.
+    """
+    pairs: list[TreePair] = []
+    unused: list[tuple[TreePair, str]] = []
+    for parent, step, winners, losers in _contests(tree, whole_paths=settings.rule == "fpo"):
+        drawn = [loser for loser in losers if uniform(seed, "rejected", tree.id, loser.id) < settings.rejected_fraction]
+        drawn_ids = {loser.id for loser in drawn}
+        lowest = min(drawn, key=_rank, default=None)  # the first of equals, and siblings stand in sample order
+        for winner in winners:
+            for loser in losers:
+                pair = TreePair(parent, step, winner, loser)
+                reason = ""
+                if loser.id not in drawn_ids:
+                    reason = OUTSIDE_FRACTION
+                elif settings.rule in ("lower", "lowest") and _rank(loser) >= _rank(winner):
+                    reason = NOT_BELOW
+                elif settings.rule == "lowest" and loser is not lowest:
+                    reason = NOT_LOWEST
+                elif response_ids(tree, parent, winner) == response_ids(tree, parent, loser):
+                    reason = SAME_TOKENS
+                if reason:
+                    unused.append((pair, reason))
+                else:
+                    pairs.append(pair)
+    if settings.rule == "fpo" and len(pairs) > settings.max_fpo_pairs:
+        pairs, over = _capped(tree, pairs, settings.max_fpo_pairs, seed)
+        unused += [(pair, OVER_CAP) for pair in over]
+    return PairSelection(tuple(pairs), tuple(unused))
+
+
+def winning_paths(tree: SearchTree) -> list[list[Node]]:
+    """The winning paths in node order, each token sequence once: the completions of supervised fine-tuning."""
+    paths: dict[tuple[int, ...], list[Node]] = {}
+    for winner in tree.winning_nodes:
+        paths.setdefault(tuple(tree.path_ids(winner)), tree.path(winner))
+    return list(paths.values())
+
+
+def response(tree: SearchTree, parent: int, last: Node) -> list[Node]:
+    """The thoughts from below state `parent` down to `last`."""
+    return tree.path(last.id)[len(tree.path(parent)) :]
+
+
+def response_ids(tree: SearchTree, parent: int, last: Node) -> list[int]:
+    """Their token ids."""
+    return [token for node in response(tree, parent, last) for token in node.token_ids]
+
+
+def _contests(tree: SearchTree, whole_paths: bool) -> Iterator[tuple[int, int, list[Node], list[Node]]]:
+    """Yield (state, step, winners, losers) for every state on a winning path, or once for whole paths."""
+    if not tree.winning_nodes:
+        return
+    if whole_paths:
+        complete = [node for node in tree.nodes if node.complete]
+        winners = set(tree.winning_nodes)
+        yield ROOT, 0, [n for n in complete if n.id in winners], [n for n in complete if n.id not in winners]
+        return
+    winning = {node.id for winner in tree.winning_nodes for node in tree.path(winner)}
+    for state in [ROOT, *sorted(winning)]:
+        children = tree.children(state)
+        step = 1 if state == ROOT else tree.nodes[state].depth + 1
+        yield state, step, [n for n in children if n.id in winning], [n for n in children if n.id not in winning]
+
+
+def _capped(tree: SearchTree, pairs: list[TreePair], cap: int, seed: int) -> tuple[list[TreePair], list[TreePair]]:
+    """`cap` pairs drawn by the seed, in their order, and the others."""
+    order = sorted(pairs, key=lambda pair: uniform(seed, "fpo", tree.id, pair.chosen.id, pair.rejected.id))
+    kept = {(pair.chosen.id, pair.rejected.id) for pair in order[:cap]}
+    inside = [pair for pair in pairs if (pair.chosen.id, pair.rejected.id) in kept]
+    return inside, [pair for pair in pairs if (pair.chosen.id, pair.rejected.id) not in kept]
+
+
+def _rank(node: Node) -> float:
+    return float("-inf") if node.value is None else node.value

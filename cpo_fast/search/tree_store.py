@@ -1,0 +1,325 @@
+"""The growing `trees.jsonl` of a run: one append a question, safe to kill at any moment, ordered at the end.
+
+A worker alone appends to `trees.jsonl`; each of several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to
+`timings.worker-I-of-N.jsonl`. Whoever finishes and finds every question somewhere writes them all to `trees.jsonl`, in
+question order and in one step, and removes the parts: the same bytes for any number of workers. A restart, with the
+same N or another, finds what is finished in whatever parts there are; a part is removed only after its trees are on
+disk in the whole, and a question that is in both is taken once.
+
+A killed writer leaves at most a last line without its newline; it is left out by readers and cut off by the next
+writer. Trees that another model, configuration, seed or prompt made are refused: a file holds the trees of one search
+only.
+
+A lock between processes: held by an open file, so a killed process holds none.
+
+The file stays behind, empty; removing it would let two processes lock two files of one name.
+
+What decides the trees of a run besides the questions, so that a file never mixes two searches.
+
+One of N processes that collect together: which questions are its own, and which files.
+
+    worker of a question = first 8 bytes of SHA-256(id), little-endian, mod N
+
+A question's worker depends on its id and on N, never on the other questions or on their order. Workers exchange
+nothing while they search; each appends to files of its own (see `tree_file`).
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpo_fast.config import Config
+from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
+from cpo_fast.files import append_line, canonical_json, read_jsonl, write_jsonl
+from cpo_fast.tasks import Question, Task
+from cpo_fast.tasks.prompts import RootPrompts
+from cpo_fast.tree import SearchTree, read_trees
+
+
+class LockHeld(Exception):
+    """Another process, or another part of this one, holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of `path`, which is made if it is missing, for the length of a `with` block.
+
+    Raises:
+        LockHeld: it is held and `wait` is false.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:  # closing it gives the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise LockHeld(str(path)) from None
+        yield
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Fields as in `tree.SearchTree`."""
+
+    task: str
+    prompt_hash: str
+    model_hash: str
+    adapter_hash: str
+    seed: int
+    config_hash: str
+
+
+def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) -> Provenance:
+    """What the trees of a run follow from. A model without a path is named by its weights."""
+    if config.model.path:
+        from cpo_fast.models import adapter_hash, model_hash
+
+        named, adapter = model_hash(config.model.path), adapter_hash(config.model.adapter)
+    else:
+        named, adapter = _weights_hash(model), ""
+    settings = {
+        "search": config.search.deciding(),
+        "dtype": config.model.dtype,
+        "chat": config.task.chat,
+        "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
+    }
+    settings_hash = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
+    return Provenance(task.name, roots.prompt.hash, named, adapter, config.seed, settings_hash)
+
+
+def _weights_hash(model: Any) -> str:
+    """16 hex digits of the SHA-256 of a loaded model's parameters, for a model that came without files."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# a launcher's rank and number of processes: torchrun and deepspeed, then Slurm
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Number `index`, from 0, of `count` workers."""
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, question_id: str) -> bool:
+        """Whether this worker searches the question with this id."""
+        digest = hashlib.sha256(question_id.encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "little") % self.count == self.index
+
+    @property
+    def name(self) -> str:
+        """What its files are called by."""
+        return f"worker-{self.index}-of-{self.count}"
+
+    def file(self, path: Path) -> Path:
+        """Its own part of a file that all workers write: the file itself for one worker alone."""
+        return path if self.count == 1 else path.with_name(f"{path.stem}.{self.name}{path.suffix}")
+
+
+def worker_files(path: Path) -> list[Path]:
+    """The parts of `path` that workers left beside it, of any N, in an order that depends on the names alone."""
+    found = (each for each in path.parent.glob(f"{path.stem}.worker-*-of-*{path.suffix}") if _place(each))
+    return sorted(found, key=_place)
+
+
+def find_worker(option: str | None, environment: Mapping[str, str]) -> Worker:
+    """This process's worker: by the option `I/N`, else by a launcher's variables, else the only one.
+
+    Raises:
+        ConfigError: what names it is not a pair of whole numbers 0 <= I < N.
+    """
+    if option is not None:
+        index, _, count = option.partition("/")
+        return _worker(index, count, f"--worker {option}")
+    for rank, size in _LAUNCHERS:
+        if rank in environment:
+            index, count = environment[rank], environment.get(size, "1")
+            return _worker(index, count, f"{rank}={index} and {size}={count} of the environment")
+    return Worker()
+
+
+def _worker(index: str, count: str, source: str) -> Worker:
+    plain = re.fullmatch(r"[0-9]{1,9}", index) and re.fullmatch(r"[0-9]{1,9}", count)
+    if not plain or not int(index) < int(count):
+        raise ConfigError(f"{source}: expected I/N with 0 <= I < N, such as 0/4 for the first of four workers")
+    return Worker(int(index), int(count))
+
+
+def _place(path: Path) -> tuple[int, ...]:
+    """(N, I) of a worker's file; empty for another."""
+    match = re.search(r"\.worker-([0-9]+)-of-([0-9]+)$", path.stem)
+    return (int(match[2]), int(match[1])) if match else ()
+
+
+# how a refusal names the field that differs
+_FIELD_NAMES = {
+    "task": "task",
+    "prompt_hash": "few-shot prompt or tokenizer",
+    "model_hash": "model",
+    "adapter_hash": "adapter",
+    "seed": "seed",
+    "config_hash": "search configuration",
+}
+
+
+class TreeFile:
+    """`trees.jsonl` of a run and its parts, as one worker sees them; made by `open_trees`.
+
+    Attributes:
+        path: the whole file; it need not exist.
+        own_path: where this worker appends.
+        trees: what is finished, by question id, in file order: on opening, plus what was appended since.
+    """
+
+    def __init__(self, path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker) -> None:
+        self.path = path
+        self.own_path = worker.file(path)
+        self.trees: dict[str, SearchTree] = {}
+        self._provenance = provenance
+        self._questions = questions
+        self._timings_path = path.with_name("timings.jsonl")
+        self._own_timings_path = worker.file(self._timings_path)
+        with self._shared():
+            for own in (self.own_path, self._own_timings_path):
+                _cut_torn_line(own)
+            self._read()
+
+    def append(self, tree: SearchTree, seconds: float) -> None:
+        """Add one finished question; after return it survives a crash."""
+        with self._shared():
+            append_line(self.own_path, tree.to_dict())
+            append_line(self._own_timings_path, {"id": tree.id, "seconds": round(seconds, 3)})
+        self.trees[tree.id] = tree
+
+    def finish(self) -> bool:
+        """Write every tree to `path` in question order, if none is missing; trees of other questions follow.
+
+        Returns:
+            Whether that was done; else questions of other workers are not finished yet. `trees` is as on disk now.
+        """
+        with self._shared():
+            self._read()
+            ids = [question.id for question in self._questions]
+            if not all(identity in self.trees for identity in ids):
+                return False
+            asked = set(ids)
+            ids += [identity for identity in self.trees if identity not in asked]
+            write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
+            self._merge_timings(ids)
+            _sync_folder(self.path.parent)
+            for part in (*worker_files(self.path), *worker_files(self._timings_path)):
+                self._remove(part)
+        return True
+
+    def _read(self) -> None:
+        """Trees of the whole file and of all parts; the first of several with one id counts."""
+        self.trees = {}
+        texts = {question.id: question.text for question in self._questions}
+        for path in (self.path, *worker_files(self.path)):
+            for tree in read_trees(path, drop_torn_tail=True) if path.exists() else ():
+                self._check(path, tree, texts)
+                self.trees.setdefault(tree.id, tree)
+
+    def _merge_timings(self, ids: Sequence[str]) -> None:
+        """Join the workers' seconds, in the order of the trees; those of one worker alone stay as they are."""
+        parts = worker_files(self._timings_path)
+        if not parts:
+            return
+        rows = {}
+        for path in (self._timings_path, *parts):
+            for _, row in read_jsonl(path, drop_torn_tail=True) if path.exists() else ():
+                rows[row.get("id")] = row
+        write_jsonl(self._timings_path, (rows[identity] for identity in ids if identity in rows))
+
+    def _remove(self, part: Path) -> None:
+        """Remove a part whose trees are in the whole, unless its worker is at work."""
+        if part in (self.own_path, self._own_timings_path):
+            part.unlink()
+            return
+        try:
+            with locked(_worker_lock(part), wait=False):
+                part.unlink()
+        except LockHeld:
+            pass  # its worker is searching what another N has finished meanwhile, and will find that out at its end
+
+    def _shared(self) -> AbstractContextManager[None]:
+        return locked(self.path.with_name(".collect.lock"), wait=True)
+
+    def _check(self, path: Path, tree: SearchTree, texts: dict[str, str]) -> None:
+        for field, name in _FIELD_NAMES.items():
+            found, expected = getattr(tree, field), getattr(self._provenance, field)
+            if found != expected:
+                raise DataError(
+                    f"{path}: tree '{tree.id}' was searched with another {name} ({found or 'none'}, this run has "
+                    f"{expected or 'none'}); set another folder in 'run', or delete the file to search again"
+                )
+        if texts.get(tree.id, tree.question) != tree.question:
+            raise DataError(
+                f"{path}: tree '{tree.id}' is about another question than '{tree.id}' in task.path; set another "
+                "folder in 'run', or delete the file to search again"
+            )
+
+
+@contextmanager
+def open_trees(
+    path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker | None = None
+) -> Iterator[TreeFile]:
+    """The trees of a run, for one worker and no other process of its number.
+
+    Args:
+        path: `trees.jsonl`; neither it nor its folder need exist.
+        provenance: what the trees in it must have been made with.
+        questions: the questions of this run, of all workers; a tree with the id of one must be about the same text.
+        worker: None is one worker alone.
+
+    Raises:
+        EnvironmentProblem: another process is at work as the same worker.
+        DataError: a line is not a tree, or a tree is of another search.
+    """
+    worker = worker or Worker()
+    try:
+        with locked(_worker_lock(worker.file(path)), wait=False):
+            yield TreeFile(path, provenance, questions, worker)
+    except LockHeld:
+        raise EnvironmentProblem(
+            f"{path.parent}: another process collects here as worker {worker.index}/{worker.count}; wait for it, or give "
+            "this one another number with --worker I/N"
+        ) from None
+
+
+def _worker_lock(own_path: Path) -> Path:
+    """The lock of the worker that appends to `own_path`, be it trees or timings."""
+    _, _, name = own_path.stem.partition(".")
+    return own_path.with_name(f".collect.{name or Worker().name}.lock")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what follows the last newline: the line of a transaction that did not finish."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the renames in a folder survive a crash before anything there is removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""The parts of a causal language model that a packed forward needs: backbone, output head, configuration.
+
+A `PeftModel` with LoRA injects its layers into the base model in place, so calling the backbone directly includes the
+adapters. Nothing else of the wrapper's forward matters here.
+
+What a packed forward cannot compute exactly, refused by name before anything runs.
+
+The probe of `prepare` catches what differs in numbers; this catches what a random 32-token forest would not show: a
+soft-cap far above today's logits, an adapter on the head that is still zero, dropout in evaluation mode, a window longer
+than the probe.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Views into a model; the modules are the model's own."""
+
+    causal_lm: PreTrainedModel
+    backbone: torch.nn.Module
+    head: torch.nn.Module
+    config: Any  # the text configuration
+
+
+def model_parts(model: torch.nn.Module) -> ModelParts:
+    """Find backbone and head of a `PreTrainedModel` or a `PeftModel` around one.
+
+    Raises:
+        TypeError: any other module, such as DDP, FSDP or a DeepSpeed engine.
+        ValueError: the model has no output embeddings or no separate backbone.
+    """
+    causal_lm = unwrap_peft(model)
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers PreTrainedModel or a PeftModel, got {type(model).__name__}; "
+            "call this inside the module that you wrap, not on the wrapper"
+        )
+    backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    if head is None or backbone is causal_lm:
+        raise ValueError(
+            f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head"
+        )
+    return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
+
+
+def unwrap_peft(model: torch.nn.Module) -> torch.nn.Module:
+    """The base model inside a `PeftModel`, or the module itself."""
+    if peft_configs(model):
+        base: torch.nn.Module = model.get_base_model()  # type: ignore[operator]
+        return base
+    return model
+
+
+def peft_configs(model: torch.nn.Module) -> dict[str, Any]:
+    """Adapter configurations by name; empty when the model is no `PeftModel`. Does not import peft."""
+    configs = getattr(model, "peft_config", None)
+    return configs if isinstance(configs, dict) and hasattr(model, "get_base_model") else {}
+
+
+@contextmanager
+def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
+    """Run with adapter `name` active, or with every adapter off (None); afterwards all is as it was.
+
+    PEFT's own switches also turn `requires_grad` on and off; the flags are put back exactly.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if name is None:
+            with model.disable_adapter():  # type: ignore[operator]
+                yield
+        else:
+            active = list(model.active_adapters)  # type: ignore[arg-type]
+            model.set_adapter(name)  # type: ignore[operator]
+            try:
+                yield
+            finally:
+                model.base_model.set_adapter(active)  # type: ignore[union-attr, operator]
+                model.active_adapter = active[0]
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+# configuration key -> what it is; refused when set to something other than the value that means "off"
+_HEAD_TRANSFORMS = {
+    "final_logit_softcapping": ("a soft-cap on the final logits", None),
+    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
+    "logits_scaling": ("a scale on the final logits", 1.0),
+    "logit_scale": ("a scale on the final logits", 1.0),
+    "lm_head_multiplier": ("a scale on the final logits", 1.0),
+}
+# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_supported(model: torch.nn.Module) -> ModelParts:
+    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+    for name, config in peft_configs(model).items():
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+            raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
+    parts = model_parts(model)
+    config = parts.config
+    for key, (meaning, off) in _HEAD_TRANSFORMS.items():
+        value = getattr(config, key, None)
+        if value is not None and value != off:
+            raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
+    if type(parts.head) is not torch.nn.Linear:
+        raise ValueError(
+            f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
+        )
+    rope = _rope_types(config)
+    if rope & set(_LENGTH_DEPENDENT_ROPE):
+        raise ValueError(
+            f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes"
+        )
+    return parts
+
+
+def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
+    """Raise ValueError for what depends on the call: dropout in training mode, a window shorter than a path."""
+    if parts.causal_lm.training:
+        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
+            if getattr(parts.config, key, 0.0):
+                raise ValueError(
+                    f"dropout is on ({key}={getattr(parts.config, key)}): branches share their prefix's activations, "
+                    "so it would not match padded training; set it to 0 or call model.eval()"
+                )
+        for name, config in peft_configs(model).items():
+            if getattr(config, "lora_dropout", 0.0):
+                raise ValueError(
+                    f"adapter '{name}' has LoRA dropout {config.lora_dropout}: branches share their prefix's activations, "
+                    "so it would not match padded training; set lora_dropout=0"
+                )
+    window = sliding_window(parts.config)
+    if window is not None and longest_path > window:
+        raise ValueError(
+            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
+            "shorten the rows or use a model without a sliding window"
+        )
+
+
+def sliding_window(config: Any) -> int | None:
+    """The shortest attention window over the layers in tokens; None when every layer sees everything."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
+        return None
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=None)
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    found = (entry.get("rope_type") or entry.get("type") for entry in [parameters, *nested])
+    return {kind for kind in found if isinstance(kind, str)}

@@ -1,0 +1,215 @@
+"""Scoring and its gradients by the Triton kernels of `chunk`, `fused` and `backward`; the interface of `eager`.
+
+The same numbers as `eager`, whose docstring has the formulas. Rows that take a gradient, and their reference, go through
+stored logits a chunk at a time; others as `dispatch` says. Policy and reference of one call take the same way, kernel for
+kernel and variant for variant, so equal hidden states give bitwise equal log-probs. Left out: float64.
+
+Which way rows that take no gradient go through the head: "chunk" (path A) or "fused" (path B).
+
+Path A writes a chunk of logits, from the library's matrix product, and reads it again; path B keeps logits in registers
+and pays with a matrix product of our own. The table holds, for an architecture and a width E, the largest number of rows
+that goes fused. Every entry is a prediction and none is a measurement. The cost model behind them: a fused pass wins if
+its product reaches the share x of the library's speed at which the saved traffic of the logits pays, x = 0.47 at
+E = 576, 0.63 at 1024, 0.77 at 2048, 0.87 at 4096, 0.93 at 8192. Triton products were reported at 0.26 to 0.9 of the
+library on compute capability 9.0 and near 0.3 on 8.0; below about 160 rows the pass waits for the weight's bytes and the
+saved traffic counts whoever multiplies.
+
+Rows that take a gradient always go path A, for their probabilities must meet the head a second time as stored operands:
+one program cannot hold the expected embedding of a row tile, [128, E] in float32, in registers. Policy and
+reference of one call take one path, so that equal hidden states give equal bits.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from cpo_kernels.device import matmul_accumulated
+from cpo_kernels.linear_logprob.eager import add_chunk, cast_gradients, gradient_buffers
+from cpo_kernels.linear_logprob.partials import ENTROPY, MAX_VOCAB, MEAN, NUM_STATS, REST, ROW_MAX, ROW_SUM, Transform
+from cpo_kernels.linear_logprob.results import GRADED, Head, Scores, pair_coefficients
+from cpo_kernels.linear_logprob.triton_backward import product_gradients, row_gradients
+from cpo_kernels.linear_logprob.triton_chunked import PROBABILITY_SCALE, chunk_scores, conditional_probabilities
+from cpo_kernels.linear_logprob.triton_fused import fused_scores
+from cpo_kernels.logprob_plan import LogprobPlan
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "CPO_KERNELS_LOGPROB_PATH"
+PATHS = ("chunk", "fused")
+ANY = 1 << 62
+MEMORY_BOUND_ROWS = 160  # below it the head's bytes take longer than its products, at 153 to 165 operations a byte
+
+# (architecture, largest E) -> largest number of rows that goes fused; the first entry that fits counts
+TABLE: tuple[tuple[str, int, int], ...] = (
+    ("sm90", 1024, ANY),
+    ("sm90", ANY, MEMORY_BOUND_ROWS),
+    ("sm80", 576, ANY),
+    ("sm80", ANY, MEMORY_BOUND_ROWS),
+    ("other", ANY, ANY),  # unknown card, or the interpreter: the path that needs no memory for logits
+)
+
+_forced_path: ContextVar[str | None] = ContextVar("_forced_path", default=None)
+
+
+@contextmanager
+def path_forced(path: str) -> Iterator[None]:
+    """Rows that take no gradient go this path here, whatever the environment and the table say: for checks."""
+    assert path in PATHS, path
+    token = _forced_path.set(path)
+    try:
+        yield
+    finally:
+        _forced_path.reset(token)
+
+
+def choose_path(device: torch.device, width: int, num_rows: int) -> str:
+    """The path of `num_rows` rows of `width` that take no gradient: `CPO_KERNELS_LOGPROB_PATH`, or the table.
+
+    Raises:
+        ValueError: the variable holds neither "chunk" nor "fused".
+    """
+    path_here = _forced_path.get()
+    if path_here is not None:
+        return path_here
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        if forced not in PATHS:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced!r}: expected one of {', '.join(map(repr, PATHS))}")
+        _log_choice(forced, "the environment", 0, 0)
+        return forced
+    arch = architecture(device)
+    max_width, max_rows = next(entry[1:] for entry in TABLE if entry[0] == arch and width <= entry[1])
+    path = "fused" if num_rows <= max_rows else "chunk"
+    _log_choice(path, arch, max_width, max_rows)
+    return path
+
+
+def architecture(device: torch.device) -> str:
+    """Row of the table for a device: "sm80", "sm90" or "other"."""
+    if device.type != "cuda":
+        return "other"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm80", (9, 0): "sm90"}.get(capability, "other")
+
+
+@functools.cache
+def _log_choice(path: str, source: str, max_width: int, max_rows: int) -> None:
+    bound = f" (E <= {max_width}, fused up to {max_rows} rows)" if max_rows else ""
+    logger.info("linear_logprob: path %s by %s%s", path, source, bound)
+
+
+def score(rows: torch.Tensor, head: Head, plan: LogprobPlan, outputs: tuple[str, ...], mode: str) -> Scores:
+    """One pass of rows [R, E] over the head. A head that is not contiguous is copied.
+
+    Raises:
+        ValueError: float64 inputs, or a vocabulary of 2^24 or more.
+    """
+    if rows.dtype == torch.float64 or head.weight.shape[0] >= MAX_VOCAB:
+        raise ValueError(
+            f"linear_logprob: impl='triton' does not take {rows.dtype} and a vocabulary of {head.weight.shape[0]}; "
+            "expected 16 or 32 bits and less than 2^24"
+        )
+    head, transform, rows = _contiguous(head), Transform.of(head), rows.contiguous()
+    num_rows, asked = rows.shape[0], bool(outputs)
+
+    def nothing(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return rows.new_empty(0, dtype=dtype)  # a new one each time: results of an op must not share memory
+
+    slopes, rest, expected, target_weights, normalizer = *(nothing() for _ in range(3)), nothing(rows.dtype), nothing()
+    if mode == "none" and num_rows and choose_path(rows.device, rows.shape[1], num_rows) == "fused":
+        logps, stats, is_top1 = fused_scores(rows, head.weight, head.bias, transform, plan, asked)
+    else:
+        picked, logps, stats, expected = _through_chunks(rows, head, transform, plan, asked, mode == "expected")
+        is_top1 = picked >= stats[ROW_MAX][plan.pair_row]
+        if mode in GRADED:
+            slopes, rest = torch.full_like(picked, transform.slope), stats[REST].clone()
+            if transform.capped:
+                slopes *= 1.0 - (picked / transform.cap).square()
+        if mode == "expected":
+            target_weights = head.weight[plan.pair_target]
+        elif mode == "recompute":
+            normalizer = torch.stack((stats[ROW_MAX], stats[ROW_SUM]))
+    return Scores(
+        logps=logps,
+        entropy=stats[ENTROPY][plan.pair_row] if "entropy" in outputs else nothing(),
+        mean_logit=stats[MEAN][plan.pair_row] if "mean_logit" in outputs else nothing(),
+        is_top1=is_top1 if "is_top1" in outputs else nothing(torch.bool),
+        slopes=slopes,
+        rest=rest,
+        expected=expected,
+        target_weights=target_weights,
+        normalizer=normalizer,
+    )
+
+
+def rows_gradient(grad: torch.Tensor, saved: Scores, plan: LogprobPlan, dtype: torch.dtype) -> torch.Tensor:
+    """Gradient [R, E] of sum grad logps under a frozen head, grad [U]."""
+    return row_gradients(
+        grad.contiguous(), saved.logps, saved.rest, saved.expected, saved.target_weights, saved.slopes,
+        plan.row_offsets, dtype,
+    )  # fmt: skip
+
+
+def head_gradients(
+    grad: torch.Tensor,  # [U]
+    saved: Scores,
+    rows: torch.Tensor,  # [R, E]
+    head: Head,
+    plan: LogprobPlan,
+    needs: tuple[bool, bool, bool],  # of rows, weight, bias
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed; one chunk of logits at a time.
+
+    Products of 16-bit operands: the gradient of a chunk's logits is made in float32, targets included, scaled to the size
+    of the upstream gradients (on the device, so float16 keeps small ones too) and rounded once.
+    """
+    head, transform, rows = _contiguous(head), Transform.of(head), rows.contiguous()
+    coefficient, row_grad = pair_coefficients(grad, saved.logps, saved.rest, plan)
+    coefficient, row_grad = (coefficient * saved.slopes).float(), row_grad.float()
+    buffers = gradient_buffers(rows, head, needs)
+    if rows.shape[0]:
+        size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(transform.slope)).clamp_min(_SMALLEST_SIZE)
+        scale = PROBABILITY_SCALE / size
+    for first in range(0, rows.shape[0], head.chunk_rows):
+        chunk = slice(first, first + head.chunk_rows)
+        products = matmul_accumulated(rows[chunk], head.weight.t())
+        grad_products = product_gradients(
+            products, head.bias, transform, saved.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first,
+            scale, rows.dtype,
+        )  # fmt: skip
+        add_chunk(grad_products, rows[chunk], head, chunk, *buffers)
+    for buffer in buffers:
+        if buffer is not None and rows.shape[0]:
+            buffer.div_(scale)
+    return cast_gradients(head, rows.dtype, *buffers)
+
+
+_SMALLEST_SIZE = 1e-30  # of upstream gradients: below it, all zero perhaps, the scale would not be finite
+
+
+def _contiguous(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach().contiguous()
+    return Head(head.weight.detach().contiguous(), bias, head.logit_scale, head.softcap, head.temperature)
+
+
+def _through_chunks(
+    rows: torch.Tensor, head: Head, transform: Transform, plan: LogprobPlan, with_outputs: bool, with_expected: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits and log-probs [U], `stats` [NUM_STATS, R], expected embedding [R, E] ([0] unless asked)."""
+    picked, logps = (rows.new_empty(plan.pair_row.shape, dtype=torch.float32) for _ in range(2))
+    stats = rows.new_empty(NUM_STATS, rows.shape[0], dtype=torch.float32)
+    expected = rows.new_empty(rows.shape if with_expected else (0,), dtype=torch.float32)
+    for first in range(0, rows.shape[0], head.chunk_rows):
+        chunk = slice(first, first + head.chunk_rows)
+        products = matmul_accumulated(rows[chunk], head.weight.t())
+        chunk_scores(products, head.bias, transform, plan, first, picked, logps, stats, with_outputs)
+        if with_expected:
+            probabilities = conditional_probabilities(products, head.bias, transform, stats[:, chunk], rows.dtype)
+            scale = stats[REST, chunk] * (transform.slope / PROBABILITY_SCALE)
+            expected[chunk] = matmul_accumulated(probabilities, head.weight).mul_(scale.unsqueeze(1))
+    return picked, logps, stats, expected

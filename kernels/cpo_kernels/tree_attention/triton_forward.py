@@ -1,0 +1,172 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Tree attention, forward, in Triton.
+
+    out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]   over   { j : j <= i < subtree_end[j] }
+
+One program makes one tile of query rows of one head. It walks the key blocks that the schedule lists for those rows:
+first the full ones, without a mask and without bounds, then the partial ones under (n <= m) & (m < subtree_end[n]). Key
+blocks that no row of the tile sees are never read. The softmax is the online one in base 2, with maximum, sum and
+weighted values in float32; log2 of the sum of exponentials is kept for the backward.
+
+Left out: tensor-memory copies and warp specialisation; a NaN or an infinity among the values of a hidden row that
+shares a partial block with visible ones is multiplied by zero and spreads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cpo_kernels.tree_attention.schedule import TreeSchedule
+from cpo_kernels.triton_tiles import (
+    INTERPRETED,
+    LOG2_E,
+    Tile,
+    as_operand,
+    by_rows,
+    choose_tile,
+    hide,
+    listed_keys,
+    load_rows,
+    padded_head_dim,
+    store_rows,
+)
+
+# By padded head size. 128 rows use each loaded key 128 times, and are what the schedule's blocks are cut to; a head of
+# 256 halves them so that queries, one stage of keys and values and the accumulator fit in compute capability 8.0.
+TILES = {
+    64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=3),
+    128: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),
+    256: Tile(block_q=64, block_kv=64, num_warps=8, num_stages=1),
+}
+
+
+def tree_attention_forward(
+    q: torch.Tensor,  # [T, H, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    schedule: TreeSchedule,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output and what the backward needs of the softmax.
+
+    Args:
+        q: [T, H, D] bfloat16, float16 or float32; any strides.
+        k: [T, Hkv, D], same dtype; Hkv divides H.
+        v: [T, Hkv, D], same dtype.
+        schedule: of the same line, on the device of q; block sizes powers of two >= 16.
+        scale: factor on q . k.
+
+    Returns:
+        out [T, H, D] contiguous, in the dtype of q, and lse [H, T] float32: log2 of the sum over visible keys of
+        exp(scale * q . k).
+
+    Raises:
+        ValueError: head size, dtype or block sizes that no kernel is made for.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    tile = choose_tile(TILES, head_dim, q.dtype, schedule)
+    q, k, v = by_rows(q), by_rows(k), by_rows(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_rows), dtype=torch.float32, device=q.device)
+    _forward_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        schedule.subtree_end,
+        schedule.full_offsets,
+        schedule.full_blocks,
+        schedule.partial_offsets,
+        schedule.partial_blocks,
+        num_rows,
+        num_heads,
+        num_heads // k.shape[1],
+        scale * LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_Q=tile.block_q,
+        BLOCK_KV=tile.block_kv,
+        TILES_PER_Q=schedule.block_q // tile.block_q,
+        TILES_PER_KV=schedule.block_kv // tile.block_kv,
+        UPCAST=INTERPRETED,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [T, Hkv, D]
+    v_ptr,  # [T, Hkv, D]
+    out_ptr,  # [T, H, D] contiguous
+    lse_ptr,  # [H, T] fp32
+    end_ptr,  # [T] int32
+    full_offsets_ptr,  # [Q + 1] int32
+    full_blocks_ptr,  # int32
+    partial_offsets_ptr,  # [Q + 1] int32
+    partial_blocks_ptr,  # int32
+    num_rows,
+    num_heads,
+    group,  # query heads per key head
+    scale_log2,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILES_PER_Q: tl.constexpr,
+    TILES_PER_KV: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Output and log-sum-exp of one query tile and head; neighbouring programs are heads, whose rows are adjacent."""
+    tile_index = tl.program_id(0) // num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    k_head_ptr = k_ptr + (head // group) * k_head_stride
+    v_head_ptr = v_ptr + (head // group) * v_head_stride
+    rows = tile_index * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = load_rows(q_ptr + head * q_head_stride, rows, q_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
+
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    block_q = tile_index // TILES_PER_Q
+    for masked in tl.static_range(2):  # full blocks, then partial ones
+        offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
+        blocks_ptr = partial_blocks_ptr if masked else full_blocks_ptr
+        first, last = tl.load(offsets_ptr + block_q), tl.load(offsets_ptr + block_q + 1)
+        for step in range(first * TILES_PER_KV, last * TILES_PER_KV):
+            keys = listed_keys(blocks_ptr, step, BLOCK_KV, TILES_PER_KV)
+            k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
+            if masked == 1:
+                ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
+                scores = hide(scores, rows[:, None], keys[None, :], ends[None, :])
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            offset = new_maximum
+            if masked == 1:  # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
+                offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weights = tl.exp2(scores - offset[:, None])
+            decay = tl.exp2(maximum - offset)
+            total = total * decay + tl.sum(weights, 1)
+            acc *= decay[:, None]
+            acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
+            maximum = new_maximum
+
+    total = tl.where(rows < num_rows, total, 1.0)  # rows past the line have seen nothing; they are not stored
+    store_rows(out_ptr, acc / total[:, None], rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
+    tl.store(lse_ptr + head * num_rows + rows, maximum + tl.log2(total), mask=rows < num_rows)

@@ -1,0 +1,327 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Tree decode in Triton: store the new keys and values, attend item by item, merge.
+
+    partial:  o_p = sum_j softmax_j(scale * q . k_j) v_j  over the keys of one item,  lse_p its log-sum-exp
+    merge:    out = sum_p exp(lse_p - lse) o_p  over a row's partials in path order, then its private suffix
+
+The partial kernel packs the query heads that share a key head into the rows of one tile, so an item's keys are loaded
+once for all its queries and heads. The merge kernel reads a private suffix, which one row alone sees, as a product of a
+matrix and a vector in float32. Log-sum-exps are in base 2; maxima, sums and partial outputs are float32; orders are
+fixed, so results are bitwise repeatable. Nothing that changes from step to step is a kernel argument but the contents of
+tensors, so one binary serves all steps and a CUDA graph may replay them.
+
+Left out: heads that share a key head read their private suffix one after another, through the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cpo_kernels.tree_decode.plan import ITEM_COLUMNS, QUERY_TILE, DecodePlan
+from cpo_kernels.triton_tiles import INTERPRETED, LOG2_E, MAX_HEAD_DIM, Tile, as_operand, padded_head_dim
+
+# By padded head size. 64 rows are the least that compute capability 9.0's matrix instructions take, and hold 16 queries
+# of 4 heads; keys are read from memory once, so more rows would only help items of more queries.
+TILES = {
+    64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),
+    128: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),
+    256: Tile(block_q=64, block_kv=32, num_warps=8, num_stages=2),
+}
+# float32 products run outside the matrix units and hold their operands in registers.
+EXACT_TILES = {
+    64: Tile(block_q=32, block_kv=32, num_warps=4, num_stages=1),
+    128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+    256: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+}
+SUFFIX_BLOCKS = {
+    64: 64,
+    128: 32,
+    256: 16,
+}  # private keys in one step of a merge, by padded head size: 16 KiB in float32
+
+
+def tree_decode_forward(
+    q: torch.Tensor,  # [N, H, D]
+    k_new: torch.Tensor,  # [N, Hkv, D]
+    v_new: torch.Tensor,  # [N, Hkv, D]
+    k_arena: torch.Tensor,  # [C, Hkv, D]
+    v_arena: torch.Tensor,  # [C, Hkv, D]
+    plan: DecodePlan,
+    scale: float,
+) -> torch.Tensor:
+    """Store, attend and merge; three launches, no wait for the device.
+
+    Args:
+        q: [N, H, D] bfloat16, float16 or float32; last dimension contiguous or copied.
+        k_new, v_new: [N, Hkv, D], same dtype.
+        k_arena, v_arena: [C, Hkv, D], same dtype, changed in place; last dimension contiguous.
+        plan: of these N rows, on the device of q.
+        scale: factor on q . k.
+
+    Returns:
+        [N, H, D] contiguous, in the dtype of q; 0 for a row without keys.
+
+    Raises:
+        ValueError: head size or dtype that no kernel is made for.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k_arena.shape[1]
+    group = num_heads // num_kv_heads
+    tile = choose_tile(head_dim, q.dtype)
+    q, k_new, v_new = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (q, k_new, v_new))
+    out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if num_rows == 0:
+        return out
+    block_d = padded_head_dim(head_dim)
+    _store_kernel[(num_rows, num_kv_heads)](
+        k_new,
+        v_new,
+        k_arena,
+        v_arena,
+        plan.slots,
+        *k_new.stride()[:2],
+        *v_new.stride()[:2],
+        *k_arena.stride()[:2],
+        *v_arena.stride()[:2],
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        num_warps=1,  # a head of 128 is four elements a lane
+    )
+    partial_out = torch.empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((plan.num_partials, num_heads), dtype=torch.float32, device=q.device)
+    if len(plan.items):
+        _partial_kernel[(len(plan.items), num_kv_heads, triton.cdiv(QUERY_TILE * group, tile.block_q))](
+            q,
+            k_arena,
+            v_arena,
+            partial_out,
+            partial_lse,
+            plan.items,
+            scale * LOG2_E,
+            num_heads,
+            *q.stride()[:2],
+            *k_arena.stride()[:2],
+            *v_arena.stride()[:2],
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_Q=tile.block_q,
+            BLOCK_KV=tile.block_kv,
+            ITEM_COLUMNS=ITEM_COLUMNS,
+            UPCAST=INTERPRETED,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    _merge_kernel[(num_rows, num_heads)](
+        q,
+        k_arena,
+        v_arena,
+        partial_out,
+        partial_lse,
+        plan.partial_offsets,
+        plan.partial_index,
+        plan.suffix_start,
+        plan.suffix_len,
+        out,
+        scale * LOG2_E,
+        num_heads,
+        *q.stride()[:2],
+        *k_arena.stride()[:2],
+        *v_arena.stride()[:2],
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_KV=SUFFIX_BLOCKS[max(block_d, min(SUFFIX_BLOCKS))],
+        UPCAST=INTERPRETED,
+    )
+    return out
+
+
+def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of the partial kernel.
+
+    Raises:
+        ValueError: head size or dtype that no kernel is made for.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"tree_decode: impl='triton' expects head_dim <= {MAX_HEAD_DIM}, got {head_dim}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"tree_decode: impl='triton' expects bfloat16, float16 or float32, got {dtype}")
+    table = EXACT_TILES if dtype == torch.float32 else TILES
+    return table[max(padded_head_dim(head_dim), min(table))]
+
+
+@triton.jit
+def _store_kernel(
+    k_new_ptr,  # [N, Hkv, D]
+    v_new_ptr,  # [N, Hkv, D]
+    k_ptr,  # [C, Hkv, D]
+    v_ptr,  # [C, Hkv, D]
+    slots_ptr,  # [N] int64
+    k_new_row_stride,
+    k_new_head_stride,
+    v_new_row_stride,
+    v_new_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Key and value of one row and head into the arena row of its slot; rows that share a dump row race, unread."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    columns = tl.arange(0, BLOCK_D)
+    real = columns < HEAD_DIM
+    k = tl.load(k_new_ptr + row * k_new_row_stride + head * k_new_head_stride + columns, mask=real)
+    v = tl.load(v_new_ptr + row * v_new_row_stride + head * v_new_head_stride + columns, mask=real)
+    tl.store(k_ptr + slot * k_row_stride + head * k_head_stride + columns, k, mask=real)
+    tl.store(v_ptr + slot * v_row_stride + head * v_head_stride + columns, v, mask=real)
+
+
+@triton.jit
+def _partial_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [C, Hkv, D]
+    v_ptr,  # [C, Hkv, D]
+    out_ptr,  # [P, H, D] fp32 contiguous
+    lse_ptr,  # [P, H] fp32, base 2
+    items_ptr,  # [W, ITEM_COLUMNS] int32
+    scale_log2,
+    num_heads,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One tile of an item for one key head; tile row m is query m // GROUP under query head m % GROUP of the group."""
+    item_ptr = items_ptr + tl.program_id(0).to(tl.int64) * ITEM_COLUMNS
+    kv_head = tl.program_id(1).to(tl.int64)
+    num_queries = tl.load(item_ptr + 1)
+    packed = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    if tl.program_id(2) * BLOCK_Q >= num_queries * GROUP:
+        return
+    num_keys = tl.load(item_ptr + 3)
+    query = packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    real = query < num_queries
+    visible = tl.minimum(num_keys, tl.load(item_ptr + 4) + query)
+    columns = tl.arange(0, BLOCK_D)
+    real_columns = columns[None, :] < HEAD_DIM
+
+    rows = (tl.load(item_ptr) + query).to(tl.int64)
+    q_addresses = q_ptr + (rows * q_row_stride + head * q_head_stride)[:, None] + columns[None, :]
+    q = tl.load(q_addresses, mask=real[:, None] & real_columns, other=0.0)  # [BLOCK_Q, BLOCK_D]
+    if UPCAST:
+        q = q.to(tl.float32)
+    first_key = tl.load(item_ptr + 2).to(tl.int64)
+    k_tile_ptr = k_ptr + first_key * k_row_stride + kv_head * k_head_stride + columns[None, :]
+    v_tile_ptr = v_ptr + first_key * v_row_stride + kv_head * v_head_stride + columns[None, :]
+
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(0, num_keys, BLOCK_KV):
+        keys = first + tl.arange(0, BLOCK_KV)
+        stored = (keys < num_keys)[:, None] & real_columns
+        k = tl.load(k_tile_ptr + keys.to(tl.int64)[:, None] * k_row_stride, mask=stored, other=0.0)
+        v = tl.load(v_tile_ptr + keys.to(tl.int64)[:, None] * v_row_stride, mask=stored, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
+        scores = tl.where(keys[None, :] < visible[:, None], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
+        offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - offset[:, None])
+        decay = tl.exp2(maximum - offset)
+        total = total * decay + tl.sum(weights, 1)
+        acc *= decay[:, None]
+        acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
+        maximum = new_maximum
+
+    partial = (tl.load(item_ptr + 5) + query).to(tl.int64) * num_heads + head
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_ptr + partial[:, None] * HEAD_DIM + columns[None, :], acc, mask=real[:, None] & real_columns)
+    tl.store(lse_ptr + partial, maximum + tl.log2(total), mask=real)
+
+
+@triton.jit
+def _merge_kernel(
+    q_ptr,  # [N, H, D]
+    k_ptr,  # [C, Hkv, D]
+    v_ptr,  # [C, Hkv, D]
+    partial_out_ptr,  # [P, H, D] fp32 contiguous
+    partial_lse_ptr,  # [P, H] fp32, base 2
+    offsets_ptr,  # [N + 1] int32
+    index_ptr,  # int32
+    suffix_start_ptr,  # [N] int32
+    suffix_len_ptr,  # [N] int32
+    out_ptr,  # [N, H, D] contiguous
+    scale_log2,
+    num_heads,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One row and head: its partials in path order, its private suffix, the division."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    real = columns < HEAD_DIM
+    # a maximum that is finite from the start, below every score: no -inf - -inf, and a hidden partial weighs 0
+    maximum = tl.full([], -1.0e38, tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for at in range(tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)):
+        partial = tl.load(index_ptr + at).to(tl.int64) * num_heads + head
+        lse = tl.load(partial_lse_ptr + partial)
+        out = tl.load(partial_out_ptr + partial * HEAD_DIM + columns, mask=real, other=0.0)
+        new_maximum = tl.maximum(maximum, lse)
+        decay = tl.exp2(maximum - new_maximum)
+        weight = tl.exp2(lse - new_maximum)
+        total = total * decay + weight
+        acc = acc * decay + out * weight
+        maximum = new_maximum
+
+    q = tl.load(q_ptr + row * q_row_stride + head * q_head_stride + columns, mask=real, other=0.0).to(tl.float32)
+    first_key = tl.load(suffix_start_ptr + row).to(tl.int64)
+    num_keys = tl.load(suffix_len_ptr + row)
+    k_tile_ptr = k_ptr + first_key * k_row_stride + (head // GROUP) * k_head_stride + columns[None, :]
+    v_tile_ptr = v_ptr + first_key * v_row_stride + (head // GROUP) * v_head_stride + columns[None, :]
+    for first in range(0, num_keys, BLOCK_KV):
+        keys = first + tl.arange(0, BLOCK_KV)
+        stored = (keys < num_keys)[:, None] & real[None, :]
+        k = tl.load(k_tile_ptr + keys.to(tl.int64)[:, None] * k_row_stride, mask=stored, other=0.0).to(tl.float32)
+        v = tl.load(v_tile_ptr + keys.to(tl.int64)[:, None] * v_row_stride, mask=stored, other=0.0).to(tl.float32)
+        scores = tl.sum(k * q[None, :], 1) * scale_log2  # [BLOCK_KV]
+        scores = tl.where(keys < num_keys, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        decay = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(scores - new_maximum)
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay + tl.sum(v * weights[:, None], 0)
+        maximum = new_maximum
+
+    result = as_operand(acc / tl.where(total == 0.0, 1.0, total), out_ptr.dtype.element_ty, UPCAST)
+    out_address = out_ptr + (row * num_heads + head) * HEAD_DIM + columns
+    tl.store(out_address, result.to(out_ptr.dtype.element_ty), mask=real)

@@ -1,0 +1,183 @@
+"""Tiles of rows for the Triton kernels of tree attention: their sizes, and how rows are loaded, masked and stored.
+
+A kernel's tile may be smaller than the schedule's block, never larger: every part of a full block is full, and a mask
+is exact on every part of a partial one. Both are powers of two, so the smaller divides the larger.
+
+Triton's interpreter, which runs the kernels on a CPU, computes bfloat16 products wrongly and says nothing. Under the
+constexpr UPCAST operands are therefore float32 numbers that bfloat16 can hold, rounded as the GPU rounds; products and
+sums are then float32 in both.
+
+What the kernels of this folder do differently in Triton's interpreter, which runs them on a CPU.
+
+The interpreter keeps bfloat16 as 16-bit integers: a dot or a sum of them is wrong without an error, and a cast to them
+cuts the low bits off instead of rounding. So there operands go through float32, which is exact for a load, and a store
+rounds by hand, as the hardware does.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from cpo_kernels.tree_attention.schedule import TreeSchedule
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit looks at when a kernel is defined
+MIN_BLOCK = 16  # the least extent of a matrix instruction's operands
+MAX_HEAD_DIM = 256  # above it one tile of queries and keys does not fit in shared memory
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Extent of one program's tile and the resources it is compiled for."""
+
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int  # of software pipelining: tiles in flight
+
+
+# By padded head size. float32 products run outside the matrix units and hold their operands in registers.
+EXACT_TILES = {
+    64: Tile(block_q=32, block_kv=32, num_warps=8, num_stages=1),
+    128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+    256: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+}
+
+
+def choose_tile(table: dict[int, Tile], head_dim: int, dtype: torch.dtype, schedule: TreeSchedule) -> Tile:
+    """The tile for a head size and dtype, no larger than the schedule's blocks.
+
+    Args:
+        table: tile by padded head size, for 16-bit inputs; those for float32 are `EXACT_TILES`.
+        head_dim: D, at most 256.
+        dtype: bfloat16, float16 or float32.
+        schedule: gives the blocks.
+
+    Raises:
+        ValueError: head size, dtype or block sizes that no kernel is made for.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"tree_attention: impl='triton' expects head_dim <= {MAX_HEAD_DIM}, got {head_dim}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"tree_attention: impl='triton' expects bfloat16, float16 or float32, got {dtype}")
+    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
+        if block < MIN_BLOCK or block & (block - 1):
+            raise ValueError(
+                f"tree_attention: impl='triton' expects a schedule whose {name} is a power of two >= {MIN_BLOCK}, "
+                f"got {block}"
+            )
+    tile = (EXACT_TILES if dtype == torch.float32 else table)[max(padded_head_dim(head_dim), min(table))]
+    return Tile(
+        min(tile.block_q, schedule.block_q), min(tile.block_kv, schedule.block_kv), tile.num_warps, tile.num_stages
+    )
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two; those past D are loaded as zero and not stored."""
+    return max(MIN_BLOCK, triton.next_power_of_2(head_dim))
+
+
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] with adjacent elements in a row; a copy only where they are not. Rows and heads keep their strides."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+@triton.jit
+def as_operand(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
+    """float32 `x` rounded to dtype to nearest even, for a product or a store; still float32 under UPCAST."""
+    if not UPCAST:
+        return x.to(dtype)
+    elif dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def listed_keys(
+    blocks_ptr: tl.tensor,  # int32, key blocks of the schedule
+    step: tl.tensor,  # counts tiles along the list
+    BLOCK_KV: tl.constexpr,
+    TILES_PER_KV: tl.constexpr,
+) -> tl.tensor:
+    """[BLOCK_KV] int32, the keys of one tile of a list of key blocks."""
+    block = tl.load(blocks_ptr + step // TILES_PER_KV)
+    return (block * TILES_PER_KV + step % TILES_PER_KV) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+
+
+@triton.jit
+def hide(
+    scores: tl.tensor,  # [queries, keys] or [keys, queries]
+    rows: tl.tensor,  # int32, a row or a column
+    keys: tl.tensor,  # int32, the other
+    ends: tl.tensor,  # int32, subtree_end of the keys, shaped as they are
+) -> tl.tensor:
+    """The scores where the row sees the key, elsewhere -inf."""
+    return tl.where((keys <= rows) & (rows < ends), scores, float("-inf"))
+
+
+@triton.jit
+def load_rows(
+    pointer: tl.tensor,  # [T, .., D], at row 0 of one head
+    rows: tl.tensor,  # [N] int32
+    row_stride: tl.tensor,
+    num_rows: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tl.tensor:
+    """[N, BLOCK_D] of one head; columns past HEAD_DIM are zero, and with CHECKED rows past the line too."""
+    columns = tl.arange(0, BLOCK_D)
+    addresses = pointer + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    if CHECKED:
+        tile = tl.load(addresses, mask=(rows[:, None] < num_rows) & (columns[None, :] < HEAD_DIM), other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        tile = tl.load(addresses)
+    else:
+        tile = tl.load(addresses, mask=columns[None, :] < HEAD_DIM, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    pointer: tl.tensor,  # [T, num_heads, HEAD_DIM], contiguous
+    tile: tl.tensor,  # [N, BLOCK_D] float32
+    rows: tl.tensor,  # [N] int32
+    head: tl.tensor,
+    num_heads: tl.tensor,
+    num_rows: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Round a tile and write its rows and columns that exist."""
+    columns = tl.arange(0, BLOCK_D)
+    addresses = pointer + (rows.to(tl.int64) * num_heads + head)[:, None] * HEAD_DIM + columns[None, :]
+    values = as_operand(tile, pointer.dtype.element_ty, UPCAST).to(pointer.dtype.element_ty)
+    tl.store(addresses, values, mask=(rows[:, None] < num_rows) & (columns[None, :] < HEAD_DIM))
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit itself looks at when a kernel is defined
+
+
+@triton.jit
+def cast(
+    values: tl.tensor,  # [...] fp32
+    dtype: tl.constexpr,
+    interpreted: tl.constexpr,
+) -> tl.tensor:
+    """`values` as `dtype`, rounded to nearest, ties to even."""
+    if interpreted and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return values.to(dtype)
