@@ -4,6 +4,9 @@ Every message says what is wrong, where (file:line, row or key), why, and how to
 command is a bug of ours and keeps its traceback.
 """
 
+import importlib
+from typing import Any
+
 
 class CpoFastError(Exception):
     """Base of every error a user can cause and mend. `exit_code` is what the command line returns."""
@@ -45,3 +48,19 @@ class OutOfMemory(CpoFastError):
     """Something does not fit into memory that the configuration can change (exit code 6)."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, at most 240 characters without a full stop; its class if it is empty."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:240].rstrip(".")
+
+
+def require_library(name: str) -> Any:
+    """Import an optional library. Raises EnvironmentProblem with the line that installs it when it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"cannot import {name} ({first_line(error)}); install it with: pip install 'cpo-fast[train]'"
+        ) from None

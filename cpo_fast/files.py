@@ -4,11 +4,13 @@
 killed process leaves at most a last line without a newline, which `read_jsonl(drop_torn_tail=True)` recognises.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cpo_fast.errors import DataError
 
@@ -56,16 +58,62 @@ def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple
         yield number, value
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` in one step: written beside it, fsynced, renamed."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write beside `path`, which it replaces in one step at the end of the `with`: fsynced, then renamed.
+
+    The folder is made. Where the block raises, `path` stays as it was and nothing is left beside it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
+    aside = aside_of(path)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where this process writes what is to be renamed to `path`: hidden, in the same folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def short_hash(content: str | bytes) -> str:
+    """First 16 hex digits of the SHA-256 of `content`. Text is UTF-8; half a surrogate pair has bytes too."""
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+_READ_BYTES = 1 << 22  # a weight file is hashed in pieces: it need not fit into memory
+_file_digests: dict[tuple[str, int, int], str] = {}
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits. Kept in memory by path, size and modification time."""
+    status = file.stat()
+    key = (str(file.resolve()), status.st_mtime_ns, status.st_size)
+    if key not in _file_digests:
+        digest = hashlib.sha256()
+        with open(file, "rb") as stream:
+            for piece in iter(lambda: stream.read(_READ_BYTES), b""):
+                digest.update(piece)
+        _file_digests[key] = digest.hexdigest()
+    return _file_digests[key]
+
+
+def files_hash(digests: dict[str, str]) -> str:
+    """16 hex digits that name a set of files by their names and `file_digest`."""
+    return short_hash(json.dumps(digests, sort_keys=True))
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with replacing(path) as file:
         file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:

@@ -10,16 +10,16 @@ stored once, in `prompts/<hash>.json` beside the trees. Lines are canonical JSON
 search gives the same bytes. Gold answers ride along for information; nothing here uses them.
 """
 
-import hashlib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from cpo_fast.errors import DataError
-from cpo_fast.files import canonical_json, read_jsonl, write_atomic
+from cpo_fast.files import canonical_json, read_jsonl, short_hash, write_atomic
 
 SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
@@ -28,6 +28,9 @@ ROOT = -1  # the id of the root state, as a parent
 # the root; failed: the search of this question raised, `detail` says what
 Status = Literal["ok", "no_answer", "no_candidates", "failed"]
 Stop = Literal["newline", "eos", "length"]
+# strict types take no text for a number and no true for a 1, lists become tuples; only `SearchTree.from_dict` looks at them
+TokenIds = tuple[Annotated[StrictInt, Field(ge=0)], ...]
+Logp = Annotated[StrictFloat, Field(le=0, allow_inf_nan=False)]
 LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
 
 
@@ -61,20 +64,20 @@ class Node:
             end-of-sequence. Under the model itself: temperature 1, nothing filtered. Empty in an imported tree.
     """
 
-    id: int
-    parent: int
-    depth: int
-    text: str
-    token_ids: tuple[int, ...]
-    value: float | None
+    id: StrictInt
+    parent: StrictInt
+    depth: StrictInt
+    text: StrictStr
+    token_ids: TokenIds
+    value: StrictInt | StrictFloat | None
     evaluations: tuple[dict[str, Any], ...]
-    kept: bool
-    terminal: bool
-    complete: bool
-    count: int
-    answer: str | None
+    kept: StrictBool
+    terminal: StrictBool
+    complete: StrictBool
+    count: StrictInt
+    answer: StrictStr | None
     stop: Stop
-    logps: tuple[float, ...] = ()
+    logps: tuple[Logp, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,27 +100,27 @@ class SearchTree:
         num_verdict_tokens: tokens generated for sampled verdicts. Both 0 in an imported tree, which does not tell.
     """
 
-    id: str
-    task: str
-    question: str
-    gold: str | None
-    prompt_hash: str
-    num_shared_tokens: int
-    question_token_ids: tuple[int, ...]
+    id: StrictStr
+    task: StrictStr
+    question: StrictStr
+    gold: StrictStr | None
+    prompt_hash: StrictStr
+    num_shared_tokens: StrictInt
+    question_token_ids: TokenIds
     nodes: tuple[Node, ...]
-    winning_nodes: tuple[int, ...]
-    answer: str | None
-    num_empty: int
+    winning_nodes: TokenIds
+    answer: StrictStr | None
+    num_empty: StrictInt
     status: Status
-    detail: str
-    model_hash: str
-    adapter_hash: str
-    seed: int
-    config_hash: str
-    num_thought_tokens: int = 0
-    num_verdict_tokens: int = 0
-    question_prompt: str = ""
-    schema_version: int = SCHEMA_VERSION
+    detail: StrictStr
+    model_hash: StrictStr
+    adapter_hash: StrictStr
+    seed: StrictInt
+    config_hash: StrictStr
+    num_thought_tokens: StrictInt = 0
+    num_verdict_tokens: StrictInt = 0
+    question_prompt: StrictStr = ""
+    schema_version: StrictInt = SCHEMA_VERSION
 
     def children(self, node_id: int) -> list[Node]:
         """The generated children of a node (or of the root state, -1), in sample order."""
@@ -145,11 +148,6 @@ class SearchTree:
             raise ValueError(f"tree '{self.id}' was searched with prompt {self.prompt_hash}, got prompt {prompt.hash}")
         return [*prompt.token_ids[: self.num_shared_tokens], *self.question_token_ids]
 
-    @property
-    def complete_paths(self) -> list[list[Node]]:
-        """Every path that ends in a complete node, in node order."""
-        return [self.path(node.id) for node in self.nodes if node.complete]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
         return asdict(self)
@@ -167,23 +165,19 @@ class SearchTree:
                 f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: another version of cpo_fast wrote "
                 "it; collect again into another folder"
             )
-        _check_fields(cls, row, _TREE_TYPES, "tree")
-        if not isinstance(row["nodes"], list):
-            raise ValueError("'nodes' is not a list")
-        nodes = tuple(_node(entry, position) for position, entry in enumerate(row["nodes"]))
-        for node in nodes:
-            expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
-            if node.depth != expected_depth:
-                raise ValueError(f"node {node.id} has depth {node.depth}, its parent implies {expected_depth}")
-        if row["status"] not in get_args(Status):
-            raise ValueError(f"status {row['status']!r} is not one of {', '.join(get_args(Status))}")
-        winners = _ids(row["winning_nodes"], "winning_nodes")
-        for winner in winners:
-            if winner >= len(nodes) or not nodes[winner].complete:
+        _check_names(cls, row, "tree")
+        for position, node in enumerate(row["nodes"] if isinstance(row["nodes"], list) else ()):
+            _check_names(Node, node, f"node {position}")
+        try:
+            tree = _TREE.validate_python(row)
+        except ValidationError as error:
+            raise ValueError(_type_sentence(error)) from None
+        for position, node in enumerate(tree.nodes):
+            _check_node(node, position, tree.nodes)
+        for winner in tree.winning_nodes:
+            if winner >= len(tree.nodes) or not tree.nodes[winner].complete:
                 raise ValueError(f"winning node {winner} is not a complete node of this tree")
-        question_token_ids = _ids(row["question_token_ids"], "question_token_ids")
-        rest = {"nodes": nodes, "winning_nodes": winners, "question_token_ids": question_token_ids}
-        return cls(**{**row, **rest})
+        return tree
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ class Prompt:
     def build(cls, text: str, token_ids: Sequence[int]) -> "Prompt":
         """A prompt named by the first 16 hex digits of the SHA-256 of its text and ids."""
         content = canonical_json({"text": text, "token_ids": list(token_ids)})
-        return cls(hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16], text, tuple(token_ids))
+        return cls(short_hash(content), text, tuple(token_ids))
 
     def save(self, trees_path: str | Path) -> Path:
         """Write `prompts/<hash>.json` beside `trees_path`, atomically; return its path."""
@@ -251,49 +245,18 @@ def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTre
     return trees
 
 
-# what JSON must hold, field by field; nested fields are checked where they are built
-_NODE_TYPES: dict[str, type | tuple[type, ...]] = {
-    "id": int,
-    "parent": int,
-    "depth": int,
-    "text": str,
-    "token_ids": list,
-    "value": (int, float, type(None)),
-    "evaluations": list,
-    "kept": bool,
-    "terminal": bool,
-    "complete": bool,
-    "count": int,
-    "answer": (str, type(None)),
-    "stop": str,
-    "logps": list,
-}
-_TREE_TYPES: dict[str, type | tuple[type, ...]] = {
-    "id": str,
-    "task": str,
-    "question": str,
-    "gold": (str, type(None)),
-    "prompt_hash": str,
-    "num_shared_tokens": int,
-    "question_token_ids": list,
-    "nodes": list,
-    "winning_nodes": list,
-    "answer": (str, type(None)),
-    "num_empty": int,
-    "status": str,
-    "detail": str,
-    "model_hash": str,
-    "adapter_hash": str,
-    "seed": int,
-    "config_hash": str,
-    "num_thought_tokens": int,
-    "num_verdict_tokens": int,
-    "question_prompt": str,
-    "schema_version": int,
+_TREE = TypeAdapter(SearchTree)
+_LISTS = {  # what a list holds, for its sentence
+    "token_ids": "non-negative integers",
+    "question_token_ids": "non-negative integers",
+    "winning_nodes": "non-negative integers",
+    "evaluations": "objects",
+    "logps": "finite log-probs",
 }
 
 
-def _check_fields(cls: type, row: Any, types: dict[str, type | tuple[type, ...]], what: str) -> None:
+def _check_names(cls: type, row: Any, what: str) -> None:
+    """Every field stands in the row, those with a default too: an older or a cut line must not pass for a whole one."""
     if not isinstance(row, dict):
         raise ValueError(f"{what} is not an object")
     names = [field.name for field in fields(cls)]
@@ -301,37 +264,32 @@ def _check_fields(cls: type, row: Any, types: dict[str, type | tuple[type, ...]]
     unknown = [name for name in row if name not in names]
     if missing or unknown:
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
-    for name in names:
-        allowed = types[name]
-        expected = allowed if isinstance(allowed, tuple) else (allowed,)
-        # bool is a subclass of int in Python, not in JSON
-        if not isinstance(row[name], expected) or (isinstance(row[name], bool) and bool not in expected):
-            raise ValueError(f"{what}: '{name}' has type {type(row[name]).__name__}")
 
 
-def _ids(value: Any, name: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-        raise ValueError(f"'{name}' is not a list of non-negative integers")
-    return tuple(value)
+def _type_sentence(error: ValidationError) -> str:
+    """What is wrong with the first field of a wrong type."""
+    first = error.errors(include_url=False)[0]
+    # ("status",), ("question_token_ids", 3) or, inside a node, ("nodes", 2, "logps", 0)
+    where, what = first["loc"], "tree: "
+    if where[0] == "nodes" and len(where) > 2:
+        where, what = where[2:], f"node {where[1]}: "
+    name, value = str(where[0]), first["input"]
+    if first["type"] == "literal_error":
+        allowed = get_args(Status if name == "status" else Stop)
+        return f"{what.removeprefix('tree: ')}{name} {value!r} is not one of {', '.join(allowed)}"
+    if name in _LISTS and len(where) > 1:
+        return f"{what.removeprefix('tree: ')}'{name}' is not a list of {_LISTS[name]}"
+    return f"{what}'{name}' has type {type(value).__name__}"
 
 
-def _node(row: Any, position: int) -> Node:
-    what = f"node {position}"
-    _check_fields(Node, row, _NODE_TYPES, what)
-    if row["id"] != position or not ROOT <= row["parent"] < position:
-        raise ValueError(f"{what}: has id {row['id']} and parent {row['parent']}; parents come before children")
-    if row["stop"] not in get_args(Stop):
-        raise ValueError(f"{what}: stop {row['stop']!r} is not one of {', '.join(get_args(Stop))}")
-    if not row["token_ids"]:
-        raise ValueError(f"{what}: has no tokens")
-    if not all(isinstance(record, dict) for record in row["evaluations"]):
-        raise ValueError(f"{what}: 'evaluations' is not a list of objects")
-    token_ids = _ids(row["token_ids"], "token_ids")
-    logps = row["logps"]
-    if not all(type(logp) in (int, float) and math.isfinite(logp) and logp <= 0 for logp in logps):
-        raise ValueError(f"{what}: 'logps' is not a list of finite log-probs")
-    num_generated = len(token_ids) + (row["stop"] == "eos")
-    if len(logps) not in (0, num_generated):
-        raise ValueError(f"{what}: has {len(logps)} logps for {num_generated} generated tokens")
-    lists = {"token_ids": token_ids, "evaluations": tuple(row["evaluations"]), "logps": tuple(map(float, logps))}
-    return Node(**{**row, **lists})
+def _check_node(node: Node, position: int, nodes: Sequence[Node]) -> None:
+    if node.id != position or not ROOT <= node.parent < position:
+        raise ValueError(f"node {position}: has id {node.id} and parent {node.parent}; parents come before children")
+    if not node.token_ids:
+        raise ValueError(f"node {position}: has no tokens")
+    num_generated = len(node.token_ids) + (node.stop == "eos")
+    if len(node.logps) not in (0, num_generated):
+        raise ValueError(f"node {position}: has {len(node.logps)} logps for {num_generated} generated tokens")
+    expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
+    if node.depth != expected_depth:
+        raise ValueError(f"node {node.id} has depth {node.depth}, its parent implies {expected_depth}")

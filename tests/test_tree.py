@@ -93,7 +93,6 @@ def test_children_paths_and_ids():
     assert [node.id for node in tree.path(3)] == [0, 3]
     assert tree.path(-1) == []
     assert tree.path_ids(2) == [20, 21, 23, 24]
-    assert [[node.id for node in path] for path in tree.complete_paths] == [[0, 2]]
     assert tree.root_ids(PROMPT) == [1, 10, 11, 13, 14]
     with pytest.raises(ValueError, match="was searched with prompt"):
         tree.root_ids(Prompt.build("another", [1]))

@@ -3,7 +3,7 @@
 from cpo_fast.evaluate.comparison import Agreement, Comparison, Difference, compare
 from cpo_fast.evaluate.evaluation import evaluate, evaluate_methods
 from cpo_fast.evaluate.overview import Overview, run_overview
-from cpo_fast.evaluate.result import Evaluation, Provenance, QuestionResult, read_evaluation
+from cpo_fast.evaluate.result import Evaluation, QuestionResult, RunIdentity, read_evaluation
 from cpo_fast.evaluate.statistics import Spread, mcnemar_exact, paired_bootstrap, spread, wilson_interval
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Overview",
-    "Provenance",
     "QuestionResult",
+    "RunIdentity",
     "Spread",
     "compare",
     "evaluate",

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+
 from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
@@ -30,7 +32,7 @@ class QuestionResult:
         answer: normalised answer, None when none could be read.
         correct: the task's own verdict on it; None without a reference answer.
         scores: every metric of the task, by name; empty without a reference answer.
-        num_tokens: generated tokens; of a tree, all of them: see `tree_of_thought`.
+        num_tokens: generated tokens; of a tree, all of them: see `evaluation.TreeAnswer`.
         num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
         seconds: wall time; with a batch size above 1, the batch's time divided by its questions.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
@@ -38,22 +40,22 @@ class QuestionResult:
         detail: the reason of a failure, else "".
     """
 
-    id: str
-    question: str
-    gold: str | None
-    answer: str | None
-    correct: bool | None
-    scores: dict[str, float]
-    num_tokens: int
-    num_verdict_tokens: int
-    seconds: float
-    stop: str
-    chain: str
-    detail: str = ""
+    id: StrictStr
+    question: StrictStr
+    gold: StrictStr | None
+    answer: StrictStr | None
+    correct: StrictBool | None
+    scores: dict[StrictStr, StrictInt | StrictFloat]
+    num_tokens: StrictInt
+    num_verdict_tokens: StrictInt
+    seconds: StrictInt | StrictFloat
+    stop: StrictStr
+    chain: StrictStr
+    detail: StrictStr = ""
 
 
 @dataclass(frozen=True)
-class Provenance:
+class RunIdentity:
     """What decides the answers, and what the seconds depend on.
 
     Attributes:
@@ -61,7 +63,7 @@ class Provenance:
         dtype: precision of the base weights. device: where it ran.
         task_hash: hash of the task section. prompt_hash: of the prompt's ids around a fixed question.
         settings_hash: of the caps of a chain; of the search section and the seed for a tree.
-        engine: `hf`, the search engine with the shared prompt cached, or `generate`, batches padded on the left.
+        engine: the search engine that chains and trees went through (`arena` or `hf`), or `generate` for padded batches.
         batch_size: questions per forward pass; latency is quoted at 1.
     """
 
@@ -78,8 +80,8 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Evaluation(Provenance):
-    """The summary: `eval-<label>.json` holds these fields and those of `Provenance`, without `results`.
+class Evaluation(RunIdentity):
+    """The summary: `eval-<label>.json` holds these fields and those of `RunIdentity`, without `results`.
 
     Attributes:
         label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
@@ -131,7 +133,7 @@ def summarise(
     label: str,
     method: Method,
     task: str,
-    provenance: Provenance,
+    identity: RunIdentity,
     results: Sequence[QuestionResult],
     setup_seconds: float,
 ) -> Evaluation:
@@ -140,7 +142,7 @@ def summarise(
     num_correct = sum(result.correct is True for result in graded)
     names = sorted({name for result in graded for name in result.scores})
     return Evaluation(
-        **asdict(provenance),
+        **asdict(identity),
         label=label,
         method=method,
         task=task,
@@ -179,14 +181,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
             f"{path}: {len(results)} questions, its summary {path.with_suffix('.json').name} counts "
             f"{summary['num_questions']}; the two are of different runs, evaluate again"
         )
-    interval = summary["interval"]
-    values = {
-        **summary,
-        "interval": None if interval is None else (interval[0], interval[1]),
-        "seconds": Spread(**summary["seconds"]),
-        "tokens": Spread(**summary["tokens"]),
-    }
-    return Evaluation(**values, results=tuple(results.values()))
+    try:
+        return _EVALUATION.validate_python({**summary, "results": tuple(results.values())})
+    except ValidationError:
+        raise DataError(f"{path.with_suffix('.json')}: a field has a wrong type; evaluate again") from None
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -209,20 +207,15 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
+_QUESTION_RESULT = TypeAdapter(QuestionResult)
+_EVALUATION = TypeAdapter(Evaluation)
+
+
 def _read_result(row: dict[str, Any], where: str) -> QuestionResult:
+    wrong = sorted(set(row) ^ {field.name for field in fields(QuestionResult)})
+    if wrong:
+        raise DataError(f"{where}: not a line of an evaluation (see {', '.join(wrong)}); evaluate again")
     try:
-        result = QuestionResult(**row)
-    except TypeError:
-        wrong = sorted(set(row) ^ {field.name for field in fields(QuestionResult)})
-        raise DataError(f"{where}: not a line of an evaluation (see {', '.join(wrong)}); evaluate again") from None
-    is_sound = (
-        isinstance(result.id, str)
-        and isinstance(result.correct, bool | None)
-        and isinstance(result.scores, dict)
-        and all(
-            isinstance(value, int | float) for value in (result.num_tokens, result.seconds, *result.scores.values())
-        )
-    )
-    if not is_sound:
-        raise DataError(f"{where}: a field has a wrong type; evaluate again")
-    return result
+        return _QUESTION_RESULT.validate_python(row)
+    except ValidationError:
+        raise DataError(f"{where}: a field has a wrong type; evaluate again") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cpo_fast.evaluate.result import Evaluation, Provenance, QuestionResult, summarise
+from cpo_fast.evaluate.result import Evaluation, QuestionResult, RunIdentity, summarise
 from cpo_fast.search.engine import Answer, Ask, Request, Sample, Search, drive_each
 from tests.tiny import tiny_tokenizer
 
@@ -117,7 +117,7 @@ def leaning(model: Any, bias: dict[int, float]) -> Any:
     return model
 
 
-PROVENANCE = Provenance("m", "mh", "", "float32", "cpu", "th", "ph", "sh", "hf", 1)
+IDENTITY = RunIdentity("m", "mh", "", "float32", "cpu", "th", "ph", "sh", "hf", 1)
 
 
 def made_evaluation(
@@ -133,6 +133,6 @@ def made_evaluation(
             f"q{number}", f"text {number}", gold, answer, correct, scores, num_tokens, 0, seconds, "answer", ""
         )
         results.append(result)
-    provenance = Provenance(**{**PROVENANCE.__dict__, **changes})
+    identity = RunIdentity(**{**IDENTITY.__dict__, **changes})
     method = "tot" if label.endswith("-tot") else "cot"
-    return summarise(label, method, "svamp", provenance, results, 0.25)
+    return summarise(label, method, "svamp", identity, results, 0.25)
