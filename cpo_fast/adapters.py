@@ -1,44 +1,149 @@
-"""Search with the adapter inside the base weights, and put those back bit for bit afterwards.
+"""Adapters: found and named, loaded onto a base, saved, copied, and merged into the base weights for a search.
 
     W' = round(W + sum_a s_a B_a A_a)      a: the active adapters; float32, rounded once to the dtype of W
 
-A live adapter costs two small products more in every layer that it changes, for every token; a merged one costs none.
-The original weights wait in host memory and are copied back: subtracting the update again would leave a 16-bit W a little
-different after every search. The rounding makes it another policy than base plus live adapter, so the option counts among
-what decides the trees (`SearchConfig.deciding`). `train.merge` writes a merged model for good; nothing is written here.
+A live adapter costs two small products in every layer that it changes, for every token. A merged one costs none.
+`merged_adapter` keeps the original weights in host memory and copies them back, because subtracting the update again would
+leave a 16-bit W a little different after every search. The rounding makes a merged adapter another policy than base plus
+live adapter, so `search.merge_adapter` is among the settings that name a search. `models.merge` writes a merged model for
+good.
 
 torch and peft are imported inside the functions: this module is cheap to import.
-
-Saving the adapter in PEFT's own format, gathered from ZeRO-3 shards, whole or not at all.
-
-Merge an adapter into its base model, and measure what the merge changed before anything is kept.
-
-    W' = round(W + (alpha / r) B A)
-
-The sum is made in float32 and rounded once to the base dtype. Rounding is a change: the merged model is compared with base
-plus adapter, token by token, as KL divergence of their next-token distributions on real prompts, and refused above a limit.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
-
-from cpo_fast.config import Config
-from cpo_fast.errors import CheckpointError, ConfigError
-from cpo_fast.models import load_model
-from cpo_fast.train.policy import ADAPTER
+from cpo_fast.errors import CheckpointError, ConfigError, first_line, require_library
+from cpo_fast.files import aside_of, file_digest, files_hash
 
 if TYPE_CHECKING:
     import torch
+
+ADAPTER = "default"  # the name, inside a model, of the adapter that is trained or loaded
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of a PEFT adapter. Raises CheckpointError when it holds none in safetensors."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"model.adapter: there is no folder {path}; give the folder that training wrote")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"model.adapter: {path} holds no {name}; give a PEFT adapter saved as safetensors")
+    return folder
+
+
+def adapter_hash(path: str | Path | None) -> str:
+    """16 hex digits that name a PEFT adapter by its weights and settings; the empty string when there is none.
+
+    The base model's path inside adapter_config.json does not count: the same adapter trained elsewhere is the same.
+
+    Raises:
+        CheckpointError: the folder is not a PEFT adapter in safetensors.
+    """
+    if path is None:
+        return ""
+    folder = adapter_folder(str(path))
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/adapter_config.json cannot be read ({first_line(error)})") from None
+    settings.pop("base_model_name_or_path", None)
+    canonical = json.dumps(settings, sort_keys=True).encode()
+    return files_hash(
+        {
+            "adapter_config.json": hashlib.sha256(canonical).hexdigest(),
+            "adapter_model.safetensors": file_digest(folder / "adapter_model.safetensors"),
+        }
+    )
+
+
+def load_adapter(model: Any, path: str) -> Any:
+    """Wrap `model` by the adapter in folder `path`, refusing one whose weights are not exactly the ones needed."""
+    peft, safetensors, torch = (require_library(name) for name in ("peft", "safetensors", "torch"))
+    folder = adapter_folder(path)
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+        with safetensors.safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+    except torch.OutOfMemoryError:
+        raise
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"model.adapter: the weights in {path} are damaged ({first_line(error)})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"model.adapter: {path} does not fit the model ({first_line(error)}); it was trained on another one"
+        ) from error
+    needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    # PEFT only warns here, and an adapter that is half applied looks like one that learnt nothing
+    astray = sorted((needed - saved) | {key for key in saved - needed if "lora_" in key})
+    if astray:
+        raise CheckpointError(
+            f"model.adapter: {len(astray)} weight(s) in {path} do not fit the model, the first {astray[0]}; "
+            "the adapter was trained on another model"
+        )
+    return wrapped
+
+
+def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` beside `folder`, check them, then rename.
+
+    Raises:
+        CheckpointError: the written file lacks a tensor or holds an empty one.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with _gathered(model, zero_stage):
+        state = {
+            key: value.detach().to("cpu", copy=True)
+            for key, value in get_peft_model_state_dict(
+                model, adapter_name=ADAPTER, save_embedding_layers=False
+            ).items()
+        }
+    aside = aside_of(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=state, save_embedding_layers=False)
+    with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
+        written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
+        raise CheckpointError(f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained")
+    _replace(aside, folder)
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter folder over another, whole or not at all."""
+    aside = aside_of(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source, aside)
+    _replace(aside, target)
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _gathered(model: Any, zero_stage: int) -> AbstractContextManager[Any]:
+    if zero_stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trainable, modifier_rank=None)
+    return context
 
 
 OPTION = "search.merge_adapter"
@@ -157,112 +262,3 @@ def _reason_against(layer: Any, holders: "Counter[int]") -> str | None:
     if holders[weight.data_ptr()] > 1:
         return "shares its weight with another module, which would change too"
     return None
-
-
-def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` beside `folder`, check them, then rename.
-
-    Raises:
-        CheckpointError: the written file lacks a tensor or holds an empty one.
-    """
-    with _gathered(model, zero_stage):
-        state = {
-            key: value.detach().to("cpu", copy=True)
-            for key, value in get_peft_model_state_dict(
-                model, adapter_name=ADAPTER, save_embedding_layers=False
-            ).items()
-        }
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=state, save_embedding_layers=False)
-    with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
-        written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
-    if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
-        raise CheckpointError(f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained")
-    _replace(aside, folder)
-
-
-def copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter folder over another, whole or not at all."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    _replace(aside, target)
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _gathered(model: Any, zero_stage: int) -> AbstractContextManager[Any]:
-    if zero_stage < 3:
-        return nullcontext()
-    import deepspeed
-
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trainable, modifier_rank=None)
-    return context
-
-
-MAX_PROMPTS = 16  # texts that are compared; a few thousand positions
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """Where the merged model is, and KL(adapter || merged) per position in nats."""
-
-    path: Path
-    mean_kl: float
-    max_kl: float
-    num_positions: int
-
-
-def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float) -> MergeResult:
-    """Write `config.model.path` with `config.model.adapter` merged in to `target`.
-
-    Args:
-        config: section `model`; its dtype is the dtype of the merged weights.
-        target: folder that must not hold a model yet.
-        texts: prompts on which the two models are compared; the first 16 are used.
-        max_mean_kl: limit on the mean divergence, in nats.
-
-    Raises:
-        ConfigError: no adapter is set, or the target exists.
-        CheckpointError: the merged model differs by more than the limit; nothing is written.
-    """
-    if config.model.adapter is None:
-        raise ConfigError("model.adapter is not set; give the folder of the adapter to merge")
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
-    model, tokenizer = load_model(config.model)
-    batches = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in texts[:MAX_PROMPTS]]
-    expected = _log_probs(model, batches)
-    dtype = model.get_base_model().dtype
-    del model
-    model, _ = load_model(config.model.model_copy(update={"dtype": "float32"}))
-    merged = model.merge_and_unload().to(dtype)
-    divergences = torch.cat(
-        [
-            (left.exp() * (left - right)).sum(dim=-1).flatten()
-            for left, right in zip(expected, _log_probs(merged, batches), strict=True)
-        ]
-    ).clamp_min(0)
-    mean_kl, max_kl = float(divergences.mean()), float(divergences.max())
-    if not mean_kl <= max_mean_kl:
-        raise CheckpointError(
-            f"the merged model differs from base plus adapter by {mean_kl:.2e} nats a token on average, more than "
-            f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
-        )
-    target.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return MergeResult(target, mean_kl, max_kl, divergences.numel())
-
-
-def _log_probs(model: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    with torch.inference_mode():
-        return [torch.log_softmax(model(ids).logits.double(), dim=-1) for ids in batches]

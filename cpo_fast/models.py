@@ -1,4 +1,4 @@
-"""Loading a causal language model, its tokenizer and an optional adapter; naming them by the hash of their files.
+"""Models: loaded with their tokenizer and an optional adapter, named by the hash of their files, merged for good.
 
 Every command loads models here, so that all of them see the same weights under the same rules: safetensors only (a
 pickle is never opened), code shipped with a model runs only after `allow_remote_code` (the command-line flag), a weight
@@ -6,19 +6,24 @@ the files lack is an error instead of random numbers, and the sampling settings 
 recommended repetition penalty would change greedy decoding as well as search). Everything that can go wrong becomes one
 sentence with its remedy.
 
+`merge` writes W' = round(W + (alpha / r) B A), summed in float32 and rounded once to the base dtype. The rounding changes
+the model, so it is compared with base plus adapter, token by token, as KL divergence of their next-token distributions on
+real prompts, and refused above a limit.
+
 torch and transformers are imported inside the functions: this module is cheap to import. Quantised weights and
 placement over several devices are left out.
 """
 
-import hashlib
-import importlib
-import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.config import ModelConfig
-from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
+from cpo_fast.adapters import load_adapter
+from cpo_fast.config import Config, ModelConfig
+from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
+from cpo_fast.files import file_digest, files_hash
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +40,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_READ_BYTES = 1 << 22  # a weight file is hashed in pieces: it need not fit into memory
-
-_file_digests: dict[tuple[str, int, int], str] = {}
-
-
 _remote_code_allowed = False
 
 
@@ -60,7 +60,7 @@ def resolve_device(name: str) -> "torch.device":
         ConfigError: torch does not know such a device.
         EnvironmentProblem: torch is missing, or this machine has no such CUDA device.
     """
-    torch = _require("torch")
+    torch = require_library("torch")
     if name == "auto":
         name = f"cuda:{_local_rank(torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
     try:
@@ -126,8 +126,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         CheckpointError: the weights are damaged or incomplete, or the adapter is missing or does not fit the model.
         EnvironmentProblem: a library or the device is missing.
     """
-    torch, transformers = _require("torch"), _require("transformers")
-    safetensors = _require("safetensors")
+    torch, transformers = require_library("torch"), require_library("transformers")
+    safetensors = require_library("safetensors")
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
@@ -146,10 +146,10 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     except torch.OutOfMemoryError:
         raise
     except ImportError as error:
-        raise EnvironmentProblem(f"model.path: {config.path} needs a missing library ({_first_line(error)})") from error
+        raise EnvironmentProblem(f"model.path: {config.path} needs a missing library ({first_line(error)})") from error
     except safetensors.SafetensorError as error:
         raise CheckpointError(
-            f"model.path: the weights in {folder} are damaged ({_first_line(error)}); fetch or convert the model again"
+            f"model.path: the weights in {folder} are damaged ({first_line(error)}); fetch or convert the model again"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _load_problem(config.path, error) from error
@@ -169,7 +169,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         eos_token_id=stock.eos_token_id, bos_token_id=stock.bos_token_id, pad_token_id=stock.pad_token_id
     )
     if config.adapter is not None:
-        model = _with_adapter(model, config.adapter)
+        model = load_adapter(model, config.adapter)
     return model.eval(), tokenizer
 
 
@@ -187,54 +187,77 @@ def model_hash(path: str | Path) -> str:
     files = [
         file for file in folder.iterdir() if file.is_file() and (file.name in names or _holds_weights_or_pieces(file))
     ]
-    return _combined_hash({file.name: _file_digest(file) for file in files})
+    return files_hash({file.name: file_digest(file) for file in files})
 
 
-def adapter_hash(path: str | Path | None) -> str:
-    """16 hex digits that name a PEFT adapter by its weights and settings; the empty string when there is none.
+MAX_MERGE_PROMPTS = 16  # texts that are compared; a few thousand positions
 
-    The base model's path inside adapter_config.json does not count: the same adapter trained elsewhere is the same.
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the merged model is, and KL(adapter || merged) per position in nats."""
+
+    path: Path
+    mean_kl: float
+    max_kl: float
+    num_positions: int
+
+
+def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float) -> MergeResult:
+    """Write `config.model.path` with `config.model.adapter` merged in to `target`.
+
+    Args:
+        config: section `model`; its dtype is the dtype of the merged weights.
+        target: folder that must not hold a model yet.
+        texts: prompts on which the two models are compared; the first 16 are used.
+        max_mean_kl: limit on the mean divergence, in nats.
 
     Raises:
-        CheckpointError: the folder is not a PEFT adapter in safetensors.
+        ConfigError: no adapter is set, or the target exists.
+        CheckpointError: the merged model differs by more than the limit; nothing is written.
     """
-    if path is None:
-        return ""
-    folder = _adapter_folder(str(path))
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json cannot be read ({_first_line(error)})") from None
-    settings.pop("base_model_name_or_path", None)
-    canonical = json.dumps(settings, sort_keys=True).encode()
-    return _combined_hash(
-        {
-            "adapter_config.json": hashlib.sha256(canonical).hexdigest(),
-            "adapter_model.safetensors": _file_digest(folder / "adapter_model.safetensors"),
-        }
-    )
+    import torch
 
-
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"cannot import {module} ({_first_line(error)}); install it with: pip install 'cpo-fast[train]'"
-        ) from None
+    if config.model.adapter is None:
+        raise ConfigError("model.adapter is not set; give the folder of the adapter to merge")
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
+    model, tokenizer = load_model(config.model)
+    batches = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in texts[:MAX_MERGE_PROMPTS]]
+    expected = _log_probs(model, batches)
+    dtype = model.get_base_model().dtype
+    del model
+    model, _ = load_model(config.model.model_copy(update={"dtype": "float32"}))
+    merged = model.merge_and_unload().to(dtype)
+    divergences = torch.cat(
+        [
+            (left.exp() * (left - right)).sum(dim=-1).flatten()
+            for left, right in zip(expected, _log_probs(merged, batches), strict=True)
+        ]
+    ).clamp_min(0)
+    mean_kl, max_kl = float(divergences.mean()), float(divergences.max())
+    if not mean_kl <= max_mean_kl:
+        raise CheckpointError(
+            f"the merged model differs from base plus adapter by {mean_kl:.2e} nats a token on average, more than "
+            f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return MergeResult(target, mean_kl, max_kl, divergences.numel())
 
 
 def _download(path: str) -> Path:
     """The local snapshot of hub id `path`; ConfigError when it is neither cached nor reachable, or is no hub id."""
     if path.startswith((".", "~", os.sep)) or path.count("/") > 1:
         raise ConfigError(f"model.path: there is no folder {path}; check the path")
-    hub = _require("huggingface_hub")
+    hub = require_library("huggingface_hub")
     try:
         return Path(hub.snapshot_download(path, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORED)))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: '{path}' is no folder here and cannot be read from the Hugging Face hub "
-            f"({_first_line(error)}); check the name, or download it while online"
+            f"({first_line(error)}); check the name, or download it while online"
         ) from error
 
 
@@ -245,71 +268,20 @@ def _load_problem(path: str, error: Exception) -> Exception:
             "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
         )
     if "scaled_dot_product_attention" in str(error):
-        architecture = _first_line(error).partition(" ")[0]
+        architecture = first_line(error).partition(" ")[0]
         return ConfigError(
             f"model.path: {path}: transformers has no sdpa attention for {architecture} (its attention is not a standard "
             "one: soft-capped scores, for instance), and every command computes with it; use another model"
         )
-    return ConfigError(f"model.path: {path} cannot be loaded ({_first_line(error)}); check the folder's files")
-
-
-def _adapter_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"model.adapter: there is no folder {path}; give the folder that training wrote")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"model.adapter: {path} holds no {name}; give a PEFT adapter saved as safetensors")
-    return folder
-
-
-def _with_adapter(model: Any, path: str) -> Any:
-    """Wrap `model` by the adapter in folder `path`, refusing one whose weights are not exactly the ones needed."""
-    peft, safetensors, torch = _require("peft"), _require("safetensors"), _require("torch")
-    folder = _adapter_folder(path)
-    try:
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder))
-        with safetensors.safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            saved = set(file.keys())
-    except torch.OutOfMemoryError:
-        raise
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"model.adapter: the weights in {path} are damaged ({_first_line(error)})") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"model.adapter: {path} does not fit the model ({_first_line(error)}); it was trained on another one"
-        ) from error
-    needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    # PEFT only warns here, and an adapter that is half applied looks like one that learnt nothing
-    astray = sorted((needed - saved) | {key for key in saved - needed if "lora_" in key})
-    if astray:
-        raise CheckpointError(
-            f"model.adapter: {len(astray)} weight(s) in {path} do not fit the model, the first {astray[0]}; "
-            "the adapter was trained on another model"
-        )
-    return wrapped
+    return ConfigError(f"model.path: {path} cannot be loaded ({first_line(error)}); check the folder's files")
 
 
 def _holds_weights_or_pieces(file: Path) -> bool:
     return file.suffix in (".safetensors", ".model")
 
 
-def _file_digest(file: Path) -> str:
-    status = file.stat()
-    key = (str(file.resolve()), status.st_mtime_ns, status.st_size)
-    if key not in _file_digests:
-        digest = hashlib.sha256()
-        with open(file, "rb") as stream:
-            for piece in iter(lambda: stream.read(_READ_BYTES), b""):
-                digest.update(piece)
-        _file_digests[key] = digest.hexdigest()
-    return _file_digests[key]
+def _log_probs(model: Any, batches: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":
+    import torch
 
-
-def _combined_hash(digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:240].rstrip(".")
+    with torch.inference_mode():
+        return [torch.log_softmax(model(ids).logits.double(), dim=-1) for ids in batches]

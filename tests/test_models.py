@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import ModelConfig
 from cpo_fast.errors import CheckpointError, ConfigError, CpoFastError, EnvironmentProblem
-from cpo_fast.models import adapter_hash, load_model, model_folder, model_hash, resolve_device
+from cpo_fast.models import load_model, model_folder, model_hash, resolve_device
 from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer, with_lora
 
 

@@ -20,7 +20,7 @@ def merge_command(config_path: str, overrides: tuple[str, ...], output: str, max
     """Merge model.adapter into model.path in float32, check the result on prompts, and save it."""
     config = load_config(config_path, overrides)
 
-    from cpo_fast.adapters import merge
+    from cpo_fast.models import merge
     from cpo_fast.tasks import get_task
 
     task = get_task(config.task.name)

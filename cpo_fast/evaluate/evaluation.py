@@ -2,18 +2,17 @@
 
 The prompt is the task's own, tokenised as the search tokenises it, so a model is measured on the very format it was
 trained on. With `eval.batch_size: 1` chains run through the search engine, one question at a time, which is what
-latency is quoted at; larger batches run through `generate` and their seconds are the batch's, divided. A tree is always
-searched alone. Gold answers are read after everything is generated.
+latency is quoted at. Larger batches run through `generate`, and a question's seconds are its batch's divided by its
+questions. A tree is always searched alone. Gold answers are read after everything is generated.
 
-Tree of thought as a way to answer: the search of `collect`, its vote, and every token that it generated.
+A tree of thought answers by the search of `collect` and its vote, and is charged every token that it generated:
 
     tokens = all thoughts (the losers, duplicates and empty ones included) + all sampled verdicts
 
-End-of-sequence tokens count; they were generated. With `evaluator: logits` a verdict generates nothing, and its forward
-shows in the seconds alone. The tree itself is dropped: `collect` keeps trees.
+End-of-sequence tokens count. With `evaluator: logits` a verdict generates nothing, and its forward shows in the seconds
+alone. The tree itself is not kept: `collect` keeps trees.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.config import Config, SearchConfig, config_hash
 from cpo_fast.errors import CpoFastError
-from cpo_fast.evaluate.result import Evaluation, Method, Provenance, QuestionResult, summarise
-from cpo_fast.files import canonical_json
+from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
+from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.search.collect import (
     PROBES,
     build_engine,
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# two unlike questions: what their prompts share, all prompts share
-
 
 def evaluate(
     config: Config, model: Any = None, tokenizer: Any = None, on_question: Callable[[int, int], None] | None = None
@@ -55,7 +52,8 @@ def evaluate(
     """Ask every question by the one method that `config.eval.method` names, and write both files into `config.run`.
 
     Args:
-        config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the lines
+        config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
+        lines
             of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
         model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
         tokenizer: see `model`.
@@ -100,7 +98,7 @@ def _finished(config: Config, task: Task, asker: "_Asker", method: Method, resul
     if all(result.stop == "failed" for result in results):
         raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
     label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
-    evaluation = summarise(label, method, task.name, asker.provenance(method), results, asker.setup_seconds(method))
+    evaluation = summarise(label, method, task.name, asker.identity(method), results, asker.setup_seconds(method))
     evaluation.write(Path(config.run))
     return evaluation
 
@@ -139,9 +137,10 @@ class _Asker:
         """What `method` paid once, before the first question."""
         return 0.0 if self._is_batched(method) else self._engine[1]
 
-    def provenance(self, method: Method) -> Provenance:
+    def identity(self, method: Method) -> RunIdentity:
         """What the answers of `method` follow from."""
-        from cpo_fast.models import adapter_hash, model_hash
+        from cpo_fast.adapters import adapter_hash
+        from cpo_fast.models import model_hash
 
         config = self._config
         settings: dict[str, Any] = {
@@ -154,15 +153,15 @@ class _Asker:
         prompts = [self._prompt_ids(PROBES[0])]
         if method == "tot":
             prompts += evaluator_prompts(self._task, self._tokenizer, PROBES[0], self._config.task.chat)
-        return Provenance(
+        return RunIdentity(
             model=config.model.path,
             model_hash=model_hash(config.model.path),
             adapter_hash=adapter_hash(config.model.adapter),
             dtype=config.model.dtype,
             device=str(self._model.device),
             task_hash=config_hash(config.task),
-            prompt_hash=_short_hash(prompts),
-            settings_hash=_short_hash(settings),
+            prompt_hash=short_hash(canonical_json(prompts)),
+            settings_hash=short_hash(canonical_json(settings)),
             engine="generate" if self._is_batched(method) else config.search.engine,
             batch_size=config.eval.batch_size if method == "cot" else 1,
         )
@@ -192,8 +191,7 @@ class _Asker:
             try:
                 yield ask(engine, question)
             except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
-                first_line = (str(error).splitlines() or [""])[0]
-                detail = f"{type(error).__name__}: {first_line}"[:300]
+                detail = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
                 logger.warning("question %r failed: %s", question.id, detail)
                 logger.debug("question %r failed", question.id, exc_info=error)
                 yield _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
@@ -252,10 +250,6 @@ class _Asker:
                 engine.answer(Ask((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
         return self._engine_and_setup
-
-
-def _short_hash(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

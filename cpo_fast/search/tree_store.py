@@ -77,7 +77,8 @@ class Provenance:
 def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) -> Provenance:
     """What the trees of a run follow from. A model without a path is named by its weights."""
     if config.model.path:
-        from cpo_fast.models import adapter_hash, model_hash
+        from cpo_fast.adapters import adapter_hash
+        from cpo_fast.models import model_hash
 
         named, adapter = model_hash(config.model.path), adapter_hash(config.model.adapter)
     else:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 
+from cpo_fast.adapters import ADAPTER
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model
@@ -22,7 +23,6 @@ from cpo_kernels.self_check import KernelCheckError
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"
 REFERENCE_ADAPTER = "reference"
 
 

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
 from cpo_fast.data.examples import PreferencePair
-from cpo_fast.models import adapter_hash, model_hash
+from cpo_fast.models import model_hash
 from cpo_fast.train.objective import group_pairs
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from cpo_fast.evaluate import evaluate, evaluate_methods, read_evaluation
 from cpo_fast.evaluate.chain import Chain
-from cpo_fast.models import adapter_hash, load_model, model_hash
+from cpo_fast.models import load_model, model_hash
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.tasks import get_task
 from tests.evaluate.scripted import Scripted, ScriptedEngine

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cpo_fast.adapters import merge
 from cpo_fast.config import Config
 from cpo_fast.errors import CheckpointError, ConfigError
-from cpo_fast.models import load_model
+from cpo_fast.models import load_model, merge
 from cpo_fast.train.loop import train
 from tests.cli.test_errors import run
 
