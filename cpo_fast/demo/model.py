@@ -6,14 +6,13 @@ cache folder named by the SHA-256 of the GGUF file; a lock makes it happen once 
 rename makes the result whole or absent.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from cpo_fast.errors import EnvironmentProblem
 
@@ -64,7 +63,7 @@ def convert_demo_model(gguf: Path | None = None) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{name}.lock")):
+        with FileLock(folder.with_name(f"{name}.lock")):
             if not _is_whole(folder):  # another process may have converted it while this one waited
                 _convert_into(gguf, folder)
     except OSError as error:
@@ -77,14 +76,6 @@ def convert_demo_model(gguf: Path | None = None) -> Path:
 
 def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _NEEDED_FILES)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the kernel releases it with the process, so none is ever left behind."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _convert_into(gguf: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""One generated chain, and the reader that says, token by token, whether it has ended and why.
+"""A greedy chain: generated line by line through the search engine or in batches by `generate`, read token by token.
 
 A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
 
@@ -8,22 +8,12 @@ A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
     max_steps       so many lines are complete and none is an answer
     max_new_tokens  so many tokens are generated
 
-`greedy` and `line_by_line` generate by different means and share this reader, so they agree on what a chain is.
+`ChainReader` decides that for both ways of generating, so they agree on what a chain is.
 
-A greedy chain through the search engine, line by line: what one question costs when it is asked alone.
-
-The chain is that of `greedy`, and of `generate`, token for token: the same largest logits, stopped by the same reader.
-The engine that grows the trees is used so that seconds of a chain and of a tree compare: both read the few-shot prompt
-from one cache and pay the same cost a token. The reference engine prefills the lines before
-again for each line, and on a CPU fills one row up to a few.
-
-Greedy decoding of whole chains through `model.generate`, each row stopped where its chain ends.
-
-Row b of a batch stops when its own chain ends (`chain` says when), whatever the other rows do. A row's tokens do not
-depend on the batch it is in beyond floating-point noise: rows are padded on the left and masked. The shared few-shot
-prompt is computed anew for every row; nothing is sampled. This is the path for throughput; for one question at a time
-see `line_by_line`.
-"""
+`engine_chain` asks the engine that grows the trees, one line at a time. Seconds of a chain and of a tree then compare:
+both read the few-shot prompt from one cache and pay the same for a token. `greedy_chains` calls `model.generate` on
+batches padded on the left. It computes the few-shot prompt anew for every row, and a row's tokens do not depend on its
+batch beyond floating-point noise. This is the way for throughput."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """Two evaluations on the same questions: paired tests, what each costs, and what else differed between them.
 
-Every question stands in both, so the tests are paired: `paired` has their equations. Differences of settings are stated
-as sentences; a comparison of two prompts is legitimate, one of two prompts that nobody noticed is not. Different sets
-of questions are refused.
+Every question stands in both, so the tests are paired (`statistics` has their equations). Differences of settings are
+stated as sentences: a comparison of two prompts is legitimate, but the reader must see that it is one. Different sets of
+questions are refused.
 """
 
 from collections.abc import Sequence

@@ -1,27 +1,24 @@
-"""How sure an accuracy is, and what a typical duration is: the Wilson score interval, and mean and percentiles.
+"""How sure an accuracy is, what a typical duration is, and whether two measurements on the same questions differ.
 
 Wilson, with p = successes / n and z the normal quantile of the confidence:
 
     (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
 
 It stays inside [0, 1] and keeps its coverage at the small n and extreme p of a quick evaluation, where the textbook
-interval p ± z sqrt(p (1 - p) / n) collapses to a point (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927). Comparing two
-models on the same questions needs a paired test: see `paired`.
+interval p ± z sqrt(p (1 - p) / n) collapses to a point (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
 
-Whether two measurements on the same questions differ: the exact McNemar test and the paired bootstrap.
-
-McNemar, with b questions that only the first answers right and c that only the second does, n = b + c:
+Two models on the same questions need a paired test. The exact McNemar test, with b questions that only the first
+answers right and c that only the second does, n = b + c:
 
     p = min(1, 2 sum_{i <= min(b, c)} C(n, i) / 2^n)
 
-the two-sided sign test of "a discordant question is as likely to favour either side"; the questions on which both agree
-say nothing about the difference (Q. McNemar, Psychometrika 12, 1947). The sum is made of integers, so nothing is
-approximated and nothing overflows.
+the two-sided sign test of "a discordant question is as likely to favour either side". Questions on which both agree say
+nothing about the difference (Q. McNemar, Psychometrika 12, 1947). The sum is made of integers, so it is exact and
+cannot overflow.
 
 The bootstrap resamples the n questions with replacement, B times, and takes percentiles of the mean difference. It
-needs no model of the scores, so it serves F1 and accuracy alike; with a few dozen questions it is somewhat too narrow,
-as every percentile interval is (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
-"""
+needs no model of the scores, so it serves F1 and accuracy alike. With a few dozen questions it is somewhat too narrow,
+as every percentile interval is (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)."""
 
 import math
 from collections.abc import Sequence

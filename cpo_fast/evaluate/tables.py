@@ -7,14 +7,10 @@ they were measured at.
 import csv
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from cpo_fast.evaluate.comparison import Comparison, Difference
+from cpo_fast.evaluate.comparison import Agreement, Comparison, Difference
 from cpo_fast.evaluate.result import Evaluation
 from cpo_fast.evaluate.statistics import Spread
-
-if TYPE_CHECKING:
-    from cpo_fast.evaluate.comparison import Agreement
 
 METHODS = {"cot": "greedy chain", "tot": "tree of thought"}
 
@@ -56,7 +52,7 @@ def comparison_cells(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def agreement_line(agreement: "Agreement") -> str:
+def agreement_line(agreement: Agreement) -> str:
     """One sentence on how often a chain answers as a tree has voted."""
     return (
         f"{agreement.label} gives the voted answer of {agreement.source} for {agreement.num_agree} of "
@@ -80,7 +76,7 @@ def comparison_title(comparison: Comparison) -> str:
 def markdown_text(
     evaluations: Sequence[Evaluation],
     comparisons: Sequence[Comparison],
-    agreements: "Sequence[Agreement]",
+    agreements: Sequence[Agreement],
     notes: Sequence[str],
 ) -> str:
     """The contents of `eval.md`."""

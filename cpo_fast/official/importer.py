@@ -1,7 +1,7 @@
 """Import the raw tree file of the CPO paper's own program into `trees.jsonl`: pairs and training then need no search.
 
-`official_file` reads the file, `official_tree` makes nodes; here questions get their ids, lines their token ids, and
-everything its place on disk:
+`reader` reads the file and `nodes` makes nodes. Here questions get their ids, lines their token ids, and everything its
+place on disk:
 
     run/trees.jsonl, run/prompts/<hash>.json    as a search writes them, in the order of the file
     run/import-dropped.jsonl                    one line for each entry and each candidate that was left out, with reason
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.config import Config
-from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
-from cpo_fast.files import canonical_json, write_jsonl
+from cpo_fast.errors import ConfigError, DataError, first_line, require_library
+from cpo_fast.files import canonical_json, short_hash, write_jsonl
 from cpo_fast.official.nodes import Dropped, build_nodes
-from cpo_fast.official.reader import Damage, Entry, read_official
+from cpo_fast.official.reader import BadEntry, Entry, read_official
 from cpo_fast.search.tree_store import Provenance, open_trees
 from cpo_fast.tasks import Question
 from cpo_fast.tasks.prompts import RootPrompts
@@ -91,14 +91,14 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
         model_hash=model_hash(config.model.path),
         adapter_hash="",
         seed=config.seed,
-        config_hash=hashlib.sha256(settings.encode()).hexdigest()[:16],
+        config_hash=short_hash(settings),
     )
     trees: dict[str, SearchTree] = {}
     dropped: list[dict[str, Any]] = []
     num_candidates = num_lost_winners = 0
     for part in parts:
         question = _question(part, known, trees)
-        if isinstance(question, Damage):
+        if isinstance(question, BadEntry):
             dropped.append({"what": "entry", "place": question.place, "reason": question.reason})
             continue
         assert isinstance(part, Entry)
@@ -131,7 +131,7 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     trees_path, dropped_path = Path(config.run) / "trees.jsonl", Path(config.run) / "import-dropped.jsonl"
     write_jsonl(dropped_path, dropped)
     entries = [row for row in dropped if row["what"] == "entry"]
-    _check_share(path, dropped_path, len(parts), entries, config.data.max_drop)
+    _check_drop_rate(path, dropped_path, len(parts), entries, config.data.max_drop)
     questions = [Question(tree.id, tree.question) for tree in trees.values()]
     with open_trees(trees_path, provenance, questions):  # refuses a file that another search or import wrote
         roots.prompt.save(trees_path)
@@ -152,20 +152,20 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
 
 
 def _question(
-    part: Entry | Damage, known: dict[str, Question] | None, trees: dict[str, SearchTree]
-) -> Question | Damage:
+    part: Entry | BadEntry, known: dict[str, Question] | None, trees: dict[str, SearchTree]
+) -> Question | BadEntry:
     """The question of an entry, or why the entry is left out."""
-    if isinstance(part, Damage):
+    if isinstance(part, BadEntry):
         return part
     text = " ".join(part.question.split())
     if known is None:
-        question = Question(hashlib.sha256(text.encode("utf-8")).hexdigest()[:16], text)
+        question = Question(short_hash(text), text)
     elif (found := known.get(_squeezed(text))) is not None:
         question = found
     else:
-        return Damage(part.place, "question is not in task.path")
+        return BadEntry(part.place, "question is not in task.path")
     if question.id in trees:
-        return Damage(part.place, "question was searched before")
+        return BadEntry(part.place, "question was searched before")
     return question
 
 
@@ -190,7 +190,7 @@ def _line_tokenizer(roots: RootPrompts, question: Question) -> Callable[[str, st
     return tokenize
 
 
-def _check_share(
+def _check_drop_rate(
     path: str | Path, dropped_path: Path, num_entries: int, dropped: list[dict[str, Any]], max_drop: float
 ) -> None:
     if not num_entries:
@@ -207,12 +207,8 @@ def _load_tokenizer(path: str) -> Any:
     from cpo_fast.models import model_folder
 
     folder = model_folder(path)
+    transformers = require_library("transformers")
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise EnvironmentProblem("cannot import transformers; install it with: pip install 'cpo-fast[train]'") from None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first_line = (str(error).splitlines() or [""])[0][:240]
-        raise ConfigError(f"model.path: the tokenizer in {path} cannot be loaded ({first_line})") from error
+        raise ConfigError(f"model.path: the tokenizer in {path} cannot be loaded ({first_line(error)})") from error

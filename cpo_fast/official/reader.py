@@ -7,7 +7,7 @@ several runs may stand in one file, and a killed one ends in the middle of an ob
 
 (the key is spelt so). A candidate is the whole chain down to its level, lower-cased, and its value the sum of its
 verdicts. `correct` holds the chains that won that program's vote; no gold answer is in the file. What is not such an
-object comes out as a `Damage` with file and line, never silently. Meaning is left to `official`.
+object comes out as a `BadEntry` with file and line, never silently. What an entry means is for `nodes` and `importer`.
 """
 
 import json
@@ -45,14 +45,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Damage:
+class BadEntry:
     """A part of the file that is no search: where (file:line), and why."""
 
     place: str
     reason: str
 
 
-def read_official(path: str | Path) -> Iterator[Entry | Damage]:
+def read_official(path: str | Path) -> Iterator[Entry | BadEntry]:
     """Every search of the file, in order, and every part that is none.
 
     Raises:
@@ -72,14 +72,14 @@ def read_official(path: str | Path) -> Iterator[Entry | Damage]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError):
-            yield Damage(place, "not complete JSON")
+            yield BadEntry(place, "not complete JSON")
             start = _ENTRY_START.search(text, position + 1)
             position = start.start() if start else len(text)
             continue
         if isinstance(value, dict):
             yield from (_entry(place, question, search) for question, search in value.items())
         else:
-            yield Damage(place, "not an object")
+            yield BadEntry(place, "not an object")
 
 
 def _end_of_gap(text: str, position: int) -> int:
@@ -88,25 +88,25 @@ def _end_of_gap(text: str, position: int) -> int:
     return match.end()
 
 
-def _entry(place: str, question: str, search: Any) -> Entry | Damage:
+def _entry(place: str, question: str, search: Any) -> Entry | BadEntry:
     if not question.strip():
-        return Damage(place, "empty question")
+        return BadEntry(place, "empty question")
     if not isinstance(search, dict) or not isinstance(search.get("0"), dict):
-        return Damage(place, "no search under the question")
+        return BadEntry(place, "no search under the question")
     levels: list[Level] = []
     while str(len(levels)) in search:
         level = _level(search[str(len(levels))])
         if level is None:
-            return Damage(place, f"level {len(levels)} is not a list of texts and a list of as many finite numbers")
+            return BadEntry(place, f"level {len(levels)} is not a list of texts and a list of as many finite numbers")
         levels.append(level)
     if not _is_text([question, *(chain for level in levels for chain in level.candidates)]):
-        return Damage(place, "half a surrogate pair, which no tokenizer reads")
+        return BadEntry(place, "half a surrogate pair, which no tokenizer reads")
     unknown = set(search) - {"correct", *(str(index) for index in range(len(levels)))}
     if unknown:
-        return Damage(place, f"unknown or missing levels beside {', '.join(sorted(unknown))[:80]}")
+        return BadEntry(place, f"unknown or missing levels beside {', '.join(sorted(unknown))[:80]}")
     winners = search.get("correct", [])
     if not isinstance(winners, list) or not all(isinstance(winner, str) for winner in winners):
-        return Damage(place, "'correct' is not a list of texts")
+        return BadEntry(place, "'correct' is not a list of texts")
     return Entry(place, question, tuple(levels), tuple(winners))
 
 

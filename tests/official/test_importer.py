@@ -14,7 +14,7 @@ from cpo_fast.search.collect import collect
 from cpo_fast.tasks import get_task
 from cpo_fast.tasks.task import Question
 from cpo_fast.tree import read_prompt, read_trees
-from tests.search.official_sample import LAST, MATH, MATH_QUESTION, QUESTION, SEARCH, written
+from tests.official.official_sample import LAST, MATH, MATH_QUESTION, QUESTION, SEARCH, written
 from tests.search.tiny_llama import build_byte_tokenizer, build_model
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>\n"

@@ -5,7 +5,7 @@ import pytest
 from cpo_fast.official.nodes import build_nodes
 from cpo_fast.official.reader import Entry, Level
 from cpo_fast.tasks import get_task
-from tests.search.official_sample import (
+from tests.official.official_sample import (
     FOUNDER,
     FOUNDER_BORN,
     LAST,

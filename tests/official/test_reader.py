@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cpo_fast.errors import DataError
-from cpo_fast.official.reader import Damage, Entry, read_official
-from tests.search.official_sample import MATH, MATH_QUESTION, QUESTION, SEARCH, written
+from cpo_fast.official.reader import BadEntry, Entry, read_official
+from tests.official.official_sample import MATH, MATH_QUESTION, QUESTION, SEARCH, written
 
 FIRST, SECOND = {QUESTION: SEARCH}, {MATH_QUESTION: MATH}
 
@@ -40,7 +40,7 @@ def test_a_torn_entry_is_named_by_line_and_the_next_one_is_read(tmp_path):
     whole = written(FIRST)
     torn = whole[: len(whole) // 2]
     parts = _read(tmp_path, whole + torn + "\n" + written(SECOND) + torn)
-    assert [type(part) for part in parts] == [Entry, Damage, Entry, Damage]
+    assert [type(part) for part in parts] == [Entry, BadEntry, Entry, BadEntry]
     start = whole.count("\n") + 1
     assert parts[1].place.endswith(f"raw.json:{start}")
     assert parts[1].reason == "not complete JSON"
@@ -69,7 +69,7 @@ def _without(key):
 )
 def test_what_is_no_search_is_damage_with_its_reason(tmp_path, search, reason):
     bad, good = _read(tmp_path, json.dumps({"q": search}) + ",\n" + written(FIRST))
-    assert isinstance(bad, Damage)
+    assert isinstance(bad, BadEntry)
     assert reason in bad.reason
     assert bad.place.endswith("raw.json:1")
     assert isinstance(good, Entry)
