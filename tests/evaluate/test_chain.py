@@ -15,12 +15,18 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 TASK = get_task("svamp")
 
 
+def batched_chains_of(texts: list[str], eos_after: bool = False, **caps: int) -> list[Chain]:
+    """The chains of a model that says `texts`, all in one batch of `generate`."""
+    tokenizer = tiny_tokenizer()
+    scripts = [tokenizer(text).input_ids + ([EOS] if eos_after else []) for text in texts]
+    return list(greedy_chains(Scripted(scripts), tokenizer, [[7]] * len(texts), TASK, batch_size=len(texts), **caps))
+
+
 def chains_of(texts: list[str], eos_after: bool = False, **caps: int) -> list[Chain]:
     """The chains of a model that says `texts`; the engine must read a single one the same way."""
     tokenizer = tiny_tokenizer()
-    scripts = [tokenizer(text).input_ids + ([EOS] if eos_after else []) for text in texts]
     caps = {"max_new_tokens": 200, "max_steps": 4} | caps
-    chains = list(greedy_chains(Scripted(scripts), tokenizer, [[7]] * len(texts), TASK, batch_size=len(texts), **caps))
+    chains = batched_chains_of(texts, eos_after, **caps)
     for text, chain in zip(texts, chains, strict=True):
         engine = ScriptedEngine({"": text}, eos_after=(text.split("\n")[-1],) if eos_after else ())
         prompt = tokenizer("Question: ?\n").input_ids
@@ -63,7 +69,8 @@ def test_rows_of_one_batch_stop_apart() -> None:
 def test_seconds_are_the_batchs_divided_and_the_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 100.0, 200.0, 207.0])  # the call that is thrown away takes 100 s, the batch 7 s
     monkeypatch.setattr("cpo_fast.evaluate.chain.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert [chain.seconds for chain in chains_of(["Answer: 1\n", "Answer: 2\n"])] == [3.5, 3.5]
+    chains = batched_chains_of(["Answer: 1\n", "Answer: 2\n"], max_new_tokens=200, max_steps=4)
+    assert [chain.seconds for chain in chains] == [3.5, 3.5]
 
 
 def test_newline_inside_a_merged_token_ends_the_line() -> None:
