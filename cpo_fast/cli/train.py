@@ -1,11 +1,41 @@
-"""`cpo-fast train CONFIG [section.key=value ...]`: train a LoRA adapter."""
+"""`cpo-fast train CONFIG [section.key=value ...]`: train a LoRA adapter.
+
+It shows a progress line on a terminal, one plain line a step elsewhere, and a final table. Above the steps stand the
+sentences that training logs: which kernels run, whether layers are recomputed, what was scored.
+"""
 
 import json
+import logging
+from types import TracebackType
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from cpo_fast.config import load_config
+
+# metric, its label on the progress line, its format
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".2f"),
+    ("rewards/margins", "margin", "+.4f"),
+    ("tokens/saved", "saved", ".0%"),
+    ("eval_loss", "held-out loss", ".4f"),
+    ("eval_accuracy", "chain accuracy", ".3f"),
+)
+IN_TABLE = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "mean_token_accuracy",
+    "grad_norm",
+    "tokens/saved",
+)
+TRAINING = logging.getLogger("cpo_fast.train")
 
 
 @click.command("train")
@@ -23,7 +53,6 @@ def train_command(config_path: str, overrides: tuple[str, ...], profile_steps: i
     """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL."""
     config = load_config(config_path, overrides)
 
-    from cpo_fast.cli.training_screen import TrainingScreen
     from cpo_fast.train.loop import train
 
     with TrainingScreen(quiet=as_json) as screen:
@@ -47,3 +76,96 @@ def train_command(config_path: str, overrides: tuple[str, ...], profile_steps: i
         click.echo(json.dumps(values))
     else:
         screen.summary(result)
+
+
+class _LogToConsole(logging.Handler):
+    """Prints log lines above the progress line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self.console.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingScreen:
+    """Progress of the steps, and above it the sentences that training logs; used as a context manager."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
+        self.progress: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self.progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+        self.task: Any = None
+        self.log_to_console = _LogToConsole(self.console)
+
+    def __enter__(self) -> "TrainingScreen":
+        if not self.console.quiet:
+            self.level = TRAINING.level
+            TRAINING.setLevel(logging.INFO)
+            TRAINING.addHandler(self.log_to_console)
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.log_to_console in TRAINING.handlers:
+            TRAINING.removeHandler(self.log_to_console)
+            TRAINING.setLevel(self.level)
+        if self.progress is not None:
+            self.progress.stop()
+
+    def update(self, values: dict[str, Any], num_steps: int) -> None:
+        """Show one step."""
+        text = "  ".join(
+            f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None
+        )
+        if self.progress is None:
+            self.console.print(f"step {values['step']}/{num_steps}  {text}  {values['seconds']:.1f} s", highlight=False)
+            return
+        if self.task is None:
+            self.task = self.progress.add_task(text, total=num_steps)
+        self.progress.update(self.task, completed=values["step"], description=text)
+
+    def summary(self, result: Any) -> None:
+        """The final table: first and last step side by side, what validation chose, and where the adapter is."""
+        table = Table(title=f"{result.num_items} rows, {result.num_steps} steps, {result.seconds:.0f} s")
+        table.add_column("")
+        table.add_column("first step", justify="right")
+        table.add_column("last step", justify="right")
+        for name in IN_TABLE:
+            if name in result.first:
+                table.add_row(name, f"{result.first[name]:.4f}", f"{result.last[name]:.4f}")
+        self.console.print(table)
+        if result.profile:
+            self._profile(result)
+        if result.num_held_out or result.best_step != result.num_steps:
+            early = ", stopped early" if result.stopped_early else ""
+            self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")
+        if result.alarm:
+            self.console.print(f"warning: {result.alarm}", highlight=False, soft_wrap=True)
+        self.console.print(f"adapter: {result.adapter_path}", highlight=False, soft_wrap=True)
+        self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)
+
+    def _profile(self, result: Any) -> None:
+        """Where the profiled steps' time went."""
+        on_device = any(total.device_seconds is not None for total in result.profile)
+        table = Table(title=f"{result.profile[0].count} profiled steps")
+        table.add_column("range")
+        for column in ("times", "host seconds", *(["device seconds"] if on_device else []), "of the step"):
+            table.add_column(column, justify="right")
+        for total in result.profile:
+            device = [f"{total.device_seconds:.3f}"] if on_device else []
+            table.add_row(total.name, str(total.count), f"{total.host_seconds:.3f}", *device, f"{total.share:.0%}")
+        self.console.print(table)
+        self.console.print(f"trace: {result.profile_path / 'trace.json'}", highlight=False, soft_wrap=True)
