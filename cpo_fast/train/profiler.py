@@ -21,17 +21,8 @@ from cpo_fast.errors import ConfigError
 from cpo_fast.files import write_atomic
 
 STEP = "step"
-RANGES = (
-    STEP,
-    "pack",
-    "backbone reference",
-    "backbone policy",
-    "head",
-    "loss",
-    "backward",
-    "read",
-    "optimizer",
-)
+INSIDE_STEP = ("pack", "backbone reference", "backbone policy", "head", "loss", "backward", "read", "optimizer")
+RANGES = (STEP, *INSIDE_STEP)
 WARM_UP_STEPS = 1
 
 
@@ -69,9 +60,8 @@ class StepProfiler:
         """Start before the first profiled step (steps count from 1)."""
         if step == WARM_UP_STEPS + 1:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            os.environ.setdefault(
-                "KINETO_LOG_LEVEL", "10"
-            )  # two notes of its own a profile, in the middle of the screen
+            # without it every profile writes two notes into the middle of the screen
+            os.environ.setdefault("KINETO_LOG_LEVEL", "10")
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._profile.start()
 
@@ -93,15 +83,17 @@ class StepProfiler:
 
 
 def _totals(recorded: Any) -> tuple[RangeTotal, ...]:
-    events = [event for event in recorded.events() if event.name in RANGES and event.device_type.name == "CPU"]
-    steps = sum(event.cpu_time_total for event in events if event.name == STEP)
-    totals = []
-    for name in RANGES:
-        found = [event for event in events if event.name == name]
-        if found:
-            host = sum(event.cpu_time_total for event in found)  # microseconds
-            device = sum(event.device_time_total for event in found) if torch.cuda.is_available() else None
-            totals.append(
-                RangeTotal(name, len(found), host / 1e6, None if device is None else device / 1e6, host / max(steps, 1))
-            )
-    return tuple(totals)
+    # with CUDA a range has a second entry, of the device's own timeline
+    found = {total.key: total for total in recorded.key_averages() if total.device_type.name == "CPU"}
+    step_microseconds = max(found[STEP].cpu_time_total, 1) if STEP in found else 1
+    return tuple(
+        RangeTotal(
+            name,
+            total.count,
+            total.cpu_time_total / 1e6,
+            total.device_time_total / 1e6 if torch.cuda.is_available() else None,
+            total.cpu_time_total / step_microseconds,
+        )
+        for name in RANGES
+        if (total := found.get(name)) is not None
+    )
