@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cpo_fast.config import Config, validate_config
-from cpo_fast.data.load import load_pairs
+from cpo_fast.data.load import load_examples
 from cpo_fast.search.collect import collect
 from cpo_fast.train.policy import Policy, build_policy
-from cpo_fast.train.reference import reference_cache, scored_sequences
+from cpo_fast.train.reference import reference_logps, scored_sequences
 from cpo_fast.tree import LOGP_DECIMALS, Node, read_prompt, read_trees
 from cpo_kernels.integrations.transformers import packed_logps
 from tests.search.tiny_llama import build_model, build_tokenizer
@@ -121,15 +121,16 @@ def test_a_mistake_would_be_seen(collected: Collected, mistake: str) -> None:
 
 
 def test_the_reference_of_the_next_round_is_what_collection_recorded(collected: Collected, tmp_path: Path) -> None:
-    pairs = load_pairs(collected.config, collected.policy.tokenizer).pairs
+    pairs = load_examples(collected.config, collected.policy.tokenizer).examples
     recorded = {
         (ids[: at + len(node.token_ids)], at): sum(node.logps[: len(node.token_ids)])
         for node, (ids, at) in collected.thoughts
     }
     assert collected.policy.reference != "adapter_off"
-    cache = reference_cache(collected.config, collected.policy, pairs, tmp_path)
+    cached = reference_logps(collected.config, collected.policy, pairs, tmp_path)
+    assert cached is not None
     wanted = scored_sequences(pairs)
     assert len(wanted) > 10
-    assert set(cache.values) == set(wanted) <= set(recorded)
-    for (ids, at), value in cache.values.items():
+    assert set(cached) == set(wanted) <= set(recorded)
+    for (ids, at), value in cached.items():
         assert value == pytest.approx(recorded[ids, at], abs=(len(ids) - at) * BOUND)

@@ -16,7 +16,7 @@ import click
 from cpo_fast.config import Config, dump_config, validate_config
 
 if TYPE_CHECKING:
-    from cpo_fast.data.pair_files import PairCounts
+    from cpo_fast.data.pair_files import TreeRows
     from cpo_fast.evaluate import Evaluation
     from cpo_fast.search.collect import CollectResult
     from cpo_fast.train.loop import TrainResult
@@ -49,7 +49,7 @@ def demo_command(out: str, quick: bool) -> None:
     config = demo_config(convert_demo_model(gguf), out, quick)
     click.echo(f"  {config.model.path}")
 
-    from cpo_fast.data.pair_files import write_pairs
+    from cpo_fast.data.pair_files import write_rows
     from cpo_fast.evaluate import evaluate
     from cpo_fast.files import write_atomic
     from cpo_fast.search.collect import collect
@@ -60,8 +60,8 @@ def demo_command(out: str, quick: bool) -> None:
     _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
     collected = collect(config, progress=_collect_line)
     _stage(3, "pairs: every winning thought against its losing siblings")
-    counts = write_pairs(collected.trees_path, config.data.path)
-    click.echo(f"  {counts.num_pairs} pairs from {counts.num_trees} trees")
+    pairs = write_rows(collected.trees_path, config.data.path)
+    click.echo(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
     _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
     trained = train(config, progress=_train_line)
     _stage(5, "eval: greedy chain of thought, base and adapter")
@@ -69,7 +69,7 @@ def demo_command(out: str, quick: bool) -> None:
     adapted = config.model.model_copy(update={"adapter": str(trained.adapter_path)})
     base = evaluate(config.model_copy(update={"task": asked}), on_question=_eval_line("base"))
     adapter = evaluate(config.model_copy(update={"task": asked, "model": adapted}), on_question=_eval_line("adapter"))
-    _report(run, collected, counts, trained, [base, adapter], time.perf_counter() - started)
+    _report(run, collected, pairs, trained, [base, adapter], time.perf_counter() - started)
 
 
 def demo_config(model: Path, out: str, quick: bool) -> Config:
@@ -144,7 +144,7 @@ def _eval_line(label: str) -> Any:
 def _report(
     run: Path,
     collected: "CollectResult",
-    counts: "PairCounts",
+    pairs: "TreeRows",
     trained: "TrainResult",
     evaluations: "list[Evaluation]",
     seconds: float,
@@ -160,7 +160,7 @@ def _report(
         ("questions searched", f"{collected.num_questions} ({collected.num_resumed} from an earlier run)"),
         ("thoughts in the trees", str(collected.num_thoughts)),
         ("answered by vote", f"{collected.num_correct} of {collected.num_gold} right"),
-        ("preference pairs", str(counts.num_pairs)),
+        ("preference pairs", str(len(pairs.rows))),
         ("optimizer steps", f"{trained.num_steps} in {trained.seconds:.0f} s"),
         ("loss, first and last step", f"{first['loss']:.4f}, {last['loss']:.4f}"),
         ("reward margin, first and last", f"{first['rewards/margins']:+.4f}, {last['rewards/margins']:+.4f}"),

@@ -1,19 +1,18 @@
 """`cpo-fast pairs TREES.jsonl | CONFIG.yaml [section.key=value ...]`: training files from search trees, and their audit."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from cpo_fast.config import load_config
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table
 
-    from cpo_fast.data.pair_files import PairCounts, SftCounts
+    from cpo_fast.data.pair_files import StepAudit, TreeRows
 
 
 @click.command("pairs")
@@ -35,62 +34,86 @@ def pairs_command(
     trees = Path(config.run) / "trees.jsonl" if from_config else Path(input_path)
     target = Path(output_path) if output_path else trees.with_name("sft.jsonl" if sft else "pairs.jsonl")
 
+    from cpo_fast.data.pair_files import write_rows
+
+    made = write_rows(trees, target, config.pairs, config.seed, "sft" if sft else "preference")
+    if sft:
+        _report_completions(made, target, as_json)
+    else:
+        _report_pairs(made, target, as_json)
+
+
+def _report_completions(made: "TreeRows", target: Path, as_json: bool) -> None:
+    values = {
+        "examples": str(target),
+        "num_examples": len(made.rows),
+        "num_trees": made.num_trees,
+        "trees_without_examples": made.trees_without_by_reason,
+        "num_completion_tokens": sum(len(row["completion_token_ids"]) for row in made.rows),
+    }
+    if as_json:
+        click.echo(json.dumps(values))
+        return
+    click.echo(
+        f"{len(made.rows)} winning paths from {made.num_trees} trees, {values['num_completion_tokens']} tokens to learn"
+    )
+    _print_trees_without(made)
+    click.echo(f"examples: {target}")
+
+
+def _report_pairs(made: "TreeRows", target: Path, as_json: bool) -> None:
+    from cpo_fast.data.pair_files import REPEATED, audit_pairs, unused_path
+
+    steps, dropped = audit_pairs(made.rows), made.unused_by_reason
+    dropped_path = str(unused_path(target)) if made.unused else None
+    if as_json:
+        values = {
+            "pairs": str(target),
+            "num_pairs": len(made.rows),
+            "pairs_by_step": {step: audit.num_pairs for step, audit in steps.items()},
+            "num_trees": made.num_trees,
+            "trees_without_pairs": made.trees_without_by_reason,
+            "dropped": dropped,
+            "num_repeated": dropped.get(REPEATED, 0),
+            "steps": {step: asdict(audit) for step, audit in steps.items()},
+            "dropped_path": dropped_path,
+        }
+        click.echo(json.dumps(values))
+        return
     from rich.console import Console
 
-    from cpo_fast.data.pair_files import write_pairs, write_sft
-
-    write: Callable[..., PairCounts | SftCounts] = write_sft if sft else write_pairs
-    counts = write(trees, target, config.pairs, config.seed)
-    if as_json:
-        click.echo(json.dumps({"examples" if sft else "pairs": str(target), **asdict(counts)}))
-        return
-    _show(Console(), counts)
-    click.echo(f"{'examples' if sft else 'pairs'}: {target}")
-
-
-def _show(console: "Console", counts: "PairCounts | SftCounts") -> None:
-    from cpo_fast.data.pair_files import PairCounts
-
-    if isinstance(counts, PairCounts):
-        console.print(_step_table(counts))
-        without = counts.trees_without_pairs
-    else:
-        lines = f"{counts.num_examples} winning paths from {counts.num_trees} trees, "
-        console.print(f"{lines}{counts.num_completion_tokens} tokens to learn", highlight=False)
-        without = counts.trees_without_examples
-    for reason, count in without.items():
-        console.print(f"{count} trees without any: {reason}", highlight=False, markup=False)
-    if isinstance(counts, PairCounts):
-        for reason, count in counts.dropped.items():
-            console.print(f"{count} not used: {reason}", highlight=False, markup=False)
-        if counts.dropped_path:
-            click.echo(f"not used: {counts.dropped_path}")
+    title = f"{len(made.rows)} pairs from {made.num_trees} trees"
+    caption = f"{dropped.get(REPEATED, 0)} more stand under another question already"
+    Console().print(_step_table(steps, title, caption))
+    _print_trees_without(made)
+    for reason, count in dropped.items():
+        click.echo(f"{count} not used: {reason}")
+    if dropped_path:
+        click.echo(f"not used: {dropped_path}")
+    click.echo(f"pairs: {target}")
 
 
-def _step_table(counts: "PairCounts") -> Any:
+def _print_trees_without(made: "TreeRows") -> None:
+    for reason, count in made.trees_without_by_reason.items():
+        click.echo(f"{count} trees without any: {reason}")
+
+
+def _step_table(steps: "dict[int, StepAudit]", title: str, caption: str) -> "Table":
     from rich.table import Table
 
-    table = Table(
-        title=f"{counts.num_pairs} pairs from {counts.num_trees} trees",
-        caption=f"{counts.num_repeated} more stand under another question already",
-    )
-    table.add_column("step")
+    table = Table("step", title=title, caption=caption)
     for name in (
-        "pairs",
-        "states",
-        "chosen value",
-        "rejected value",
-        "chosen tokens",
-        "rejected tokens",
-        "longest row",
+        *("pairs", "states", "chosen value", "rejected value"),
+        *("chosen tokens", "rejected tokens", "longest row"),
     ):
         table.add_column(name, justify="right")
-    for step, audit in counts.steps.items():
+    for step, audit in steps.items():
+        values = (audit.chosen_value, audit.rejected_value)
         table.add_row(
             str(step) if step else "whole",
             str(audit.num_pairs),
             str(audit.num_states),
-            *("-" if value is None else f"{value:.2f}" for value in (audit.chosen_value, audit.rejected_value)),
+            *("-" if value is None else f"{value:.2f}" for value in values),
             f"{audit.chosen_tokens:.1f}",
             f"{audit.rejected_tokens:.1f}",
             str(audit.max_tokens),

@@ -1,18 +1,14 @@
-"""Text and conversations to token ids, as a preference trainer of Hugging Face TRL tokenises them.
+"""The example as training sees it, and how one data row becomes one.
 
-Text is tokenised together with its prompt, as it would stand in one row. A conversation goes through the tokenizer's chat
-template: the prompt with the cue for an answer, the prompt followed by each response without. Either way
+A row gives its ids in `*_token_ids`, which are used as they are, or its text or conversations, which are tokenised as a
+preference trainer of Hugging Face TRL tokenises them. Text is tokenised together with its prompt, as it would stand in one
+sequence. A conversation goes through the tokenizer's chat template: the prompt with the cue for an answer, the prompt
+followed by each response without. Either way
 
     prompt = the longest prefix that the ids of the prompt share with the ids of prompt + response, for every response
 
-so a token that merges across the boundary belongs to the response and is trained. A conversation ends as its template
-ends it; end-of-sequence is not added to it.
-
-The preference pair as training sees it: three sequences of token ids, its weight, and where it came from.
-
-One row to one training item, or the reason why not. Ids that a row carries are used as they are; nothing is cut.
-
-The supervised example as training sees it: a prompt that is read and a completion that is learnt, as token ids.
+so a token that merges across the boundary belongs to the response and is trained. Nothing is cut: a row becomes a whole
+example, or a `BadRow` says why not.
 """
 
 import json
@@ -20,68 +16,101 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpo_fast.config import DataConfig
+from cpo_fast.config import Config
 from cpo_fast.errors import DataError
-from cpo_fast.rows import BadRow
+from cpo_fast.rows import BadRow, Row
 from cpo_fast.tasks import common_prefix_length, encode_prompt
 
 Ids = tuple[int, ...]
 
+# what the responses of a row are called, by train.method
+RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
+
 
 @dataclass(frozen=True)
-class Encoded:
-    """A prompt and its responses in ids.
+class Example:
+    """One prompt and its responses, as token ids. Two responses, chosen and rejected, are a pair; one is a completion.
 
     Attributes:
-        prompt: what all responses continue.
-        responses: one per response, in the order given.
-        merged: the end of the prompt alone is not the end of the prompt in the row.
-        conversational: it went through a chat template.
+        prompt_ids: the tokens that every response continues, at least one; they are read and not learnt.
+        responses: at least one token each, end-of-sequence included where it is trained.
+        group: the question it belongs to; order `questions` keeps a question together, and a split never parts one.
+        step: depth of the thought in its chain from 1, or 0 for data that has no steps.
+        source: file:line, for messages.
+        weight: factor of a pair's loss; see `cpo_fast.data.batches.weigh`.
     """
 
-    prompt: Ids
+    prompt_ids: Ids
     responses: tuple[Ids, ...]
-    merged: bool
-    conversational: bool
+    group: str
+    step: int
+    source: str
+    weight: float = 1.0
+
+    @property
+    def sequences(self) -> tuple[Ids, ...]:
+        """The prompt with each response."""
+        return tuple(self.prompt_ids + response for response in self.responses)
 
 
-def encode_row(row: dict[str, Any], names: Sequence[str], tokenizer: Any, implicit_prompt: bool = False) -> Encoded:
-    """Ids of `row["prompt"]` and of the responses called `names`, all of them text or all of them conversations.
+class RowParser:
+    """Rows to examples of `train.method`, with one tokenizer under one configuration."""
 
-    Args:
-        row: may hold `tools` and `chat_template_kwargs` for the template of a conversation.
-        names: `chosen` and `rejected`, or `completion`.
-        tokenizer: a Hugging Face tokenizer.
-        implicit_prompt: a row without a prompt has it as the common beginning of its two responses.
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config.data, tokenizer
+        self.names = RESPONSES[config.train.method]
 
-    Raises:
-        BadRow: with the reason. DataError: a conversation, and the tokenizer has no chat template.
-    """
-    if implicit_prompt and "prompt" not in row:
-        row = with_extracted_prompt(row)
-    for name in ("prompt", *names):
-        _check_kind(row, name)
-    try:
-        json.dumps([row[name] for name in ("prompt", *names)], ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow("a text holds a lone surrogate", f"character {error.object[error.start : error.end]!a}") from None
-    for name in names:
-        if _is_blank(row[name]):
-            raise BadRow("empty response", f"'{name}'")
-    if len(names) == 2 and row[names[0]] == row[names[1]]:
-        raise BadRow("chosen equals rejected")
-    conversational = isinstance(row["prompt"], list)
-    if conversational:
-        prompt, rows = _conversation_ids(row, names, tokenizer)
-    else:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        rows = [encode_prompt(tokenizer, row["prompt"] + row[name]) for name in names]
-    common = min(common_prefix_length(prompt, ids) for ids in rows)
-    responses = tuple(tuple(ids[common:]) for ids in rows)
-    return Encoded(tuple(rows[0][:common]), responses, common < len(prompt), conversational)
+    def parse(self, row: Row, source: str, group: str, implicit_prompt: bool = False) -> tuple[Example, bool]:
+        """The example, and whether its prompt's last token merged with a response.
+
+        Args:
+            row: ids, text or conversations of `prompt` and of each response; may hold `tools` and
+                `chat_template_kwargs` for the template of a conversation.
+            source, group: of the example.
+            implicit_prompt: a pair without a prompt has it as the common beginning of its two responses.
+
+        Raises:
+            BadRow: with the reason. DataError: a conversation, and the tokenizer has no chat template.
+        """
+        keys = [f"{name}_token_ids" for name in ("prompt", *self.names)]
+        conversational = merged = False
+        if all(key in row for key in keys):
+            prompt, *responses = (_token_ids(row, key) for key in keys)
+        else:
+            if implicit_prompt and len(self.names) == 2 and "prompt" not in row:
+                row = with_extracted_prompt(row)
+            prompt, responses, merged = _encode(row, self.names, self.tokenizer)
+            conversational = isinstance(row["prompt"], list)
+        if not prompt:
+            raise BadRow("empty prompt")
+        for name, ids in zip(self.names, responses, strict=True):
+            if not ids:
+                raise BadRow("empty response", f"'{name}' has no tokens")
+        if not conversational:  # its template ended a conversation already
+            finals = [row.get(f"{name}_final", True) for name in self.names]
+            responses = [self._ended(ids, final) for ids, final in zip(responses, finals, strict=True)]
+        if len(set(responses)) < len(responses):
+            raise BadRow("chosen equals rejected after tokenisation")
+        self._check_length(len(prompt), max(len(ids) for ids in responses))
+        step = row.get("step")
+        return Example(prompt, tuple(responses), group, step if type(step) is int else 0, source), merged
+
+    def _ended(self, ids: Ids, final: Any) -> Ids:
+        """With end-of-sequence where `data.eos` wants it; `final` says that the chain ends with this response."""
+        eos = self.tokenizer.eos_token_id
+        if self.config.eos == "never" or (self.config.eos == "final" and not final) or ids[-1] == eos:
+            return ids
+        return (*ids, eos)
+
+    def _check_length(self, prompt_length: int, response_length: int) -> None:
+        limit = self.config.max_length
+        if limit is not None and prompt_length + response_length > limit:
+            prompt_alone = prompt_length >= limit
+            reason = "the prompt alone reaches data.max_length" if prompt_alone else "longer than data.max_length"
+            raise BadRow(reason, f"{prompt_length} + {response_length} tokens")
 
 
-def with_extracted_prompt(row: dict[str, Any]) -> dict[str, Any]:
+def with_extracted_prompt(row: Row) -> Row:
     """The row with `prompt` as what `chosen` and `rejected` begin with in common, by character or by message.
 
     As TRL's `extract_prompt`: where one response begins the other, the last common piece stays with the responses, and a
@@ -108,12 +137,41 @@ def with_extracted_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
-def prompt_text(row: dict[str, Any]) -> str:
+def prompt_text(row: Row) -> str:
     """What names the question of a row that has no id: its prompt, in canonical form."""
     return json.dumps(row["prompt"], sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _check_kind(row: dict[str, Any], name: str) -> None:
+def _token_ids(row: Row, key: str) -> Ids:
+    value = row[key]
+    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+        raise BadRow(f"'{key}' is not a list of token ids")
+    return tuple(value)
+
+
+def _encode(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[Ids, list[Ids], bool]:
+    """(prompt ids, ids of each response, whether a token merged across the boundary) of text or conversations."""
+    for name in ("prompt", *names):
+        _check_kind(row, name)
+    try:
+        json.dumps([row[name] for name in ("prompt", *names)], ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow("a text holds a lone surrogate", f"character {error.object[error.start : error.end]!a}") from None
+    for name in names:
+        if _is_blank(row[name]):
+            raise BadRow("empty response", f"'{name}'")
+    if len(names) == 2 and row[names[0]] == row[names[1]]:
+        raise BadRow("chosen equals rejected")
+    if isinstance(row["prompt"], list):
+        prompt, sequences = _conversation_ids(row, names, tokenizer)
+    else:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        sequences = [encode_prompt(tokenizer, row["prompt"] + row[name]) for name in names]
+    common = min(common_prefix_length(prompt, ids) for ids in sequences)
+    return tuple(sequences[0][:common]), [tuple(ids[common:]) for ids in sequences], common < len(prompt)
+
+
+def _check_kind(row: Row, name: str) -> None:
     if name not in row:
         raise BadRow(f"missing key '{name}'")
     value = row[name]
@@ -142,7 +200,7 @@ def _is_blank(response: str | list[dict[str, Any]]) -> bool:
     )
 
 
-def _conversation_ids(row: dict[str, Any], names: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -159,131 +217,3 @@ def _conversation_ids(row: dict[str, Any], names: Sequence[str], tokenizer: Any)
         return ids(row["prompt"], add_generation_prompt=True), [ids(row["prompt"] + row[name]) for name in names]
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise BadRow("the chat template refuses the conversation", str(error)) from None
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """One prompt, the response that won and one that lost, as token ids.
-
-    Attributes:
-        prompt_ids: the tokens both responses continue; at least one.
-        chosen_ids, rejected_ids: the responses, at least one token each; end-of-sequence included where it is trained.
-        group: the question the pair belongs to; order `questions` keeps equal groups together, and a split never parts
-            them.
-        step: depth of the thought in its chain from 1, or 0 for data that has no steps.
-        source: file:line, for messages.
-        weight: factor of its loss; the mean over all loaded pairs is 1 (see `pairs.weight`).
-    """
-
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    group: str
-    step: int
-    source: str
-    weight: float = 1.0
-
-    @property
-    def chosen_sequence(self) -> tuple[int, ...]:
-        """Prompt and chosen response."""
-        return self.prompt_ids + self.chosen_ids
-
-    @property
-    def rejected_sequence(self) -> tuple[int, ...]:
-        """Prompt and rejected response."""
-        return self.prompt_ids + self.rejected_ids
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the two rows that a pairwise trainer would compute."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
-
-
-@dataclass(frozen=True)
-class SftExample:
-    """One prompt and the completion whose tokens the loss is over.
-
-    Attributes:
-        prompt_ids: the tokens that are only read; at least one.
-        completion_ids: the tokens that are learnt, at least one; end-of-sequence included where it is trained.
-        group: the question the example belongs to.
-        source: file:line, for messages.
-    """
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    group: str
-    source: str
-
-    @property
-    def sequence(self) -> tuple[int, ...]:
-        """Prompt and completion."""
-        return self.prompt_ids + self.completion_ids
-
-
-class RowParser:
-    """Rows to pairs or examples with one tokenizer under one configuration.
-
-    End-of-sequence follows `data.eos` for text and for ids; a conversation ends as its chat template ends it.
-    """
-
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
-        """Keep both; nothing is read yet."""
-        self.config, self.tokenizer = config, tokenizer
-
-    def pair(self, row: dict[str, Any], source: str, group: str, implicit_prompt: bool) -> tuple[PreferencePair, bool]:
-        """The pair, and whether its prompt's last token merged with a response. Raises BadRow with the reason."""
-        prompt, (chosen, rejected), merged = self._ids(row, ("chosen", "rejected"), implicit_prompt)
-        if chosen == rejected:
-            raise BadRow("chosen equals rejected after tokenisation")
-        self._check_length(prompt, max(len(chosen), len(rejected)))
-        step = row.get("step")
-        return PreferencePair(prompt, chosen, rejected, group, step if type(step) is int else 0, source), merged
-
-    def example(self, row: dict[str, Any], source: str, group: str) -> tuple[SftExample, bool]:
-        """The example, and whether its prompt's last token merged with the completion. Raises BadRow."""
-        prompt, (completion,), merged = self._ids(row, ("completion",), implicit_prompt=False)
-        self._check_length(prompt, len(completion))
-        return SftExample(prompt, completion, group, source), merged
-
-    def _ids(self, row: dict[str, Any], names: tuple[str, ...], implicit_prompt: bool) -> tuple[Ids, list[Ids], bool]:
-        keys = [f"{name}_token_ids" for name in ("prompt", *names)]
-        conversational = merged = False
-        if all(key in row for key in keys):
-            prompt, *responses = (_token_ids(row, key) for key in keys)
-        else:
-            encoded = encode_row(row, names, self.tokenizer, implicit_prompt)
-            prompt, responses = encoded.prompt, list(encoded.responses)
-            conversational, merged = encoded.conversational, encoded.merged
-        if not prompt:
-            raise BadRow("empty prompt")
-        for name, ids in zip(names, responses, strict=True):
-            if not ids:
-                raise BadRow("empty response", f"'{name}' has no tokens")
-        if not conversational:
-            responses = [
-                self._ended(ids, row.get(f"{name}_final", True)) for name, ids in zip(names, responses, strict=True)
-            ]
-        return prompt, responses, merged
-
-    def _ended(self, ids: Ids, final: Any) -> Ids:
-        eos = self.tokenizer.eos_token_id
-        if self.config.eos == "never" or (self.config.eos == "final" and not final) or ids[-1] == eos:
-            return ids
-        return (*ids, eos)
-
-    def _check_length(self, prompt: Ids, response_length: int) -> None:
-        limit = self.config.max_length
-        if limit is None or len(prompt) + response_length <= limit:
-            return
-        detail = f"{len(prompt)} + {response_length} tokens"
-        if len(prompt) >= limit:
-            raise BadRow("the prompt alone reaches data.max_length", detail)
-        raise BadRow("longer than data.max_length", detail)
-
-
-def _token_ids(row: dict[str, Any], key: str) -> Ids:
-    value = row[key]
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
-        raise BadRow(f"'{key}' is not a list of token ids")
-    return tuple(value)

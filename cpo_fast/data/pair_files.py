@@ -1,31 +1,25 @@
-"""Search trees to rows of training files: preference pairs, and supervised examples from winning paths.
+"""`trees.jsonl` to rows that can be trained on: preference pairs by a rule, or winning paths as completions.
 
-A row carries the texts that other libraries read, the exact ids of the search, and where it came from. The same rows are
-written to files and trained on directly, so the two cannot differ.
-
-What a set of preference rows looks like, step by step: counts, values and lengths, to be read before training on it.
-
-`trees.jsonl` to files that can be trained on: preference pairs by a rule, and supervised examples.
-
-Rows go to JSON lines, or to parquet where the name ends so. What was left out goes beside them, to
-`<name>.dropped.jsonl`, with the reason. Same trees, settings and seed: same bytes.
+A row carries the texts that other libraries read, the exact ids of the search, and where it came from. Rows are written to
+JSON lines, or to parquet where the name ends so, and what was left out beside them, to `<name>.dropped.jsonl`, with the
+reason. Same trees, configuration and seed: same bytes. Training on trees takes the very same rows (`TreeFileReader.rows`),
+so that a file and its trees are one set of training data.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.pair_rules import TreePair, draw, response, response_ids, select_pairs, winning_paths
+from cpo_fast.data.examples import RESPONSES
+from cpo_fast.data.pair_rules import TreeExample, draw, response, select_pairs, select_winning_paths
 from cpo_fast.files import write_jsonl
-from cpo_fast.rows import write_parquet
+from cpo_fast.rows import Row, write_parquet
 from cpo_fast.tasks import Question, get_task
-from cpo_fast.tree import ROOT, Node, Prompt, SearchTree, read_prompt, read_trees
-
-Row = dict[str, Any]
+from cpo_fast.tree import Node, Prompt, SearchTree, read_prompt, read_trees
 
 OUTSIDE_QUESTIONS = "outside pairs.num_questions"
 REPEATED = "the same tokens under another question"
@@ -33,21 +27,73 @@ NO_LOSER = "no losing sibling"
 NO_RIVAL = "no other complete path"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TreeRows:
     """Rows of many trees and everything that became none.
 
     Attributes:
         rows: in tree order.
-        unused: one record a pair or path that was left out: tree, step, nodes and reason.
+        unused: one record an example that was left out: tree, step, nodes and reason.
         trees_without: reason by id of every tree that gave no row, in tree order.
         num_trees: trees that gave rows.
     """
 
-    rows: list[Row]
-    unused: list[Row]
-    trees_without: dict[str, str]
-    num_trees: int
+    rows: list[Row] = field(default_factory=list)
+    unused: list[Row] = field(default_factory=list)
+    trees_without: dict[str, str] = field(default_factory=dict)
+    num_trees: int = 0
+
+    @property
+    def unused_by_reason(self) -> dict[str, int]:
+        """Counts of the examples that were left out, most frequent first."""
+        return dict(Counter(record["reason"] for record in self.unused).most_common())
+
+    @property
+    def trees_without_by_reason(self) -> dict[str, int]:
+        """Counts of the trees that gave no row, most frequent first."""
+        return dict(Counter(self.trees_without.values()).most_common())
+
+
+def write_rows(
+    trees_path: str | Path,
+    rows_path: str | Path,
+    config: PairsConfig | None = None,
+    seed: int = 0,
+    method: str = "preference",
+) -> TreeRows:
+    """Write the rows of `trees_path` atomically, and what was left out beside them.
+
+    Args:
+        trees_path, rows_path: from where to where, JSON lines or `*.parquet`.
+        config: default: rule `all`, everything. Of it, method `sft` uses `num_questions`.
+        seed: of the draws.
+        method: as `train.method`.
+
+    Raises:
+        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
+    """
+    config = config or PairsConfig()
+    reader = TreeFileReader(trees_path)
+    made = reader.rows(config, seed, reader.draw_questions(config.num_questions, seed), method)
+    if Path(rows_path).suffix == ".parquet":
+        write_parquet(rows_path, made.rows)
+    else:
+        write_jsonl(rows_path, made.rows)
+    write_dropped(unused_path(rows_path), made.unused)
+    return made
+
+
+def unused_path(rows_path: str | Path) -> Path:
+    """The file beside `rows_path` that says what `write_rows` left out."""
+    return Path(rows_path).with_name(f"{Path(rows_path).stem}.dropped.jsonl")
+
+
+def write_dropped(path: str | Path, records: list[Row]) -> None:
+    """Write what was left out; with nothing left out, remove what an earlier run left there."""
+    if records:
+        write_jsonl(path, records)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 class TreeFileReader:
@@ -68,120 +114,55 @@ class TreeFileReader:
         """The questions to use: `count` drawn by the seed, or all for None."""
         return set(self.questions) if count is None else draw(self.questions, count, seed, "questions")
 
-    def pair_rows(self, settings: PairsConfig, seed: int, questions: AbstractSet[str]) -> TreeRows:
-        """Preference pairs of the trees named in `questions`, by the rule of `settings`."""
-        collector = _Collector()
+    def rows(self, config: PairsConfig, seed: int, questions: AbstractSet[str], method: str) -> TreeRows:
+        """Rows for `train.method` of the trees named in `questions`, each sequence of tokens once."""
+        made = TreeRows()
+        seen: set[tuple[Any, ...]] = set()
         for tree in self.trees:
-            if not self._wanted(tree, questions, collector):
+            if not tree.winning_nodes or tree.id not in questions:
+                made.trees_without[tree.id] = OUTSIDE_QUESTIONS if tree.winning_nodes else tree.status
                 continue
-            prompt = self.prompts[tree.prompt_hash]
-            selection = select_pairs(tree, settings, seed)
-            reasons = [reason for _, reason in selection.unused]
-            for pair, reason in selection.unused:
-                collector.leave_out(tree, pair.step, [pair.chosen, pair.rejected], reason)
-            for pair in selection.pairs:
-                row = pair_row(tree, prompt, pair)
-                key = tuple(tuple(row[f"{name}_token_ids"]) for name in ("prompt", "chosen", "rejected"))
-                if not collector.take(row, key):
-                    collector.leave_out(tree, pair.step, [pair.chosen, pair.rejected], REPEATED)
-                    reasons.append(REPEATED)
-            fallback = NO_RIVAL if settings.rule == "fpo" else NO_LOSER
-            collector.close(tree, reasons[0] if reasons else fallback)
-        return collector.result()
-
-    def sft_rows(self, questions: AbstractSet[str]) -> TreeRows:
-        """Prompt and completion of every winning path of the trees named in `questions`, each sequence once."""
-        collector = _Collector()
-        for tree in self.trees:
-            if not self._wanted(tree, questions, collector):
-                continue
-            for path in winning_paths(tree):
-                row = sft_row(tree, self.prompts[tree.prompt_hash], path)
-                key = (tuple(row["prompt_token_ids"]), tuple(row["completion_token_ids"]))
-                if not collector.take(row, key):
-                    collector.leave_out(tree, 0, [path[-1]], REPEATED)
-            collector.close(tree, REPEATED)
-        return collector.result()
-
-    @staticmethod
-    def _wanted(tree: SearchTree, questions: AbstractSet[str], collector: "_Collector") -> bool:
-        if tree.winning_nodes and tree.id in questions:
-            return True
-        reason = OUTSIDE_QUESTIONS if tree.winning_nodes else tree.status
-        collector.close(tree, reason)
-        return False
+            selection = select_winning_paths(tree) if method == "sft" else select_pairs(tree, config, seed)
+            unused, num_before = list(selection.unused), len(made.rows)
+            for example in selection.examples:
+                row = tree_row(tree, self.prompts[tree.prompt_hash], example)
+                ids = tuple(tuple(value) for key, value in row.items() if key.endswith("_token_ids"))
+                if ids in seen:
+                    unused.append((example, REPEATED))
+                else:
+                    made.rows.append(row)
+                seen.add(ids)
+            made.unused += [
+                {"tree": tree.id, "step": example.step, "nodes": list(example.node_ids), "reason": reason}
+                for example, reason in unused
+            ]
+            if len(made.rows) > num_before:
+                made.num_trees += 1
+            else:
+                fallback = NO_RIVAL if config.rule == "fpo" else NO_LOSER
+                made.trees_without[tree.id] = unused[0][1] if unused else fallback
+        return made
 
 
-class _Collector:
-    """Rows and what was left out, tree by tree; a key that was seen before is refused."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.unused: list[Row] = []
-        self.trees_without: dict[str, str] = {}
-        self.num_trees = 0
-        self.seen: set[tuple[tuple[int, ...], ...]] = set()
-        self.closed_rows = 0
-
-    def take(self, row: Row, key: tuple[tuple[int, ...], ...]) -> bool:
-        if key in self.seen:
-            return False
-        self.seen.add(key)
-        self.rows.append(row)
-        return True
-
-    def leave_out(self, tree: SearchTree, step: int, nodes: Sequence[Node], reason: str) -> None:
-        ids = [node.id for node in nodes]
-        self.unused.append({"tree": tree.id, "step": step, "nodes": ids, "reason": reason})
-
-    def close(self, tree: SearchTree, reason: str) -> None:
-        if len(self.rows) > self.closed_rows:
-            self.num_trees += 1
-        else:
-            self.trees_without[tree.id] = reason
-        self.closed_rows = len(self.rows)
-
-    def result(self) -> TreeRows:
-        return TreeRows(self.rows, self.unused, self.trees_without, self.num_trees)
-
-
-def pair_row(tree: SearchTree, prompt: Prompt, pair: TreePair) -> Row:
-    """One line of `pairs.jsonl`: the three texts that TRL and others read, the exact ids, and the provenance.
+def tree_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
+    """One line of `pairs.jsonl` or `sft.jsonl`: the texts that others read, the exact ids, and the provenance.
 
     The ids are those of the search: root ids as tokenised, thoughts as generated.
     """
-    return {
-        "prompt": state_text(tree, prompt, pair.parent),
-        "chosen": _text(response(tree, pair.parent, pair.chosen)),
-        "rejected": _text(response(tree, pair.parent, pair.rejected)),
-        "prompt_token_ids": [*tree.root_ids(prompt), *tree.path_ids(pair.parent)],
-        "chosen_token_ids": response_ids(tree, pair.parent, pair.chosen),
-        "rejected_token_ids": response_ids(tree, pair.parent, pair.rejected),
-        "chosen_final": ends_chain(pair.chosen),
-        "rejected_final": ends_chain(pair.rejected),
-        "task": tree.task,
-        "tree": tree.id,
-        "step": pair.step,
-        "chosen_node": pair.chosen.id,
-        "rejected_node": pair.rejected.id,
-        "chosen_value": pair.chosen.value,
-        "rejected_value": pair.rejected.value,
-    }
-
-
-def sft_row(tree: SearchTree, prompt: Prompt, path: Sequence[Node]) -> Row:
-    """One line of `sft.jsonl`: the question's prompt and a whole winning path, as text and as the ids of the search."""
-    return {
-        "prompt": state_text(tree, prompt, ROOT),
-        "completion": _text(path),
-        "prompt_token_ids": tree.root_ids(prompt),
-        "completion_token_ids": [token for node in path for token in node.token_ids],
-        "completion_final": ends_chain(path[-1]),
-        "task": tree.task,
-        "tree": tree.id,
-        "node": path[-1].id,
-        "value": path[-1].value,
-    }
+    names = RESPONSES["preference" if len(example.last) == 2 else "sft"]
+    responses = {name: response(tree, example.parent, last) for name, last in zip(names, example.last, strict=True)}
+    row: Row = {"prompt": state_text(tree, prompt, example.parent)}
+    row |= {name: _text(nodes) for name, nodes in responses.items()}
+    row["prompt_token_ids"] = [*tree.root_ids(prompt), *tree.path_ids(example.parent)]
+    row |= {f"{name}_token_ids": [t for node in nodes for t in node.token_ids] for name, nodes in responses.items()}
+    row |= {f"{name}_final": ends_chain(nodes[-1]) for name, nodes in responses.items()}
+    row |= {"task": tree.task, "tree": tree.id}
+    if len(example.last) == 1:
+        (last,) = example.last
+        return row | {"node": last.id, "value": last.value}
+    row["step"] = example.step
+    row |= {f"{name}_node": nodes[-1].id for name, nodes in responses.items()}
+    return row | {f"{name}_value": nodes[-1].value for name, nodes in responses.items()}
 
 
 def state_text(tree: SearchTree, prompt: Prompt, node_id: int) -> str:
@@ -204,7 +185,7 @@ def _text(nodes: Sequence[Node]) -> str:
 
 @dataclass(frozen=True)
 class StepAudit:
-    """The pairs of one step of the chain (0: whole paths).
+    """The pairs of one step of the chain (0: whole paths), to be read before training on them.
 
     Attributes:
         num_pairs, num_states: pairs, and the distinct states they continue.
@@ -224,15 +205,15 @@ class StepAudit:
     max_tokens: int
 
 
-def audit_pairs(rows: Iterable[dict[str, Any]]) -> dict[int, StepAudit]:
+def audit_pairs(rows: Iterable[Row]) -> dict[int, StepAudit]:
     """A `StepAudit` for every step, ascending, of rows as `pairs.jsonl` holds them."""
-    steps: dict[int, list[dict[str, Any]]] = {}
+    steps: dict[int, list[Row]] = {}
     for row in rows:
         steps.setdefault(row["step"], []).append(row)
     return {step: _audit(steps[step]) for step in sorted(steps)}
 
 
-def _audit(rows: Sequence[dict[str, Any]]) -> StepAudit:
+def _audit(rows: Sequence[Row]) -> StepAudit:
     chosen = [len(row["chosen_token_ids"]) for row in rows]
     rejected = [len(row["rejected_token_ids"]) for row in rows]
     lengths = zip((len(row["prompt_token_ids"]) for row in rows), chosen, rejected, strict=True)
@@ -250,104 +231,3 @@ def _audit(rows: Sequence[dict[str, Any]]) -> StepAudit:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-@dataclass(frozen=True)
-class PairCounts:
-    """What `write_pairs` did.
-
-    Attributes:
-        num_pairs, pairs_by_step: pairs written, in all and by step (from 1; 0: whole paths).
-        num_trees: trees that gave pairs.
-        trees_without_pairs: how many gave none, by reason.
-        dropped: couples of winner and loser that became no pair, by reason.
-        num_repeated: of these, couples whose tokens stand under another question already.
-        steps: values and lengths by step.
-        dropped_path: the file with one line a dropped couple, or None when there is none.
-    """
-
-    num_pairs: int
-    pairs_by_step: dict[int, int]
-    num_trees: int
-    trees_without_pairs: dict[str, int]
-    dropped: dict[str, int]
-    num_repeated: int
-    steps: dict[int, StepAudit]
-    dropped_path: str | None
-
-
-@dataclass(frozen=True)
-class SftCounts:
-    """What `write_sft` did: examples, trees that gave some, trees that gave none by reason, learnt tokens."""
-
-    num_examples: int
-    num_trees: int
-    trees_without_examples: dict[str, int]
-    num_completion_tokens: int
-
-
-def write_pairs(
-    trees_path: str | Path, pairs_path: str | Path, settings: PairsConfig | None = None, seed: int = 0
-) -> PairCounts:
-    """Write the pairs of `trees_path` by the rule of `settings` (default: rule `all`, everything), atomically.
-
-    Raises:
-        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
-    """
-    settings = settings or PairsConfig()
-    reader = TreeFileReader(trees_path)
-    made = reader.pair_rows(settings, seed, reader.draw_questions(settings.num_questions, seed))
-    _write(pairs_path, made.rows)
-    dropped_path = write_dropped(_dropped_path(pairs_path), made.unused)
-    steps = audit_pairs(made.rows)
-    dropped = dict(Counter(record["reason"] for record in made.unused).most_common())
-    return PairCounts(
-        num_pairs=len(made.rows),
-        pairs_by_step={step: audit.num_pairs for step, audit in steps.items()},
-        num_trees=made.num_trees,
-        trees_without_pairs=_reasons(made),
-        dropped=dropped,
-        num_repeated=dropped.get(REPEATED, 0),
-        steps=steps,
-        dropped_path=dropped_path,
-    )
-
-
-def write_sft(
-    trees_path: str | Path, sft_path: str | Path, settings: PairsConfig | None = None, seed: int = 0
-) -> SftCounts:
-    """Write prompt and completion of every winning path, each once; of `settings` num_questions is used.
-
-    Raises:
-        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
-    """
-    reader = TreeFileReader(trees_path)
-    made = reader.sft_rows(reader.draw_questions(settings.num_questions if settings else None, seed))
-    _write(sft_path, made.rows)
-    write_dropped(_dropped_path(sft_path), made.unused)
-    num_tokens = sum(len(row["completion_token_ids"]) for row in made.rows)
-    return SftCounts(len(made.rows), made.num_trees, _reasons(made), num_tokens)
-
-
-def write_dropped(path: str | Path, records: list[Row]) -> str | None:
-    """Write what was dropped and return the path; with nothing dropped, remove what an earlier run left there."""
-    if not records:
-        Path(path).unlink(missing_ok=True)
-        return None
-    write_jsonl(path, records)
-    return str(path)
-
-
-def _write(path: str | Path, rows: list[Row]) -> None:
-    if Path(path).suffix == ".parquet":
-        write_parquet(path, rows)
-    else:
-        write_jsonl(path, rows)
-
-
-def _dropped_path(path: str | Path) -> Path:
-    return Path(path).with_name(f"{Path(path).stem}.dropped.jsonl")
-
-
-def _reasons(made: TreeRows) -> dict[str, int]:
-    return dict(Counter(made.trees_without.values()).most_common())

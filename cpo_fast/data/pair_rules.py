@@ -1,4 +1,4 @@
-"""Which thoughts of a search tree are preferred over which: the pair rules, each a pure function of the tree.
+"""What a search tree teaches: which thoughts are preferred over which, by a rule that is a pure function of the tree.
 
 Sibling rules (Chain of Preference Optimization, arXiv 2406.09136): for every state s on a winning path, the children of
 s on a winning path are winners and every other generated child, pruned ones included, is a loser. Children of states off
@@ -13,12 +13,12 @@ A thought without a value (no verdict was readable) ranks below every value, as 
 winner that has a value, and nothing is below a winner without one. `rejected_fraction` draws among the losers before the
 rule looks at them. Gold answers, times and file order do not enter.
 
-Seeded draws that depend on names alone: equal seed and name give an equal number, whatever stands around them.
+Draws depend on names alone, and there is no generator state:
 
     uniform(seed, names) = first 53 bits of SHA-256(seed, names) / 2^53
 
-There is no generator state, so row order, file order and other questions change nothing, and draws are nested: what a
-share of 0.2 takes, a share of 0.3 takes too.
+So row order, file order and other questions change nothing, and draws are nested: what a share of 0.2 takes, a share of
+0.3 takes too.
 """
 
 import hashlib
@@ -29,19 +29,6 @@ from cpo_fast.config import PairsConfig
 from cpo_fast.files import canonical_json
 from cpo_fast.tree import ROOT, Node, SearchTree
 
-
-def uniform(seed: int, *names: str | int) -> float:
-    """A number in [0, 1) for these names; different purposes pass different first names."""
-    content = canonical_json([seed, *names])
-    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-
-def draw(names: Iterable[str], count: int, seed: int, purpose: str) -> set[str]:
-    """`count` of the distinct `names` (all of them if there are fewer): those with the smallest numbers."""
-    return set(sorted(set(names), key=lambda name: (uniform(seed, purpose, name), name))[:count])
-
-
 OUTSIDE_FRACTION = "outside pairs.rejected_fraction"
 NOT_BELOW = "value not below the winner's"
 NOT_LOWEST = "not the lowest value"
@@ -50,57 +37,57 @@ SAME_TOKENS = "chosen equals rejected"
 
 
 @dataclass(frozen=True)
-class TreePair:
-    """Two continuations of one state.
+class TreeExample:
+    """An example that is still in its tree.
 
     Attributes:
-        parent: the state, -1 for the question itself.
-        step: depth of the two thoughts from 1; 0 when they are whole paths.
-        chosen, rejected: the last thought of each; the response is the thoughts from below `parent` down to it.
+        parent: the state that the responses continue, -1 for the question itself.
+        step: depth of the responses' thoughts from 1; 0 when they are whole paths.
+        last: the last thought of each response, (chosen, rejected) or (completion,). A response is the thoughts from
+            below `parent` down to it.
     """
 
     parent: int
     step: int
-    chosen: Node
-    rejected: Node
+    last: tuple[Node, ...]
+
+    @property
+    def node_ids(self) -> tuple[int, ...]:
+        """Ids of `last`, which name the example in its tree."""
+        return tuple(node.id for node in self.last)
 
 
 @dataclass(frozen=True)
-class PairSelection:
-    """What a rule made of one tree: pairs by state, then winner, then loser, each in node order; and what it left."""
+class Selection:
+    """What a rule made of one tree: examples by state, then winner, then loser, each in node order; and what it left."""
 
-    pairs: tuple[TreePair, ...]
-    unused: tuple[tuple[TreePair, str], ...]  # with the reason
-
-
-def tree_pairs(tree: SearchTree, settings: PairsConfig | None = None, seed: int = 0) -> list[TreePair]:
-    """The pairs of one tree; see the module's docstring. Without settings: rule `all`, everything."""
-    return list(select_pairs(tree, settings or PairsConfig(), seed).pairs)
+    examples: tuple[TreeExample, ...]
+    unused: tuple[tuple[TreeExample, str], ...] = ()  # with the reason
 
 
-def select_pairs(tree: SearchTree, settings: PairsConfig, seed: int) -> PairSelection:
-    """The pairs of one tree and the couples of winner and loser that became none, with the reason.
+def select_pairs(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Selection:
+    """The pairs of one tree, and the couples of winner and loser that became none.
 
     Args:
         tree: the tree.
-        settings: rule, rejected_fraction and max_fpo_pairs are used.
+        config: rule, rejected_fraction and max_fpo_pairs are used.
         seed: key of the draws, together with the tree's id and the nodes' ids.
     """
-    pairs: list[TreePair] = []
-    unused: list[tuple[TreePair, str]] = []
-    for parent, step, winners, losers in _contests(tree, whole_paths=settings.rule == "fpo"):
-        drawn = [loser for loser in losers if uniform(seed, "rejected", tree.id, loser.id) < settings.rejected_fraction]
+    pairs: list[TreeExample] = []
+    unused: list[tuple[TreeExample, str]] = []
+    for parent, step, winners, losers in _sibling_groups(tree, whole_paths=config.rule == "fpo"):
+        drawn = [loser for loser in losers if uniform(seed, "rejected", tree.id, loser.id) < config.rejected_fraction]
         drawn_ids = {loser.id for loser in drawn}
         lowest = min(drawn, key=_rank, default=None)  # the first of equals, and siblings stand in sample order
         for winner in winners:
             for loser in losers:
-                pair = TreePair(parent, step, winner, loser)
+                pair = TreeExample(parent, step, (winner, loser))
                 reason = ""
                 if loser.id not in drawn_ids:
                     reason = OUTSIDE_FRACTION
-                elif settings.rule in ("lower", "lowest") and _rank(loser) >= _rank(winner):
+                elif config.rule in ("lower", "lowest") and _rank(loser) >= _rank(winner):
                     reason = NOT_BELOW
-                elif settings.rule == "lowest" and loser is not lowest:
+                elif config.rule == "lowest" and loser is not lowest:
                     reason = NOT_LOWEST
                 elif response_ids(tree, parent, winner) == response_ids(tree, parent, loser):
                     reason = SAME_TOKENS
@@ -108,18 +95,20 @@ def select_pairs(tree: SearchTree, settings: PairsConfig, seed: int) -> PairSele
                     unused.append((pair, reason))
                 else:
                     pairs.append(pair)
-    if settings.rule == "fpo" and len(pairs) > settings.max_fpo_pairs:
-        pairs, over = _capped(tree, pairs, settings.max_fpo_pairs, seed)
-        unused += [(pair, OVER_CAP) for pair in over]
-    return PairSelection(tuple(pairs), tuple(unused))
+    if config.rule == "fpo" and len(pairs) > config.max_fpo_pairs:
+        order = sorted(pairs, key=lambda pair: uniform(seed, "fpo", tree.id, *pair.node_ids))
+        kept = {pair.node_ids for pair in order[: config.max_fpo_pairs]}
+        unused += [(pair, OVER_CAP) for pair in pairs if pair.node_ids not in kept]
+        pairs = [pair for pair in pairs if pair.node_ids in kept]
+    return Selection(tuple(pairs), tuple(unused))
 
 
-def winning_paths(tree: SearchTree) -> list[list[Node]]:
+def select_winning_paths(tree: SearchTree) -> Selection:
     """The winning paths in node order, each token sequence once: the completions of supervised fine-tuning."""
-    paths: dict[tuple[int, ...], list[Node]] = {}
+    last: dict[tuple[int, ...], Node] = {}
     for winner in tree.winning_nodes:
-        paths.setdefault(tuple(tree.path_ids(winner)), tree.path(winner))
-    return list(paths.values())
+        last.setdefault(tuple(tree.path_ids(winner)), tree.nodes[winner])
+    return Selection(tuple(TreeExample(ROOT, 0, (node,)) for node in last.values()))
 
 
 def response(tree: SearchTree, parent: int, last: Node) -> list[Node]:
@@ -132,7 +121,19 @@ def response_ids(tree: SearchTree, parent: int, last: Node) -> list[int]:
     return [token for node in response(tree, parent, last) for token in node.token_ids]
 
 
-def _contests(tree: SearchTree, whole_paths: bool) -> Iterator[tuple[int, int, list[Node], list[Node]]]:
+def draw(names: Iterable[str], count: int, seed: int, purpose: str) -> set[str]:
+    """`count` of the distinct `names` (all of them if there are fewer): those with the smallest numbers."""
+    return set(sorted(set(names), key=lambda name: (uniform(seed, purpose, name), name))[:count])
+
+
+def uniform(seed: int, *names: str | int) -> float:
+    """A number in [0, 1) for these names; different purposes pass different first names."""
+    content = canonical_json([seed, *names])
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _sibling_groups(tree: SearchTree, whole_paths: bool) -> Iterator[tuple[int, int, list[Node], list[Node]]]:
     """Yield (state, step, winners, losers) for every state on a winning path, or once for whole paths."""
     if not tree.winning_nodes:
         return
@@ -146,14 +147,6 @@ def _contests(tree: SearchTree, whole_paths: bool) -> Iterator[tuple[int, int, l
         children = tree.children(state)
         step = 1 if state == ROOT else tree.nodes[state].depth + 1
         yield state, step, [n for n in children if n.id in winning], [n for n in children if n.id not in winning]
-
-
-def _capped(tree: SearchTree, pairs: list[TreePair], cap: int, seed: int) -> tuple[list[TreePair], list[TreePair]]:
-    """`cap` pairs drawn by the seed, in their order, and the others."""
-    order = sorted(pairs, key=lambda pair: uniform(seed, "fpo", tree.id, pair.chosen.id, pair.rejected.id))
-    kept = {(pair.chosen.id, pair.rejected.id) for pair in order[:cap]}
-    inside = [pair for pair in pairs if (pair.chosen.id, pair.rejected.id) in kept]
-    return inside, [pair for pair in pairs if (pair.chosen.id, pair.rejected.id) not in kept]
 
 
 def _rank(node: Node) -> float:

@@ -1,9 +1,4 @@
-"""DeepSpeed as the engine, on one process: its configuration written out in full, and the optimizer it drives.
-
-What the configuration must say, and why: `managed_gradient_accumulation` off, because the number of micro-batches varies
-from step to step (a fixed count gives wrong averages under ZeRO 1 and 2); `gradient_clipping` always, because DeepSpeed
-clips at 1.0 by default; no bf16 or fp16 section, because either casts the float32 adapters.
-"""
+"""DeepSpeed as the engine, on one process: its configuration written out in full, and the optimizer it drives."""
 
 import io
 import logging
@@ -21,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The dictionary given to `deepspeed.initialize`."""
+    """The dictionary given to `deepspeed.initialize`; a bf16 or fp16 section would cast the float32 adapters."""
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
     if config.zero_stage == 3:
         # adapters of a few thousand elements stay whole: gathering them costs more than they weigh
@@ -29,8 +24,9 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        # the number of micro-batches varies; a fixed count gives wrong averages under ZeRO 1 and 2
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": config.max_grad_norm,  # written out even at 0: DeepSpeed clips at 1.0 by default
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
@@ -38,10 +34,8 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def build_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or plain SGD for exactness tests."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+def adamw(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of every run."""
     return torch.optim.AdamW(
         parameters,
         lr=config.lr,
@@ -102,8 +96,8 @@ def _import_deepspeed(device_type: str) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what DeepSpeed prints while it starts out of our standard output, where `--json` writes; log it instead."""
-    said = io.StringIO()
-    with redirect_stdout(said):
+    output = io.StringIO()
+    with redirect_stdout(output):
         yield
-    if said.getvalue().strip():
-        logger.debug("DeepSpeed: %s", said.getvalue().strip())
+    if output.getvalue().strip():
+        logger.debug("DeepSpeed: %s", output.getvalue().strip())

@@ -1,9 +1,9 @@
 """The training loop: epochs of batches, a batch as forests, one optimizer step a batch.
 
-    gradient of a step = sum over its items of d loss / normaliser of the step (pairs, or completion tokens)
+    gradient of a step = sum over its examples of d loss / normaliser of the step (pairs, or completion tokens)
 
-whatever the token budget, so micro-batches never change the result. What an item is, and what holds before the first step,
-is the method's affair (`cpo_fast.train.method`).
+whatever the token budget, so micro-batches never change the result. `train` sets a run up and writes its files, and
+`Trainer.step` is one step. What is optimised is the objective's affair (`cpo_fast.train.objective`).
 """
 
 import logging
@@ -19,23 +19,27 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from cpo_fast.adapters import copy_adapter, save_adapter
-from cpo_fast.config import Config, dump_config
-from cpo_fast.data.batches import epoch_batches, split_by_question, weigh_pairs
-from cpo_fast.data.load import load_pairs, load_sft
+from cpo_fast.config import Config, TrainConfig, dump_config
+from cpo_fast.data.batches import epoch_batches, split_by_question, weigh
+from cpo_fast.data.examples import Example
+from cpo_fast.data.load import load_examples
 from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
-from cpo_fast.train.deepspeed_engine import build_optimizer, initialize_engine
+from cpo_fast.rows import is_hub
+from cpo_fast.train.deepspeed_engine import adamw, initialize_engine
 from cpo_fast.train.memory import choose_checkpointing
-from cpo_fast.train.method import Method, PreferenceMethod, SftMethod
-from cpo_fast.train.metrics import OverOptimisationAlarm, rounded
+from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm, rounded
+from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy, build_policy, checkpoint_layers
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
+from cpo_fast.train.reference import reference_logps
 from cpo_fast.train.validation import Validator
 from cpo_kernels import build_forest
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
+MakeOptimizer = Callable[[TrainConfig, list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def train(
     tokenizer: Any = None,
     progress: Progress | None = None,
     profile_steps: int | None = None,
+    make_optimizer: MakeOptimizer = adamw,
 ) -> TrainResult:
     """Train an adapter on `config.data` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
 
@@ -76,7 +81,8 @@ def train(
         config: sections model, pairs, data, lora and train, the run folder and the seed.
         model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
         progress: called after every step with its metrics and the total number of steps.
-        profile_steps: profile so many steps after the first, into `<run>/profile`; see `step_profile`.
+        profile_steps: profile so many steps after the first, into `<run>/profile`; see `cpo_fast.train.profiler`.
+        make_optimizer: of section train and the adapter's parameters; one without state shows gradients in the weights.
 
     Raises:
         CpoFastError: a subclass for what the user can mend (configuration, data, environment, non-finite loss).
@@ -87,11 +93,19 @@ def train(
     write_atomic(run / "config.yaml", dump_config(config))
     _check_readable(config)
     policy = build_policy(config, model, tokenizer)
-    items, held_out, method = _method(config, policy, run)
-    validator = Validator(config, policy, method, held_out, run)
-    trainer = _Trainer(config, policy, method, items, validator)
+    everything = load_examples(config, policy.tokenizer, run / "dropped.jsonl").examples
+    parts = split_by_question(everything, config.data.held_out, config.seed)
+    # after the split, because weights average to 1 over what is trained
+    examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
+    _check_vocabulary(everything, policy)
+    objective = Objective(policy.model, config.train, policy.reference, policy.impl)
+    objective.ref_logps = reference_logps(config, policy, everything, run / "reference")
+    if not examples:
+        raise DataError(f"data.held_out={config.data.held_out} leaves nothing to train on; lower it or add questions")
+    validator = Validator(config, policy, objective, held_out, run)
+    trainer = Trainer(config, policy, objective, examples, validator, make_optimizer)
     profiler = StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps else None
-    method.self_test(trainer.engine, trainer.batches(0, "questions")[0])
+    objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
     metrics_path = run / "metrics.jsonl"
     metrics_path.unlink(missing_ok=True)
     first: dict[str, Any] = {}
@@ -111,7 +125,7 @@ def train(
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
-        num_items=len(items),
+        num_items=len(examples),
         num_held_out=len(held_out),
         num_steps=last["step"],
         best_step=validator.best_step or last["step"],
@@ -128,57 +142,54 @@ def train(
 def _check_readable(config: Config) -> None:
     """Find a wrong path before a large model is loaded."""
     for path in (config.data.path, *(item.path for item in config.data.mixture)):
-        if path and not path.startswith("hub:"):
+        if path and not is_hub(path):
             try:
                 open(path, "rb").close()
             except OSError as error:
                 raise DataError(f"{path}: cannot read ({error.strerror}); check data.path") from None
 
 
-def _method(config: Config, policy: Policy, run: Path) -> tuple[list[Any], list[Any], Method]:
-    method: Any
-    items: list[Any]
-    held_out: list[Any]
-    if config.train.method == "sft":
-        examples = load_sft(config, policy.tokenizer, run / "dropped.jsonl").examples
-        items, held_out = split_by_question(examples, config.data.held_out, config.seed)
-        method = SftMethod(config, policy)
-        method.prepare(examples, run)
-    else:
-        pairs = load_pairs(config, policy.tokenizer, run / "dropped.jsonl").pairs
-        parts = split_by_question(pairs, config.data.held_out, config.seed)
-        # weights average to 1 over what is trained, so the split must not move them
-        items, held_out = (weigh_pairs(part, config.pairs.weight) for part in parts)
-        method = PreferenceMethod(config, policy)
-        method.prepare(pairs, run)
-    if not items:
-        raise DataError(f"data.held_out={config.data.held_out} leaves nothing to train on; lower it or add questions")
-    return items, held_out, method
+def _check_vocabulary(examples: Sequence[Example], policy: Policy) -> None:
+    size = policy.model.get_base_model().get_input_embeddings().num_embeddings
+    for example in examples:
+        largest = max(max(ids) for ids in (example.prompt_ids, *example.responses))
+        if largest >= size:
+            raise DataError(
+                f"{example.source}: token id {largest} is outside the model's {size} embeddings; the file was made with "
+                "another tokenizer"
+            )
 
 
-class _Trainer:
-    """Engine and items of one run; yields the metrics of each step."""
+class Trainer:
+    """Engine and examples of one run; yields the metrics of each step."""
 
     def __init__(
-        self, config: Config, policy: Policy, method: Method, items: Sequence[Any], validator: Validator
+        self,
+        config: Config,
+        policy: Policy,
+        objective: Objective,
+        examples: Sequence[Example],
+        validator: Validator,
+        make_optimizer: MakeOptimizer = adamw,
     ) -> None:
-        self.config, self.method, self.items, self.validator = config, method, items, validator
+        self.config, self.objective, self.examples, self.validator = config, objective, examples, validator
         self.implementations = {f"impl/{op}": name for op, name in asdict(policy.impl).items()}
-        self.groups = [item.group for item in items]
-        per_epoch = math.ceil(len(items) / config.train.batch_pairs)
+        self.groups = [example.group for example in examples]
+        per_epoch = math.ceil(len(examples) / config.train.batch_pairs)
         num_steps = per_epoch * config.train.num_epochs
         self.num_steps = min(num_steps, config.train.max_steps or num_steps)
         self.eval_every = config.train.eval_every or per_epoch
         self.trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-        checkpoint_layers(policy.model, self._checkpointing(policy))
-        optimizer = build_optimizer(config.train, self.trainable)
+        if self._checkpointing(policy) != "off":
+            checkpoint_layers(policy.model)
+        optimizer = make_optimizer(config.train, self.trainable)
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
             optimizer,
             num_warmup_steps=math.ceil(config.train.warmup_ratio * self.num_steps),
             num_training_steps=self.num_steps,
         )
-        self.engine = initialize_engine(method.module, optimizer, scheduler, config.train)
+        self.engine = initialize_engine(objective, optimizer, scheduler, config.train)
         self.engine.train()
         self.alarm = OverOptimisationAlarm(config.train.alarm_nats)
         self.alarm_text = ""
@@ -187,11 +198,11 @@ class _Trainer:
         for parameter in self.trainable:
             parameter.register_hook(self._watch)
 
-    def batches(self, epoch: int, order: Any = None) -> list[list[Any]]:
-        """Items of each step of an epoch."""
+    def batches(self, epoch: int, order: Any = None) -> list[list[Example]]:
+        """Examples of each step of an epoch."""
         train = self.config.train
         indices = epoch_batches(self.groups, train.batch_pairs, order or train.batch_order, self.config.seed, epoch)
-        return [[self.items[index] for index in batch] for batch in indices]
+        return [[self.examples[index] for index in batch] for batch in indices]
 
     def _checkpointing(self, policy: Policy) -> str:
         """What `train.gradient_checkpointing` says; `auto` decides by the largest micro-batch of the first epoch."""
@@ -200,13 +211,14 @@ class _Trainer:
             return asked
         largest, budget = 0, self.config.train.max_tokens
         for batch in self.batches(0):
-            largest = max(largest, build_forest(self.method.sequences(batch)).num_tokens)
+            sequences = [sequence for example in batch for sequence in example.sequences]
+            largest = max(largest, build_forest(sequences).num_tokens)
             if largest >= budget:
                 break
         return choose_checkpointing(policy.model, min(largest, budget), self.config.train.zero_stage)
 
     def steps(self, profiler: StepProfiler | None = None) -> Iterator[dict[str, Any]]:
-        """One optimizer step per item, until the epochs, `train.max_steps` or the patience are done."""
+        """Metrics of one optimizer step after the other, until the epochs, `train.max_steps` or the patience are done."""
         step = 0
         for epoch in range(self.config.train.num_epochs):
             batches = self.batches(epoch)
@@ -218,7 +230,7 @@ class _Trainer:
                     profiler.before(step)
                 started = time.perf_counter()
                 with record_function("step"):
-                    values = self._step(batch)
+                    values = self.step(batch)
                 values.update(
                     step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started
                 )
@@ -229,14 +241,19 @@ class _Trainer:
                     values.update(self.validator.run(self.engine, step))
                 yield values
 
-    def _step(self, batch: Sequence[Any]) -> dict[str, Any]:
-        metrics = self.method.metrics()
-        normaliser = self.method.normaliser(batch)
-        for micro in self.method.micro_batches(batch):
-            result = self.engine(micro)
+    def step(self, batch: Sequence[Example]) -> dict[str, Any]:
+        """One optimizer step; returns its metrics.
+
+        Raises:
+            NonFiniteError: a loss or the gradient is not finite; the weights were not updated.
+        """
+        metrics = Metrics(self.config.train.beta)
+        normaliser = self.objective.normaliser(batch)
+        for micro_batch in self.objective.micro_batches(batch):
+            result = self.engine(micro_batch)
             with record_function("backward"):
                 self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
-            metrics.add(micro, result)
+            metrics.add(micro_batch, result)
         with record_function("read"):
             finite, gradient_norm = metrics.read(self.gradients_finite, self._local_gradient_norm())
         self._refuse_nonfinite(metrics.nonfinite(), bool(finite), batch)
@@ -274,10 +291,10 @@ class _Trainer:
     def _watch(self, gradient: torch.Tensor) -> None:
         self.gradients_finite &= torch.isfinite(gradient).all()
 
-    def _refuse_nonfinite(self, bad: list[str], gradients_finite: bool, batch: Sequence[Any]) -> None:
+    def _refuse_nonfinite(self, bad: list[str], gradients_finite: bool, batch: Sequence[Example]) -> None:
         what = f"the loss of {len(bad)} rows"
         if not bad and not gradients_finite:
-            what, bad = "the gradient", [item.source for item in batch]
+            what, bad = "the gradient", [example.source for example in batch]
         if bad:
             raise NonFiniteError(
                 f"{what} is not finite at step {self.engine.global_steps + 1} (rows {', '.join(bad[:5])}); lower train.lr "

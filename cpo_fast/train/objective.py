@@ -1,228 +1,227 @@
-"""The training objective as one module: a micro-batch of pairs in, the summed loss and its statistics out.
+"""What is optimised: a batch as forests, and the loss of one forest.
 
-    loss = sum over the micro-batch's pairs of weight * -log sigmoid(beta (margin - reference margin))
+    batch of examples -> micro-batches within `train.max_tokens` -> one forest each -> log-probs -> summed loss, statistics
 
-Backbone, needed head rows, log-probs and reference all happen in this module's forward, so that DeepSpeed gathers and
-releases each weight where it is used. The sum is scaled to the step's mean outside, where the global pair count is known.
+`train.method` says which loss it is. Preferences (CPO on siblings, FPO on whole paths), with frozen reference log-probs:
 
-Pairs to groups that fit one forest of `train.max_tokens` tokens; a pair that never fits is named by its row.
+    sum over the micro-batch's pairs of weight * -log sigmoid(beta (margin - reference margin))   / pairs of the step
 
-Supervised fine-tuning on winning paths (the paper's TS-SFT baseline): next-token loss on completions, prompt masked.
+Supervised fine-tuning on winning paths (the paper's TS-SFT baseline), which is Hugging Face's loss of the same rows padded
+into one batch, prompt masked:
 
-    loss = - sum over the step's completion tokens of log p / number of those tokens
+    sum over the micro-batch's completion tokens of -log p   / completion tokens of the step
 
-which is Hugging Face's loss of the same rows padded into one batch. Winning paths of a question share their steps, so they
-are computed as a forest like preference pairs.
+The division is the loop's, by `normaliser`: only a step knows how many pairs or tokens it has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from cpo_fast.config import TrainConfig
-from cpo_fast.data.examples import PreferencePair, SftExample
-from cpo_fast.errors import DataError
+from cpo_fast.data.examples import Example, Ids
+from cpo_fast.errors import CpoFastError, DataError
 from cpo_fast.tasks import common_prefix_length
 from cpo_kernels import preference_loss
 from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import PackedLogps, packed_logps, split_pairs
-from cpo_kernels.linear_logprob import LogprobResult
 
-OUTPUTS = ("entropy", "mean_logit", "is_top1")
+Scored = tuple[Ids, int]  # a sequence and its first scored position
+
+# per-token values that the statistics need, beside the log-probs
+OUTPUTS = {"preference": ("entropy", "mean_logit", "is_top1"), "sft": ("entropy", "is_top1")}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that share one forest, with their cached reference log-probs where there are any."""
+    """Examples that share one forest.
 
-    pairs: Sequence[PreferencePair]
-    ref_chosen: Sequence[float] | None = None
-    ref_rejected: Sequence[float] | None = None
+    Attributes:
+        examples: pairs or completions.
+        ref_logps: cached reference log-probs of `scored`; None computes the reference with the policy.
+    """
+
+    examples: Sequence[Example]
+    ref_logps: Sequence[float] | None = None
+
+    @property
+    def scored(self) -> list[Scored]:
+        """Every sequence with its first scored position: all chosen, then all rejected; or all completions."""
+        starts = [len(example.prompt_ids) for example in self.examples]
+        places = zip(*(example.sequences for example in self.examples), strict=True)
+        return [entry for sequences in places for entry in zip(sequences, starts, strict=True)]
 
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """Loss and statistics of one micro-batch of N pairs; all detached but `loss_sum`."""
+    """Loss and statistics of N examples on one forest.
 
-    loss_sum: torch.Tensor  # scalar, differentiable
-    losses: torch.Tensor  # [N]
-    chosen_rewards: torch.Tensor  # [N]
-    rejected_rewards: torch.Tensor  # [N]
-    chosen_logps: torch.Tensor  # [N]
-    rejected_logps: torch.Tensor  # [N]
-    chosen_lengths: Sequence[int]  # [N] scored tokens
-    rejected_lengths: Sequence[int]  # [N]
-    entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
-    chosen_logit_sum: torch.Tensor  # scalar, mean logits summed over chosen tokens
-    rejected_logit_sum: torch.Tensor  # scalar
-    num_top1: torch.Tensor  # scalar, chosen tokens that have the row's largest logit
-    num_tokens: int  # tokens that met the backbone once
-    num_sequence_tokens: int  # tokens of the 2 N rows
+    Attributes:
+        loss_sum: scalar, the one value with a graph.
+        columns: by name, detached: values [N] of each example, and scalars that are sums over tokens.
+        num_scored: scored tokens of all chosen and of all rejected responses, or of all completions.
+        num_tokens: tokens of the forest, which met the backbone once.
+        num_sequence_tokens: tokens of the sequences, which a padded batch would have computed.
+    """
+
+    loss_sum: torch.Tensor
+    columns: dict[str, torch.Tensor]
+    num_scored: tuple[int, ...]
+    num_tokens: int
+    num_sequence_tokens: int
 
 
-class PreferenceObjective(torch.nn.Module):
-    """Policy and reference log-probs of a micro-batch and their preference loss."""
+class Objective(torch.nn.Module):
+    """The one module that DeepSpeed wraps: a micro-batch in, its summed loss and statistics out.
+
+    Backbone, needed head rows, log-probs and reference all happen in its forward, so that DeepSpeed gathers and releases
+    each weight where it is used.
+
+    Attributes:
+        ref_logps: reference log-probs by sequence and start for every micro-batch, or None to compute them online.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, config: TrainConfig, reference: str, impl: Implementations | None = None
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        reference: str = "adapter_off",
+        impl: Implementations | None = None,
     ) -> None:
         """`model` is a prepared PeftModel, `reference` a name that `packed_logps` accepts, `impl` what the run resolved."""
         super().__init__()
-        self.model = model
-        self.config = config
-        self.reference = reference
+        self.model, self.config, self.reference = model, config, reference
         self.impl = impl or Implementations.of(config.impl)
+        self.ref_logps: Mapping[Scored, float] | None = None
 
     def forward(self, batch: MicroBatch) -> MicroBatchResult:
-        """Score chosen and rejected of every pair on one forest; the reference online unless the batch carries it."""
-        pairs = batch.pairs
-        sequences = [pair.chosen_sequence for pair in pairs] + [pair.rejected_sequence for pair in pairs]
-        starts = [len(pair.prompt_ids) for pair in pairs] * 2
-        reference = self.reference if batch.ref_chosen is None else None
-        packed = packed_logps(self.model, sequences, starts, reference, impl=self.impl, outputs=OUTPUTS)
+        """Score every response of the micro-batch on one forest."""
+        method = self.config.method
+        sequences, starts = zip(*batch.scored, strict=True)
+        online = method == "preference" and batch.ref_logps is None
+        reference = self.reference if online else None
+        packed = packed_logps(self.model, sequences, starts, reference, impl=self.impl, outputs=OUTPUTS[method])
         lengths = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
         with record_function("loss"):
-            return self._loss(batch, packed, lengths)
+            if method == "sft":
+                return _completion_loss(packed, lengths)
+            return _pair_loss(batch, packed, lengths, self.config)
 
-    def _loss(self, batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int]) -> MicroBatchResult:
-        chosen, rejected = packed.segment_logps.chunk(2)
-        chosen_lengths, rejected_lengths = _like(lengths, chosen).chunk(2)
-        if packed.ref_segment_logps is None:
-            assert batch.ref_chosen is not None
-            assert batch.ref_rejected is not None
-            ref_chosen, ref_rejected = _like([*batch.ref_chosen, *batch.ref_rejected], chosen).chunk(2)
-        else:
-            ref_chosen, ref_rejected = packed.ref_segment_logps.chunk(2)
-        loss = preference_loss(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            beta=self.config.beta,
-            loss_type=self.config.loss_type,
-            label_smoothing=self.config.label_smoothing,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            nll_weight=self.config.nll_weight,
-            pair_weight=_pair_weight(batch.pairs, chosen),
-        )
-        num_pairs = len(batch.pairs)
-        return MicroBatchResult(
-            loss_sum=loss.losses.sum(),
-            losses=loss.losses.detach(),
-            chosen_rewards=loss.chosen_rewards,
-            rejected_rewards=loss.rejected_rewards,
-            chosen_logps=chosen.detach(),
-            rejected_logps=rejected.detach(),
-            chosen_lengths=lengths[:num_pairs],
-            rejected_lengths=lengths[num_pairs:],
-            **_token_sums(packed.result, sum(lengths[:num_pairs])),
-            num_tokens=packed.num_tokens,
-            num_sequence_tokens=packed.num_sequence_tokens,
-        )
+    def micro_batches(self, examples: Sequence[Example], online: bool = False) -> Iterator[MicroBatch]:
+        """Cut a batch into forests within the token budget; `online` leaves the cached reference out."""
+        for group in split_examples(examples, self.config.max_tokens):
+            batch = MicroBatch(group)
+            if self.ref_logps is not None and not online:
+                batch = MicroBatch(group, [self.ref_logps[entry] for entry in batch.scored])
+            yield batch
+
+    def normaliser(self, examples: Sequence[Example]) -> int:
+        """What the summed loss of a batch is divided by.
+
+        Pairs count as one each: weights average to 1 over the whole set, not over a batch. Of completions every token
+        counts, so that a long chain counts for more than a short one, as in Hugging Face's loss.
+        """
+        if self.config.method == "sft":
+            return sum(len(example.responses[0]) for example in examples)
+        return len(examples)
+
+    def self_test(self, engine: Any, examples: Sequence[Example]) -> None:
+        """Policy and reference on one forest before the first step: rewards must be bitwise 0.
+
+        Raises:
+            CpoFastError: the policy at step 0 is not its own reference.
+        """
+        if self.config.method == "sft":
+            return  # there is no reference
+        with torch.no_grad():
+            columns = engine(next(self.micro_batches(examples, online=True))).columns
+        rewards = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]])
+        if bool((rewards != 0).any()):
+            raise CpoFastError(
+                f"self-test: rewards at step 0 reach {float(rewards.abs().max()):.1e} instead of exactly 0, so the "
+                "reference is not the policy's starting point (an adapter that was trained, or dropout)"
+            )
 
 
-def _pair_weight(pairs: Sequence[PreferencePair], like: torch.Tensor) -> torch.Tensor | None:
-    if all(pair.weight == 1.0 for pair in pairs):
-        return None
-    return _like([pair.weight for pair in pairs], like)
+def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:
+    chosen, rejected = packed.segment_logps.chunk(2)  # [N] each
+    chosen_lengths, rejected_lengths = _like(lengths, chosen).chunk(2)
+    if packed.ref_segment_logps is not None:
+        ref_chosen, ref_rejected = packed.ref_segment_logps.chunk(2)
+    else:
+        assert batch.ref_logps is not None
+        ref_chosen, ref_rejected = _like(batch.ref_logps, chosen).chunk(2)
+    weights = [pair.weight for pair in batch.examples]
+    loss = preference_loss(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        nll_weight=config.nll_weight,
+        pair_weight=None if all(weight == 1.0 for weight in weights) else _like(weights, chosen),
+    )
+    result = packed.result
+    assert result.entropy is not None
+    assert result.mean_logit is not None
+    assert result.is_top1 is not None
+    num_chosen = sum(lengths[: len(weights)])  # a plan is segment-major, so these tokens are the first
+    columns = {
+        "losses": loss.losses.detach(),
+        "chosen_rewards": loss.chosen_rewards,
+        "rejected_rewards": loss.rejected_rewards,
+        "chosen_logps": chosen.detach(),
+        "rejected_logps": rejected.detach(),
+        "entropy_sum": result.entropy.sum(),
+        "chosen_logit_sum": result.mean_logit[:num_chosen].sum(),
+        "rejected_logit_sum": result.mean_logit[num_chosen:].sum(),
+        "num_top1": result.is_top1[:num_chosen].sum(),
+    }
+    num_scored = (num_chosen, sum(lengths) - num_chosen)
+    return MicroBatchResult(loss.losses.sum(), columns, num_scored, packed.num_tokens, packed.num_sequence_tokens)
+
+
+def _completion_loss(packed: PackedLogps, lengths: Sequence[int]) -> MicroBatchResult:
+    logps, result = packed.segment_logps, packed.result  # [N]
+    assert result.entropy is not None
+    assert result.is_top1 is not None
+    loss_sum = -logps.sum()
+    columns = {
+        "losses": -logps.detach() / _like(lengths, logps),  # a mean per token
+        "loss_sum": loss_sum.detach(),
+        "entropy_sum": result.entropy.sum(),
+        "num_top1": result.is_top1.sum(),
+    }
+    return MicroBatchResult(loss_sum, columns, (sum(lengths),), packed.num_tokens, packed.num_sequence_tokens)
 
 
 def _like(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-def _token_sums(result: LogprobResult, num_chosen: int) -> dict[str, torch.Tensor]:
-    """Sums over tokens; a plan is segment-major, so the chosen responses' tokens are the first `num_chosen`."""
-    assert result.entropy is not None
-    assert result.mean_logit is not None
-    assert result.is_top1 is not None
-    return {
-        "entropy_sum": result.entropy.sum(),
-        "chosen_logit_sum": result.mean_logit[:num_chosen].sum(),
-        "rejected_logit_sum": result.mean_logit[num_chosen:].sum(),
-        "num_top1": result.is_top1[:num_chosen].sum(),
-    }
-
-
-def group_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[PreferencePair]]:
-    """Cut pairs into micro-batches whose forests have at most `max_tokens` tokens.
+def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Cut examples into micro-batches whose forests have at most `max_tokens` tokens.
 
     Raises:
-        DataError: a pair alone has more; names its row and the option.
-    """
-    for pair in pairs:
-        common = common_prefix_length(pair.chosen_ids, pair.rejected_ids)
-        num_tokens = len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - common
-        if num_tokens > max_tokens:
-            raise DataError(
-                f"{pair.source}: the pair alone has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
-                "raise the budget or set data.max_length to drop such rows"
-            )
-    triples = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
-    return [[pairs[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
-
-
-def group_examples(examples: Sequence[SftExample], max_tokens: int) -> list[list[SftExample]]:
-    """Cut completions into micro-batches whose forests have at most `max_tokens` tokens.
-
-    Raises:
-        DataError: a completion with its prompt alone has more; names its row and the option.
+        DataError: an example alone has more; names its row and the option.
     """
     for example in examples:
-        num_tokens = len(example.prompt_ids) + len(example.completion_ids)
+        first, last = example.responses[0], example.responses[-1]
+        num_tokens = len(example.prompt_ids) + len(first) + len(last) - common_prefix_length(first, last)
         if num_tokens > max_tokens:
+            what = "the pair alone" if len(example.responses) == 2 else "the row"
             raise DataError(
-                f"{example.source}: the row has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
+                f"{example.source}: {what} has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
                 "raise the budget or set data.max_length to drop such rows"
             )
     # a completion is a pair whose two responses are one: equal sequences share every row
-    triples = [(example.prompt_ids, example.completion_ids, example.completion_ids) for example in examples]
+    triples = [(example.prompt_ids, example.responses[0], example.responses[-1]) for example in examples]
     return [[examples[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
-
-
-@dataclass(frozen=True)
-class SftResult:
-    """Loss and statistics of one micro-batch of N examples; all detached but `loss_sum`."""
-
-    loss_sum: torch.Tensor  # scalar, differentiable: summed negative log-likelihood
-    losses: torch.Tensor  # [N] mean negative log-likelihood per token
-    lengths: Sequence[int]  # [N] scored tokens
-    entropy_sum: torch.Tensor  # scalar, nats over all scored tokens
-    num_top1: torch.Tensor  # scalar
-    num_tokens: int  # tokens that met the backbone once
-    num_sequence_tokens: int  # tokens of the N rows
-
-
-class SftObjective(torch.nn.Module):
-    """Next-token loss of completions; the one module that DeepSpeed wraps."""
-
-    def __init__(self, model: torch.nn.Module, config: TrainConfig, impl: Implementations | None = None) -> None:
-        """`model` is a prepared PeftModel, `impl` what the run resolved."""
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.impl = impl or Implementations.of(config.impl)
-
-    def forward(self, examples: Sequence[SftExample]) -> SftResult:
-        """Score every completion on one forest."""
-        sequences = [example.prompt_ids + example.completion_ids for example in examples]
-        starts = [len(example.prompt_ids) for example in examples]
-        packed = packed_logps(self.model, sequences, starts, impl=self.impl, outputs=("entropy", "is_top1"))
-        result, logps = packed.result, packed.segment_logps
-        lengths = [len(example.completion_ids) for example in examples]
-        assert result.entropy is not None
-        assert result.is_top1 is not None
-        with record_function("loss"):
-            return SftResult(
-                loss_sum=-logps.sum(),
-                losses=-logps.detach() / to_device(torch.tensor(lengths), logps.device),
-                lengths=lengths,
-                entropy_sum=result.entropy.sum(),
-                num_top1=result.is_top1.sum(),
-                num_tokens=packed.num_tokens,
-                num_sequence_tokens=packed.num_sequence_tokens,
-            )

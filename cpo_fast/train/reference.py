@@ -1,8 +1,8 @@
 """Reference log-probs once per unique sequence, on disk under a hash of everything that decides them.
 
 The key covers model and adapter weights, dtype, implementation and every token id with its start. Values are sums of the
-scored tokens, computed on forests like everything else. Before training a part of them is computed again online; where
-the two differ by more than the dtype's bound the file is made anew.
+scored tokens, computed on forests like everything else. Before training a part of them is computed again online. Where the
+two differ by more than the dtype's bound the file is made anew.
 """
 
 import hashlib
@@ -18,67 +18,46 @@ from safetensors.torch import load_file, save_file
 
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
-from cpo_fast.data.examples import PreferencePair
+from cpo_fast.data.examples import Example
 from cpo_fast.models import model_hash
-from cpo_fast.train.objective import group_pairs
+from cpo_fast.train.objective import Scored, split_examples
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
 from cpo_kernels.tolerances import end_to_end_bound
 
 logger = logging.getLogger(__name__)
 
-Scored = tuple[tuple[int, ...], int]  # (sequence, first scored position)
+ReferenceLogps = dict[Scored, float]
 
 
-class ReferenceCache:
-    """Summed reference log-probs by (sequence, start)."""
+def reference_logps(config: Config, policy: Policy, pairs: Sequence[Example], folder: Path) -> ReferenceLogps | None:
+    """Log-probs of all responses where `train.reference` asks for a cache, or None for online.
 
-    def __init__(self, values: dict[Scored, float]) -> None:
-        """Wrap values that were computed or loaded."""
-        self.values = values
-
-    def chosen(self, pairs: Sequence[PreferencePair]) -> list[float]:
-        """Reference log-prob of each chosen response."""
-        return [self.values[pair.chosen_sequence, len(pair.prompt_ids)] for pair in pairs]
-
-    def rejected(self, pairs: Sequence[PreferencePair]) -> list[float]:
-        """Reference log-prob of each rejected response."""
-        return [self.values[pair.rejected_sequence, len(pair.prompt_ids)] for pair in pairs]
-
-
-def reference_cache(
-    config: Config, policy: Policy, pairs: Sequence[PreferencePair], folder: Path
-) -> ReferenceCache | None:
-    """The cache that `train.reference` asks for, or None for online; `auto` is online for one epoch, cached above.
-
-    A stored file is used when its key fits and a sample of its values agrees with an online computation.
+    `auto` is online for one epoch, cached above. A stored file is used when its key fits and a sample of its values agrees
+    with an online computation.
     """
     mode = config.train.reference
-    if mode == "online" or (mode == "auto" and config.train.num_epochs == 1):
+    if config.train.method == "sft" or mode == "online" or (mode == "auto" and config.train.num_epochs == 1):
         return None
     policy.model.eval()
     scored = scored_sequences(pairs)
-    key = _key(scored, config, policy)
-    stored = _load(folder / f"{key}.safetensors", scored)
+    path = folder / f"{_key(scored, config, policy)}.safetensors"
+    stored = _load(path, scored)
     if stored is not None:
         if _agrees(stored, config, policy, pairs):
             logger.info("reference: %d log-probs from %s", len(scored), folder)
             return stored
         logger.warning("reference: the values in %s differ from an online computation; making them anew", folder)
     started = time.perf_counter()
-    cache = _compute(config, policy, pairs)
-    _save(cache, folder / f"{key}.safetensors", scored)
+    values = _compute(config, policy, pairs)
+    _save(values, path, scored)
     logger.info("reference: %d sequences scored in %.1f s", len(scored), time.perf_counter() - started)
-    return cache
+    return values
 
 
-def scored_sequences(pairs: Sequence[PreferencePair]) -> list[Scored]:
+def scored_sequences(pairs: Sequence[Example]) -> list[Scored]:
     """The distinct (sequence, start) of all pairs, in order of first appearance."""
-    seen: dict[Scored, None] = {}
-    for pair in pairs:
-        seen.setdefault((pair.chosen_sequence, len(pair.prompt_ids)))
-        seen.setdefault((pair.rejected_sequence, len(pair.prompt_ids)))
-    return list(seen)
+    return list(dict.fromkeys((sequence, len(pair.prompt_ids)) for pair in pairs for sequence in pair.sequences))
 
 
 def _key(scored: Sequence[Scored], config: Config, policy: Policy) -> str:
@@ -105,7 +84,7 @@ def _hash_weights(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load(path: Path, scored: Sequence[Scored]) -> ReferenceCache | None:
+def _load(path: Path, scored: Sequence[Scored]) -> ReferenceLogps | None:
     if not path.is_file():
         return None
     try:
@@ -115,39 +94,39 @@ def _load(path: Path, scored: Sequence[Scored]) -> ReferenceCache | None:
         return None
     if values.shape != (len(scored),) or not torch.isfinite(values).all():
         return None
-    return ReferenceCache(dict(zip(scored, values.tolist(), strict=True)))
+    return dict(zip(scored, values.tolist(), strict=True))
 
 
-def _save(cache: ReferenceCache, path: Path, scored: Sequence[Scored]) -> None:
+def _save(values: ReferenceLogps, path: Path, scored: Sequence[Scored]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    save_file({"segment_logps": torch.tensor([cache.values[item] for item in scored], dtype=torch.float64)}, aside)
+    save_file({"segment_logps": torch.tensor([values[item] for item in scored], dtype=torch.float64)}, aside)
     aside.replace(path)
 
 
-def _compute(config: Config, policy: Policy, pairs: Sequence[PreferencePair]) -> ReferenceCache:
+def _compute(config: Config, policy: Policy, pairs: Sequence[Example]) -> ReferenceLogps:
     """Score every unique sequence once under the reference, in forests of at most `train.max_tokens` tokens."""
-    values: dict[Scored, float] = {}
-    for group in group_pairs(pairs, config.train.max_tokens):
+    values: ReferenceLogps = {}
+    for group in split_examples(pairs, config.train.max_tokens):
         wanted = [item for item in scored_sequences(group) if item not in values]
         if wanted:
-            values.update(zip(wanted, _online(config, policy, wanted), strict=True))
-    return ReferenceCache(values)
+            values.update(zip(wanted, _online(policy, wanted), strict=True))
+    return values
 
 
-def _agrees(cache: ReferenceCache, config: Config, policy: Policy, pairs: Sequence[PreferencePair]) -> bool:
+def _agrees(values: ReferenceLogps, config: Config, policy: Policy, pairs: Sequence[Example]) -> bool:
     """Compare the first pair of every question, up to the token budget, with an online computation."""
-    sample: dict[str, PreferencePair] = {}
+    sample: dict[str, Example] = {}
     for pair in pairs:
         sample.setdefault(pair.group, pair)
-    wanted = scored_sequences(group_pairs(list(sample.values()), config.train.max_tokens)[0])
-    online = torch.tensor(_online(config, policy, wanted), dtype=torch.float64)
-    cached = torch.tensor([cache.values[item] for item in wanted], dtype=torch.float64)
+    wanted = scored_sequences(split_examples(list(sample.values()), config.train.max_tokens)[0])
+    online = torch.tensor(_online(policy, wanted), dtype=torch.float64)
+    cached = torch.tensor([values[item] for item in wanted], dtype=torch.float64)
     difference = float((cached - online).norm() / online.norm().clamp_min(1e-30))
     return difference <= end_to_end_bound(policy.model.get_base_model().dtype)
 
 
-def _online(config: Config, policy: Policy, wanted: Sequence[Scored]) -> list[float]:
+def _online(policy: Policy, wanted: Sequence[Scored]) -> list[float]:
     sequences, starts = [sequence for sequence, _ in wanted], [start for _, start in wanted]
     with torch.no_grad():
         packed = packed_logps(policy.model, sequences, starts, policy.reference, impl=policy.impl)

@@ -14,11 +14,13 @@ import torch
 
 from cpo_fast.adapters import save_adapter
 from cpo_fast.config import Config
+from cpo_fast.data.examples import Example
 from cpo_fast.errors import ConfigError
 from cpo_fast.evaluate.chain import greedy_chains
 from cpo_fast.search.collect import load_questions
 from cpo_fast.tasks import encode_question
-from cpo_fast.train.method import Method
+from cpo_fast.train.metrics import Metrics
+from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,11 @@ logger = logging.getLogger(__name__)
 class Validator:
     """Runs validations, keeps the best adapter in `<run>/adapter-best`, and counts those without progress."""
 
-    def __init__(self, config: Config, policy: Policy, method: Method, held_out: Sequence[Any], run: Path) -> None:
-        """`held_out` items are what the method trains on, of questions that are not trained."""
-        self.config, self.policy, self.method = config, policy, method
+    def __init__(
+        self, config: Config, policy: Policy, objective: Objective, held_out: Sequence[Example], run: Path
+    ) -> None:
+        """`held_out` are examples of questions that are not trained."""
+        self.config, self.policy, self.objective = config, policy, objective
         self.held_out = list(held_out)
         self.folder = run / "adapter-best"
         self.best: float | None = None
@@ -59,9 +63,7 @@ class Validator:
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
-            values = self._held_out_metrics(engine)
-            if self._questions is not None:
-                values["eval_accuracy"] = self._accuracy()
+            values = self.measure(engine)
         finally:
             self.policy.model.train(was_training)
         decisive = -values["eval_accuracy"] if self._questions is not None else values["eval_loss"]
@@ -72,14 +74,19 @@ class Validator:
             self.num_without_progress += 1
         return {**values, "eval_best_step": self.best_step}
 
-    def _held_out_metrics(self, engine: Any) -> dict[str, float]:
-        if not self.held_out:
-            return {}
-        metrics = self.method.metrics()
-        with torch.no_grad():
-            for micro in self.method.micro_batches(self.held_out):
-                metrics.add(micro, engine(micro))
-        return {f"eval_{name}": value for name, value in metrics.summary().items() if not name.startswith("tokens/")}
+    def measure(self, engine: Any) -> dict[str, float]:
+        """Metrics of the held-out examples, and accuracy on the questions with reference answers, where there are any."""
+        values: dict[str, float] = {}
+        if self.held_out:
+            metrics = Metrics(self.config.train.beta)
+            with torch.no_grad():
+                for batch in self.objective.micro_batches(self.held_out):
+                    metrics.add(batch, engine(batch))
+            summary = metrics.summary().items()
+            values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
+        if self._questions is not None:
+            values["eval_accuracy"] = self._accuracy()
+        return values
 
     def _accuracy(self) -> float:
         assert self._questions is not None

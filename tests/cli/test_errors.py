@@ -9,15 +9,7 @@ import pytest
 
 from cpo_fast.config import Config, dump_config, load_config
 from cpo_fast.errors import ConfigError
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from cpo_fast.cli import main; main()", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.cli.commands import run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from trl.data_utils import _tokenize, common_prefix_length
 
 from cpo_fast.config import validate_config
 from cpo_fast.data.examples import with_extracted_prompt
-from cpo_fast.data.load import LoadedPairs, load_pairs, load_sft
+from cpo_fast.data.load import LoadedExamples, load_examples
 from cpo_fast.errors import DataError
 from cpo_fast.files import write_jsonl
 from tests.tiny import tiny_tokenizer
@@ -52,9 +52,9 @@ TEXT_IMPLICIT = [
 ]
 
 
-def ours(rows: list[dict[str, Any]], path: Path, tokenizer: Any, **options: Any) -> LoadedPairs:
+def ours(rows: list[dict[str, Any]], path: Path, tokenizer: Any, **options: Any) -> LoadedExamples:
     write_jsonl(path, rows)
-    return load_pairs(validate_config({"data": {"path": str(path), "eos": "every"} | options}), tokenizer)
+    return load_examples(validate_config({"data": {"path": str(path), "eos": "every"} | options}), tokenizer)
 
 
 def theirs(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
@@ -63,9 +63,9 @@ def theirs(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     return list(DPOTrainer._prepare_dataset(holder, Dataset.from_list(rows), tokenizer, arguments, "train"))
 
 
-def assert_equal(rows: list[dict[str, Any]], path: Path, tokenizer: Any) -> LoadedPairs:
+def assert_equal(rows: list[dict[str, Any]], path: Path, tokenizer: Any) -> LoadedExamples:
     loaded = ours(rows, path, tokenizer)
-    found = [(list(p.prompt_ids), list(p.chosen_ids), list(p.rejected_ids)) for p in loaded.pairs]
+    found = [tuple(map(list, (p.prompt_ids, *p.responses))) for p in loaded.examples]
     oracle = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in theirs(rows, tokenizer)]
     assert found == oracle
     assert len(found) == len(rows)
@@ -86,8 +86,8 @@ def test_a_conversation_ends_as_its_template_ends_it(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     for eos in ("final", "every", "never"):
-        pair = ours(EXPLICIT, tmp_path / "rows.jsonl", tokenizer, eos=eos).pairs[0]
-        assert tokenizer.decode(pair.chosen_ids) == "4<|im_end|>\n"
+        pair = ours(EXPLICIT, tmp_path / "rows.jsonl", tokenizer, eos=eos).examples[0]
+        assert tokenizer.decode(pair.responses[0]) == "4<|im_end|>\n"
         assert tokenizer.decode(pair.prompt_ids).endswith("<|im_start|>assistant\n")
 
 
@@ -101,7 +101,7 @@ def test_text_rows_have_the_ids_of_trl(tmp_path: Path) -> None:
 
 def test_text_with_implicit_prompts_has_the_ids_of_trl(tmp_path: Path) -> None:
     loaded = assert_equal(TEXT_IMPLICIT, tmp_path / "rows.jsonl", tiny_tokenizer())
-    assert tiny_tokenizer().decode(loaded.pairs[0].prompt_ids) == "\n\nHuman: sum?\n\nAssistant: It"
+    assert tiny_tokenizer().decode(loaded.examples[0].prompt_ids) == "\n\nHuman: sum?\n\nAssistant: It"
 
 
 def test_extracted_prompts_are_those_of_trl() -> None:
@@ -123,21 +123,22 @@ def test_sft_conversations_and_text_have_the_ids_of_trl(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in EXPLICIT]
     rows.append({"prompt": "1 + 1 = ", "completion": "2"})
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    examples = load_sft(validate_config({"data": {"path": str(tmp_path / "rows.jsonl")}}), tokenizer).examples
+    config = validate_config({"data": {"path": str(tmp_path / "rows.jsonl")}, "train": {"method": "sft"}})
+    examples = load_examples(config, tokenizer).examples
     for row, example in zip(rows, examples, strict=True):
         cue = {"add_generation_prompt": True} if isinstance(row["prompt"], list) else {}
         ended = row["completion"] if cue else row["completion"] + "<eos>"
         prompt = _tokenize(tokenizer, row["prompt"], **cue)["input_ids"]
         whole = _tokenize(tokenizer, row["prompt"] + ended)["input_ids"]
         start = common_prefix_length(prompt, whole)
-        assert (list(example.prompt_ids), list(example.completion_ids)) == (whole[:start], whole[start:])
+        assert (list(example.prompt_ids), list(*example.responses)) == (whole[:start], whole[start:])
 
 
 def test_tools_and_template_options_reach_the_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ tools | length if tools else 0 }}{{ mood }}|" + CHATML
     row = {**EXPLICIT[0], "tools": '[{"name": "f"}, {"name": "g"}]', "chat_template_kwargs": {"mood": "calm"}}
-    (pair,) = ours([row], tmp_path / "rows.jsonl", tokenizer).pairs
+    (pair,) = ours([row], tmp_path / "rows.jsonl", tokenizer).examples
     assert tokenizer.decode(pair.prompt_ids).startswith("2calm|")
 
 
@@ -145,7 +146,7 @@ def test_questions_of_conversations_are_their_prompts(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     again = {**EXPLICIT[0], "rejected": [say("assistant", "6")]}
-    pairs = ours([*EXPLICIT, again], tmp_path / "rows.jsonl", tokenizer).pairs
+    pairs = ours([*EXPLICIT, again], tmp_path / "rows.jsonl", tokenizer).examples
     assert pairs[0].group == pairs[2].group != pairs[1].group
 
 
@@ -168,7 +169,7 @@ def test_bad_conversations_are_counted_by_reason(tmp_path: Path) -> None:
         {"prompt": "a", "chosen": [say("assistant", "4")], "rejected": [say("assistant", "5")]},
     ]
     loaded = ours(rows, tmp_path / "rows.jsonl", tokenizer, max_drop=1.0)
-    assert len(loaded.pairs) == 1
+    assert len(loaded.examples) == 1
     assert loaded.dropped_by_reason == {
         "empty prompt": 1,
         "empty response": 2,

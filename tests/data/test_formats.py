@@ -1,6 +1,5 @@
 """Every kind of training file, and every way a row can be bad, counted and named."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,17 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.batches import epoch_batches
-from cpo_fast.data.load import LoadedPairs, load_pairs
-from cpo_fast.data.pair_files import write_pairs
+from cpo_fast.data.load import LoadedExamples, load_examples
+from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import DataError
 from tests.tiny import tiny_tokenizer
 
 EOS = 2
 
 
-def load(path: Path, **options: Any) -> LoadedPairs:
+def load(path: Path, **options: Any) -> LoadedExamples:
     config = validate_config({"data": {"path": str(path), "max_drop": 1.0} | options})
-    return load_pairs(config, tiny_tokenizer(), path.parent / "dropped.jsonl")
+    return load_examples(config, tiny_tokenizer(), path.parent / "dropped.jsonl")
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -30,9 +28,10 @@ def write(path: Path, rows: list[Any]) -> Path:
 def test_text_rows_are_the_ids_of_prompt_and_response_together(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     path = write(tmp_path / "text.jsonl", [{"prompt": "1 + 1 = ", "chosen": "2", "rejected": "é数3"}])
-    (pair,) = load(path).pairs
-    assert list(pair.chosen_sequence) == [*tokenizer("1 + 1 = 2").input_ids, EOS]
-    assert list(pair.rejected_sequence) == [*tokenizer("1 + 1 = é数3").input_ids, EOS]
+    (pair,) = load(path).examples
+    chosen, rejected = pair.sequences
+    assert list(chosen) == [*tokenizer("1 + 1 = 2").input_ids, EOS]
+    assert list(rejected) == [*tokenizer("1 + 1 = é数3").input_ids, EOS]
     assert list(pair.prompt_ids) == tokenizer("1 + 1 = ").input_ids
 
 
@@ -45,18 +44,18 @@ def test_token_that_merges_across_the_boundary_belongs_to_the_response(tmp_path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>", pad_token="<e>")
     rows = [{"prompt": "a ", "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "b", "rejected": "a"}]
     path = write(tmp_path / "merge.jsonl", rows)
-    loaded = load_pairs(validate_config({"data": {"path": str(path)}}), tokenizer)
-    both, one = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in loaded.pairs]
+    loaded = load_examples(validate_config({"data": {"path": str(path)}}), tokenizer)
+    both, one = [(pair.prompt_ids, *pair.responses) for pair in loaded.examples]
     assert both == ((1,), (4, 0), (6, 0))
     assert one == ((1,), (4, 0), (2, 1, 0))  # what one response takes from the prompt, the other gets too
     assert loaded.num_merged_boundaries == 2
-    assert loaded.pairs[0].group == loaded.pairs[1].group
+    assert loaded.examples[0].group == loaded.examples[1].group
 
 
 def test_trees_and_their_pairs_file_are_the_same_training_data(trees_path: Path) -> None:
-    write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
+    write_rows(trees_path, trees_path.with_name("pairs.jsonl"))
     strip = [
-        [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.group, p.step) for p in load(path).pairs]
+        [(p.prompt_ids, *p.responses, p.group, p.step) for p in load(path).examples]
         for path in (trees_path, trees_path.with_name("pairs.jsonl"))
     ]
     assert strip[0] == strip[1]
@@ -68,8 +67,8 @@ def test_trees_and_their_pairs_file_are_the_same_training_data(trees_path: Path)
     ("eos", "first", "second"), [("never", (100, 10), (102, 10)), ("every", (100, 10, EOS), (102, 10, EOS))]
 )
 def test_end_of_sequence_rule(trees_path: Path, eos: str, first: tuple, second: tuple) -> None:
-    pairs = load(trees_path, eos=eos).pairs
-    assert (pairs[0].chosen_ids, pairs[1].chosen_ids) == (first, second)
+    pairs = load(trees_path, eos=eos).examples
+    assert (pairs[0].responses[0], pairs[1].responses[0]) == (first, second)
 
 
 def test_bad_rows_are_counted_by_reason_and_kept_aside(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_bad_rows_are_counted_by_reason_and_kept_aside(tmp_path: Path) -> None:
         {**good, "prompt": ""},
     ]
     loaded = load(write(tmp_path / "bad.jsonl", rows), max_length=40)
-    assert len(loaded.pairs) == 1
+    assert len(loaded.examples) == 1
     assert loaded.dropped_by_reason == {
         "missing key 'rejected'": 1,
         "'chosen' is null": 1,
@@ -108,7 +107,7 @@ def test_too_many_bad_rows_end_with_exit_code_3(tmp_path: Path) -> None:
     ) as raised:
         load(write(tmp_path / "rows.jsonl", rows), max_drop=0.05)
     assert raised.value.exit_code == 3
-    assert len(load(tmp_path / "rows.jsonl", max_drop=0.1).pairs) == 9
+    assert len(load(tmp_path / "rows.jsonl", max_drop=0.1).examples) == 9
 
 
 @pytest.mark.parametrize(
@@ -124,24 +123,3 @@ def test_broken_file_names_file_and_line(tmp_path: Path, content: bytes, message
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "x.jsonl")
-
-
-def test_batches_cover_every_pair_once_and_repeat_for_equal_keys() -> None:
-    groups = [f"q{index % 7}" for index in range(50)]
-    for order in ("pairs", "questions"):
-        batches = epoch_batches(groups, 8, order, seed=3, epoch=1)
-        assert sorted(index for batch in batches for index in batch) == list(range(50))
-        assert batches == epoch_batches(groups, 8, order, seed=3, epoch=1)
-        assert (
-            batches
-            != epoch_batches(groups, 8, order, seed=3, epoch=2)
-            != epoch_batches(groups, 8, order, seed=4, epoch=2)
-        )
-        assert [len(batch) for batch in batches] == [8] * 6 + [2]
-
-
-def test_order_questions_keeps_each_question_together() -> None:
-    groups = [f"q{index % 7}" for index in range(50)]
-    line = [groups[index] for batch in epoch_batches(groups, 8, "questions", seed=0, epoch=0) for index in batch]
-    changes = sum(left != right for left, right in itertools.pairwise(line))
-    assert changes == 6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from cpo_fast.config import validate_config
-from cpo_fast.data.load import LoadedPairs, load_pairs
+from cpo_fast.data.load import LoadedExamples, load_examples
 from cpo_fast.errors import DataError
 from cpo_fast.files import read_jsonl, write_jsonl
 from cpo_fast.rows import read_rows
@@ -88,11 +88,11 @@ def poison(tmp_path: Path) -> Path:
     return path
 
 
-def load(path: Path, **options: Any) -> LoadedPairs:
+def load(path: Path, **options: Any) -> LoadedExamples:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     config = validate_config({"data": {"path": str(path), "max_drop": 1.0, "max_length": MAX_LENGTH} | options})
-    return load_pairs(config, tokenizer, path.parent / "dropped.jsonl")
+    return load_examples(config, tokenizer, path.parent / "dropped.jsonl")
 
 
 def test_every_kind_of_damage_is_counted_under_its_reason_at_its_line(poison: Path) -> None:
@@ -100,7 +100,7 @@ def test_every_kind_of_damage_is_counted_under_its_reason_at_its_line(poison: Pa
     assert len(DROPPED) >= 30
     expected = [(f"{poison}:{number}", reason) for number, reason in DROPPED]
     assert [(row["source"], row["reason"]) for row in loaded.dropped] == expected
-    assert [pair.source for pair in loaded.pairs] == [f"{poison}:{number}" for number, reason in ROWS if not reason]
+    assert [pair.source for pair in loaded.examples] == [f"{poison}:{number}" for number, reason in ROWS if not reason]
     written = [row for _, row in read_jsonl(poison.parent / "dropped.jsonl")]
     assert [(row["source"], row["reason"]) for row in written] == expected
     assert written[0]["row"] == {"chosen": "so\n", "rejected": "no\n"}
@@ -110,11 +110,11 @@ def test_every_kind_of_damage_is_counted_under_its_reason_at_its_line(poison: Pa
 
 def test_odd_text_that_is_legal_is_trained_as_it_stands(poison: Path) -> None:
     tokenizer = tiny_tokenizer()
-    for pair in load(poison).pairs:
+    for pair in load(poison).examples:
         raw, _ = POISON[int(pair.source.rpartition(":")[2]) - 1]
         row = json.loads(raw.decode("utf-8-sig"))
         assert tokenizer.decode(pair.prompt_ids) == row["prompt"]
-        assert tokenizer.decode(pair.chosen_ids) == row["chosen"] + "<eos>"
+        assert tokenizer.decode(pair.responses[0]) == row["chosen"] + "<eos>"
 
 
 def test_above_the_limit_it_ends_with_exit_code_3_and_the_places(poison: Path, caplog: Any) -> None:
@@ -147,9 +147,8 @@ def test_rows_are_kept_whole_or_dropped(tmp_path: Path, where: str, length: int)
     write_jsonl(tmp_path / "rows.jsonl", [row, GOOD])
     loaded = load(tmp_path / "rows.jsonl")
     if length <= MAX_LENGTH:
-        pair = loaded.pairs[0]
-        longest = max(len(pair.chosen_sequence), len(pair.rejected_sequence))
-        assert (len(loaded.pairs), longest) == (2, length)
+        longest = max(len(sequence) for sequence in loaded.examples[0].sequences)
+        assert (len(loaded.examples), longest) == (2, length)
     else:
         whole_prompt = where == "prompt" and length - 2 >= MAX_LENGTH
         reason = "the prompt alone reaches data.max_length" if whole_prompt else "longer than data.max_length"
@@ -160,7 +159,7 @@ def test_a_json_array_names_items_and_a_damaged_one_its_line(tmp_path: Path) -> 
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([GOOD, {"prompt": "p"}, 3], indent=1), encoding="utf-8-sig")
     loaded = load(path)
-    assert [pair.source for pair in loaded.pairs] == [f"{path}: item 1"]
+    assert [pair.source for pair in loaded.examples] == [f"{path}: item 1"]
     assert [(row["source"], row["reason"]) for row in loaded.dropped] == [
         (f"{path}: item 2", "missing key 'chosen'"),
         (f"{path}: item 3", "expected a JSON object, got int"),
@@ -183,7 +182,7 @@ def test_text_of_any_script_survives_write_and_read(tmp_path_factory: pytest.Tem
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     rows = [{"prompt": text, "chosen": text + "a", text: "b"}]
     write_jsonl(path, rows)
-    assert [row.value for row in read_rows(str(path))] == rows
+    assert [row for _, row in read_rows(str(path))] == rows
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,5 +193,5 @@ def test_text_of_any_script_survives_tokenisation(
     path = tmp_path_factory.getbasetemp() / "tokens.jsonl"
     write_jsonl(path, [{"prompt": "." + prompt, "chosen": "." + chosen, "rejected": "!"}])
     config = validate_config({"data": {"path": str(path), "eos": "never"}})
-    (pair,) = load_pairs(config, tiny_tokenizer()).pairs
-    assert tiny_tokenizer().decode(pair.chosen_sequence) == "." + prompt + "." + chosen
+    (pair,) = load_examples(config, tiny_tokenizer()).examples
+    assert tiny_tokenizer().decode(pair.sequences[0]) == "." + prompt + "." + chosen

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError, EnvironmentProblem, NonFiniteError
 from cpo_fast.train.loop import train
-from cpo_fast.train.objective import PreferenceObjective
+from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import build_policy
 from cpo_kernels.integrations.lora import RecastLinear
 from cpo_kernels.self_check import KernelCheckError
 from tests.data.hand_made import node, tree, write_trees
 from tests.tiny import randomize_lora
-from tests.train.conftest import id_rows, largest_difference
-
-MakeConfig = Callable[..., Config]
-
-
-def adapter_of(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(train(config).adapter_path / "adapter_model.safetensors")
-
-
-def metrics_of(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in train(config).metrics_path.read_text().splitlines()]
+from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, id_rows, largest_difference, metrics_of, sgd
 
 
 def test_first_step_has_loss_ln2_and_rewards_exactly_zero(make_config: MakeConfig) -> None:
@@ -68,24 +56,27 @@ def test_token_counts_are_those_of_the_rows(make_config: MakeConfig) -> None:
 def test_adapter_does_not_depend_on_micro_batches_or_reference_mode(
     make_config: MakeConfig, options: dict[str, Any]
 ) -> None:
-    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "reference": "online"}
-    expected = adapter_of(make_config(**sgd))
-    assert largest_difference(expected, adapter_of(make_config(**(sgd | options)))) < 1e-6
-    assert largest_difference(expected, adapter_of(make_config(**(sgd | {"lr": 0.51})))) > 1e-5
+    def difference(**changes: Any) -> float:
+        return largest_difference(expected, adapter_of(make_config(**(usual | changes)), make_optimizer=sgd))
+
+    usual = {**CONSTANT_RATE, "reference": "online"}
+    expected = adapter_of(make_config(**usual), make_optimizer=sgd)
+    assert difference(**options) < 1e-6
+    assert difference(lr=0.51) > 1e-5
 
 
 def test_mean_of_micro_batch_means_would_be_noticed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "max_tokens": 90}
-    expected = adapter_of(make_config(**sgd))
-    forward = PreferenceObjective.forward
+    expected = adapter_of(make_config(**CONSTANT_RATE, max_tokens=90), make_optimizer=sgd)
+    forward = Objective.forward
 
-    def mean_instead(self: PreferenceObjective, batch: Any) -> Any:
+    def mean_instead(self: Objective, batch: Any) -> Any:
         result = forward(self, batch)
-        object.__setattr__(result, "loss_sum", result.loss_sum / len(batch.pairs) * 4)
+        object.__setattr__(result, "loss_sum", result.loss_sum / len(batch.examples) * 4)
         return result
 
-    monkeypatch.setattr(PreferenceObjective, "forward", mean_instead)
-    assert largest_difference(expected, adapter_of(make_config(**sgd))) > 1e-4
+    monkeypatch.setattr(Objective, "forward", mean_instead)
+    wrong = adapter_of(make_config(**CONSTANT_RATE, max_tokens=90), make_optimizer=sgd)
+    assert largest_difference(expected, wrong) > 1e-4
 
 
 def test_same_run_twice_gives_the_same_bytes(make_config: MakeConfig) -> None:
@@ -94,11 +85,12 @@ def test_same_run_twice_gives_the_same_bytes(make_config: MakeConfig) -> None:
         assert (one.adapter_path / name).read_bytes() == (two.adapter_path / name).read_bytes()
 
 
-@pytest.mark.parametrize("variant", ["non_reentrant", "reentrant"])
-def test_checkpointing_changes_nothing(make_config: MakeConfig, variant: str) -> None:
-    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "num_epochs": 1}
-    expected = adapter_of(make_config(**sgd))
-    assert largest_difference(expected, adapter_of(make_config(**sgd, gradient_checkpointing=variant))) < 1e-6
+def test_checkpointing_changes_nothing(make_config: MakeConfig) -> None:
+    kept, recomputed = (
+        adapter_of(make_config(**CONSTANT_RATE, num_epochs=1, gradient_checkpointing=option), make_optimizer=sgd)
+        for option in ("off", "non_reentrant")
+    )
+    assert largest_difference(kept, recomputed) < 1e-6
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -165,15 +157,15 @@ def test_nonfinite_loss_stops_before_the_update_and_names_rows(
     config = make_config(reference="online")
     policy = build_policy(config)
     before = {name: value.clone() for name, value in policy.model.state_dict().items() if "lora_" in name}
-    real = PreferenceObjective.forward
+    real = Objective.forward
 
     def poisoned(self: Any, micro: Any) -> Any:
         result = real(self, micro)
         if torch.is_grad_enabled():
-            result.losses[1] = float("nan")
+            result.columns["losses"][1] = float("nan")
         return result
 
-    monkeypatch.setattr(PreferenceObjective, "forward", poisoned)
+    monkeypatch.setattr(Objective, "forward", poisoned)
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:\d+") as raised:
         train(config, policy.model, policy.tokenizer)
     assert raised.value.exit_code == 7
@@ -232,20 +224,20 @@ def test_every_line_of_the_metrics_names_the_kernels_that_ran(
     monkeypatch.setenv("CPO_KERNELS_IMPL", "reference")
     lines = metrics_of(make_config(max_steps=2))
     assert [line["impl/tree_attention"] for line in lines] == ["reference"] * 2
-    real = PreferenceObjective.forward
+    real = Objective.forward
 
-    def changing(self: PreferenceObjective, batch: Any) -> Any:
+    def changing(self: Objective, batch: Any) -> Any:
         monkeypatch.setenv("CPO_KERNELS_IMPL", "no_such_kernel")
         return real(self, batch)
 
-    monkeypatch.setattr(PreferenceObjective, "forward", changing)
+    monkeypatch.setattr(Objective, "forward", changing)
     monkeypatch.delenv("CPO_KERNELS_IMPL")
     line = metrics_of(make_config(max_steps=1, reference="online"))[0]
     assert (line["impl/tree_attention"], line["impl/linear_logprob"]) == ("eager", "eager")
 
 
 def test_kernels_that_cannot_run_on_the_device_are_refused_by_option(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"train\.impl: triton cannot run on cpu; choose one of reference, eager"):
+    with pytest.raises(ConfigError, match=r"train\.impl: triton cannot run on cpu; choose one of eager"):
         train(make_config(impl="triton"))
 
 

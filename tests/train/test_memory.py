@@ -1,10 +1,11 @@
 """Predicted against measured: the bytes that autograd really keeps, counted by storage, and what `auto` makes of them."""
 
 import logging
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from cpo_fast.config import Config
 from cpo_fast.train import memory
 from cpo_fast.train.loop import train
 from cpo_fast.train.memory import GIB, choose_checkpointing, predict_step_memory
@@ -23,8 +23,7 @@ from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.tolerances import random_sequences
 from tests.tiny import ALL_LINEAR, tiny_model
-from tests.train.conftest import largest_difference
-from tests.train.test_loop import adapter_of, metrics_of
+from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, largest_difference, metrics_of, sgd
 
 SHAPES = {
     "tiny": {"num_hidden_layers": 4},
@@ -143,21 +142,17 @@ def test_free_memory_of_the_cpu_is_asked_for() -> None:
 
 
 def test_training_decides_by_its_largest_forest_and_the_adapter_is_the_same(
-    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sgd = {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "warmup_ratio": 0.0, "num_epochs": 1}
-    expected = adapter_of(make_config(**sgd, gradient_checkpointing="off"))
-    asked: list[int] = []
-
-    def scripted(model: Any, num_tokens: int, zero_stage: int) -> str:
-        asked.append(num_tokens)
-        return "non_reentrant"
-
-    monkeypatch.setattr("cpo_fast.train.loop.choose_checkpointing", scripted)
-    config = make_config(**sgd)
-    computed = [line["tokens/computed"] for line in metrics_of(config)]
-    assert asked == [max(computed)]
+    usual = {**CONSTANT_RATE, "num_epochs": 1}
+    expected = adapter_of(make_config(**usual, gradient_checkpointing="off"), make_optimizer=sgd)
+    available = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available._replace(available=0))
+    config = make_config(**usual)
+    with caplog.at_level(logging.INFO):
+        computed = [line["tokens/computed"] for line in metrics_of(config, make_optimizer=sgd)]
+        train(make_config(**usual, max_tokens=100))
+    decided = [record.message for record in caplog.records if record.message.startswith("gradient checkpointing: non_")]
+    assert [int(re.findall(r"a step of (\d+) tokens", text)[0]) for text in decided] == [max(computed), 100]
     assert len(set(computed)) > 1
     assert largest_difference(expected, load_file(Path(config.run) / "adapter" / "adapter_model.safetensors")) == 0.0
-    train(make_config(**sgd, max_tokens=100))
-    assert asked[-1] == 100

@@ -12,7 +12,7 @@ from cpo_fast.config import Config
 from cpo_fast.errors import CheckpointError, ConfigError
 from cpo_fast.models import load_model, merge
 from cpo_fast.train.loop import train
-from tests.cli.test_errors import run
+from tests.cli.commands import run
 
 
 @pytest.fixture

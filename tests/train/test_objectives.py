@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cpo_fast.config import TrainConfig
-from cpo_fast.data.examples import PreferencePair, SftExample
-from cpo_fast.train.objective import MicroBatch, PreferenceObjective, SftObjective
+from cpo_fast.data.examples import Example
+from cpo_fast.train.objective import MicroBatch, MicroBatchResult, Objective
 from cpo_kernels.integrations.transformers import prepare
 from tests.cpo_kernels.padded_oracle import padded_step, trained_gradients, worst_gradient_error
 from tests.tiny import random_pairs, tiny_llama, with_lora
@@ -19,8 +19,13 @@ def models() -> tuple[nn.Module, nn.Module]:
     return prepare(with_lora(tiny_llama())), with_lora(tiny_llama())
 
 
-def as_pairs(rows: list[Any], weight: float = 1.0) -> list[PreferencePair]:
-    return [PreferencePair(tuple(p), tuple(c), tuple(r), "q", 1, "row", weight) for p, c, r in rows]
+def as_examples(rows: list[Any], weights: list[float] | None = None) -> list[Example]:
+    """Of (prompt, chosen, rejected) or (prompt, completion)."""
+    weights = weights or [1.0] * len(rows)
+    return [
+        Example(tuple(prompt), tuple(tuple(response) for response in responses), "q", 1, "row", weight)
+        for (prompt, *responses), weight in zip(rows, weights, strict=True)
+    ]
 
 
 def full_path_pairs() -> list[tuple[list[int], list[int], list[int]]]:
@@ -33,9 +38,9 @@ def full_path_pairs() -> list[tuple[list[int], list[int], list[int]]]:
     ]
 
 
-def objective_step(model: nn.Module, pairs: list[PreferencePair], **options: Any) -> tuple[torch.Tensor, dict]:
+def objective_step(model: nn.Module, pairs: list[Example], **options: Any) -> tuple[MicroBatchResult, dict]:
     model.zero_grad(set_to_none=True)
-    result = PreferenceObjective(model, TrainConfig(**options), "adapter_off")(MicroBatch(pairs))
+    result = Objective(model, TrainConfig(**options), "adapter_off")(MicroBatch(pairs))
     (result.loss_sum / len(pairs)).backward()
     return result, trained_gradients(model)
 
@@ -43,7 +48,7 @@ def objective_step(model: nn.Module, pairs: list[PreferencePair], **options: Any
 def test_fpo_packed_gradient_equals_the_padded_one() -> None:
     packed, stock = models()
     rows = full_path_pairs()
-    result, gradients = objective_step(packed, as_pairs(rows))
+    result, gradients = objective_step(packed, as_examples(rows))
     expected = padded_step(stock, rows)
     assert abs(float(result.loss_sum) / len(rows) - float(expected.loss)) < 1e-6
     assert worst_gradient_error(gradients, expected.gradients) < 1e-5
@@ -53,18 +58,18 @@ def test_tokens_that_two_paths_share_cancel_in_fpo() -> None:
     packed, _ = models()
     whole = [row for row in full_path_pairs() if row[2][:4] == row[1][:4]]
     diverging = [(prompt + chosen[:4], chosen[4:], rejected[4:]) for prompt, chosen, rejected in whole]
-    result, gradients = objective_step(packed, as_pairs(whole))
-    other, other_gradients = objective_step(packed, as_pairs(diverging))
+    result, gradients = objective_step(packed, as_examples(whole))
+    other, other_gradients = objective_step(packed, as_examples(diverging))
     assert abs(float(result.loss_sum - other.loss_sum)) < 1e-6
     assert worst_gradient_error(gradients, other_gradients) < 1e-5
-    assert float((result.chosen_logps - other.chosen_logps).abs().min()) > 0.1  # the log-probs themselves do differ
+    one, two = result.columns["chosen_logps"], other.columns["chosen_logps"]
+    assert float((one - two).abs().min()) > 0.1  # the log-probs themselves do differ
 
 
 def test_sft_packed_loss_and_gradient_equal_hugging_face_on_padded_rows() -> None:
     packed, stock = models()
     rows = [([5, 6, 7], [20, 21, 22, 2]), ([5, 6, 7], [20, 30, 2]), ([5, 6, 7, 8], [9]), ([9, 9], [20, 21, 40, 41, 42])]
-    examples = [SftExample(tuple(p), tuple(c), "q", "row") for p, c in rows]
-    result = SftObjective(packed, TrainConfig())(examples)
+    result = Objective(packed, TrainConfig(method="sft"))(MicroBatch(as_examples(rows)))
     (result.loss_sum / sum(len(c) for _, c in rows)).backward()
     width = max(len(p) + len(c) for p, c in rows)
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
@@ -75,7 +80,7 @@ def test_sft_packed_loss_and_gradient_equal_hugging_face_on_padded_rows() -> Non
         labels[row, len(prompt) : end] = torch.tensor(completion)
     expected = stock(input_ids=ids, attention_mask=mask, labels=labels).loss
     expected.backward()
-    assert abs(float(result.loss_sum) / sum(result.lengths) - float(expected)) < 1e-6
+    assert abs(float(result.loss_sum) / sum(result.num_scored) - float(expected)) < 1e-6
     assert worst_gradient_error(trained_gradients(packed), trained_gradients(stock)) < 1e-5
     assert result.num_tokens < result.num_sequence_tokens
 
@@ -108,10 +113,10 @@ def test_each_loss_equals_the_one_of_that_name_in_trl(loss_type: str, tmp_path: 
     expected.backward()
     theirs = {name: p.grad for name, p in trainer.model.named_parameters() if ".default." in name}
     rows = trainer.train_dataset
-    pairs = as_pairs([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
+    pairs = as_examples([(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows])
     model = prepare(trainer.model)
     model.zero_grad()
-    result = PreferenceObjective(model, TrainConfig(loss_type=loss_type, beta=0.3), "ref")(MicroBatch(pairs))
+    result = Objective(model, TrainConfig(loss_type=loss_type, beta=0.3), "ref")(MicroBatch(pairs))
     (result.loss_sum / len(pairs)).backward()
     ours = {name: p.grad for name, p in model.named_parameters() if ".default." in name}
     assert abs(float(result.loss_sum) / 4 - float(expected)) < 1e-5 * max(1.0, float(expected))
@@ -121,12 +126,9 @@ def test_each_loss_equals_the_one_of_that_name_in_trl(loss_type: str, tmp_path: 
 def test_pair_weights_scale_each_pairs_share_of_loss_and_gradient() -> None:
     packed, _ = models()
     rows = random_pairs(num_questions=1, num_levels=2)[:3]
-    single = [objective_step(packed, as_pairs([row])) for row in rows]
+    single = [objective_step(packed, as_examples([row])) for row in rows]
     weights = [0.5, 2.0, 0.25]
-    weighted = [
-        PreferencePair(*(tuple(x) for x in row), "q", 1, "row", w) for row, w in zip(rows, weights, strict=True)
-    ]
-    result, gradients = objective_step(packed, weighted)
+    result, gradients = objective_step(packed, as_examples(rows, weights))
     expected = sum(w * float(one.loss_sum) for w, (one, _) in zip(weights, single, strict=True))
     assert abs(float(result.loss_sum) - expected) < 1e-5
     mixed = {name: sum(w * g[name] for w, (_, g) in zip(weights, single, strict=True)) / 3 for name in gradients}
@@ -135,8 +137,9 @@ def test_pair_weights_scale_each_pairs_share_of_loss_and_gradient() -> None:
 
 def test_nll_weight_adds_the_mean_negative_log_likelihood_of_the_chosen() -> None:
     packed, _ = models()
-    pairs = as_pairs(random_pairs(num_questions=1, num_levels=1))
+    pairs = as_examples(random_pairs(num_questions=1, num_levels=1))
     plain, _ = objective_step(packed, pairs)
     with_nll, _ = objective_step(packed, pairs, nll_weight=0.7)
-    expected = plain.loss_sum - 0.7 * (plain.chosen_logps / torch.tensor(plain.chosen_lengths)).sum()
+    lengths = torch.tensor([len(pair.responses[0]) for pair in pairs])
+    expected = plain.loss_sum - 0.7 * (plain.columns["chosen_logps"] / lengths).sum()
     assert abs(float(with_nll.loss_sum - expected)) < 1e-5

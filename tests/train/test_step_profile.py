@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from click.testing import CliRunner
 from torch.profiler import record_function
 
 from cpo_fast.cli import cli
-from cpo_fast.config import Config, dump_config
+from cpo_fast.config import dump_config
 from cpo_fast.errors import ConfigError
 from cpo_fast.train.loop import train
-from cpo_fast.train.profiler import RANGES
-
-INSIDE_STEP = RANGES[1:]
+from cpo_fast.train.profiler import INSIDE_STEP, RANGES
+from tests.train.runs import MakeConfig
 
 
 @pytest.fixture
-def config_file(make_config: Callable[..., Config], tmp_path: Path) -> tuple[Path, Path]:
+def config_file(make_config: MakeConfig, tmp_path: Path) -> tuple[Path, Path]:
     """A YAML file of a run of eight steps, and the run's folder."""
     config = make_config(batch_pairs=9, reference="online", max_tokens=100)
     path = tmp_path / "config.yaml"
@@ -75,21 +73,21 @@ def test_no_steps_to_profile_is_a_usage_error_of_one_sentence(config_file: tuple
     assert line == f"Error: Invalid value for '--profile': {value} is not in the range x>=1."
 
 
-def test_profiling_a_run_of_one_step_is_refused_before_it_starts(make_config: Callable[..., Config]) -> None:
+def test_profiling_a_run_of_one_step_is_refused_before_it_starts(make_config: MakeConfig) -> None:
     config = make_config(max_steps=1)
     with pytest.raises(ConfigError, match=r"this run has 1; raise train\.num_epochs"):
         train(config, profile_steps=2)
     assert not Path(config.run, "metrics.jsonl").exists()
 
 
-def test_profiling_more_steps_than_there_are_writes_what_there_is(make_config: Callable[..., Config]) -> None:
+def test_profiling_more_steps_than_there_are_writes_what_there_is(make_config: MakeConfig) -> None:
     config = make_config(max_steps=3)
     result = train(config, profile_steps=50)
     assert result.profile[0].count == 2
     assert ranges_of(json.loads((Path(config.run) / "profile" / "trace.json").read_text()))
 
 
-def test_profiled_training_gives_the_same_adapter(make_config: Callable[..., Config]) -> None:
+def test_profiled_training_gives_the_same_adapter(make_config: MakeConfig) -> None:
     plain, profiled = (train(make_config(max_steps=3), profile_steps=steps) for steps in (None, 1))
     one, two = ((r.adapter_path / "adapter_model.safetensors").read_bytes() for r in (plain, profiled))
     assert one == two

@@ -2,7 +2,7 @@
 
 Two modes watch every call: tensor methods that hand a value to Python, and aten ops whose result has a size or a value that
 only the device knows. Where a call happens decides: while a forest is packed everything is on the host by design (`_pack`
-sends it to the device at its end); DeepSpeed's own step is DeepSpeed's; `_read` is the one wait that is meant.
+sends it to the device at its end); DeepSpeed's own step is DeepSpeed's; `Metrics.read` is the one wait that is meant.
 """
 
 import json
@@ -17,10 +17,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpo_fast.config import Config
 from cpo_fast.train import loop, metrics
 from cpo_fast.train.loop import train
-from cpo_fast.train.objective import PreferenceObjective
+from cpo_fast.train.objective import Objective
+from tests.train.runs import MakeConfig
 
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__"}
 ATEN = {
@@ -29,7 +29,7 @@ ATEN = {
 }
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 HOST_STAGE = "_pack"  # everything there happens before anything is on the device
-DECLARED_READ = "_read"
+DECLARED_READ = "read"
 # tiles of the eager attention, cut on the host from lists of the schedule; the Triton kernels have none
 HOST_LISTS = "tree_tiles"
 
@@ -88,14 +88,14 @@ class Methods(TorchFunctionMode):
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    """Watches every `_step` of the loop."""
-    found, real = Waits(), loop._Trainer._step
+    """Watches every step of the loop."""
+    found, real = Waits(), loop.Trainer.step
 
     def watched(self: Any, batch: Any) -> Any:
         with Ops(found), Methods(found):
             return real(self, batch)
 
-    monkeypatch.setattr(loop._Trainer, "_step", watched)
+    monkeypatch.setattr(loop.Trainer, "step", watched)
     return found
 
 
@@ -112,14 +112,14 @@ STEP = {"num_epochs": 1, "max_steps": 1, "max_tokens": 100}
     ],
     ids=str,
 )
-def test_a_step_waits_once(make_config: Callable[..., Config], waits: Waits, options: dict[str, Any]) -> None:
+def test_a_step_waits_once(make_config: MakeConfig, waits: Waits, options: dict[str, Any]) -> None:
     result = train(make_config(**STEP, **options))
     assert result.first["micro_batches"] > 1
     assert waits.undeclared == {}
     assert waits.num_reads == 1
 
 
-def test_a_step_with_weighted_pairs_in_16_bits_waits_once(make_config: Callable[..., Config], waits: Waits) -> None:
+def test_a_step_with_weighted_pairs_in_16_bits_waits_once(make_config: MakeConfig, waits: Waits) -> None:
     config = make_config(model={"dtype": "bfloat16"}, **STEP)
     config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"weight": "question"})})
     train(config)
@@ -127,7 +127,7 @@ def test_a_step_with_weighted_pairs_in_16_bits_waits_once(make_config: Callable[
     assert waits.num_reads == 1
 
 
-def test_a_fine_tuning_step_waits_once(make_config: Callable[..., Config], waits: Waits, tmp_path: Path) -> None:
+def test_a_fine_tuning_step_waits_once(make_config: MakeConfig, waits: Waits, tmp_path: Path) -> None:
     rows = [{"prompt": "1 + 1?", "completion": f" Answer: {n}\n"} for n in range(6)]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(make_config(data={"path": str(tmp_path / "sft.jsonl")}, method="sft", **STEP))
@@ -136,9 +136,9 @@ def test_a_fine_tuning_step_waits_once(make_config: Callable[..., Config], waits
 
 
 @pytest.mark.parametrize("call", ["item", "nonzero", "bool mask", "tolist", "bincount", "unique"])
-@pytest.mark.parametrize("where", [PreferenceObjective, metrics.PreferenceMetrics])
+@pytest.mark.parametrize("where", [Objective, metrics.Metrics])
 def test_a_wait_that_is_put_in_is_seen(
-    make_config: Callable[..., Config], waits: Waits, monkeypatch: pytest.MonkeyPatch, call: str, where: Any
+    make_config: MakeConfig, waits: Waits, monkeypatch: pytest.MonkeyPatch, call: str, where: Any
 ) -> None:
     calls: dict[str, Callable[[torch.Tensor], Any]] = {
         "item": lambda losses: float(losses.sum()),
@@ -148,12 +148,12 @@ def test_a_wait_that_is_put_in_is_seen(
         "bincount": lambda losses: torch.bincount((losses > 0).long()),
         "unique": lambda losses: torch.unique(losses),
     }
-    name = "forward" if where is PreferenceObjective else "add"
+    name = "forward" if where is Objective else "add"
     real = getattr(where, name)
 
     def waiting(self: Any, *args: Any) -> Any:
         result = real(self, *args)
-        calls[call]((result or args[-1]).losses)
+        calls[call]((result or args[-1]).columns["losses"])
         return result
 
     monkeypatch.setattr(where, name, waiting)

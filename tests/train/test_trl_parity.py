@@ -12,6 +12,7 @@ from cpo_fast.config import validate_config
 from cpo_fast.data.batches import epoch_batches
 from cpo_fast.train.loop import train
 from tests.tiny import save_tiny_model, tiny_tokenizer, with_lora
+from tests.train.runs import sgd
 
 BATCH, STEPS, LEARNING_RATE = 4, 20, 0.05
 
@@ -55,7 +56,6 @@ def our_adapter(folder: Path, **train_options: Any) -> dict[str, torch.Tensor]:
             "data": {"path": str(folder / "pairs.jsonl"), "eos": "every"},
             "train": {
                 "lr": LEARNING_RATE,
-                "optimizer": "sgd",
                 "schedule": "constant",
                 "warmup_ratio": 0.0,
                 "max_grad_norm": 0.0,
@@ -66,7 +66,7 @@ def our_adapter(folder: Path, **train_options: Any) -> dict[str, torch.Tensor]:
             },
         }
     )
-    return load_file(train(config).adapter_path / "adapter_model.safetensors")
+    return load_file(train(config, make_optimizer=sgd).adapter_path / "adapter_model.safetensors")
 
 
 def trl_adapter(folder: Path) -> dict[str, torch.Tensor]:

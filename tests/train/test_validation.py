@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cpo_fast.config import Config
 from cpo_fast.errors import DataError
-from cpo_fast.train import loop
-from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import OverOptimisationAlarm, PreferenceMetrics
+from cpo_fast.train.loop import Trainer, train
+from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm
 from cpo_fast.train.validation import Validator
-from tests.train.conftest import id_rows
-
-MakeConfig = Callable[..., Config]
+from tests.train.runs import MakeConfig, id_rows
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +24,7 @@ def test_held_out_questions_are_validated_and_never_trained(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[str]] = {"train": set(), "eval": set()}
-    step, run = loop._Trainer._step, Validator.run
+    step, run = Trainer.step, Validator.run
 
     def watched_step(self: Any, batch: Any) -> Any:
         seen["train"] |= {pair.group for pair in batch}
@@ -39,7 +34,7 @@ def test_held_out_questions_are_validated_and_never_trained(
         seen["eval"] |= {pair.group for pair in self.held_out}
         return run(self, engine, at)
 
-    monkeypatch.setattr(loop._Trainer, "_step", watched_step)
+    monkeypatch.setattr(Trainer, "step", watched_step)
     monkeypatch.setattr(Validator, "run", watched_run)
     result = train(make_config(data={"held_out": 0.25}, num_epochs=2, batch_pairs=9))
     assert seen["train"]
@@ -60,14 +55,14 @@ def test_weights_average_to_one_over_the_pairs_that_are_trained(
     config = make_config(data={"path": str(tmp_path / "rows.jsonl"), "held_out": held_out}, num_epochs=1)
     config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"weight": "question"})})
     by_group: dict[str, list[float]] = {}
-    step = loop._Trainer._step
+    step = Trainer.step
 
     def watched(self: Any, batch: Any) -> Any:
         for pair in batch:
             by_group.setdefault(pair.group, []).append(pair.weight)
         return step(self, batch)
 
-    monkeypatch.setattr(loop._Trainer, "_step", watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     result = train(config)
     weights = [weight for group in by_group.values() for weight in group]
     assert len(weights) == result.num_items
@@ -84,7 +79,7 @@ def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig, monkey
         saved.append({n: p.detach().clone() for n, p in self.policy.model.named_parameters() if "lora_" in n})
         return {"eval_loss": next(losses)}
 
-    monkeypatch.setattr(Validator, "_held_out_metrics", scripted)
+    monkeypatch.setattr(Validator, "measure", scripted)
     config = make_config(data={"held_out": 0.25}, num_epochs=20, batch_pairs=9, eval_every=2, patience=2)
     result = train(config)
     assert result.stopped_early
@@ -141,13 +136,13 @@ def test_alarm_reaches_metrics_log_and_result(
     healthy = train(make_config(num_epochs=2))
     assert healthy.alarm == ""
     assert lines(healthy.metrics_path)[-1]["alarm"] is False
-    summary, calls = PreferenceMetrics.summary, iter(range(1, 100))
+    summary, calls = Metrics.summary, iter(range(1, 100))
 
-    def collapsing(self: PreferenceMetrics) -> dict[str, float]:
+    def collapsing(self: Metrics) -> dict[str, float]:
         step = next(calls)
         return {**summary(self), "logps/chosen_drift": -0.2 * step, "rewards/margins": 0.1 * step}
 
-    monkeypatch.setattr(PreferenceMetrics, "summary", collapsing)
+    monkeypatch.setattr(Metrics, "summary", collapsing)
     with caplog.at_level(logging.WARNING):
         result = train(make_config(num_epochs=5))
     assert "have lost" in result.alarm

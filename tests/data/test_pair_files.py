@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.pair_files import REPEATED, TreeFileReader, write_pairs, write_sft
+from cpo_fast.data.pair_files import REPEATED, TreeFileReader, audit_pairs, write_rows
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.files import write_jsonl
 from tests.data.hand_made import PROMPT, node, random_tree, tree, write_trees
@@ -20,11 +20,11 @@ def read(path: Path) -> list[dict]:
 
 
 def test_rows_carry_the_ids_of_the_search(trees_path: Path) -> None:
-    counts = write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
+    made = write_rows(trees_path, trees_path.with_name("pairs.jsonl"))
     rows = read(trees_path.with_name("pairs.jsonl"))
-    assert counts.num_pairs == len(rows) == 2
-    assert counts.pairs_by_step == {1: 1, 2: 1}
-    assert counts.trees_without_pairs == {"no_answer": 1}
+    assert rows == made.rows
+    assert [row["step"] for row in rows] == [1, 2]
+    assert made.trees_without == {"b": "no_answer"}
     first, second = rows
     assert first["prompt_token_ids"] == [1, 2, 50, 51]
     assert (first["chosen_token_ids"], first["rejected_token_ids"]) == ([100, 10], [101, 10])
@@ -34,7 +34,7 @@ def test_rows_carry_the_ids_of_the_search(trees_path: Path) -> None:
 
 
 def test_fpo_rows_hold_whole_paths_under_the_question(trees_path: Path) -> None:
-    write_pairs(trees_path, trees_path.with_name("pairs.jsonl"), PairsConfig(rule="fpo"))
+    write_rows(trees_path, trees_path.with_name("pairs.jsonl"), PairsConfig(rule="fpo"))
     (row,) = read(trees_path.with_name("pairs.jsonl"))
     assert row["prompt"] == "few shot\n\nQuestion: How many?\n"
     assert row["chosen"] == "Step 1: thought 0.\nAnswer: 4\n"
@@ -46,12 +46,12 @@ def test_fpo_rows_hold_whole_paths_under_the_question(trees_path: Path) -> None:
 
 
 def test_sft_rows_hold_prompt_and_winning_path(trees_path: Path) -> None:
-    counts = write_sft(trees_path, trees_path.with_name("sft.jsonl"))
+    made = write_rows(trees_path, trees_path.with_name("sft.jsonl"), method="sft")
     (row,) = read(trees_path.with_name("sft.jsonl"))
     assert row["prompt"] + row["completion"] == "few shot\n\nQuestion: How many?\nStep 1: thought 0.\nAnswer: 4\n"
     assert row["prompt_token_ids"] + row["completion_token_ids"] == [1, 2, 50, 51, 100, 10, 102, 10]
-    assert (counts.num_examples, counts.num_trees, counts.num_completion_tokens) == (1, 1, 4)
-    assert counts.trees_without_examples == {"no_answer": 1}
+    assert (len(made.rows), made.num_trees) == (1, 1)
+    assert made.trees_without_by_reason == {"no_answer": 1}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -66,8 +66,8 @@ def test_same_trees_give_the_same_bytes_whatever_their_gold(tmp_path: Path, suff
             tmp_path / str(attempt) / "trees.jsonl",
             [replace(one, gold=gold) for one, gold in zip(trees, golds, strict=True)],
         )
-        write_pairs(path, path.with_name(f"pairs.{suffix}"), settings, seed=3)
-        write_sft(path, path.with_name(f"sft.{suffix}"), settings, seed=3)
+        write_rows(path, path.with_name(f"pairs.{suffix}"), settings, seed=3)
+        write_rows(path, path.with_name(f"sft.{suffix}"), settings, seed=3, method="sft")
         names = (f"pairs.{suffix}", "pairs.dropped.jsonl", f"sft.{suffix}")
         written.append([path.with_name(name).read_bytes() for name in names])
     assert written[0] == written[1] == written[2]
@@ -78,8 +78,8 @@ def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
     from cpo_fast.rows import read_parquet
 
     path = write_trees(tmp_path / "trees.jsonl", [random_tree(seed, f"q{seed}") for seed in range(20)])
-    write_pairs(path, tmp_path / "pairs.jsonl")
-    write_pairs(path, tmp_path / "pairs.parquet")
+    write_rows(path, tmp_path / "pairs.jsonl")
+    write_rows(path, tmp_path / "pairs.parquet")
     assert read_parquet(tmp_path / "pairs.parquet") == read(tmp_path / "pairs.jsonl")
 
 
@@ -88,7 +88,7 @@ def test_parquet_without_pyarrow_names_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(EnvironmentProblem, match=r'pip install "cpo-fast\[data\]"') as raised:
-        write_pairs(trees_path, trees_path.with_name("pairs.parquet"))
+        write_rows(trees_path, trees_path.with_name("pairs.parquet"))
     assert raised.value.exit_code == 5
 
 
@@ -103,10 +103,10 @@ def test_same_questions_are_drawn_for_every_rule_in_any_file_order(tmp_path: Pat
     assert drawn == TreeFileReader(other).draw_questions(8, seed=1)
     assert drawn < TreeFileReader(path).draw_questions(12, seed=1)
     assert drawn != TreeFileReader(path).draw_questions(8, seed=2)
-    write_sft(path, tmp_path / "sft.jsonl", PairsConfig(num_questions=8), seed=1)
+    write_rows(path, tmp_path / "sft.jsonl", PairsConfig(num_questions=8), seed=1, method="sft")
     assert {row["tree"] for row in read(tmp_path / "sft.jsonl")} == drawn
     for rule in ("all", "lower", "lowest", "fpo"):
-        write_pairs(path, tmp_path / "pairs.jsonl", PairsConfig(rule=rule, num_questions=8), seed=1)  # type: ignore[arg-type]
+        write_rows(path, tmp_path / "pairs.jsonl", PairsConfig(rule=rule, num_questions=8), seed=1)  # type: ignore[arg-type]
         assert {row["tree"] for row in read(tmp_path / "pairs.jsonl")} <= drawn
 
 
@@ -127,11 +127,12 @@ def test_audit_counts_values_lengths_and_what_was_left_out(tmp_path: Path) -> No
         tree(nodes, (), "d"),
     ]
     path = write_trees(tmp_path / "trees.jsonl", trees)
-    counts = write_pairs(path, tmp_path / "pairs.jsonl", PairsConfig(rule="lower"))
-    assert (counts.num_pairs, counts.num_trees, counts.num_repeated) == (3, 1, 3)
-    assert counts.trees_without_pairs == {"value not below the winner's": 1, "no losing sibling": 1, "no_answer": 1}
-    assert counts.dropped == {REPEATED: 3, "value not below the winner's": 2, "chosen equals rejected": 2}
-    assert asdict(counts.steps[1]) == {
+    made = write_rows(path, tmp_path / "pairs.jsonl", PairsConfig(rule="lower"))
+    assert (len(made.rows), made.num_trees) == (3, 1)
+    assert made.trees_without_by_reason == {"value not below the winner's": 1, "no losing sibling": 1, "no_answer": 1}
+    assert made.unused_by_reason == {REPEATED: 3, "value not below the winner's": 2, "chosen equals rejected": 2}
+    steps = audit_pairs(made.rows)
+    assert asdict(steps[1]) == {
         "num_pairs": 2,
         "num_states": 1,
         "chosen_value": 4.0,
@@ -141,11 +142,11 @@ def test_audit_counts_values_lengths_and_what_was_left_out(tmp_path: Path) -> No
         "rejected_tokens": 3.5,
         "max_tokens": 4 + 5,
     }
-    assert (counts.steps[2].num_pairs, counts.steps[2].chosen_value, counts.steps[2].rejected_value) == (1, 8.0, 2.0)
+    assert (steps[2].num_pairs, steps[2].chosen_value, steps[2].rejected_value) == (1, 8.0, 2.0)
     dropped = read(tmp_path / "pairs.dropped.jsonl")
     assert dropped[0] == {"tree": "a", "step": 1, "nodes": [0, 3], "reason": "value not below the winner's"}
     assert len(dropped) == 7
-    write_pairs(write_trees(tmp_path / "trees.jsonl", [trees[2]]), tmp_path / "pairs.jsonl")
+    write_rows(write_trees(tmp_path / "trees.jsonl", [trees[2]]), tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.dropped.jsonl").exists()
 
 
@@ -153,7 +154,7 @@ def test_prompt_text_is_the_one_that_was_searched_with(tmp_path: Path) -> None:
     """Shuffled demonstrations change the few-shot text; what a row says must be what its ids say."""
     plain = tree([node(0, -1, 1, "4"), node(1, -1, 1, "5")], (0,), "a")
     chat = replace(plain, id="b", question_token_ids=(51,), question_prompt="How many?<|im_end|>\n")
-    write_pairs(write_trees(tmp_path / "trees.jsonl", [plain, chat]), tmp_path / "pairs.jsonl")
+    write_rows(write_trees(tmp_path / "trees.jsonl", [plain, chat]), tmp_path / "pairs.jsonl")
     prompts = [row["prompt"] for row in read(tmp_path / "pairs.jsonl")]
     assert prompts == [PROMPT.text + "Question: How many?\n", PROMPT.text + "How many?<|im_end|>\n"]
 
@@ -164,7 +165,7 @@ def test_trees_that_are_damaged_name_file_and_line(trees_path: Path) -> None:
     lines = trees_path.read_text().splitlines()
     write_jsonl(trees_path, [json.loads(lines[0]), {**json.loads(lines[1]), "nodes": 3}])
     with pytest.raises(DataError, match=r"trees\.jsonl:2: not a search tree"):
-        write_pairs(trees_path, trees_path.with_name("pairs.jsonl"))
+        write_rows(trees_path, trees_path.with_name("pairs.jsonl"))
 
 
 @pytest.mark.slow
@@ -176,7 +177,7 @@ def test_datasets_and_trl_read_the_file_unmodified(trees_path: Path, tmp_path: P
     from tests.tiny import tiny_llama, tiny_tokenizer, with_lora
 
     path = trees_path.with_name(f"pairs.{suffix}")
-    write_pairs(trees_path, path)
+    write_rows(trees_path, path)
     kind = "json" if suffix == "jsonl" else suffix
     data = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path))
     options = DPOConfig(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.pair_rules import TreePair, response_ids, select_pairs, tree_pairs, winning_paths
+from cpo_fast.data.pair_rules import TreeExample, response_ids, select_pairs, select_winning_paths
 from cpo_fast.tree import Node, SearchTree
 from tests.data.hand_made import node, random_tree, tree
 
@@ -16,17 +16,17 @@ RULES = ("all", "lower", "lowest", "fpo")
 SEEDS = range(300)
 
 
-def ids(pairs: list[TreePair]) -> list[tuple[int, int, int]]:
-    return [(pair.parent, pair.chosen.id, pair.rejected.id) for pair in pairs]
+def ids(pairs: list[TreeExample]) -> list[tuple[int, ...]]:
+    return [(pair.parent, *pair.node_ids) for pair in pairs]
 
 
-def by_rule(searched: SearchTree, rule: str, seed: int = 0, **settings: Any) -> list[TreePair]:
-    return tree_pairs(searched, PairsConfig(rule=rule, **settings), seed)  # type: ignore[arg-type]
+def by_rule(searched: SearchTree, rule: str, seed: int = 0, **settings: Any) -> list[TreeExample]:
+    return list(select_pairs(searched, PairsConfig(rule=rule, **settings), seed).examples)  # type: ignore[arg-type]
 
 
 def test_pruned_siblings_are_rejected_ones() -> None:
     nodes = [node(0, -1, 1), node(1, -1, 1, kept=False), node(2, -1, 1, kept=False), node(3, 0, 2, "4")]
-    assert ids(tree_pairs(tree(nodes, (3,)))) == [(-1, 0, 1), (-1, 0, 2)]
+    assert ids(by_rule(tree(nodes, (3,)), "all")) == [(-1, 0, 1), (-1, 0, 2)]
 
 
 def test_children_of_losing_states_are_never_used() -> None:
@@ -38,7 +38,7 @@ def test_children_of_losing_states_are_never_used() -> None:
         node(4, 1, 2, "6"),
         node(5, 1, 2, "7"),
     ]
-    assert ids(tree_pairs(tree(nodes, (2,)))) == [(-1, 0, 1), (0, 2, 3)]
+    assert ids(by_rule(tree(nodes, (2,)), "all")) == [(-1, 0, 1), (0, 2, 3)]
 
 
 def test_winning_paths_through_one_state_never_reject_each_other() -> None:
@@ -50,12 +50,12 @@ def test_winning_paths_through_one_state_never_reject_each_other() -> None:
         node(4, 0, 2, "9"),
         node(5, 1, 2, "4"),
     ]
-    assert ids(tree_pairs(tree(nodes, (2, 3, 5)))) == [(0, 2, 4), (0, 3, 4)]
+    assert ids(by_rule(tree(nodes, (2, 3, 5)), "all")) == [(0, 2, 4), (0, 3, 4)]
 
 
 def test_a_merged_duplicate_is_one_loser_whatever_its_count() -> None:
     nodes = [node(0, -1, 1, "4"), node(1, -1, 1, count=7)]
-    assert ids(tree_pairs(tree(nodes, (0,)))) == [(-1, 0, 1)]
+    assert ids(by_rule(tree(nodes, (0,)), "all")) == [(-1, 0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_merged_duplicate_is_one_loser_whatever_its_count() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_no_winning_path_gives_no_pair(nodes: list[Node], rule: str) -> None:
     assert by_rule(tree(nodes, ()), rule) == []
-    assert winning_paths(tree(nodes, ())) == []
+    assert select_winning_paths(tree(nodes, ())).examples == ()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -119,8 +119,8 @@ def test_fpo_takes_whole_winning_paths_against_whole_complete_paths() -> None:
     pairs = by_rule(searched, "fpo")
     assert ids(pairs) == [(-1, 1, 2), (-1, 1, 4)]
     assert [pair.step for pair in pairs] == [0, 0]
-    assert response_ids(searched, -1, pairs[1].chosen) == [100, 10, 101, 10]
-    assert response_ids(searched, -1, pairs[1].rejected) == [103, 10, 104, 10]
+    assert response_ids(searched, -1, pairs[1].last[0]) == [100, 10, 101, 10]
+    assert response_ids(searched, -1, pairs[1].last[1]) == [103, 10, 104, 10]
 
 
 def test_fpo_is_capped_per_question_by_a_seeded_draw() -> None:
@@ -140,8 +140,10 @@ def test_sft_takes_every_winning_path_once() -> None:
         node(3, -1, 1, "4"),
         node(4, 0, 2, "9"),
     ]
-    paths = winning_paths(tree(nodes, (1, 2, 3)))
-    assert [[one.id for one in path] for path in paths] == [[0, 1], [3]]
+    assert [(one.parent, one.step, *one.node_ids) for one in select_winning_paths(tree(nodes, (1, 2, 3))).examples] == [
+        (-1, 0, 1),
+        (-1, 0, 3),
+    ]
 
 
 def on_winning_path(searched: SearchTree) -> set[int]:
@@ -155,19 +157,19 @@ def test_chosen_is_on_a_winning_path_and_rejected_is_a_sibling_off_every_one(rul
         searched = random_tree(seed)
         winning = on_winning_path(searched)
         pairs = by_rule(searched, rule)
-        assert len({(p.chosen.id, p.rejected.id) for p in pairs}) == len(pairs)
+        assert len({(p.last[0].id, p.last[1].id) for p in pairs}) == len(pairs)
         for pair in pairs:
-            assert pair.chosen.id in winning
-            assert pair.rejected.id not in winning
-            assert pair.chosen.parent == pair.rejected.parent == pair.parent
+            assert pair.last[0].id in winning
+            assert pair.last[1].id not in winning
+            assert pair.last[0].parent == pair.last[1].parent == pair.parent
             assert pair.parent == -1 or pair.parent in winning
-            assert pair.step == pair.chosen.depth == pair.rejected.depth
+            assert pair.step == pair.last[0].depth == pair.last[1].depth
         num_pairs += len(pairs)
     assert num_pairs > 100
 
 
-def below(pair: TreePair) -> bool:
-    chosen, rejected = pair.chosen.value, pair.rejected.value
+def below(pair: TreeExample) -> bool:
+    chosen, rejected = pair.last[0].value, pair.last[1].value
     return chosen is not None and (rejected is None or rejected < chosen)
 
 
@@ -180,12 +182,12 @@ def test_rules_are_the_definitions_applied_to_all() -> None:
         assert lower == [pair for pair in everything if below(pair)]
         assert set(ids(lowest)) <= set(ids(lower))
         for pair in lowest:
-            siblings = [p.rejected for p in everything if p.chosen is pair.chosen]
+            siblings = [p.last[1] for p in everything if p.last[0] is pair.last[0]]
             smallest = min(-math.inf if s.value is None else s.value for s in siblings)
             ties = [s.id for s in siblings if (-math.inf if s.value is None else s.value) == smallest]
-            assert pair.rejected.id == min(ties)
-        assert {p.chosen.id for p in lowest} == {p.chosen.id for p in lower}
-        assert max(Counter(p.chosen.id for p in lowest).values(), default=1) == 1
+            assert pair.last[1].id == min(ties)
+        assert {p.last[0].id for p in lowest} == {p.last[0].id for p in lower}
+        assert max(Counter(p.last[0].id for p in lowest).values(), default=1) == 1
 
 
 def test_fpo_pairs_a_winning_leaf_with_every_other_complete_leaf() -> None:
@@ -202,7 +204,7 @@ def test_every_couple_is_a_pair_or_has_a_reason(rule: str) -> None:
         searched = random_tree(seed)
         settings = PairsConfig(rule=rule, rejected_fraction=0.6, max_fpo_pairs=3)  # type: ignore[arg-type]
         selection = select_pairs(searched, settings, seed)
-        couples = ids([*selection.pairs, *(pair for pair, _ in selection.unused)])
+        couples = ids([*selection.examples, *(pair for pair, _ in selection.unused)])
         full = by_rule(searched, "fpo" if rule == "fpo" else "all", max_fpo_pairs=10_000)
         assert sorted(couples) == sorted(ids(full))
 
