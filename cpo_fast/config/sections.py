@@ -111,12 +111,27 @@ class PairsConfig(Section):
 
     rule: Literal["all", "lower", "lowest", "fpo"] = Field(
         "all",
-        description="rejected siblings: all; those valued below the winner; the lowest of those; or fpo: whole paths",
+        description="what each winning thought is preferred over: all its losing siblings; those valued lower; the one "
+        "valued lowest; fpo: whole winning chains over whole losing ones",
     )
-    rejected_fraction: float = Field(1.0, gt=0, le=1, description="seeded share of the rejected thoughts that is used")
-    num_questions: int | None = Field(None, ge=1, description="use only so many questions, drawn by the seed")
-    max_fpo_pairs: int = Field(64, ge=1, description="at most so many full-path pairs a question")
-    weight: Literal["pair", "node", "question"] = Field("pair", description="what counts equally in the mean loss")
+    rejected_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="use this share of the losing thoughts, drawn by the seed: fewer pairs, less training",
+    )
+    num_questions: int | None = Field(
+        None, ge=1, description="train on so many questions, drawn by the seed, the same ones for every rule; null: all"
+    )
+    max_fpo_pairs: int = Field(
+        64,
+        ge=1,
+        description="with rule fpo, so many pairs a question at most, so that questions with many chains do not "
+        "dominate",
+    )
+    weight: Literal["pair", "node", "question"] = Field(
+        "pair", description="what counts equally in the loss: each pair, each state that was expanded, or each question"
+    )
 
 
 class MixtureItem(Section):
@@ -127,77 +142,111 @@ class MixtureItem(Section):
 
 
 class DataConfig(Section):
-    """Which preference data is trained on, and how it becomes token ids."""
+    """Which data is trained on, and how it becomes token ids."""
 
-    path: str = Field("", description="trees, pairs or any preference set: JSONL, JSON, parquet, hub:org/name[:split]")
-    mixture: tuple[MixtureItem, ...] = Field((), description="several data sets in place of path")
-    eos: Literal["final", "every", "never"] = Field(
-        "final", description="end-of-sequence trained after the final answer only, after every response, or never"
+    path: str = Field(
+        "",
+        description="search trees, pairs, completions or any preference set of others: JSON lines or list, CSV, parquet, "
+        "hub:org/name[:config][:split]",
     )
-    max_length: int | None = Field(None, ge=2, description="rows longer than this many tokens are dropped and counted")
-    max_drop: float = Field(0.05, ge=0, le=1, description="more than this share of bad rows ends the run with exit 3")
-    held_out: float = Field(0.0, ge=0, lt=1, description="share of the questions kept for validation")
+    mixture: tuple[MixtureItem, ...] = Field((), description="several data sets with their shares, in place of path")
+    eos: Literal["final", "every", "never"] = Field(
+        "final",
+        description="where the model learns to stop: after the final answer only, after every response, or nowhere",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="drop rows with more tokens than this, prompt included; they are counted, nothing is cut",
+    )
+    max_drop: float = Field(
+        0.05, ge=0, le=1, description="stop with exit code 3 when more than this share of the rows cannot be used"
+    )
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="keep this share of the questions for validation, which chooses the best adapter"
+    )
 
 
 class LoraConfig(Section):
     """The adapter, in PEFT's terms (paper: rank 8, alpha 16; q, k and v are what its targets match)."""
 
-    r: int = Field(8, ge=1, description="rank")
-    alpha: float = Field(16, gt=0, description="scaling numerator: the update is scaled by alpha / r")
-    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj"), description="each must match a module")
+    r: int = Field(8, ge=1, description="rank: more can learn more and costs more memory")
+    alpha: float = Field(16, gt=0, description="how strongly the adapter acts: its update is scaled by alpha / r")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj"), description="the linear layers that are adapted; each must match a module"
+    )
 
 
 class TrainConfig(Section):
     """The optimisation. `beta`, rate, batch and epochs are the paper's; the rest is ours."""
 
     method: Literal["preference", "sft"] = Field(
-        "preference", description="preference: CPO on pairs, FPO with pairs.rule=fpo; sft: next token on winning paths"
+        "preference",
+        description="preference: prefer winners over losers (CPO; FPO with pairs.rule=fpo); sft: imitate winning chains",
     )
-    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference (paper: 0.1)")
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="as TRL names them")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a preference label is wrong")
-    nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's mean negative log-likelihood")
+    beta: float = Field(0.1, gt=0, description="how strongly the model is held to its starting point (paper: 0.1)")
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="preference loss, as TRL names them")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of the preferences that you expect to be wrong; sigmoid only"
+    )
+    nll_weight: float = Field(
+        0.0, ge=0, description="also imitate the chosen responses, with this weight: keeps them likely"
+    )
     lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6; SFT: 1e-5)")
-    num_epochs: int = Field(4, ge=1, description="passes over the pairs (paper: 4)")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps")
-    batch_pairs: int = Field(32, ge=1, description="pairs per optimizer step (paper: 32)")
+    num_epochs: int = Field(4, ge=1, description="passes over the data (paper: 4)")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever the epochs")
+    batch_pairs: int = Field(32, ge=1, description="pairs (or completions) per optimizer step (paper: 32)")
     batch_order: Literal["pairs", "questions"] = Field(
-        "pairs", description="pairs: independent shuffle; questions: a question's pairs together, more sharing"
+        "pairs",
+        description="pairs: shuffle all pairs; questions: keep a question's pairs in one step, which is faster because "
+        "more is shared",
     )
-    max_tokens: int = Field(8192, ge=1, description="token budget of one forest micro-batch")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd is for exactness tests")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="shape of the rate after warm-up")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate")
-    max_grad_norm: float = Field(1.0, ge=0, description="global gradient-norm clip; 0 turns it off")
+    max_tokens: int = Field(
+        8192, ge=1, description="tokens computed at once: lower it if memory runs out; the result is the same"
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW is the one there is")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="how the rate goes on after its warm-up")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises to its peak")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="scale larger gradients down to this global norm, so that no step jumps; 0: never"
+    )
     reference: Literal["auto", "online", "cached"] = Field(
-        "auto", description="online: one fused pass; cached: once per unique sequence; auto: online for one epoch"
-    )
-    gradient_checkpointing: Literal["auto", "off", "non_reentrant", "reentrant"] = Field(
         "auto",
-        description="recompute each layer in backward instead of storing its activations; auto: where they do not fit",
+        description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
+        "when there are several epochs",
+    )
+    gradient_checkpointing: Literal["auto", "off", "non_reentrant"] = Field(
+        "auto",
+        description="save memory by computing each layer again in backward, about a third slower; auto: only where a step "
+        "would not fit otherwise",
     )
     lora_input: Literal["recast", "peft"] = Field(
         "recast",
-        description="what an adapted layer keeps of its input on a 16-bit base: the input itself, cast again in "
-        "backward, or PEFT's float32 copy; same bits",
+        description="recast saves memory on a 16-bit base by keeping an adapted layer's input once; peft keeps a float32 "
+        "copy; same result, bit for bit",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
-    impl: Literal["reference", "eager", "triton"] | None = Field(None, description="kernels; null chooses by device")
-    eval_every: int | None = Field(None, ge=1, description="steps between validations; null: at the end of each epoch")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage: what it partitions to save memory")
+    impl: Literal["eager", "triton"] | None = Field(
+        None, description="kernels: triton on a GPU, eager anywhere; null: the fastest that the device has"
+    )
+    eval_every: int | None = Field(None, ge=1, description="validate every so many steps; null: after each epoch")
     stop_on: Literal["held_out_loss", "accuracy"] = Field(
-        "held_out_loss", description="what chooses the best adapter: held-out loss, or greedy accuracy on task.path"
+        "held_out_loss",
+        description="what chooses the best adapter: held-out loss, or the share of task.path's questions answered right",
     )
-    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+    patience: int | None = Field(
+        None, ge=1, description="stop early after so many validations without a better one; null: train to the end"
+    )
     alarm_nats: float = Field(
         0.5,
         gt=0,
-        description="fall of the chosen log-prob per token against the reference that raises the alarm, in nats",
+        description="warn of a collapse when chosen responses have lost so many nats per token against the reference",
     )
-    log_every: int = Field(1, ge=1, description="write metrics every so many steps")
+    log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
 
 
 class EvalConfig(Section):

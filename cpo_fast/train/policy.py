@@ -67,9 +67,9 @@ def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Po
 def _prepared(model: Any, config: Config) -> Implementations:
     """Switch the model to forests and decide, for the whole run, which kernels compute them."""
     device_type, impl = next(model.parameters()).device.type, config.train.impl
-    available = available_implementations(device_type)
-    if impl is not None and impl not in available:
-        raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(available)}")
+    choices = [name for name in available_implementations(device_type) if name != "reference"]
+    if impl is not None and impl not in choices:
+        raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(choices)}")
     try:
         prepare(model, impl)
         resolved = resolve_implementations(impl, device_type)
@@ -104,15 +104,10 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     return get_peft_model(model, lora, adapter_name=ADAPTER, autocast_adapter_dtype=True)
 
 
-def checkpoint_layers(model: Any, variant: str) -> None:
-    """Recompute each layer in backward: `non_reentrant` or `reentrant` as torch names them; `off` does nothing."""
-    if variant == "off":
-        return
+def checkpoint_layers(model: Any) -> None:
+    """Recompute each layer in backward instead of storing its activations."""
     base = model.get_base_model()
     base.config.use_cache = False
-    reentrant = variant == "reentrant"
     # transformers renames the call; the old name warns where the new one exists
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
-    if reentrant:
-        base.enable_input_require_grads()  # a reentrant checkpoint needs one input that requires a gradient
+    enable({"use_reentrant": False})
