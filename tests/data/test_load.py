@@ -1,5 +1,6 @@
 """Where data comes from: one file, several in a mixture, parquet, the hub; trees directly or through their files."""
 
+import json
 import logging
 import random
 import sys
@@ -69,6 +70,20 @@ def test_sft_from_trees_and_from_their_file_are_the_same(tmp_path: Path) -> None
     assert all(completion[-1] == tiny_tokenizer().eos_token_id for completion in completions)
     never = load_examples(config(written, method="sft", eos="never"), tiny_tokenizer()).examples
     assert [(completion[:-1],) for completion in completions] == [example.responses for example in never]
+
+
+def test_a_line_of_trees_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parsed, real = trees(tmp_path), [], json.loads
+
+    def counting(text: str, **options: Any) -> Any:
+        parsed.append(text)
+        return real(text, **options)
+
+    monkeypatch.setattr(json, "loads", counting)
+    load_examples(config(path), tiny_tokenizer())
+    lines = Counter(text for text in parsed if "nodes" in text)
+    assert len(lines) == 25
+    assert lines.total() == 25 + 1  # the first tells that the file holds trees
 
 
 def test_questions_of_loaded_pairs_count_equally_and_gold_changes_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ sends it to the device at its end); DeepSpeed's own step is DeepSpeed's; `Metric
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpo_fast.train import loop, metrics
+from cpo_fast.train import metrics
 from cpo_fast.train.loop import train
 from cpo_fast.train.objective import Objective
 from tests.train.runs import MakeConfig
@@ -50,6 +50,8 @@ class Waits:
             if "/cpo_fast/" in path or "/cpo_kernels/" in path:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back  # type: ignore[assignment]
+        if "step" not in names:
+            return
         if DECLARED_READ in names and call in ("cpu", "numpy"):
             self.num_reads += call == "cpu"
         elif not {HOST_STAGE, HOST_LISTS} & set(names):
@@ -87,16 +89,11 @@ class Methods(TorchFunctionMode):
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    """Watches every step of the loop."""
-    found, real = Waits(), loop.Trainer.step
-
-    def watched(self: Any, batch: Any) -> Any:
-        with Ops(found), Methods(found):
-            return real(self, batch)
-
-    monkeypatch.setattr(loop.Trainer, "step", watched)
-    return found
+def waits() -> Iterator[Waits]:
+    """Watches everything that the test runs; what is not inside a step of the loop is not counted."""
+    found = Waits()
+    with Ops(found), Methods(found):
+        yield found
 
 
 STEP = {"num_epochs": 1, "max_steps": 1, "max_tokens": 100}

@@ -2,95 +2,79 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
+from cpo_fast.data.batches import split_by_question
+from cpo_fast.data.load import load_examples
 from cpo_fast.errors import DataError
-from cpo_fast.train.loop import Trainer, train
+from cpo_fast.train.loop import train
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm
-from cpo_fast.train.validation import Validator
-from tests.train.runs import MakeConfig, id_rows
+from tests.tiny import tiny_tokenizer
+from tests.train.runs import MakeConfig, id_rows, largest_difference
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_held_out_questions_are_validated_and_never_trained(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, set[str]] = {"train": set(), "eval": set()}
-    step, run = Trainer.step, Validator.run
-
-    def watched_step(self: Any, batch: Any) -> Any:
-        seen["train"] |= {pair.group for pair in batch}
-        return step(self, batch)
-
-    def watched_run(self: Any, engine: Any, at: int) -> Any:
-        seen["eval"] |= {pair.group for pair in self.held_out}
-        return run(self, engine, at)
-
-    monkeypatch.setattr(Trainer, "step", watched_step)
-    monkeypatch.setattr(Validator, "run", watched_run)
-    result = train(make_config(data={"held_out": 0.25}, num_epochs=2, batch_pairs=9))
-    assert seen["train"]
-    assert seen["eval"]
-    assert not seen["train"] & seen["eval"]
-    assert result.num_items + result.num_held_out == 36
-    validated = [line for line in lines(result.metrics_path) if "eval_loss" in line]
-    assert len(validated) == 2
+def test_held_out_questions_are_validated_and_never_trained(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A run on the other questions alone takes the very same steps."""
+    options = {"num_epochs": 2, "batch_pairs": 9, "reference": "online"}
+    config = make_config(data={"held_out": 0.25}, **options)
+    result = train(config)
+    examples = load_examples(config, tiny_tokenizer()).examples
+    held_out = split_by_question(examples, 0.25, config.seed)[1]
+    (name,) = {example.group for example in held_out}
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in id_rows() if row["tree"] != name))
+    steps = lines(result.metrics_path)
+    validated = [line for line in steps if "eval_loss" in line]
+    assert [line["eval_pairs"] for line in validated] == [len(held_out)] * 2 == [result.num_held_out] * 2
     assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= set(validated[0])
+    for line in steps:
+        for key in [key for key in line if key.startswith("eval_") or key == "seconds"]:
+            del line[key]
+    alone = lines(train(make_config(data={"path": str(others)}, **options)).metrics_path)
+    assert steps == [{key: value for key, value in line.items() if key != "seconds"} for line in alone]
+    assert result.num_items + result.num_held_out == 36
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.25])
 def test_weights_average_to_one_over_the_pairs_that_are_trained(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, held_out: float, tmp_path: Path
+    make_config: MakeConfig, held_out: float, tmp_path: Path
 ) -> None:
+    """Before the first update every pair's loss is its weight times ln 2."""
     rows = id_rows()[:-5]  # a question with fewer pairs than the others
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config(data={"path": str(tmp_path / "rows.jsonl"), "held_out": held_out}, num_epochs=1)
+    data = {"path": str(tmp_path / "rows.jsonl"), "held_out": held_out}
+    config = make_config(data=data, batch_pairs=100, max_steps=1, reference="online")
     config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"weight": "question"})})
-    by_group: dict[str, list[float]] = {}
-    step = Trainer.step
+    (line,) = lines(train(config).metrics_path)
+    assert line["pairs"] == (22 if held_out else len(rows))  # weights of all 31 would average to 31 / 4 / 9 over these
+    assert line["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
-    def watched(self: Any, batch: Any) -> Any:
-        for pair in batch:
-            by_group.setdefault(pair.group, []).append(pair.weight)
-        return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "step", watched)
+def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig) -> None:
+    """At this rate the pairs that are trained are learnt by heart, and those of other questions get worse."""
+    usual = {"batch_pairs": 9, "lr": 0.2, "schedule": "constant", "warmup_ratio": 0.0, "reference": "online"}
+    config = make_config(data={"held_out": 0.25}, num_epochs=20, eval_every=2, patience=2, **usual)
     result = train(config)
-    weights = [weight for group in by_group.values() for weight in group]
-    assert len(weights) == result.num_items
-    assert sum(weights) == pytest.approx(len(weights))
-    shares = [sum(group) for group in by_group.values()]
-    assert shares == pytest.approx([shares[0]] * len(shares))
-
-
-def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([0.6, 0.5, 0.7, 0.55, 0.1])
-    saved: list[dict[str, torch.Tensor]] = []
-
-    def scripted(self: Validator, engine: Any) -> dict[str, float]:
-        saved.append({n: p.detach().clone() for n, p in self.policy.model.named_parameters() if "lora_" in n})
-        return {"eval_loss": next(losses)}
-
-    monkeypatch.setattr(Validator, "measure", scripted)
-    config = make_config(data={"held_out": 0.25}, num_epochs=20, batch_pairs=9, eval_every=2, patience=2)
-    result = train(config)
+    losses = {line["step"]: line["eval_loss"] for line in lines(result.metrics_path) if "eval_loss" in line}
     assert result.stopped_early
-    assert result.best_step == 4
-    assert result.num_steps == 8
-    best = load_file(result.adapter_path / "adapter_model.safetensors")
-    for name, value in best.items():
-        expected = saved[1][name.replace(".weight", ".default.weight")]
-        assert torch.equal(value, expected)
-    last = load_file(Path(config.run) / "adapter-last" / "adapter_model.safetensors")
-    assert any(not torch.equal(best[name], last[name]) for name in best)
+    assert result.best_step == min(losses, key=losses.__getitem__)
+    assert result.num_steps == result.best_step + 2 * 2 == max(losses)
+    stopped_there = train(make_config(data={"held_out": 0.25}, max_steps=result.best_step, **usual))
+    best, there, last = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (result.adapter_path, stopped_there.adapter_path, Path(config.run) / "adapter-last")
+    )
+    assert largest_difference(best, there) == 0.0
+    assert largest_difference(best, last) > 0.0
 
 
 def test_accuracy_on_questions_with_answers_can_choose_the_adapter(make_config: MakeConfig, tmp_path: Path) -> None:
