@@ -14,8 +14,9 @@ torch and transformers are imported inside the functions: this module is cheap t
 placement over several devices are left out.
 """
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,16 @@ def model_hash(path: str | Path) -> str:
         file for file in folder.iterdir() if file.is_file() and (file.name in names or _holds_weights_or_pieces(file))
     ]
     return files_hash({file.name: file_digest(file) for file in files})
+
+
+def weights_hash(tensors: "Mapping[str, torch.Tensor]") -> str:
+    """16 hex digits that name weights that are in memory, for a model that came without files: names, types and bytes."""
+    torch = require_library("torch")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 MAX_MERGE_PROMPTS = 16  # texts that are compared; a few thousand positions

@@ -15,18 +15,16 @@ pyarrow and datasets are optional, and imported when such a file is met.
 """
 
 import csv
-import hashlib
 import io
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.errors import DataError, EnvironmentProblem
-from cpo_fast.files import read_jsonl
+from cpo_fast.errors import DataError, EnvironmentProblem, first_line
+from cpo_fast.files import read_jsonl, replacing, short_hash
 
 Row = dict[str, Any]
 
@@ -191,18 +189,12 @@ def write_parquet(path: str | Path, rows: Sequence[Row]) -> None:
         EnvironmentProblem: pyarrow is not installed. DataError: a text holds what UTF-8 cannot.
     """
     pyarrow = _pyarrow(path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         table = pyarrow.Table.from_pylist(list(rows))
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode ({error}); write .jsonl, which can escape it") from None
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
+    with replacing(path) as file:
         pyarrow.parquet.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _pyarrow(path: str | Path) -> Any:
@@ -250,9 +242,8 @@ def read_hub(path: str) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:240].rstrip(".")
         raise DataError(
-            f"{path}: cannot be read from the Hugging Face hub ({first_line}); check id, configuration and split, "
+            f"{path}: cannot be read from the Hugging Face hub ({first_line(error)}); check id, configuration and split, "
             "download it while online, or give a file"
         ) from error
     if isinstance(table, dict):
@@ -279,7 +270,7 @@ def row_id(row: Row, text: str, place: str) -> str:
     """The id a row carries, or 16 hex digits of the SHA-256 of its text. Raises DataError for an id of another kind."""
     identity = first_value(row, ID_FIELDS)
     if identity is None or identity == "":
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return short_hash(text)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise DataError(f"{place}: the id must be text or an integer, got {identity!r}")
     return str(identity)

@@ -15,7 +15,6 @@ questions. The shares are those of the weights, exactly up to rounding. Without 
 shares allow.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ from cpo_fast.data.examples import Example, RowParser, prompt_text, with_extract
 from cpo_fast.data.pair_files import TreeFileReader, write_dropped
 from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError
-from cpo_fast.files import canonical_json
+from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.rows import BadRow, Row, is_hub, read_rows
 
 logger = logging.getLogger(__name__)
@@ -287,4 +286,4 @@ def _question(row: Row | BadRow, implicit_prompt: bool) -> str:
             content = prompt_text(with_extracted_prompt(row) if implicit_prompt else row)
     except (BadRow, KeyError, TypeError, RecursionError):
         return ""
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return short_hash(content)

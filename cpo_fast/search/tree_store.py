@@ -82,7 +82,9 @@ def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) ->
 
         named, adapter = model_hash(config.model.path), adapter_hash(config.model.adapter)
     else:
-        named, adapter = _weights_hash(model), ""
+        from cpo_fast.models import weights_hash
+
+        named, adapter = weights_hash(model.state_dict()), ""
     settings = {
         "search": config.search.deciding(),
         "dtype": config.model.dtype,
@@ -91,17 +93,6 @@ def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) ->
     }
     settings_hash = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
     return Provenance(task.name, roots.prompt.hash, named, adapter, config.seed, settings_hash)
-
-
-def _weights_hash(model: Any) -> str:
-    """16 hex digits of the SHA-256 of a loaded model's parameters, for a model that came without files."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # a launcher's rank and number of processes: torchrun and deepspeed, then Slurm

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
-from cpo_fast.models import model_hash
+from cpo_fast.models import model_hash, weights_hash
 from cpo_fast.train.objective import Scored, split_examples
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
@@ -61,27 +60,16 @@ def scored_sequences(pairs: Sequence[Example]) -> list[Scored]:
 
 
 def _key(scored: Sequence[Scored], config: Config, policy: Policy) -> str:
-    identity = (
-        model_hash(config.model.path) if config.model.path else _hash_weights(policy.model),
-        adapter_hash(config.model.adapter),
-        str(policy.model.get_base_model().dtype),
-        str(policy.impl),
-        torch.__version__,
-    )
+    base = policy.model.get_base_model()
+    if config.model.path:
+        named = model_hash(config.model.path)
+    else:
+        named = weights_hash({name: value for name, value in base.state_dict().items() if "lora_" not in name})
+    identity = (named, adapter_hash(config.model.adapter), str(base.dtype), str(policy.impl), torch.__version__)
     digest = hashlib.sha256(repr(identity).encode())
     for sequence, start in scored:
         digest.update(torch.tensor([start, len(sequence), *sequence], dtype=torch.int64).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _hash_weights(model: Any) -> str:
-    """Identity of a model that was handed over rather than loaded: the bytes of its weights, adapters left out."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.get_base_model().state_dict().items()):
-        if "lora_" not in name:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _load(path: Path, scored: Sequence[Scored]) -> ReferenceLogps | None:
