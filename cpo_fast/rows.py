@@ -37,9 +37,9 @@ class BadRow(Exception):
     """A row that cannot be used.
 
     Attributes:
-        reason: what it is counted under; one of a few dozen sentences, without this row's particulars.
+        reason: what it is counted under, one of a few dozen sentences without this row's particulars.
         detail: the particulars.
-        text: what stands in the file where there is no object; undecodable bytes as backslash escapes.
+        text: what stands in the file where there is no object, undecodable bytes as backslash escapes.
     """
 
     def __init__(self, reason: str, detail: str = "", text: str = "") -> None:
@@ -51,7 +51,7 @@ def read_question_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) in order.
 
     Raises:
-        DataError: the source cannot be read, is not UTF-8, or a row is not an object; names the place.
+        DataError: the source cannot be read, is not UTF-8, or a row is not an object. It names the place.
         EnvironmentProblem: an optional library is missing.
     """
     for place, row in _read(str(path), strict=True):
@@ -146,7 +146,7 @@ def _object(value: Any) -> Row | BadRow:
 
 
 def _parse(raw: bytes, first: bool) -> Any:
-    """The value of one line or file; `first` allows a byte-order mark. Raises BadRow."""
+    """The value of one line or file. `first` allows a byte-order mark. Raises BadRow."""
     try:
         return json.loads(raw.decode("utf-8-sig" if first else "utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -158,7 +158,7 @@ def _parse(raw: bytes, first: bool) -> Any:
 
 
 def _unique(members: list[tuple[str, Any]]) -> Row:
-    """A JSON object; a key that stands twice has two values, and neither is the right one."""
+    """A JSON object. A key that stands twice has two values, and neither is the right one."""
     values = dict(members)
     if len(values) != len(members):
         repeated = [key for key, count in Counter(key for key, _ in members).items() if count > 1]
@@ -183,7 +183,7 @@ def read_parquet(path: str | Path) -> list[Row]:
 
 
 def write_parquet(path: str | Path, rows: Sequence[Row]) -> None:
-    """Write rows with equal keys, atomically; equal rows give equal bytes with the same version of pyarrow.
+    """Write rows with equal keys, atomically. Equal rows give equal bytes with the same version of pyarrow.
 
     Raises:
         EnvironmentProblem: pyarrow is not installed. DataError: a text holds what UTF-8 cannot.
@@ -257,12 +257,12 @@ def read_hub(path: str) -> Iterator[Row]:
 
 
 def _label(value: int | None, names: list[str]) -> str | None:
-    """The name of a class label, which is stored as an integer; -1 marks a hidden one."""
+    """The name of a class label, which is stored as an integer. -1 marks a hidden one."""
     return None if value is None or value < 0 else names[value]
 
 
 def first_value(row: Row, fields: Sequence[str]) -> Any:
-    """The value of the first of `fields` that the row has and that is not null; None if there is none."""
+    """The value of the first of `fields` that the row has and that is not null, or None."""
     return next((row[field] for field in fields if row.get(field) is not None), None)
 
 

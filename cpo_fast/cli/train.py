@@ -91,7 +91,7 @@ class _LogToConsole(logging.Handler):
 
 
 class TrainingScreen:
-    """Progress of the steps, and above it the sentences that training logs; used as a context manager."""
+    """A context that shows the progress of the steps, and above it the sentences that training logs."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet)

@@ -1,6 +1,6 @@
 """Which examples are trained, when, and how much each counts: pure functions of questions, seed and epoch.
 
-    split_by_question   training and held-out examples; a question never stands on both sides
+    split_by_question   training and held-out examples, no question on both sides
     weigh               factors of the pairs' losses
     epoch_batches       the examples of every optimizer step of an epoch
 
@@ -23,12 +23,12 @@ from cpo_fast.errors import DataError
 def split_by_question(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples), each in the order given.
 
-    Which questions are held out depends on their names and the seed, not on the order of the examples; a larger fraction
+    Which questions are held out depends on their names and the seed, not on the order of the examples. A larger fraction
     holds out a superset.
 
     Args:
         examples: of all questions.
-        fraction: share of the questions to hold out; 0 holds out none, anything above at least one, and one question
+        fraction: share of the questions to hold out. 0 holds out none, anything above at least one, and one question
             always stays to train on.
         seed: the run's seed.
 
@@ -72,14 +72,14 @@ def weigh(pairs: Sequence[Example], weight: Literal["pair", "node", "question"])
 def epoch_batches(
     groups: Sequence[str], batch_size: int, order: Literal["pairs", "questions"], seed: int, epoch: int
 ) -> list[list[int]]:
-    """Batches of indices for one epoch; every index appears exactly once, the last batch may be short.
+    """Batches of indices for one epoch. Every index appears exactly once, and the last batch may be short.
 
     Args:
         groups: the question of each example.
         batch_size: examples per optimizer step.
-        order: `pairs` shuffles examples independently, the batches that a pairwise trainer would see; `questions` shuffles
+        order: `pairs` shuffles examples independently, the batches that a pairwise trainer would see. `questions` shuffles
             questions and keeps each one's examples together, so that a step shares more.
-        seed, epoch: key of the counter-based generator (Philox); equal keys give equal batches.
+        seed, epoch: key of the counter-based generator (Philox). Equal keys give equal batches.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     if order == "pairs":

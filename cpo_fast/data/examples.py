@@ -29,15 +29,15 @@ RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its responses, as token ids. Two responses, chosen and rejected, are a pair; one is a completion.
+    """One prompt and its responses, as token ids: chosen and rejected make it a pair, a single one is a completion.
 
     Attributes:
-        prompt_ids: the tokens that every response continues, at least one; they are read and not learnt.
+        prompt_ids: the tokens that every response continues, at least one. They are read and not learnt.
         responses: at least one token each, end-of-sequence included where it is trained.
-        group: the question it belongs to; order `questions` keeps a question together, and a split never parts one.
+        group: the question it belongs to. Order `questions` keeps a question together, and a split never parts one.
         step: depth of the thought in its chain from 1, or 0 for data that has no steps.
         source: file:line, for messages.
-        weight: factor of a pair's loss; see `cpo_fast.data.batches.weigh`.
+        weight: factor of a pair's loss (`cpo_fast.data.batches.weigh` sets it).
     """
 
     prompt_ids: Ids
@@ -64,8 +64,8 @@ class RowParser:
         """The example, and whether its prompt's last token merged with a response.
 
         Args:
-            row: ids, text or conversations of `prompt` and of each response; may hold `tools` and
-                `chat_template_kwargs` for the template of a conversation.
+            row: ids, text or conversations of `prompt` and of each response, and, for the template of a conversation,
+                `tools` and `chat_template_kwargs`.
             source, group: of the example.
             implicit_prompt: a pair without a prompt has it as the common beginning of its two responses.
 
@@ -96,7 +96,7 @@ class RowParser:
         return Example(prompt, tuple(responses), group, step if type(step) is int else 0, source), merged
 
     def _ended(self, ids: Ids, final: Any) -> Ids:
-        """With end-of-sequence where `data.eos` wants it; `final` says that the chain ends with this response."""
+        """With end-of-sequence where `data.eos` wants it. `final` says that the chain ends with this response."""
         eos = self.tokenizer.eos_token_id
         if self.config.eos == "never" or (self.config.eos == "final" and not final) or ids[-1] == eos:
             return ids

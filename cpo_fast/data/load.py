@@ -35,9 +35,9 @@ from cpo_fast.rows import BadRow, Row, is_hub, read_rows
 
 logger = logging.getLogger(__name__)
 
-MAX_REASONS_SHOWN = 5  # in a message; dropped.jsonl has them all
+MAX_REASONS_SHOWN = 5  # in a message, while dropped.jsonl has them all
 
-SourceRow = tuple[str, str, Row | BadRow]  # (question, place, row); the question of a bad row is ""
+SourceRow = tuple[str, str, Row | BadRow]  # (question or "" for a bad row, place, row)
 
 
 @dataclass
@@ -65,8 +65,8 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
 
     Args:
         config: sections data and pairs, `train.method` and the seed.
-        tokenizer: a Hugging Face tokenizer; only text is tokenised, but its eos_token_id is used for all rows.
-        dropped_path: where dropped rows are written with file:line and reason; removed when nothing was dropped.
+        tokenizer: a Hugging Face tokenizer. Only text is tokenised, but its eos_token_id is used for all rows.
+        dropped_path: where dropped rows are written with file:line and reason. It is removed when nothing was dropped.
 
     Raises:
         ConfigError: no data is configured. DataError: a file is unreadable or empty, no example is left, or more than
@@ -109,7 +109,7 @@ def _group(question: str, row: Row, path: str, in_mixture: bool) -> str:
 
 
 def _record(place: str, bad: BadRow, content: Any) -> Row:
-    """One line of `dropped.jsonl`; a row that canonical JSON cannot hold (NaN, a date) is kept as text."""
+    """One line of `dropped.jsonl`. A row that canonical JSON cannot hold (NaN, a date) is kept as text."""
     try:
         try:
             canonical_json(content)
@@ -187,7 +187,7 @@ class TreeSource:
         self.questions = self.reader.questions
 
     def rows(self, questions: AbstractSet[str]) -> Iterator[SourceRow]:
-        """The rows that the trees of these questions have in a file; only there are trees turned into training data."""
+        """The rows that the trees of these questions have in a file. A tree becomes training data in no other way."""
         made = self.reader.rows(self.config.pairs, self.config.seed, questions, self.config.train.method)
         reasons = Counter(record["reason"] for record in made.unused) + Counter(made.trees_without.values())
         if reasons:
@@ -228,7 +228,7 @@ def open_sources(config: Config) -> list[tuple[RowSource | TreeSource, set[str]]
 
 
 def _open(path: str, config: Config) -> RowSource | TreeSource:
-    """Read one data set; it holds trees if its first readable row has nodes."""
+    """Read one data set. It holds trees if its first readable row has nodes."""
     rows = read_rows(path)
     begin: list[tuple[str, Row | BadRow]] = []
     for entry in rows:
@@ -262,11 +262,11 @@ def apportion(weights: Sequence[float], sizes: Sequence[int], total: int | None)
     largest = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     wanted = math.inf if total is None else total / sum(weights)
     if total is None or wanted > largest:
-        # the data set that sets the limit gives everything; floor would lose a question to rounding
+        # the data set that sets the limit gives everything, of which floor would lose a question to rounding
         return [min(size, math.floor(weight * largest + 1e-9)) for size, weight in zip(sizes, weights, strict=True)]
     exact = [weight * wanted for weight in weights]
     counts = [math.floor(value + 1e-9) for value in exact]
-    # largest remainders get the rest; equal remainders in the order of the data sets
+    # largest remainders get the rest, equal remainders in the order of the data sets
     order = sorted(range(len(exact)), key=lambda place: (counts[place] - exact[place], place))
     for place in order[: total - sum(counts)]:
         counts[place] += 1
@@ -274,7 +274,7 @@ def apportion(weights: Sequence[float], sizes: Sequence[int], total: int | None)
 
 
 def _question(row: Row | BadRow, implicit_prompt: bool) -> str:
-    """The tree that a row names, else a hash of its prompt; "" for a row too bad to tell."""
+    """The tree that a row names, else a hash of its prompt, or "" for a row too bad to tell."""
     if isinstance(row, BadRow):
         return ""
     if isinstance(row.get("tree"), str | int) and row["tree"] != "":

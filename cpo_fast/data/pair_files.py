@@ -70,7 +70,7 @@ def write_rows(
         method: as `train.method`.
 
     Raises:
-        DataError: the trees are not readable; names file:line. EnvironmentProblem: parquet without pyarrow.
+        DataError: the trees are not readable, at file:line. EnvironmentProblem: parquet without pyarrow.
     """
     config = config or PairsConfig()
     reader = TreeFileReader(trees_path)
@@ -89,7 +89,7 @@ def unused_path(rows_path: str | Path) -> Path:
 
 
 def write_dropped(path: str | Path, records: list[Row]) -> None:
-    """Write what was left out; with nothing left out, remove what an earlier run left there."""
+    """Write what was left out. With nothing left out, remove what an earlier run left there."""
     if records:
         write_jsonl(path, records)
     else:
@@ -157,9 +157,8 @@ def tree_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
     row |= {f"{name}_token_ids": [t for node in nodes for t in node.token_ids] for name, nodes in responses.items()}
     row |= {f"{name}_final": ends_chain(nodes[-1]) for name, nodes in responses.items()}
     row |= {"task": tree.task, "tree": tree.id}
-    if len(example.last) == 1:
-        (last,) = example.last
-        return row | {"node": last.id, "value": last.value}
+    if "completion" in responses:
+        return row | {"node": example.last[0].id, "value": example.last[0].value}
     row["step"] = example.step
     row |= {f"{name}_node": nodes[-1].id for name, nodes in responses.items()}
     return row | {f"{name}_value": nodes[-1].value for name, nodes in responses.items()}
@@ -189,7 +188,7 @@ class StepAudit:
 
     Attributes:
         num_pairs, num_states: pairs, and the distinct states they continue.
-        chosen_value, rejected_value: mean over the pairs whose thought has a value; None when none has.
+        chosen_value, rejected_value: mean over the pairs whose thought has a value, or None.
         num_without_value: pairs with a thought that no verdict was readable for.
         chosen_tokens, rejected_tokens: mean length of the responses in tokens.
         max_tokens: longest prompt + response in tokens.

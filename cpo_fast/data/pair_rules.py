@@ -42,7 +42,7 @@ class TreeExample:
 
     Attributes:
         parent: the state that the responses continue, -1 for the question itself.
-        step: depth of the responses' thoughts from 1; 0 when they are whole paths.
+        step: depth of the responses' thoughts from 1, or 0 when they are whole paths.
         last: the last thought of each response, (chosen, rejected) or (completion,). A response is the thoughts from
             below `parent` down to it.
     """
@@ -59,7 +59,7 @@ class TreeExample:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule made of one tree: examples by state, then winner, then loser, each in node order; and what it left."""
+    """What a rule took from one tree, by state, then winner, then loser, each in node order, and what it left."""
 
     examples: tuple[TreeExample, ...]
     unused: tuple[tuple[TreeExample, str], ...] = ()  # with the reason
@@ -127,7 +127,7 @@ def draw(names: Iterable[str], count: int, seed: int, purpose: str) -> set[str]:
 
 
 def uniform(seed: int, *names: str | int) -> float:
-    """A number in [0, 1) for these names; different purposes pass different first names."""
+    """A number in [0, 1) for these names. Different purposes pass different first names."""
     content = canonical_json([seed, *names])
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

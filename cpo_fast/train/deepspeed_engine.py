@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The dictionary given to `deepspeed.initialize`; a bf16 or fp16 section would cast the float32 adapters."""
+    """The dictionary given to `deepspeed.initialize`. A bf16 or fp16 section in it would cast the float32 adapters."""
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False}
     if config.zero_stage == 3:
         # adapters of a few thousand elements stay whole: gathering them costs more than they weigh
@@ -24,7 +24,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # the number of micro-batches varies; a fixed count gives wrong averages under ZeRO 1 and 2
+        # the number of micro-batches varies, and a fixed count gives wrong averages under ZeRO 1 and 2
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.max_grad_norm,  # written out even at 0: DeepSpeed clips at 1.0 by default
         "zero_optimization": zero,
@@ -78,7 +78,7 @@ def initialize_engine(
 
 def _import_deepspeed(device_type: str) -> Any:
     if device_type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it DeepSpeed warns that it guesses
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import, or DeepSpeed warns that it guesses
     try:
         with _quiet():
             import deepspeed
@@ -95,7 +95,7 @@ def _import_deepspeed(device_type: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what DeepSpeed prints while it starts out of our standard output, where `--json` writes; log it instead."""
+    """Log what DeepSpeed prints while it starts, and keep it out of standard output, where `--json` writes."""
     output = io.StringIO()
     with redirect_stdout(output):
         yield

@@ -48,7 +48,7 @@ class TrainResult:
 
     `num_items` counts what was trained on (pairs, or completions), `num_held_out` what was validated on. `adapter_path` is
     the best adapter where there was a validation (after `best_step`), else the last. `stopped_early` says that patience
-    ran out; `alarm` is the sentence of the over-optimisation watch, or "". `profile` has the named ranges of the profiled
+    ran out. `alarm` is the sentence of the over-optimisation watch, or "". `profile` has the named ranges of the profiled
     steps, whose trace lies in `profile_path`.
     """
 
@@ -79,10 +79,10 @@ def train(
 
     Args:
         config: sections model, pairs, data, lora and train, the run folder and the seed.
-        model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
+        model, tokenizer: use these instead of loading `config.model`. A `PeftModel` is trained as it is.
         progress: called after every step with its metrics and the total number of steps.
-        profile_steps: profile so many steps after the first, into `<run>/profile`; see `cpo_fast.train.profiler`.
-        make_optimizer: of section train and the adapter's parameters; one without state shows gradients in the weights.
+        profile_steps: profile so many steps after the first, into `<run>/profile` (see `cpo_fast.train.profiler`).
+        make_optimizer: gets section train and the adapter's parameters. With SGD a step is the gradient itself.
 
     Raises:
         CpoFastError: a subclass for what the user can mend (configuration, data, environment, non-finite loss).
@@ -98,13 +98,12 @@ def train(
     # after the split, because weights average to 1 over what is trained
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
     _check_vocabulary(everything, policy)
-    objective = Objective(policy.model, config.train, policy.reference, policy.impl)
-    objective.ref_logps = reference_logps(config, policy, everything, run / "reference")
-    if not examples:
-        raise DataError(f"data.held_out={config.data.held_out} leaves nothing to train on; lower it or add questions")
+    ref_logps = reference_logps(config, policy, everything, run / "reference")
+    objective = Objective(policy.model, config.train, policy.reference, policy.impl, ref_logps)
     validator = Validator(config, policy, objective, held_out, run)
     trainer = Trainer(config, policy, objective, examples, validator, make_optimizer)
     profiler = StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps else None
+    # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
     objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
     metrics_path = run / "metrics.jsonl"
     metrics_path.unlink(missing_ok=True)
@@ -161,7 +160,7 @@ def _check_vocabulary(examples: Sequence[Example], policy: Policy) -> None:
 
 
 class Trainer:
-    """Engine and examples of one run; yields the metrics of each step."""
+    """The engine and the examples of one run."""
 
     def __init__(
         self,
@@ -196,7 +195,7 @@ class Trainer:
         self.rows_seen = 0
         self.gradients_finite = torch.ones((), dtype=torch.bool, device=self.trainable[0].device)
         for parameter in self.trainable:
-            parameter.register_hook(self._watch)
+            parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
 
     def batches(self, epoch: int, order: Any = None) -> list[list[Example]]:
         """Examples of each step of an epoch."""
@@ -205,7 +204,7 @@ class Trainer:
         return [[self.examples[index] for index in batch] for batch in indices]
 
     def _checkpointing(self, policy: Policy) -> str:
-        """What `train.gradient_checkpointing` says; `auto` decides by the largest micro-batch of the first epoch."""
+        """What `train.gradient_checkpointing` says, where `auto` looks at the largest micro-batch of the first epoch."""
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
             return asked
@@ -242,16 +241,17 @@ class Trainer:
                 yield values
 
     def step(self, batch: Sequence[Example]) -> dict[str, Any]:
-        """One optimizer step; returns its metrics.
+        """Take one optimizer step and return its metrics.
 
         Raises:
-            NonFiniteError: a loss or the gradient is not finite; the weights were not updated.
+            NonFiniteError: a loss or the gradient is not finite. The weights were not updated.
         """
         metrics = Metrics(self.config.train.beta)
         normaliser = self.objective.normaliser(batch)
         for micro_batch in self.objective.micro_batches(batch):
             result = self.engine(micro_batch)
             with record_function("backward"):
+                # not DeepSpeed's mean over a fixed number of micro-batches: the normaliser is that of the whole step
                 self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
             metrics.add(micro_batch, result)
         with record_function("read"):
@@ -282,7 +282,7 @@ class Trainer:
         values["alarm"] = self.alarm.raised_at is not None
 
     def _local_gradient_norm(self) -> torch.Tensor:
-        """Global norm before clipping; 0 under ZeRO, which keeps gradients in its own buffers until its step."""
+        """Global norm before clipping, or 0 under ZeRO, which keeps gradients in its own buffers until its step."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         if self.config.train.zero_stage > 0 or not gradients:
             return torch.zeros((), device=self.gradients_finite.device)

@@ -1,7 +1,7 @@
 """What an optimizer step keeps in memory, predicted from the model's shape, and whether it fits without checkpointing.
 
-Bytes that autograd keeps for one token in one decoder layer (b bytes a number, E hidden, I intermediate, H query and K
-key heads of size D, adapters of rank r; frozen base, so a plain linear layer keeps nothing):
+Bytes that autograd keeps for one token in one decoder layer, with b bytes a number, E hidden, I intermediate, H query
+and K key heads of size D, and adapters of rank r. The base is frozen, so a plain linear layer keeps nothing.
 
     two RMSNorms       8 E + 8            their float32 input and 1 / rms
     tree attention     b D (2 H + 2 K) + 4 H        q, k, v, the output and one float32 a head
@@ -11,8 +11,8 @@ key heads of size D, adapters of rank r; frozen base, so a plain linear layer ke
 
 With checkpointing a layer keeps its input, b E, and one layer's sum exists at a time. Recomputing costs a third more
 arithmetic, so it is chosen only where the step would not fit. The forward's working memory, the gradients of one layer
-and the output head are added as upper bounds. Shapes are those of Llama, Mistral and Qwen2; other decoders are taken
-for one of them. Leaves out what other processes take later.
+and the output head are added as upper bounds. Shapes are those of Llama, Mistral and Qwen2. Other decoders are taken
+for one of them. What other processes take later is not known here.
 """
 
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 USABLE_SHARE = 0.8
 WORKSPACE_BYTES = 256 << 20  # tiles of attention and the libraries' own buffers
 GIB = 1 << 30
-# linear layers of one decoder layer that read the same tensor; a name that is not here reads one of its own
+# linear layers of one decoder layer that read the same tensor, while a name that is not here reads one of its own
 SHARED_INPUT = {
     "q_proj": "attention",
     "k_proj": "attention",
@@ -82,7 +82,7 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     Args:
         model: read for its configuration, dtype, adapters, and how these keep their input.
         num_tokens: tokens of the forest.
-        num_rows: rows that meet the output head; None: all of them, an upper bound.
+        num_rows: rows that meet the output head, or None for all of them, an upper bound.
         zero_stage: DeepSpeed's ZeRO stage.
     """
     parts = model_parts(model)
@@ -103,8 +103,8 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
         layer_bytes=layer + sum(_linear_bytes(parts.backbone, size, zero_stage == 3)) / config.num_hidden_layers,
         checkpoint_bytes=size * hidden,
         once_bytes=4 * hidden + 4 + 2 * size * head_dim,  # the last norm and the rotary tables
-        # last hidden states of policy and reference; expected embedding in float32 and target weights for every row;
-        # logits, probabilities and a temporary of a chunk in float32
+        # last hidden states of policy and reference, for every row an expected embedding in float32 and target weights,
+        # and logits, probabilities and a temporary of a chunk in float32
         head_bytes=2 * num_tokens * size * hidden + num_rows * (4 + size) * hidden + 3 * 4 * chunk,
         # float32: gradient, two moments and the copy that an update makes
         fixed_bytes=16 * num_trainable + WORKSPACE_BYTES,
@@ -114,13 +114,13 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
 
 
 def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_bytes: int | None = None) -> str:
-    """`off` where a micro-batch of `num_tokens` fits the device's free memory, else `non_reentrant`; logs the numbers.
+    """`off` where a micro-batch of `num_tokens` fits the device's free memory, else `non_reentrant`. Logs the numbers.
 
     Args:
         model: a prepared `PeftModel` on its device.
         num_tokens: tokens of the largest micro-batch.
         zero_stage: DeepSpeed's ZeRO stage.
-        free_bytes: free memory; None asks the device.
+        free_bytes: free memory, or None to ask the device.
     """
     memory = predict_step_memory(model, num_tokens, zero_stage=zero_stage)
     free = free_device_bytes(next(model.parameters()).device) if free_bytes is None else free_bytes

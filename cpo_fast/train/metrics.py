@@ -35,7 +35,7 @@ class Metrics:
         self.examples.extend(batch.examples)
 
     def read(self, *scalars: torch.Tensor) -> list[float]:
-        """Bring everything to the host in one transfer; returns the values of `scalars`, which travel along."""
+        """Bring everything to the host in one transfer. Returns the values of `scalars`, which travel along."""
         names = list(self.results[0].columns)
         parts = [[result.columns[name].detach().reshape(-1) for result in self.results] for name in names]
         parts.append([scalar.detach().reshape(1) for scalar in scalars])
@@ -113,7 +113,7 @@ WINDOW = 10  # steps averaged: one step's pairs are few and noisy
 class OverOptimisationAlarm:
     """Says once that chosen log-probs have fallen by more than a limit while margins grew.
 
-    Some loss of log-probability per token against the reference is normal; this watches for a lot of it.
+    Some loss of log-probability per token against the reference is normal, and this watches for a lot of it.
     """
 
     def __init__(self, limit_nats: float) -> None:

@@ -42,7 +42,7 @@ class MicroBatch:
 
     Attributes:
         examples: pairs or completions.
-        ref_logps: cached reference log-probs of `scored`; None computes the reference with the policy.
+        ref_logps: cached reference log-probs of `scored`, or None to compute the reference with the policy.
     """
 
     examples: Sequence[Example]
@@ -50,7 +50,7 @@ class MicroBatch:
 
     @property
     def scored(self) -> list[Scored]:
-        """Every sequence with its first scored position: all chosen, then all rejected; or all completions."""
+        """Every sequence with its first scored position: all chosen and then all rejected, or all completions."""
         starts = [len(example.prompt_ids) for example in self.examples]
         places = zip(*(example.sequences for example in self.examples), strict=True)
         return [entry for sequences in places for entry in zip(sequences, starts, strict=True)]
@@ -80,9 +80,6 @@ class Objective(torch.nn.Module):
 
     Backbone, needed head rows, log-probs and reference all happen in its forward, so that DeepSpeed gathers and releases
     each weight where it is used.
-
-    Attributes:
-        ref_logps: reference log-probs by sequence and start for every micro-batch, or None to compute them online.
     """
 
     def __init__(
@@ -91,12 +88,20 @@ class Objective(torch.nn.Module):
         config: TrainConfig,
         reference: str = "adapter_off",
         impl: Implementations | None = None,
+        ref_logps: Mapping[Scored, float] | None = None,
     ) -> None:
-        """`model` is a prepared PeftModel, `reference` a name that `packed_logps` accepts, `impl` what the run resolved."""
+        """Keep what every step needs.
+
+        Args:
+            model: a prepared PeftModel.
+            config: method, loss and token budget.
+            reference: a name that `packed_logps` accepts.
+            impl: what the run resolved.
+            ref_logps: cached reference log-probs of every sequence, or None to compute them online.
+        """
         super().__init__()
-        self.model, self.config, self.reference = model, config, reference
+        self.model, self.config, self.reference, self.ref_logps = model, config, reference, ref_logps
         self.impl = impl or Implementations.of(config.impl)
-        self.ref_logps: Mapping[Scored, float] | None = None
 
     def forward(self, batch: MicroBatch) -> MicroBatchResult:
         """Score every response of the micro-batch on one forest."""
@@ -112,7 +117,7 @@ class Objective(torch.nn.Module):
             return _pair_loss(batch, packed, lengths, self.config)
 
     def micro_batches(self, examples: Sequence[Example], online: bool = False) -> Iterator[MicroBatch]:
-        """Cut a batch into forests within the token budget; `online` leaves the cached reference out."""
+        """Cut a batch into forests within the token budget. `online` leaves the cached reference out."""
         for group in split_examples(examples, self.config.max_tokens):
             batch = MicroBatch(group)
             if self.ref_logps is not None and not online:
@@ -136,7 +141,7 @@ class Objective(torch.nn.Module):
             CpoFastError: the policy at step 0 is not its own reference.
         """
         if self.config.method == "sft":
-            return  # there is no reference
+            return  # no reference
         with torch.no_grad():
             columns = engine(next(self.micro_batches(examples, online=True))).columns
         rewards = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]])
@@ -173,7 +178,7 @@ def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], c
     assert result.entropy is not None
     assert result.mean_logit is not None
     assert result.is_top1 is not None
-    num_chosen = sum(lengths[: len(weights)])  # a plan is segment-major, so these tokens are the first
+    num_chosen = sum(lengths[: len(weights)])  # per-token values stand sequence by sequence: these are the first
     columns = {
         "losses": loss.losses.detach(),
         "chosen_rewards": loss.chosen_rewards,
@@ -211,7 +216,7 @@ def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[Ex
     """Cut examples into micro-batches whose forests have at most `max_tokens` tokens.
 
     Raises:
-        DataError: an example alone has more; names its row and the option.
+        DataError: an example alone has more. It names the row and the option.
     """
     for example in examples:
         first, last = example.responses[0], example.responses[-1]

@@ -1,6 +1,6 @@
 """The policy: base model, LoRA adapter and reference, ready for packed forwards.
 
-The base keeps its dtype and is frozen; adapters are float32 and their own master copy. The reference is the weights at
+The base keeps its dtype and is frozen. Adapters are float32 and their own master copy. The reference is the weights at
 step 0: the base with the adapter off, or, when training starts from a saved adapter, a frozen second copy of it.
 """
 
@@ -41,7 +41,7 @@ def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Po
 
     Args:
         config: sections `model`, `lora`, `train` and the seed of the adapter's initialisation are used.
-        model, tokenizer: use these instead of loading `config.model`; a `PeftModel` is trained as it is.
+        model, tokenizer: use these instead of loading `config.model`. A `PeftModel` is trained as it is.
 
     Raises:
         ConfigError: a LoRA target matches no module, the model cannot run on a forest, or `train.impl` not on its device.
@@ -108,6 +108,6 @@ def checkpoint_layers(model: Any) -> None:
     """Recompute each layer in backward instead of storing its activations."""
     base = model.get_base_model()
     base.config.use_cache = False
-    # transformers renames the call; the old name warns where the new one exists
+    # transformers renames the call, and the old name warns where the new one exists
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -28,12 +28,12 @@ WARM_UP_STEPS = 1
 
 @dataclass(frozen=True)
 class RangeTotal:
-    """One named range over all profiled steps; ranges inside it are part of its seconds."""
+    """One named range over all profiled steps. Ranges inside it are part of its seconds."""
 
     name: str
     count: int
     host_seconds: float
-    device_seconds: float | None  # kernels launched inside it; None without a GPU
+    device_seconds: float | None  # kernels launched inside it, None without a GPU
     share: float  # of the host seconds of the steps
 
 
@@ -71,7 +71,7 @@ class StepProfiler:
             self.finish()
 
     def finish(self) -> None:
-        """Write what was recorded; nothing where nothing runs. Also for a run that ends early."""
+        """Write what was recorded, also of a run that ends early, and nothing a second time."""
         if self._profile is None:
             return
         recorded, self._profile = self._profile, None

@@ -1,11 +1,10 @@
 """Validation on held-out questions, the best adapter so far, and when to stop.
 
-The held-out share is split off by question, so no prompt of a validated pair was trained on. What decides is the held-out
-loss, or, where the questions have reference answers, greedy chain-of-thought accuracy: the loss can fall while a model
-collapses. Reference answers choose among adapters here and never touch search or pairs.
+The held-out share is split off by question, so no prompt of a validated pair was trained on. The held-out loss chooses the
+best adapter, or, because the loss can fall while a model collapses, greedy chain-of-thought accuracy on questions with
+reference answers. Those answers choose among adapters here and never touch search or pairs.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from cpo_fast.tasks import encode_question
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
-
-logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -59,7 +56,7 @@ class Validator:
         return patience is not None and self.num_without_progress >= patience
 
     def run(self, engine: Any, step: int) -> dict[str, float]:
-        """One validation: metrics under `eval_...`; saves the adapter when it is the best."""
+        """Validate, and save the adapter when it is the best. Returns metrics under `eval_...`."""
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
