@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cpo_fast.config import SearchConfig
-from cpo_fast.search.collect import build_engine, shared_prefixes
+from cpo_fast.config import Config, SearchConfig
+from cpo_fast.search.collect import build_engine
 from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
 from cpo_fast.search.tree_search import search_question
-from cpo_fast.tasks import Question, Task
-from cpo_fast.tasks.prompts import RootPrompts
+from cpo_fast.tasks import Prompts, Question, Task
 
 Ids = tuple[int, ...]
 TEMPERATURE = 0.9  # of every contestant
@@ -104,19 +103,18 @@ def record_script(
 ) -> Script:
     """Search real questions with the configured engine and write down what was asked, and how long each answer was."""
     logs: list[list[tuple[Ask, list[Answer]]]] = []
+    config, prompts = Config(seed=seed, search=settings), Prompts(task, tokenizer)
 
     def searches() -> Iterator[tuple[str, Search[Any]]]:
-        roots = RootPrompts(task, tokenizer, chat=False)
         for question in questions:
             log: list[tuple[Ask, list[Answer]]] = []
             logs.append(log)
-            search = search_question(tokenizer, task, question, roots.encode(question), settings, seed)
-            yield question.id, _logged(search, log)
+            yield question.id, _logged(search_question(config, prompts, question), log)
 
-    engine = build_engine(task, model, tokenizer, settings, chat=False)
-    for name, result, _ in engine.run(searches()):
-        if isinstance(result, Exception):
-            raise RuntimeError(f"the search of {name} failed: {result}") from result
+    engine = build_engine(settings, prompts, model)
+    for name, tree, _ in engine.run(searches()):
+        if tree.status == "failed":
+            raise RuntimeError(f"the search of {name} failed: {tree.detail}")
     levels = []
     for log in logs:
         asks = [(ask.keep, _calls(ask, answers)) for ask, answers in log]
@@ -124,7 +122,7 @@ def record_script(
         verdicts = [calls for keep, calls in asks if not keep]
         verdicts += [()] * (len(thoughts) - len(verdicts))  # nothing new to judge in a level of duplicates
         levels.append(tuple(Level(*pair) for pair in zip(thoughts, verdicts, strict=True)))
-    return Script(tuple(map(tuple, shared_prefixes(task, tokenizer, chat=False))), tuple(levels))
+    return Script(tuple(map(tuple, prompts.prefixes)), tuple(levels))
 
 
 def _logged(search: Search[Any], log: list[tuple[Ask, list[Answer]]]) -> Search[Any]:

@@ -128,11 +128,7 @@ class SearchTree:
 
     def path(self, node_id: int) -> list[Node]:
         """The nodes from the first thought down to `node_id`; empty for the root state."""
-        path: list[Node] = []
-        while node_id != ROOT:
-            path.append(self.nodes[node_id])
-            node_id = self.nodes[node_id].parent
-        return path[::-1]
+        return path_to(self.nodes, node_id)
 
     def path_ids(self, node_id: int) -> list[int]:
         """Token ids of the thoughts from the first down to `node_id`, without the prompt."""
@@ -178,6 +174,15 @@ class SearchTree:
             if winner >= len(tree.nodes) or not tree.nodes[winner].complete:
                 raise ValueError(f"winning node {winner} is not a complete node of this tree")
         return tree
+
+
+def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
+    """The nodes from the first thought down to `node_id`, each named by its place; empty for the root state."""
+    path: list[Node] = []
+    while node_id != ROOT:
+        path.append(nodes[node_id])
+        node_id = nodes[node_id].parent
+    return path[::-1]
 
 
 @dataclass(frozen=True)

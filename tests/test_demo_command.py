@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import transformers
 from click.testing import CliRunner, Result
 
 from cpo_fast.cli.demo import STATEMENT, demo_command, demo_config
-from cpo_fast.config import config_hash
+from cpo_fast.config import Config, config_hash
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.models import load_model
 from cpo_fast.search.engine import Search
-from cpo_fast.search.tree_search import SearchOutcome
-from cpo_fast.tree import Node
+from cpo_fast.tasks import Prompts, Question
+from cpo_fast.tree import Node, SearchTree
 from tests.tiny import save_tiny_model
 
 
@@ -47,9 +48,10 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
     folder = save_tiny_model(tmp_path / "model", max_position_embeddings=4096)
     searched: list[str] = []
 
-    def search_question(tokenizer: Any, task: Any, question: Any, *rest: Any) -> Search[SearchOutcome]:
+    def search_question(config: Config, prompts: Prompts, question: Question, provenance: Any) -> Search[SearchTree]:
         yield from ()  # a search that asks nothing
         searched.append(question.id)
+        task, tokenizer = prompts.task, prompts.tokenizer
         texts = ["Step 1: add.\n", "Step 1: guess.\n", f"Answer: {question.gold}\n", "Answer: 77\n"]
         nodes = []
         for i, text in enumerate(texts):
@@ -59,7 +61,22 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
             nodes.append(
                 Node(i, 0 if ends else -1, 1 + ends, text, ids, 5.0, (), True, ends, ends, 1, answer, "newline")
             )
-        return SearchOutcome(tuple(nodes), (2,), question.gold, 0, "ok")
+        ids, num_shared = prompts.encode(question), len(prompts.shared.token_ids)
+        return SearchTree(
+            id=question.id,
+            question=question.text,
+            question_prompt=prompts.question_part(question),
+            gold=question.gold,
+            num_shared_tokens=num_shared,
+            question_token_ids=tuple(ids[num_shared:]),
+            nodes=tuple(nodes),
+            winning_nodes=(2,),
+            answer=question.gold,
+            num_empty=0,
+            status="ok",
+            detail="",
+            **asdict(provenance),
+        )
 
     monkeypatch.setattr("cpo_fast.search.collect.search_question", search_question)
     monkeypatch.setattr("cpo_fast.demo.find_gguf", lambda: tmp_path / "unused.gguf")

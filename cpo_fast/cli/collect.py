@@ -47,8 +47,9 @@ def collect_command(
     if official_path is not None:
         _import(config, official_path, as_json)
         return
-    from cpo_fast.search.collect import collect, load_questions
+    from cpo_fast.search.collect import collect
     from cpo_fast.search.tree_store import find_worker
+    from cpo_fast.tasks import load_questions
 
     worker = find_worker(worker_option, os.environ)
     load_questions(config)  # a bad question file is reported before torch is loaded

@@ -44,8 +44,8 @@ class TaskConfig(Section):
     shuffle_demonstrations: bool = Field(False, description="order of the demonstrations drawn from the seed")
 
 
-# settings of the search that share out its work and decide nothing
-_SHARING = {"batch_size", "questions_in_flight", "arena_tokens", "prefill_tokens", "cuda_graphs"}
+# settings of the search that decide its speed and memory, never its result
+_PERFORMANCE_ONLY = {"batch_size", "questions_in_flight", "arena_tokens", "prefill_tokens", "cuda_graphs"}
 
 
 class SearchConfig(Section):
@@ -101,9 +101,9 @@ class SearchConfig(Section):
     prefill_tokens: int = Field(8192, ge=1, description="tokens of one prefill forward of the arena engine")
     cuda_graphs: bool = Field(True, description="record the arena engine's steps as CUDA graphs where there is CUDA")
 
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide the trees, as plain JSON values: all but those that only share out the work."""
-        return self.model_dump(mode="json", exclude=_SHARING)
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the trees, as plain JSON values: all but those of performance only."""
+        return self.model_dump(mode="json", exclude=_PERFORMANCE_ONLY)
 
 
 class PairsConfig(Section):

@@ -21,22 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.config import Config, SearchConfig, config_hash
+from cpo_fast.config import Config, config_hash
 from cpo_fast.errors import CpoFastError
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
-from cpo_fast.search.collect import (
-    PROBES,
-    build_engine,
-    evaluator_prompts,
-    load_questions,
-    load_searched_model,
-    searched_weights,
-)
+from cpo_fast.search.collect import build_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, drive
-from cpo_fast.search.tree_search import SearchOutcome, search_question
-from cpo_fast.tasks import Question, Task, encode_question
-from cpo_fast.tree import ROOT, Status
+from cpo_fast.search.tree_search import search_question
+from cpo_fast.tasks import Prompts, Question, Task, load_questions
+from cpo_fast.tasks.prompts import ANY_QUESTION
+from cpo_fast.tree import ROOT, SearchTree, Status
 
 if TYPE_CHECKING:
     from cpo_fast.evaluate.chain import Chain
@@ -124,7 +118,7 @@ class _Asker:
         self._task = task
         self._questions = questions
         self._model = model
-        self._tokenizer = tokenizer
+        self._prompts = Prompts(task, tokenizer, config.task.chat)
         self._engine_and_setup: tuple[Engine, float] | None = None
 
     def ask_all(self, method: Method) -> Iterator[QuestionResult]:
@@ -149,10 +143,8 @@ class _Asker:
             "merge_adapter": config.search.merge_adapter,
         }
         if method == "tot":
-            settings = {"search": config.search.deciding(), "seed": config.seed}
-        prompts = [self._prompt_ids(PROBES[0])]
-        if method == "tot":
-            prompts += evaluator_prompts(self._task, self._tokenizer, PROBES[0], self._config.task.chat)
+            settings = {"search": config.search.result_settings(), "seed": config.seed}
+        prompts = self._prompts.one_of_each(ANY_QUESTION)
         return RunIdentity(
             model=config.model.path,
             model_hash=model_hash(config.model.path),
@@ -160,7 +152,7 @@ class _Asker:
             dtype=config.model.dtype,
             device=str(self._model.device),
             task_hash=config_hash(config.task),
-            prompt_hash=short_hash(canonical_json(prompts)),
+            prompt_hash=short_hash(canonical_json(prompts if method == "tot" else prompts[:1])),
             settings_hash=short_hash(canonical_json(settings)),
             engine="generate" if self._is_batched(method) else config.search.engine,
             batch_size=config.eval.batch_size if method == "cot" else 1,
@@ -174,8 +166,8 @@ class _Asker:
 
         chains = greedy_chains(
             self._model,
-            self._tokenizer,
-            [self._prompt_ids(question) for question in self._questions],
+            self._prompts.tokenizer,
+            [self._prompts.encode(question) for question in self._questions],
             self._task,
             max_new_tokens=self._config.eval.max_new_tokens,
             max_steps=self._config.search.max_steps,
@@ -189,31 +181,30 @@ class _Asker:
         for question in self._questions:
             start = time.perf_counter()
             try:
-                yield ask(engine, question)
+                answer = ask(engine, question)
             except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
                 detail = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
-                logger.warning("question %r failed: %s", question.id, detail)
                 logger.debug("question %r failed", question.id, exc_info=error)
-                yield _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
+                answer = _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
+            if answer.stop == "failed":
+                logger.warning("question %r failed: %s", question.id, answer.detail)
+            yield answer
 
     def _chain(self, engine: "Engine", question: Question) -> _Answer:
         from cpo_fast.evaluate.chain import engine_chain
 
         caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
-        return self._of_chain(engine_chain(engine, self._tokenizer, self._prompt_ids(question), self._task, **caps))
+        prompt_ids = self._prompts.encode(question)
+        return self._of_chain(engine_chain(engine, self._prompts.tokenizer, prompt_ids, self._task, **caps))
 
     def _of_chain(self, chain: "Chain") -> _Answer:
         return _Answer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
 
     def _tree(self, engine: "Engine", question: Question) -> _Answer:
-        from cpo_fast.evaluate.evaluation import tree_answer
-
-        ids = self._prompt_ids(question)
-        config = self._config
-        tree = tree_answer(
-            engine, self._tokenizer, self._task, question, ids, config.search, config.seed, config.task.chat
+        tree = tree_answer(engine, self._config, self._prompts, question)
+        return _Answer(
+            tree.answer, tree.num_tokens, tree.seconds, tree.status, tree.text, tree.num_verdict_tokens, tree.detail
         )
-        return _Answer(tree.answer, tree.num_tokens, tree.seconds, tree.status, tree.text, tree.num_verdict_tokens)
 
     def _result(self, question: Question, answer: _Answer) -> QuestionResult:
         gold = question.gold
@@ -232,9 +223,6 @@ class _Asker:
             detail=answer.detail,
         )
 
-    def _prompt_ids(self, question: Question) -> list[int]:
-        return encode_question(self._tokenizer, self._task, question, self._config.task.chat)
-
     @property
     def _engine(self) -> "tuple[Engine, float]":
         """The search engine with every shared prompt in its cache, and the seconds that took; made when first used."""
@@ -242,10 +230,9 @@ class _Asker:
             from cpo_fast.search.engine import Ask, Request
 
             start = time.perf_counter()
-            chat = self._config.task.chat
-            engine = build_engine(self._task, self._model, self._tokenizer, self._config.search, chat)
+            engine = build_engine(self._config.search, self._prompts, self._model)
             # what a first call pays once is no question's cost
-            warm_up = Request(tuple(self._prompt_ids(PROBES[0])), "warm-up", 0.0, 1.0, 2)
+            warm_up = Request(tuple(self._prompts.encode(ANY_QUESTION)), "warm-up", 0.0, 1.0, 2)
             with suppress(ValueError):  # every question will fail as this one does, and say why
                 engine.answer(Ask((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
@@ -259,7 +246,7 @@ class TreeAnswer:
     Attributes:
         answer: normalised answer that won the vote, or None.
         text: the winning path whose last thought has the largest value; empty without a winner.
-        status: as in `tree.SearchTree`.
+        status, detail: as in `tree.SearchTree`.
         num_tokens: all generated tokens; num_verdict_tokens: those of them that were verdicts.
         seconds: wall time of the search.
     """
@@ -270,36 +257,24 @@ class TreeAnswer:
     num_tokens: int
     num_verdict_tokens: int
     seconds: float
+    detail: str = ""
 
 
-def tree_answer(
-    engine: Engine,
-    tokenizer: Any,
-    task: Task,
-    question: Question,
-    root_ids: list[int],
-    settings: SearchConfig,
-    seed: int,
-    chat: bool = False,
-) -> TreeAnswer:
-    """Search one question alone and vote. Arguments as for `search.strategy.search_question`."""
+def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> TreeAnswer:
+    """Search one question alone and vote. Arguments as for `tree_search.search_question`."""
     start = time.perf_counter()
-    outcome = drive(engine, search_question(tokenizer, task, question, root_ids, settings, seed, chat))
+    tree = drive(engine, search_question(config, prompts, question))
     seconds = time.perf_counter() - start
-    num_tokens = outcome.num_thought_tokens + outcome.num_verdict_tokens
-    text = _best_path(outcome)
-    return TreeAnswer(outcome.answer, text, outcome.status, num_tokens, outcome.num_verdict_tokens, seconds)
+    num_tokens = tree.num_thought_tokens + tree.num_verdict_tokens
+    text = _best_path(tree)
+    return TreeAnswer(tree.answer, text, tree.status, num_tokens, tree.num_verdict_tokens, seconds, tree.detail)
 
 
-def _best_path(outcome: SearchOutcome) -> str:
+def _best_path(tree: SearchTree) -> str:
     def value_of(node_id: int) -> float:
-        value = outcome.nodes[node_id].value
+        value = tree.nodes[node_id].value
         return float("-inf") if value is None else value
 
     # max keeps the first of equals; there is no winner when nothing was complete
-    node_id = max(outcome.winning_nodes, key=value_of, default=ROOT)
-    lines: list[str] = []
-    while node_id != ROOT:
-        lines.append(outcome.nodes[node_id].text)
-        node_id = outcome.nodes[node_id].parent
-    return "".join(reversed(lines))
+    best = max(tree.winning_nodes, key=value_of, default=ROOT)
+    return "".join(node.text for node in tree.path(best))

@@ -24,8 +24,7 @@ from cpo_fast.files import canonical_json, short_hash, write_jsonl
 from cpo_fast.official.nodes import Dropped, build_nodes
 from cpo_fast.official.reader import BadEntry, Entry, read_official
 from cpo_fast.search.tree_store import Provenance, open_trees
-from cpo_fast.tasks import Question
-from cpo_fast.tasks.prompts import RootPrompts
+from cpo_fast.tasks import Prompts, Question, common_prefix_length, load_questions, load_task
 from cpo_fast.tree import SearchTree, Status
 
 
@@ -75,19 +74,18 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
             `run/trees.jsonl` holds other trees.
     """
     from cpo_fast.models import model_hash
-    from cpo_fast.search.collect import load_questions, load_task
 
     task = load_task(config)
     known = {_squeezed(one.text): one for one in load_questions(config)[1]} if config.task.path else None
     parts = list(read_official(path))
     if tokenizer is None:
         tokenizer = _load_tokenizer(config.model.path)
-    roots = RootPrompts(task, tokenizer, config.task.chat)
+    prompts = Prompts(task, tokenizer, config.task.chat)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     settings = canonical_json({"imported": digest, "chat": config.task.chat})
     provenance = Provenance(
         task=task.name,
-        prompt_hash=roots.prompt.hash,
+        prompt_hash=prompts.shared.hash,
         model_hash=model_hash(config.model.path),
         adapter_hash="",
         seed=config.seed,
@@ -102,9 +100,9 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
             dropped.append({"what": "entry", "place": question.place, "reason": question.reason})
             continue
         assert isinstance(part, Entry)
-        root_ids = roots.encode(question)
+        root_ids = prompts.encode(question)
         try:
-            nodes, winners, lost, num_lost = build_nodes(part, task, _line_tokenizer(roots, question))
+            nodes, winners, lost, num_lost = build_nodes(part, task, _line_tokenizer(prompts, question))
         except ValueError as error:
             dropped.append({"what": "entry", "place": part.place, "reason": str(error)})
             continue
@@ -112,11 +110,11 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
         num_candidates += sum(len(level.candidates) for level in part.levels)
         num_lost_winners += num_lost
         status: Status = "ok" if winners else "no_answer" if nodes else "no_candidates"
-        num_shared_tokens = roots.num_shared_tokens(root_ids)
+        num_shared_tokens = common_prefix_length(prompts.shared.token_ids, root_ids)
         trees[question.id] = SearchTree(
             id=question.id,
             question=question.text,
-            question_prompt=roots.question_part(question),
+            question_prompt=prompts.question_part(question),
             gold=question.gold,
             num_shared_tokens=num_shared_tokens,
             question_token_ids=tuple(root_ids[num_shared_tokens:]),
@@ -134,7 +132,7 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     _check_drop_rate(path, dropped_path, len(parts), entries, config.data.max_drop)
     questions = [Question(tree.id, tree.question) for tree in trees.values()]
     with open_trees(trees_path, provenance, questions):  # refuses a file that another search or import wrote
-        roots.prompt.save(trees_path)
+        prompts.shared.save(trees_path)
         write_jsonl(trees_path, (tree.to_dict() for tree in trees.values()))
     return ImportResult(
         trees_path=str(trees_path),
@@ -178,11 +176,11 @@ def _dropped_row(entry: Entry, candidate: Dropped) -> dict[str, Any]:
     return {"what": "candidate", "place": entry.place, **asdict(candidate)}
 
 
-def _line_tokenizer(roots: RootPrompts, question: Question) -> Callable[[str, str], list[int]]:
+def _line_tokenizer(prompts: Prompts, question: Question) -> Callable[[str, str], list[int]]:
     """Tokens of a line after the lines before it."""
 
     def tokenize(before: str, line: str) -> list[int]:
-        context, whole = roots.encode(question, before), roots.encode(question, before + line)
+        context, whole = prompts.encode(question, before), prompts.encode(question, before + line)
         if whole[: len(context)] != context or len(whole) == len(context):
             raise ValueError("tokens of two lines merge")
         return whole[len(context) :]

@@ -4,13 +4,12 @@
     sample   value = mean over the readable verdicts of v_likely or v_impossible
 
 `logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the
-line is one of the two labels and nothing else. What cannot be read is recorded as such and counted. By
+line is one of the two labels and nothing else. What cannot be read is recorded as such and counted. With
 `search.unparseable: drop` it is left out of the mean, and a state without one readable verdict has value None and
-ranks last; by `impossible` it counts as v_impossible. Equal states of a question are judged once, and all that are to
-be judged at one time are one ask. The official program's top-k and repetition penalty are for thoughts; a verdict is
-one of two labels, and a penalty on tokens of the prompt, which holds both, would only blur it.
+ranks last. With `impossible` it counts as v_impossible.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,13 @@ from typing import Any
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
-from cpo_fast.search.state import State
-from cpo_fast.tasks import Question, Task, common_prefix_length, encode_prompt, evaluator_text
+from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
+
+
+def state_digest(token_ids: Sequence[int]) -> str:
+    """SHA-256 of a state's ids: it names the state's random numbers, so equal states have equal ones in every search."""
+    return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -35,42 +38,32 @@ class Evaluator:
     """Judges the states of one question.
 
     Args:
-        tokenizer: turns evaluator prompts into ids.
-        task: gives the prompts. question: shown in them.
-        settings: `evaluator` and what belongs to it.
+        config: `evaluator` and what belongs to it.
+        prompts: of the task. question: shown in them.
         run_name: seed and question, part of the uid of sampled verdicts.
-        chat: ask through the tokenizer's chat template.
 
     Attributes:
         num_tokens: tokens generated for verdicts so far; 0 with `evaluator: logits`, which generates none.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        task: Task,
-        question: Question,
-        settings: SearchConfig,
-        run_name: str,
-        chat: bool = False,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._task = task
-        self._question = question
-        self._settings = settings
-        self._run_name = run_name
-        self._chat = chat
-        self._judged: dict[str, Verdict] = {}
+    def __init__(self, config: SearchConfig, prompts: Prompts, question: Question, run_name: str) -> None:
         self.num_tokens = 0
+        self._config = config
+        self._prompts = prompts
+        self._question = question
+        self._run_name = run_name
+        self._judged: dict[str, Verdict] = {}  # by evaluator prompt: equal states of a question are judged once
 
-    def evaluate(self, states: Sequence[State]) -> Search[list[Verdict]]:
-        """One verdict per state, in order. Asks the engine once, unless every state was judged before."""
-        prompts = [
-            evaluator_text(self._tokenizer, self._task, self._question, state.lines, self._chat) for state in states
-        ]
+    def evaluate(self, states: Sequence[Sequence[str]]) -> Search[list[Verdict]]:
+        """One verdict per state, in order. Asks the engine once, unless every state was judged before.
+
+        Args:
+            states: the text of each state's thoughts.
+        """
+        prompts = [self._prompts.verdict_text(self._question, lines) for lines in states]
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._judged]
         if new:
-            by_logits = self._settings.evaluator == "logits"
+            by_logits = self._config.evaluator == "logits"
             items = [self._scoring(prompt) if by_logits else self._requests(prompt) for prompt in new]
             answers = iter((yield Ask(tuple(item for group in items for item in group), keep=False)))
             for prompt, group in zip(new, items, strict=True):
@@ -79,22 +72,23 @@ class Evaluator:
         return [self._judged[prompt] for prompt in prompts]
 
     def _scoring(self, prompt: str) -> tuple[Request | Scoring, ...]:
-        prompt_ids, labels = label_ids(self._tokenizer, prompt, self._chat)
+        prompt_ids, labels = self._prompts.labels(prompt)
         return (Scoring(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
 
     def _requests(self, prompt: str) -> tuple[Request | Scoring, ...]:
-        prompt_ids = tuple(encode_prompt(self._tokenizer, prompt, self._chat))
-        digest = State.root(prompt_ids).digest
-        settings = self._settings
+        prompt_ids = tuple(self._prompts.encode_text(prompt))
+        digest, config = state_digest(prompt_ids), self._config
+        # without the top-k and the repetition penalty of thoughts: a verdict is one of two labels, and a penalty on
+        # tokens of the prompt, which holds both, would only blur it
         return tuple(
             Request(
                 prompt_ids,
                 f"{self._run_name}/verdict/{digest}/{index}",
-                settings.verdict_temperature,
+                config.verdict_temperature,
                 1.0,
-                settings.max_verdict_tokens,
+                config.max_verdict_tokens,
             )
-            for index in range(settings.num_verdicts)
+            for index in range(config.num_verdicts)
         )
 
     def _by_logits(self, answers: list[Answer]) -> Verdict:
@@ -106,18 +100,18 @@ class Evaluator:
         share = (
             1 / (1 + math.exp(-difference)) if difference >= 0 else math.exp(difference) / (1 + math.exp(difference))
         )
-        value = share * self._settings.value_likely + (1 - share) * self._settings.value_impossible
+        value = share * self._config.value_likely + (1 - share) * self._config.value_impossible
         return Verdict(value, ({LIKELY: likely, IMPOSSIBLE: impossible},))
 
     def _by_samples(self, answers: list[Answer]) -> Verdict:
         samples = [answer for answer in answers if isinstance(answer, Sample)]
         assert len(samples) == len(answers), "a request is answered by a sample"
-        settings = self._settings
+        config = self._config
         self.num_tokens += sum(sample.num_tokens for sample in samples)
         texts = [sample.text for sample in samples]
         labels = [parse_verdict(text) for text in texts]
-        meaning = {LIKELY: settings.value_likely, IMPOSSIBLE: settings.value_impossible}
-        if settings.unparseable == "drop":
+        meaning = {LIKELY: config.value_likely, IMPOSSIBLE: config.value_impossible}
+        if config.unparseable == "drop":
             values = [meaning[label] for label in labels if label is not None]
         else:
             values = [meaning[label or IMPOSSIBLE] for label in labels]
@@ -133,18 +127,6 @@ def parse_verdict(text: str) -> str | None:
     """
     word = text.strip().removesuffix(".").lower()
     return word if word in (LIKELY, IMPOSSIBLE) else None
-
-
-def label_ids(tokenizer: Any, prompt: str, chat: bool = False) -> tuple[list[int], list[list[int]]]:
-    """Ids of an evaluator prompt and of its two labels (likely, impossible; leading space included).
-
-    The labels are tokenised together with the prompt, so that tokenizers which join or split at the boundary are
-    scored on the ids they would really produce.
-    """
-    plain = encode_prompt(tokenizer, prompt, chat)
-    whole = [encode_prompt(tokenizer, f"{prompt} {label}", chat) for label in (LIKELY, IMPOSSIBLE)]
-    length = min(common_prefix_length(plain, ids) for ids in whole)
-    return plain[:length], [ids[length:] for ids in whole]
 
 
 def num_unparseable(evaluations: Sequence[dict[str, Any]]) -> int:

@@ -1,10 +1,8 @@
 """What a search cost and what it brought, a tree at a time: thoughts, values by depth, tokens generated and useful.
 
-A token is useful when its thought lies on a winning path; those are what a chain that found the answer at once would
-have cost. Everything else that was generated (losers, duplicates, empty samples, verdicts) is the price of the search.
-A pure function of the tree.
-
-What a run of `collect` came to, over the trees of all its questions.
+A token is useful when its thought lies on a winning path. Those are what a chain that found the answer at once would have
+cost; everything else that was generated (losers, duplicates, empty samples, verdicts) is the price of the search. The
+numbers of a tree are a pure function of it, and those of a run of `collect` are sums over its trees.
 """
 
 from collections import Counter, defaultdict
@@ -164,11 +162,16 @@ class CollectResult:
 
 
 def summarise(
-    trees_path: Path, trees: Sequence[SearchTree], task: Task, num_questions: int, num_resumed: int, seconds: float
+    trees_path: Path,
+    trees: Sequence[SearchTree],
+    counted: Sequence[TreeStatistics],
+    task: Task,
+    num_questions: int,
+    num_resumed: int,
+    seconds: float,
 ) -> CollectResult:
-    """Count the trees; arguments as the fields of `CollectResult`."""
+    """Sum up `trees` and their statistics `counted`; other arguments as the fields of `CollectResult`."""
     nodes = [node for tree in trees for node in tree.nodes]
-    counted = [tree_statistics(tree) for tree in trees]
     with_gold = [(tree, tree.gold) for tree in trees if tree.gold is not None]
     return CollectResult(
         trees_path=str(trees_path),

@@ -1,305 +1,235 @@
-"""A tree under construction: sample and judge the children of states, within the node budget.
+"""The search of one question: which states are expanded, what becomes of their samples, and which answer wins.
 
-What every search does alike is here, so that a strategy only decides which states are expanded, and in which order
-(see `strategy`). A line `Answer: ...` ends its chain; if its answer can be read and it ended by newline or
-end-of-sequence, it is complete and votes. A thought that was cut at the token cap, ended the sequence before an answer,
-or starts another question ends its chain too, without a vote; it stays in the tree as a loser. Every thought that was
-generated stays, followed or not.
+    expand     k thoughts are sampled under a state; equal ones become one node with a count; the evaluator judges each
+    bfs        the paper's search, level by level: the n best open states of a level are expanded
+    dfs        the best child of a state first, to the end of its chain, then the next best
+    vote       over the complete chains, see `selection`
 
-Breadth-first search, the paper's: level by level, the n best open states of a level are expanded.
+A line `Answer: ...` ends its chain. If its answer can be read and it ended by newline or end-of-sequence, the node is
+complete and votes. A thought that was cut at the token cap, that ended the sequence before an answer, or that starts
+another question ends its chain too, without a vote. Every thought that was generated stays in the tree, followed or
+not: losers are what preference pairs are made of.
 
-An answer takes no place among the n. Order is (-value, parent rank, sample index), so a level is one batch of samples
-and one batch of verdicts whatever the model says.
-
-Depth-first search: the best child of a state first, to the end of its chain, then the next best.
-
-At most `search.num_kept` children are followed under each state (breadth-first search keeps as many per level), and
-none valued below `search.dfs_threshold`. A child without a readable verdict is not known to be bad: it is followed,
-last. The node budget decides how far the search comes back; what it has not reached by then stays an unexpanded leaf.
-
-Sample k thoughts per state and merge the duplicates of one parent.
-
-Duplicates are equal after whitespace is collapsed; the first sample's ids and text stay, with a count. Letters keep
-their case and nothing is cut: the ids of a candidate are the ids that were generated. Samples of only whitespace are
-dropped and counted.
-
-Which search grows the tree, by the name that `search.strategy` gives it.
-
-A strategy is one function: it gets a `Grower`, whose `root` is the question, and calls `expand` on the states it wants
-to continue until it is done; it is a generator, because what it asks is answered by an engine that serves other
-searches too. `room` tells it what the node budget still allows. Merging, judging, answers, the budget
-and the vote are not its business, so another search is one file and one entry below.
+A search is a generator that yields what it asks, because one engine serves many searches at once (see `engine`). Order
+is (-value, parent rank, sample index): no sets, no hash order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
-from cpo_fast.config import SearchConfig
+from cpo_fast.config import Config
 from cpo_fast.search.engine import Ask, Request, Sample, Search
 from cpo_fast.search.selection import rank, vote
-from cpo_fast.search.state import Candidate, State
-from cpo_fast.search.state_evaluator import Evaluator, Verdict
-from cpo_fast.tasks import Question, Task
-from cpo_fast.tree import ROOT, Node, Status, rounded_logps
+from cpo_fast.search.state_evaluator import Evaluator, Verdict, state_digest
+from cpo_fast.search.tree_store import Provenance
+from cpo_fast.tasks import Prompts, Question, common_prefix_length
+from cpo_fast.tree import ROOT, Node, SearchTree, path_to, rounded_logps
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """What the samples under some states came to.
-
-    Attributes:
-        children: one list of candidates a state, in sample order.
-        num_empty: samples dropped because they were only whitespace.
-        num_tokens: tokens generated for all samples, duplicates and empty ones included.
-    """
-
-    children: list[list[Candidate]]
-    num_empty: int
-    num_tokens: int
-
-
-def expand(states: Sequence[State], settings: SearchConfig, run_name: str, next_id: int) -> Search[Expansion]:
-    """Sample under each state, in one ask.
+def search_question(
+    config: Config, prompts: Prompts, question: Question, provenance: Provenance | None = None
+) -> Search[SearchTree]:
+    """Grow the tree of one question and let its complete chains vote.
 
     Args:
-        states: the states to continue, in rank order.
-        settings: `num_candidates`, `max_thought_tokens`, and how a token is sampled.
-        run_name: seed and question, the part of a sample's uid that the state does not give.
-        next_id: id of the first node that these candidates become; ids go up by parent rank and sample index.
+        config: `search` and `seed` are used; the seed and the question's id name every random number.
+        prompts: of the question's task.
+        question: what is asked.
+        provenance: written into the tree; None for a tree that is not kept.
+
+    Returns:
+        The tree. Where anything raises, it has the status `failed`, the reason, and what is known of the prompt.
     """
-    requests = [
-        Request(
-            state.token_ids,
-            f"{run_name}/thought/{state.digest}/{index}",
-            settings.temperature,
-            settings.top_p,
-            settings.max_thought_tokens,
-            settings.top_k,
-            settings.repetition_penalty,
+    tree = SearchTree(
+        id=question.id,
+        question=question.text,
+        gold=question.gold,
+        num_shared_tokens=0,
+        question_token_ids=(),
+        nodes=(),
+        winning_nodes=(),
+        answer=None,
+        num_empty=0,
+        status="failed",
+        detail="",
+        **asdict(provenance or Provenance(prompts.task.name, prompts.shared.hash, "", "", config.seed, "")),
+    )
+    try:
+        tree = replace(tree, question_prompt=prompts.question_part(question))
+        root_ids = prompts.encode(question)
+        num_shared_tokens = common_prefix_length(prompts.shared.token_ids, root_ids)
+        question_ids = tuple(root_ids[num_shared_tokens:])
+        tree = replace(tree, num_shared_tokens=num_shared_tokens, question_token_ids=question_ids)
+        builder = TreeBuilder(config, prompts, question, root_ids)
+        yield from STRATEGIES[config.search.strategy](builder)
+        answer, winners = vote(builder.nodes, prompts.task.vote_by)
+        return replace(
+            tree,
+            nodes=tuple(builder.nodes),
+            winning_nodes=tuple(winners),
+            answer=answer,
+            num_empty=builder.num_empty,
+            status="ok" if winners else "no_answer" if builder.nodes else "no_candidates",
+            num_thought_tokens=builder.num_thought_tokens,
+            num_verdict_tokens=builder.evaluator.num_tokens,
         )
-        for state in states
-        for index in range(settings.num_candidates)
-    ]
-    answers = yield Ask(tuple(requests), keep=True)
-    samples = [answer for answer in answers if isinstance(answer, Sample)]
-    assert len(samples) == len(requests), "a request is answered by a sample"
-    children: list[list[Candidate]] = []
-    num_empty = 0
-    for place, state in enumerate(states):
-        merged: dict[str, Candidate] = {}
-        first = place * settings.num_candidates
-        for sample in samples[first : first + settings.num_candidates]:
-            key = " ".join(sample.text.split())
-            if not key:
-                num_empty += 1
-            elif key in merged:
-                merged[key] = replace(merged[key], count=merged[key].count + 1)
-            else:
-                after = state.extend(next_id, sample.token_ids, sample.text)
-                merged[key] = Candidate(after, sample, count=1)
-                next_id += 1
-        children.append(list(merged.values()))
-    return Expansion(children, num_empty, sum(sample.num_tokens for sample in samples))
+    except Exception as error:  # one question that cannot be asked must not end a run of thousands
+        logger.debug("question %r failed", question.id, exc_info=error)
+        first_line = (str(error).splitlines() or [""])[0]
+        return replace(tree, detail=f"{type(error).__name__}: {first_line}"[:300])
 
 
-@dataclass(frozen=True)
-class Child:
-    """A judged thought under an expanded state.
-
-    Attributes:
-        state: the state that includes it.
-        value: the evaluator's verdict; None when none could be read.
-        is_open: the search may continue it.
-    """
-
-    state: State
-    value: float | None
-    is_open: bool
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What one search found; fields as in `tree.SearchTree`."""
-
-    nodes: tuple[Node, ...]
-    winning_nodes: tuple[int, ...]
-    answer: str | None
-    num_empty: int
-    status: Status
-    num_thought_tokens: int = 0
-    num_verdict_tokens: int = 0
-
-
-class Grower:
+class TreeBuilder:
     """The tree of one question while a strategy grows it.
 
+    A strategy decides which states are expanded, and in which order. A state is named by its last node, the question
+    itself by `ROOT`, and is expanded at most once: its samples have names of their own, so a second time would give the
+    same ones. That, `search.max_steps` and the node budget bound every search.
+
     Args:
-        evaluator: judges thoughts. task: says where a chain ends and what its answer is.
-        root_ids: the question prompt as the model reads it.
-        settings: the search.
-        run_name: seed and question, part of every sample's uid.
+        config, prompts, question: as for `search_question`.
+        root_ids: the question's prompt as the model reads it.
 
     Attributes:
-        root: the state without a thought, where every strategy starts.
-        settings: as given.
+        config: the search section.
+        evaluator: judges thoughts.
         nodes: the thoughts so far; the id of a node is its place.
         num_empty: samples dropped because they were only whitespace.
         num_thought_tokens: tokens generated for thoughts, duplicates and empty samples included.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        task: Task,
-        root_ids: Sequence[int],
-        settings: SearchConfig,
-        run_name: str,
-    ) -> None:
-        self._evaluator = evaluator
-        self._task = task
-        self._run_name = run_name
-        self.root = State.root(root_ids)
-        self.settings = settings
+    def __init__(self, config: Config, prompts: Prompts, question: Question, root_ids: Sequence[int]) -> None:
+        self.config = config.search
+        self._run_name = f"{config.seed}/{question.id}"
+        self.evaluator = Evaluator(config.search, prompts, question, self._run_name)
         self.nodes: list[Node] = []
         self.num_empty = 0
         self.num_thought_tokens = 0
+        self._task = prompts.task
+        self._root_ids = tuple(root_ids)
 
     @property
-    def room(self) -> int:
+    def budget(self) -> int:
         """How many states may still be expanded before `search.max_nodes` is reached.
 
         Counted as if every sample were a new thought, so that the answer is known before sampling: a tree never grows
         past the budget by more than the children of one state.
         """
-        left = max(self.settings.max_nodes - len(self.nodes), 0)
-        return -(-left // self.settings.num_candidates)
+        left = max(self.config.max_nodes - len(self.nodes), 0)
+        return -(-left // self.config.num_candidates)
 
-    def expand(self, states: Sequence[State]) -> Search[list[list[Child]]]:
+    def expand(self, parents: Sequence[int]) -> Search[list[Node]]:
         """Sample, merge and judge the children of states, add them to the tree, and mark the states as kept.
 
         Asks the engine twice: for all thoughts, then for all verdicts.
 
         Args:
-            states: best first; those beyond `room` are left alone.
+            parents: the states, best first; those beyond `budget` are left out.
 
         Returns:
-            One list of children for each expanded state, in sample order.
+            The new nodes, by parent and sample index.
         """
-        states = states[: self.room]
-        expansion = yield from expand(states, self.settings, self._run_name, next_id=len(self.nodes))
-        self.num_empty += expansion.num_empty
-        self.num_thought_tokens += expansion.num_tokens
-        flat = [candidate for candidates in expansion.children for candidate in candidates]
-        judged = yield from self._evaluator.evaluate([candidate.state for candidate in flat])
-        verdicts = iter(judged)
-        children: list[list[Child]] = []
-        for state, candidates in zip(states, expansion.children, strict=True):
-            if state.node_id != ROOT:
-                self.nodes[state.node_id] = replace(self.nodes[state.node_id], kept=True)
-            children.append([self._add(candidate, next(verdicts), state.node_id) for candidate in candidates])
-        return children
+        parents = parents[: self.budget]
+        paths = [path_to(self.nodes, parent) for parent in parents]
+        answers = yield Ask(tuple(request for path in paths for request in self._requests(path)), keep=True)
+        samples = [answer for answer in answers if isinstance(answer, Sample)]
+        assert len(samples) == len(parents) * self.config.num_candidates, "a request is answered by a sample"
+        self.num_thought_tokens += sum(sample.num_tokens for sample in samples)
+        thoughts: list[tuple[int, list[Sample]]] = []  # rank of the parent, and the samples that became one thought
+        for place in range(len(parents)):
+            start = place * self.config.num_candidates
+            thoughts += [(place, equal) for equal in self._merge(samples[start : start + self.config.num_candidates])]
+        states = [(*(node.text for node in paths[place]), equal[0].text) for place, equal in thoughts]
+        verdicts = yield from self.evaluator.evaluate(states)
+        num_before = len(self.nodes)
+        for (place, equal), verdict in zip(thoughts, verdicts, strict=True):
+            self._add(parents[place], equal, verdict)
+        for parent in parents:
+            if parent != ROOT:
+                self.nodes[parent] = replace(self.nodes[parent], kept=True)
+        return self.nodes[num_before:]
 
-    def select(self, children: Sequence[Child]) -> list[State]:
-        """The states of the best `search.num_kept` children that may be continued, best first."""
-        open_children = [child for child in children if child.is_open]
-        values = [child.value for child in open_children]
-        chosen = rank(values, self.settings.num_kept, self.settings.keep_ties)
-        return [open_children[index].state for index in chosen]
+    def select(self, children: Sequence[Node]) -> list[int]:
+        """The best `search.num_kept` of the children that the search may continue, best first."""
+        # an answer is terminal, so it takes no place among those that go on
+        open_nodes = [node for node in children if not node.terminal and node.depth < self.config.max_steps]
+        values = [node.value for node in open_nodes]
+        return [open_nodes[index].id for index in rank(values, self.config.num_kept, self.config.keep_ties)]
 
-    def _add(self, candidate: Candidate, verdict: Verdict, parent: int) -> Child:
-        state, sample = candidate.state, candidate.sample
-        answer = self._task.parse_answer(sample.text) if sample.stop != "length" else None
-        node = Node(
-            id=state.node_id,
-            parent=parent,
-            depth=state.depth,
-            text=sample.text,
-            token_ids=sample.token_ids,
-            value=verdict.value,
-            evaluations=verdict.evaluations,
-            kept=answer is not None,
-            terminal=self._ends(sample),
-            complete=answer is not None,
-            count=candidate.count,
-            answer=answer,
-            stop=sample.stop,
-            logps=rounded_logps(sample.logps),
-        )
-        assert node.id == len(self.nodes)
-        self.nodes.append(node)
-        is_open = not node.terminal and state.depth < self.settings.max_steps
-        return Child(state, verdict.value, is_open)
-
-    def _ends(self, sample: Sample) -> bool:
-        """Whether the search cannot continue after this thought."""
-        text = sample.text
-        return sample.stop != "newline" or self._task.is_answer_line(text) or self._task.leaves_question(text)
-
-
-def grow_breadth_first(grower: Grower) -> Search[None]:
-    """Grow the whole tree, at most `search.max_steps` thoughts deep."""
-    frontier = [grower.root]
-    while frontier and grower.room:
-        families = yield from grower.expand(frontier)
-        frontier = grower.select([child for siblings in families for child in siblings])
-
-
-def grow_depth_first(grower: Grower) -> Search[None]:
-    """Grow the tree along the best children until nothing is left to follow or the budget is spent."""
-    threshold = grower.settings.dfs_threshold
-    stack = [grower.root]
-    while stack and grower.room:
-        (children,) = yield from grower.expand([stack.pop()])
-        promising = [
-            child for child in children if threshold is None or child.value is None or child.value >= threshold
+    def _requests(self, path: Sequence[Node]) -> list[Request]:
+        token_ids = (*self._root_ids, *(token for node in path for token in node.token_ids))
+        digest, config = state_digest(token_ids), self.config
+        return [
+            Request(
+                token_ids,
+                f"{self._run_name}/thought/{digest}/{index}",
+                config.temperature,
+                config.top_p,
+                config.max_thought_tokens,
+                config.top_k,
+                config.repetition_penalty,
+            )
+            for index in range(config.num_candidates)
         ]
-        stack.extend(reversed(grower.select(promising)))
+
+    def _merge(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Samples that are equal after whitespace is collapsed, by first appearance; letters keep their case."""
+        equal: dict[str, list[Sample]] = {}
+        for sample in samples:
+            equal.setdefault(" ".join(sample.text.split()), []).append(sample)
+        self.num_empty += len(equal.pop("", []))
+        return list(equal.values())
+
+    def _add(self, parent: int, equal: Sequence[Sample], verdict: Verdict) -> None:
+        """Make a node of equal samples: the first one's text and ids, and their count."""
+        sample, task = equal[0], self._task
+        # an answer that was cut at the token cap may be half a number
+        answer = task.parse_answer(sample.text) if sample.stop != "length" else None
+        ends = sample.stop != "newline" or task.is_answer_line(sample.text) or task.leaves_question(sample.text)
+        self.nodes.append(
+            Node(
+                id=len(self.nodes),
+                parent=parent,
+                depth=1 if parent == ROOT else self.nodes[parent].depth + 1,
+                text=sample.text,
+                token_ids=sample.token_ids,
+                value=verdict.value,
+                evaluations=verdict.evaluations,
+                kept=answer is not None,
+                terminal=ends,
+                complete=answer is not None,
+                count=len(equal),
+                answer=answer,
+                stop=sample.stop,
+                logps=rounded_logps(sample.logps),
+            )
+        )
 
 
-class Strategy(Protocol):
-    """Decides which states are expanded, and in which order.
+def breadth_first(builder: TreeBuilder) -> Search[None]:
+    """Expand level by level. A level is one batch of samples and one batch of verdicts, whatever the model says."""
+    level = [ROOT]
+    while level and builder.budget:
+        children = yield from builder.expand(level)
+        level = builder.select(children)
 
-    A state is expanded at most once: its samples have names of their own, so a second time would give the same ones.
-    That, `search.max_steps` and the node budget bound every search.
+
+def depth_first(builder: TreeBuilder) -> Search[None]:
+    """Follow the best children until nothing is left to follow or the budget is spent.
+
+    At most `search.num_kept` children are followed under each state, and none valued below `search.dfs_threshold`.
     """
+    threshold = builder.config.dfs_threshold
+    stack = [ROOT]
+    while stack and builder.budget:
+        children = yield from builder.expand([stack.pop()])
+        # a child without a readable verdict is not known to be bad: it is followed, last
+        promising = [node for node in children if threshold is None or node.value is None or node.value >= threshold]
+        stack.extend(reversed(builder.select(promising)))
 
-    def __call__(self, grower: Grower) -> Search[None]:
-        """Grow the tree from `grower.root`."""
 
-
-STRATEGIES: dict[str, Strategy] = {"bfs": grow_breadth_first, "dfs": grow_depth_first}
-
-
-def search_question(
-    tokenizer: Any,
-    task: Task,
-    question: Question,
-    root_ids: list[int],
-    settings: SearchConfig,
-    seed: int,
-    chat: bool = False,
-) -> Search[SearchOutcome]:
-    """Grow and judge one tree, and let its complete paths vote.
-
-    Args:
-        tokenizer: for the evaluator's prompts.
-        task, question: what is asked. root_ids: the question prompt as the model reads it.
-        settings: the search. seed: the run's seed; with the question's id it names every random number.
-        chat: ask the evaluator through the tokenizer's chat template, as `root_ids` asks the question.
-    """
-    run_name = f"{seed}/{question.id}"
-    evaluator = Evaluator(tokenizer, task, question, settings, run_name, chat)
-    grower = Grower(evaluator, task, root_ids, settings, run_name)
-    yield from STRATEGIES[settings.strategy](grower)
-    answer, winners = vote(grower.nodes, task.vote_by)
-    status: Status = "ok" if winners else "no_answer" if grower.nodes else "no_candidates"
-    return SearchOutcome(
-        nodes=tuple(grower.nodes),
-        winning_nodes=tuple(winners),
-        answer=answer,
-        num_empty=grower.num_empty,
-        status=status,
-        num_thought_tokens=grower.num_thought_tokens,
-        num_verdict_tokens=evaluator.num_tokens,
-    )
+# by the name that `search.strategy` gives it; another search is one function and one entry
+STRATEGIES: dict[str, Callable[[TreeBuilder], Search[None]]] = {"bfs": breadth_first, "dfs": depth_first}

@@ -1,70 +1,42 @@
-"""The growing `trees.jsonl` of a run: one append a question, safe to kill at any moment, ordered at the end.
+"""The trees of a run on disk, and the processes that write them: `trees.jsonl` grows by one append a question.
 
-A worker alone appends to `trees.jsonl`; each of several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to
-`timings.worker-I-of-N.jsonl`. Whoever finishes and finds every question somewhere writes them all to `trees.jsonl`, in
-question order and in one step, and removes the parts: the same bytes for any number of workers. A restart, with the
-same N or another, finds what is finished in whatever parts there are; a part is removed only after its trees are on
-disk in the whole, and a question that is in both is taken once.
-
-A killed writer leaves at most a last line without its newline; it is left out by readers and cut off by the next
-writer. Trees that another model, configuration, seed or prompt made are refused: a file holds the trees of one search
-only.
-
-A lock between processes: held by an open file, so a killed process holds none.
-
-The file stays behind, empty; removing it would let two processes lock two files of one name.
-
-What decides the trees of a run besides the questions, so that a file never mixes two searches.
-
-One of N processes that collect together: which questions are its own, and which files.
+A run may be killed at any moment and have any number of workers. A worker alone appends to `trees.jsonl`; each of
+several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to `timings.worker-I-of-N.jsonl`. Whoever finishes and
+finds every question somewhere writes all trees to `trees.jsonl`, in question order and in one step, and removes the
+parts: the same bytes for any number of workers. A restart, with the same N or another, finds what is finished in
+whatever parts there are. A part is removed only after its trees are on disk in the whole, and a question that is in both
+is taken once.
 
     worker of a question = first 8 bytes of SHA-256(id), little-endian, mod N
 
-A question's worker depends on its id and on N, never on the other questions or on their order. Workers exchange
-nothing while they search; each appends to files of its own (see `tree_file`).
+So a question's worker depends on its id and on N, never on the other questions or on their order, and workers exchange
+nothing while they search.
+
+A killed writer leaves at most a last line without its newline: readers leave it out, and the next writer cuts it off.
+Trees that another model, configuration, seed or prompt made are refused: a file holds the trees of one search only.
 """
 
-import fcntl
 import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import append_line, canonical_json, read_jsonl, write_jsonl
-from cpo_fast.tasks import Question, Task
-from cpo_fast.tasks.prompts import RootPrompts
+from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tree import SearchTree, read_trees
-
-
-class LockHeld(Exception):
-    """Another process, or another part of this one, holds the lock."""
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of `path`, which is made if it is missing, for the length of a `with` block.
-
-    Raises:
-        LockHeld: it is held and `wait` is false.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:  # closing it gives the lock back
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise LockHeld(str(path)) from None
-        yield
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Fields as in `tree.SearchTree`."""
+    """What decides the trees of a run besides the questions. Fields as in `tree.SearchTree`."""
 
     task: str
     prompt_hash: str
@@ -74,7 +46,18 @@ class Provenance:
     config_hash: str
 
 
-def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) -> Provenance:
+# how a refusal names the field that differs
+_FIELD_NAMES = {
+    "task": "task",
+    "prompt_hash": "few-shot prompt or tokenizer",
+    "model_hash": "model",
+    "adapter_hash": "adapter",
+    "seed": "seed",
+    "config_hash": "search configuration",
+}
+
+
+def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
     """What the trees of a run follow from. A model without a path is named by its weights."""
     if config.model.path:
         from cpo_fast.adapters import adapter_hash
@@ -85,14 +68,15 @@ def provenance_of(config: Config, task: Task, roots: RootPrompts, model: Any) ->
         from cpo_fast.models import weights_hash
 
         named, adapter = weights_hash(model.state_dict()), ""
+    task = prompts.task
     settings = {
-        "search": config.search.deciding(),
+        "search": config.search.result_settings(),
         "dtype": config.model.dtype,
         "chat": config.task.chat,
         "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
     settings_hash = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
-    return Provenance(task.name, roots.prompt.hash, named, adapter, config.seed, settings_hash)
+    return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash)
 
 
 # a launcher's rank and number of processes: torchrun and deepspeed, then Slurm
@@ -121,6 +105,9 @@ class Worker:
         return path if self.count == 1 else path.with_name(f"{path.stem}.{self.name}{path.suffix}")
 
 
+ALONE = Worker()
+
+
 def worker_files(path: Path) -> list[Path]:
     """The parts of `path` that workers left beside it, of any N, in an order that depends on the names alone."""
     found = (each for each in path.parent.glob(f"{path.stem}.worker-*-of-*{path.suffix}") if _place(each))
@@ -140,7 +127,7 @@ def find_worker(option: str | None, environment: Mapping[str, str]) -> Worker:
         if rank in environment:
             index, count = environment[rank], environment.get(size, "1")
             return _worker(index, count, f"{rank}={index} and {size}={count} of the environment")
-    return Worker()
+    return ALONE
 
 
 def _worker(index: str, count: str, source: str) -> Worker:
@@ -156,24 +143,13 @@ def _place(path: Path) -> tuple[int, ...]:
     return (int(match[2]), int(match[1])) if match else ()
 
 
-# how a refusal names the field that differs
-_FIELD_NAMES = {
-    "task": "task",
-    "prompt_hash": "few-shot prompt or tokenizer",
-    "model_hash": "model",
-    "adapter_hash": "adapter",
-    "seed": "seed",
-    "config_hash": "search configuration",
-}
-
-
-class TreeFile:
+class TreeStore:
     """`trees.jsonl` of a run and its parts, as one worker sees them; made by `open_trees`.
 
     Attributes:
         path: the whole file; it need not exist.
         own_path: where this worker appends.
-        trees: what is finished, by question id, in file order: on opening, plus what was appended since.
+        trees: what is finished, by question id.
     """
 
     def __init__(self, path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker) -> None:
@@ -184,46 +160,63 @@ class TreeFile:
         self._questions = questions
         self._timings_path = path.with_name("timings.jsonl")
         self._own_timings_path = worker.file(self._timings_path)
-        with self._shared():
+        self._lock = FileLock(path.with_name(".collect.lock"))  # held for moments, by any worker
+        self._ids: dict[Path, list[str]] = {}  # of the lines in each file, in order
+        self._versions: dict[Path, tuple[int, ...]] = {}  # of each file when it was read or written here
+        with self._lock:
             for own in (self.own_path, self._own_timings_path):
                 _cut_torn_line(own)
             self._read()
 
     def append(self, tree: SearchTree, seconds: float) -> None:
         """Add one finished question; after return it survives a crash."""
-        with self._shared():
-            append_line(self.own_path, tree.to_dict())
-            append_line(self._own_timings_path, {"id": tree.id, "seconds": round(seconds, 3)})
-        self.trees[tree.id] = tree
+        with self._lock:
+            self._read_file(self.own_path)  # to a worker alone, others may have joined all their trees meanwhile
+            if tree.id not in self.trees:
+                append_line(self.own_path, tree.to_dict())
+                self._ids.setdefault(self.own_path, []).append(tree.id)
+                self._versions[self.own_path] = _version(self.own_path)
+                append_line(self._own_timings_path, {"id": tree.id, "seconds": round(seconds, 3)})
+                self.trees[tree.id] = tree
 
     def finish(self) -> bool:
         """Write every tree to `path` in question order, if none is missing; trees of other questions follow.
 
         Returns:
-            Whether that was done; else questions of other workers are not finished yet. `trees` is as on disk now.
+            Whether `path` holds every question now; else those of other workers are not finished yet. `trees` is as on
+            disk.
         """
-        with self._shared():
+        with self._lock:
             self._read()
             ids = [question.id for question in self._questions]
             if not all(identity in self.trees for identity in ids):
                 return False
             asked = set(ids)
             ids += [identity for identity in self.trees if identity not in asked]
-            write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
-            self._merge_timings(ids)
-            _sync_folder(self.path.parent)
-            for part in (*worker_files(self.path), *worker_files(self._timings_path)):
-                self._remove(part)
+            parts = [*worker_files(self.path), *worker_files(self._timings_path)]
+            if parts or self._ids.get(self.path) != ids:  # else a worker alone wrote them in this order
+                write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
+                self._merge_timings(ids)
+                _sync_folder(self.path.parent)
+                for part in parts:
+                    self._remove(part)
         return True
 
     def _read(self) -> None:
-        """Trees of the whole file and of all parts; the first of several with one id counts."""
-        self.trees = {}
-        texts = {question.id: question.text for question in self._questions}
+        """Take the trees of the whole file and of all parts that are not known; the first of several with one id counts."""
         for path in (self.path, *worker_files(self.path)):
-            for tree in read_trees(path, drop_torn_tail=True) if path.exists() else ():
-                self._check(path, tree, texts)
-                self.trees.setdefault(tree.id, tree)
+            self._read_file(path)
+
+    def _read_file(self, path: Path) -> None:
+        version = _version(path)
+        if version == self._versions.get(path, _NO_FILE):
+            return  # it holds what was read or appended here and nothing else
+        texts = {question.id: question.text for question in self._questions}
+        trees = [] if version == _NO_FILE else read_trees(path, drop_torn_tail=True)
+        for tree in trees:
+            self._check(path, tree, texts)
+            self.trees.setdefault(tree.id, tree)
+        self._ids[path], self._versions[path] = [tree.id for tree in trees], version
 
     def _merge_timings(self, ids: Sequence[str]) -> None:
         """Join the workers' seconds, in the order of the trees; those of one worker alone stay as they are."""
@@ -242,13 +235,10 @@ class TreeFile:
             part.unlink()
             return
         try:
-            with locked(_worker_lock(part), wait=False):
+            with _worker_lock(part):
                 part.unlink()
-        except LockHeld:
+        except Timeout:
             pass  # its worker is searching what another N has finished meanwhile, and will find that out at its end
-
-    def _shared(self) -> AbstractContextManager[None]:
-        return locked(self.path.with_name(".collect.lock"), wait=True)
 
     def _check(self, path: Path, tree: SearchTree, texts: dict[str, str]) -> None:
         for field, name in _FIELD_NAMES.items():
@@ -267,35 +257,44 @@ class TreeFile:
 
 @contextmanager
 def open_trees(
-    path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker | None = None
-) -> Iterator[TreeFile]:
+    path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker = ALONE
+) -> Iterator[TreeStore]:
     """The trees of a run, for one worker and no other process of its number.
 
     Args:
         path: `trees.jsonl`; neither it nor its folder need exist.
         provenance: what the trees in it must have been made with.
         questions: the questions of this run, of all workers; a tree with the id of one must be about the same text.
-        worker: None is one worker alone.
+        worker: this process.
 
     Raises:
         EnvironmentProblem: another process is at work as the same worker.
         DataError: a line is not a tree, or a tree is of another search.
     """
-    worker = worker or Worker()
     try:
-        with locked(_worker_lock(worker.file(path)), wait=False):
-            yield TreeFile(path, provenance, questions, worker)
-    except LockHeld:
+        lock = _worker_lock(worker.file(path)).acquire()
+    except Timeout:
         raise EnvironmentProblem(
             f"{path.parent}: another process collects here as worker {worker.index}/{worker.count}; wait for it, or give "
             "this one another number with --worker I/N"
         ) from None
+    with lock:
+        yield TreeStore(path, provenance, questions, worker)
 
 
-def _worker_lock(own_path: Path) -> Path:
-    """The lock of the worker that appends to `own_path`, be it trees or timings."""
+def _worker_lock(own_path: Path) -> FileLock:
+    """The lock of the worker that appends to `own_path`, be it trees or timings; Timeout where it is held."""
     _, _, name = own_path.stem.partition(".")
-    return own_path.with_name(f".collect.{name or Worker().name}.lock")
+    return FileLock(own_path.with_name(f".collect.{name or ALONE.name}.lock"), blocking=False)
+
+
+_NO_FILE: tuple[int, ...] = ()
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes when anybody writes to a file."""
+    status = path.stat() if path.exists() else None
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if status else _NO_FILE
 
 
 def _cut_torn_line(path: Path) -> None:

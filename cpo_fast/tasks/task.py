@@ -1,13 +1,7 @@
-"""What every task family gives: questions, the prompts for thoughts and verdicts, and the meaning of an answer.
+"""What every task family gives: questions, the text of prompts for thoughts and verdicts, and the meaning of an answer.
 
-The prompts for search, training and evaluation come from here and nowhere else, so they cannot drift apart. A chain is
-lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline. A family is one
-file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
-
-Worked examples under one instruction, in the written order or in an order drawn from a seed.
-
-The order comes from hashes and not from a random generator, so that it is the same on every version and machine: equal
-seeds give equal prompts, byte for byte.
+A chain is lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline. A
+family is one file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
 """
 
 import hashlib
@@ -21,10 +15,21 @@ from typing import Any, ClassVar, Literal
 from cpo_fast.errors import DataError
 from cpo_fast.rows import is_hub, read_question_rows
 
+logger = logging.getLogger(__name__)
+
+ANSWER_MARK = "Answer:"
+QUESTION_MARK = "Question:"
+CLAIM_MARK = "Claim:"
+# ends every evaluator prompt; naming both labels leaves fewer verdicts that are something else (seen with a 135M
+# model, which after a bare "Verdict:" tends to write the answer)
+VERDICT_CUE = "Is the last line likely or impossible? It is"
+LIKELY = "likely"
+IMPOSSIBLE = "impossible"
+
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """What stands before every question: `instruction`, then `examples`, each a block of lines without a blank one."""
+    """Worked examples before every question: `instruction`, then `examples`, blocks of lines without a blank one."""
 
     instruction: str
     examples: tuple[str, ...]
@@ -37,20 +42,9 @@ class Demonstrations:
         """The examples in the order of the seed."""
         if seed is None:
             return self.examples
+        # hashes, not a random generator: equal seeds give equal prompts on every version and machine
         keys = {example: hashlib.sha256(f"{seed}/{example}".encode()).digest() for example in self.examples}
         return tuple(sorted(self.examples, key=keys.__getitem__))
-
-
-logger = logging.getLogger(__name__)
-
-ANSWER_MARK = "Answer:"
-QUESTION_MARK = "Question:"
-CLAIM_MARK = "Claim:"
-# ends every evaluator prompt; naming both labels leaves fewer verdicts that are something else (seen with a 135M
-# model, which after a bare "Verdict:" tends to write the answer)
-VERDICT_CUE = "Is the last line likely or impossible? It is"
-LIKELY = "likely"
-IMPOSSIBLE = "impossible"
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ class Task(ABC):
         """Few-shot text and the question; ends in a newline, and the first thought follows."""
         return f"{self.few_shot}{self.question_mark} {question.text}\n"
 
-    def evaluator_prompt(self, question: Question, lines: Sequence[str], seed: int | None = None) -> str:
+    def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
         """Few-shot verdicts and the state to judge; ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
 
         Args:
@@ -173,11 +167,9 @@ class Task(ABC):
             lines: the thoughts of the state, in order. Their surrounding whitespace is not shown: a verdict is about
                 what a line says, and its tokens are not trained. A state whose last line is an answer line is judged
                 with the demonstrations for conclusions.
-            seed: order of the demonstrations; None takes the task's `evaluator_seed`.
         """
         concludes = bool(lines) and self.is_answer_line(lines[-1])
-        verdicts = self.conclusion_verdicts if concludes else self.step_verdicts
-        few_shot = verdicts.text(self.evaluator_seed if seed is None else seed)
+        few_shot = self.few_shot_conclusion_evaluator if concludes else self.few_shot_evaluator
         state = "".join(f"{line.strip()}\n" for line in lines)
         return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
 

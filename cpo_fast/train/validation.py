@@ -16,8 +16,7 @@ from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
 from cpo_fast.errors import ConfigError
 from cpo_fast.evaluate.chain import greedy_chains
-from cpo_fast.search.collect import load_questions
-from cpo_fast.tasks import encode_question
+from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
@@ -89,10 +88,11 @@ class Validator:
         assert self._questions is not None
         task, questions = self._questions
         tokenizer = self.policy.tokenizer
+        prompts = Prompts(task, tokenizer, self.config.task.chat)
         chains = greedy_chains(
             self.policy.model,
             tokenizer,
-            [encode_question(tokenizer, task, question, self.config.task.chat) for question in questions],
+            [prompts.encode(question) for question in questions],
             task,
             max_new_tokens=self.config.eval.max_new_tokens,
             max_steps=self.config.search.max_steps,

@@ -1,10 +1,12 @@
 """Tree of thought as an answer: the vote of the real search over a scripted engine, and every token of it counted."""
 
+from typing import Any
+
 import pytest
 
-from cpo_fast.config import SearchConfig
-from cpo_fast.evaluate.evaluation import tree_answer
-from cpo_fast.tasks import Question, encode_question, get_task
+from cpo_fast.config import Config, SearchConfig
+from cpo_fast.evaluate.evaluation import TreeAnswer, tree_answer
+from cpo_fast.tasks import Prompts, Question, get_task
 from tests.evaluate.scripted import ScriptedEngine
 
 TASK = get_task("svamp")
@@ -16,10 +18,14 @@ THOUGHTS = {
 SETTINGS = {"num_candidates": 4, "num_kept": 1, "max_steps": 2, "max_thought_tokens": 40, "shuffle_evaluator": False}
 
 
+def _answer(engine: ScriptedEngine, **settings: Any) -> TreeAnswer:
+    config = Config(search=SearchConfig(**SETTINGS, **settings))
+    return tree_answer(engine, config, Prompts(TASK, engine.tokenizer), QUESTION)
+
+
 def test_tree_answers_by_its_vote_and_counts_what_every_sample_cost() -> None:
     engine = ScriptedEngine({}, THOUGHTS, eos_after=("Answer: 4",))
-    ids = encode_question(engine.tokenizer, TASK, QUESTION)
-    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, SearchConfig(**SETTINGS), seed=0)
+    answer = _answer(engine)
     assert (answer.answer, answer.status, answer.text) == ("3", "ok", "Step 1: good\nAnswer: 3\n")
     # one state is kept and expanded, so each list is sampled once; the sequence's end stands for a token
     expected = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1
@@ -38,9 +44,7 @@ def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> Non
         return plain(number, request)
 
     monkeypatch.setattr(engine, "line", line)
-    ids = encode_question(engine.tokenizer, TASK, QUESTION)
-    settings = SearchConfig(**SETTINGS, evaluator="sample", num_verdicts=3)
-    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, settings, seed=0)
+    answer = _answer(engine, evaluator="sample", num_verdicts=3)
     # two distinct states of the first level, three of the second, each judged three times
     assert answer.num_verdict_tokens == (2 + 3) * 3 * len(said)
     thoughts = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1
@@ -49,7 +53,6 @@ def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tree_without_an_answer_says_so_and_still_costs_tokens() -> None:
     engine = ScriptedEngine({}, {("sum", 0): ["Step 1: bad\n"], ("sum", 1): ["Step 2: worse\n"]})
-    ids = encode_question(engine.tokenizer, TASK, QUESTION)
-    answer = tree_answer(engine, engine.tokenizer, TASK, QUESTION, ids, SearchConfig(**SETTINGS), seed=0)
+    answer = _answer(engine)
     assert (answer.answer, answer.status, answer.text) == (None, "no_answer", "")
     assert answer.num_tokens == 4 * len("Step 1: bad\n") + 4 * len("Step 2: worse\n")

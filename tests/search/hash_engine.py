@@ -1,11 +1,15 @@
 """An engine whose every answer is a hash of what is asked: any number of questions, no model, the same on every run."""
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from cpo_fast.search.engine import Request, Sample, drive_each
+from transformers import PreTrainedTokenizerFast
+
+from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search, drive_each
 
 
-def _digest(*parts):
+def _digest(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
@@ -15,16 +19,16 @@ class HashEngine:
     `width` searches are in flight at a time and end last first, as no engine would, to show that order does not matter.
     """
 
-    def __init__(self, tokenizer, width=1):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int = 1) -> None:
         self.tokenizer, self.width = tokenizer, width
 
-    def cache_prefix(self, token_ids):
+    def cache_prefix(self, token_ids: Sequence[int]) -> None:
         pass
 
-    def answer(self, ask):
+    def answer(self, ask: Ask) -> list[Answer]:
         return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
 
-    def run(self, searches, memory=None):
+    def run(self, searches: Iterable[tuple[str, Search[Any]]], memory: Any = None) -> Iterator[tuple[str, Any, float]]:
         group = []
         for search in searches:
             group.append(search)
@@ -33,13 +37,13 @@ class HashEngine:
                 group = []
         yield from drive_each(self, group[::-1])
 
-    def _sample(self, request):
+    def _sample(self, request: Request) -> Sample:
         first, second = _digest(request.uid)[:2]
         text = f"Answer: {second % 3}\n" if first < 90 else f"Step {'abcd'[second % 4]}\n"
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        stop = "length" if first > 240 else "newline"
-        return Sample(ids, text, stop, tuple(-(byte + 1) / 300 for byte in _digest(request.uid, "logps")[: len(ids)]))
+        logps = tuple(-(byte + 1) / 300 for byte in _digest(request.uid, "logps")[: len(ids)])
+        return Sample(ids, text, "length" if first > 240 else "newline", logps)
 
-    def _score(self, scoring):
+    def _score(self, scoring: Scoring) -> list[float]:
         likely, impossible = _digest(scoring.token_ids)[:2]
         return [-likely / 50, -impossible / 50]

@@ -17,17 +17,23 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 
-from cpo_fast.config import Config, validate_config
+from cpo_fast.config import Config, SearchConfig, validate_config
 from cpo_fast.files import canonical_json
 from cpo_fast.search import tree_store
-from cpo_fast.search.answer_cache import AnswerLog, item_digest
-from cpo_fast.search.collect import QuestionSearch, collect
-from cpo_fast.search.tree_store import Worker, locked, worker_files
+from cpo_fast.search.answer_cache import item_digest
+from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.engine import Request, Scoring
+from cpo_fast.search.tree_store import Worker, worker_files
+from cpo_fast.tasks import Prompts
 from cpo_fast.tree import SearchTree, read_trees
+from tests.search.listening_engine import ListeningEngine
 from tests.search.tiny_llama import build_model, build_tokenizer
 
 NUM_QUESTIONS = 6
@@ -81,10 +87,11 @@ class KillRuns:
             return child
         code = 1
         try:
+            make_engine = build_engine
             if audit is not None:
-                _listen(audit, Path(config.run))
+                make_engine = _listening(audit, Path(config.run) / "noted")
                 tree_store.append_line = _append_slowly  # type: ignore[assignment]
-            collect(config, self.model, self.tokenizer, worker=worker)
+            collect(config, self.model, self.tokenizer, worker=worker, make_engine=make_engine)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -159,23 +166,20 @@ class KillRuns:
             self.num_cycles += 1
 
 
-def _listen(audit: Path, run: Path) -> None:
-    """Write the questions that a child starts to `audit`, and every answer that it has noted to `run/noted`."""
-    grow, note = QuestionSearch.grow, AnswerLog.note
+def _listening(audit: Path, noted: Path) -> Callable[[SearchConfig, Prompts, Any], ListeningEngine]:
+    """Engines that write the questions which a child starts to `audit`, and every answer that it has kept to `noted`."""
 
-    def noted(self: AnswerLog, name: str, item, answer) -> None:  # type: ignore[no-untyped-def]
-        note(self, name, item, answer)
-        with open(run / "noted", "ab", buffering=0) as file:
-            file.write(f"{name} {item_digest(item)}\n".encode())
+    def write(path: Path, line: str) -> None:
+        with open(path, "ab", buffering=0) as file:
+            file.write(f"{line}\n".encode())
 
-    AnswerLog.note = noted  # type: ignore[method-assign]
+    def note(name: str, item: Request | Scoring) -> None:
+        write(noted, f"{name} {item_digest(item)}")
 
-    def listen(self: QuestionSearch):  # type: ignore[no-untyped-def]
-        with open(audit, "a") as file:
-            file.write(f"{self._question.id}\n")
-        return grow(self)
+    def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:
+        return ListeningEngine(build_engine(config, prompts, model), lambda name: write(audit, name), note)
 
-    QuestionSearch.grow = listen  # type: ignore[method-assign]
+    return make_engine
 
 
 def _append_slowly(path: Path, value: object) -> None:
@@ -189,7 +193,7 @@ def _append_slowly(path: Path, value: object) -> None:
 def _trees(config: Config) -> tuple[list[SearchTree], int]:
     """The whole trees in all files, and how many files end in half a line."""
     path = Path(config.run) / "trees.jsonl"
-    with locked(path.with_name(".collect.lock"), wait=True):  # a worker that is alive may be joining them
+    with FileLock(path.with_name(".collect.lock")):  # a worker that is alive may be joining them
         paths = [each for each in (path, *worker_files(path)) if each.exists()]
         num_torn = sum(each.read_bytes()[-1:] not in (b"\n", b"") for each in paths)
         return [tree for each in paths for tree in read_trees(each, drop_torn_tail=True)], num_torn

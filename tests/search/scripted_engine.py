@@ -1,15 +1,22 @@
 """An engine that follows a script: what a search does then depends on the search alone."""
 
-from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Request, Sample, drive, drive_each
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from cpo_fast.config import Config, SearchConfig
+from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search, drive, drive_each
 from cpo_fast.search.tree_search import search_question
-from cpo_fast.tasks import Question, get_task
+from cpo_fast.tasks import Prompts, Question, get_task
+from cpo_fast.tree import SearchTree, Stop
 
 QUESTION = Question("q", "how many")
-ROOT_IDS = [5, 6]
+Lines = tuple[str, ...]
+Said = tuple[str, Stop]
 
 
-def line(text):
+def line(text: str) -> Said:
     """A sample that ended with its newline."""
     return (f"{text}\n", "newline")
 
@@ -19,50 +26,69 @@ class ScriptedEngine:
 
     `thoughts` may be a function of the lines instead. `likely` gives the log-prob of the label by last line; the other
     label's is -1. `verdicts` are the texts of sampled verdicts.
+
+    Attributes:
+        expanded: the lines of each state that was sampled under. asks: all that was asked.
     """
 
-    def __init__(self, tokenizer, thoughts, likely=None, verdicts=()):
-        self.tokenizer, self.likely, self.verdicts = tokenizer, likely or {}, verdicts
+    def __init__(
+        self,
+        prompts: Prompts,
+        thoughts: dict[Lines, list[Said]] | Callable[[Lines], list[Said]],
+        likely: dict[str, float] | None = None,
+        verdicts: Sequence[str] = (),
+    ) -> None:
+        self.tokenizer, self.likely, self.verdicts = prompts.tokenizer, likely or {}, verdicts
         self.thoughts = thoughts if callable(thoughts) else thoughts.__getitem__
-        self.ids = {}
-        self.expanded = []
-        self.asks = []
+        self.num_root_ids = len(prompts.encode(QUESTION))
+        self.ids: dict[str, int] = {}
+        self.expanded: list[Lines] = []
+        self.asks: list[Ask] = []
 
-    def cache_prefix(self, token_ids):
+    def cache_prefix(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("not part of a search")
 
-    def answer(self, ask):
+    def answer(self, ask: Ask) -> list[Answer]:
         self.asks.append(ask)
         return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
 
-    def run(self, searches, memory=None):
+    def run(self, searches: Iterable[tuple[str, Search[Any]]], memory: Any = None) -> Iterator[tuple[str, Any, float]]:
         return drive_each(self, searches)
 
-    def _sample(self, request):
+    def _sample(self, request: Request) -> Sample:
         index = int(request.uid.rpartition("/")[2])
         if "/verdict/" in request.uid:
             return Sample((7, 8), self.verdicts[index % len(self.verdicts)], "newline", (-0.5, -0.5))
         texts = {number: text for text, number in self.ids.items()}
-        lines = tuple(texts[number] for number in request.token_ids[len(ROOT_IDS) :])
+        lines = tuple(texts[number] for number in request.token_ids[self.num_root_ids :])
         if index == 0:
             self.expanded.append(lines)
         text, stop = self.thoughts(lines)[index]
         logps = (-0.25,) * (1 + (stop == "eos"))
         return Sample((self.ids.setdefault(text, 100 + len(self.ids)),), text, stop, logps)
 
-    def _score(self, scoring):
+    def _score(self, scoring: Scoring) -> list[float]:
         last = self.tokenizer.decode(scoring.token_ids).split("\n")[-2]
         return [self.likely.get(last, -1.0), -1.0]
 
 
-def search(tokenizer, thoughts, likely=None, verdicts=(), task="svamp", **settings):
-    """(outcome, engine) of one scripted search: 3 candidates, 1 kept, 3 steps unless said otherwise."""
-    settings = {"num_candidates": 3, "num_kept": 1, "max_steps": 3, **settings}
-    engine = ScriptedEngine(tokenizer, thoughts, likely, verdicts)
-    grown = search_question(tokenizer, get_task(task), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
-    return drive(engine, grown), engine
+def search(
+    tokenizer: PreTrainedTokenizerFast,
+    thoughts: dict[Lines, list[Said]] | Callable[[Lines], list[Said]],
+    likely: dict[str, float] | None = None,
+    verdicts: Sequence[str] = (),
+    task: str = "svamp",
+    **settings: Any,
+) -> tuple[SearchTree, ScriptedEngine]:
+    """The tree of one scripted search, and its engine: 3 candidates, 1 kept, 3 steps unless said otherwise."""
+    prompts = Prompts(get_task(task), tokenizer)
+    config = Config(search=SearchConfig(**{"num_candidates": 3, "num_kept": 1, "max_steps": 3, **settings}))
+    engine = ScriptedEngine(prompts, thoughts, likely, verdicts)
+    tree = drive(engine, search_question(config, prompts, QUESTION))
+    assert tree.status != "failed", tree.detail
+    return tree, engine
 
 
-def full_tree(lines):
+def full_tree(lines: Lines) -> list[Said]:
     """Three different steps under every state."""
     return [line(f"Step {len(lines) + 1}{letter}{'z' * len(lines)}") for letter in "abc"]

@@ -11,7 +11,7 @@ from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.search.statistics import tree_statistics
-from cpo_fast.tasks import encode_prompt, encode_question, get_task
+from cpo_fast.tasks import Prompts, encode_prompt, get_task
 from cpo_fast.tasks.task import Question
 from cpo_fast.tree import SearchTree, read_prompt, read_trees
 from tests.search.tiny_llama import build_byte_tokenizer, build_model
@@ -190,7 +190,7 @@ def test_root_ids_are_what_the_tokenizer_makes_of_the_whole_prompt(make_config, 
 def test_node_ids_are_the_ids_the_model_samples_under_their_state(make_config, model, tokenizer):
     """Rebuild one level-2 thought from the file alone, without cache or batch."""
     from cpo_fast.search.engine.sampler import choose_token, uniforms
-    from cpo_fast.search.state import State
+    from cpo_fast.search.state_evaluator import state_digest
 
     config = make_config("rebuild")
     trees = read_trees(collect(config, model, tokenizer).trees_path)
@@ -198,7 +198,7 @@ def test_node_ids_are_the_ids_the_model_samples_under_their_state(make_config, m
     prompt = read_prompt(Path(config.run) / "trees.jsonl", tree.prompt_hash)
     ids = [*tree.root_ids(prompt), *tree.path_ids(node.parent)]
     first = tree.children(node.parent)[0]
-    table = uniforms(f"0/{tree.id}/thought/{State.root(ids).digest}/0", 20)
+    table = uniforms(f"0/{tree.id}/thought/{state_digest(ids)}/0", 20)
     for position, expected in enumerate(first.token_ids):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
@@ -304,7 +304,7 @@ def test_a_chat_is_asked_through_the_template_and_its_tree_tells_the_whole_promp
     for tree in read_trees(result.trees_path):
         prompt = read_prompt(result.trees_path, tree.prompt_hash)
         question = Question(tree.id, tree.question)
-        assert tree.root_ids(prompt) == encode_question(tokenizer, task, question, chat=True)
+        assert tree.root_ids(prompt) == Prompts(task, tokenizer, chat=True).encode(question)
         assert tokenizer.decode(tree.root_ids(prompt)) == prompt.text + tree.question_prompt
         assert tree.question_prompt.endswith("<|assistant|>")
         assert tree.num_shared_tokens > len(task.few_shot)

@@ -1,24 +1,33 @@
 """Several workers, killed and restarted in any number: the bytes of one undisturbed process, nothing lost or doubled."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cpo_fast.config import Config, SearchConfig
 from cpo_fast.errors import DataError, EnvironmentProblem
-from cpo_fast.search.collect import QuestionSearch, collect
-from cpo_fast.search.tree_store import TreeFile, Worker, worker_files
+from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.statistics import CollectResult
+from cpo_fast.search.tree_store import Worker, worker_files
+from cpo_fast.tasks import Prompts
+from cpo_fast.tree import SearchTree
 from tests.search.hash_engine import HashEngine
+from tests.search.listening_engine import ListeningEngine
 
 NUM_QUESTIONS = 7
-_references = {}
+Files = dict[str, bytes]
+Collect = Callable[..., CollectResult]
+MakeConfig = Callable[..., Config]
+_references: dict[str, Files] = {}
 
 
 @pytest.fixture(params=["script", "model"])
-def many(request, make_config, model, tokenizer, monkeypatch):
+def many(request, make_config) -> MakeConfig:
     """many(run) -> a configuration: seven questions for an engine of hashes, three for the real one."""
-    if request.param == "script":
-        monkeypatch.setattr("cpo_fast.search.collect.build_engine", lambda *_: HashEngine(tokenizer, width=3))
     if request.param == "script":
         rows = [{"id": f"q{number}", "question": f"how many {number}"} for number in range(NUM_QUESTIONS)]
         Path(make_config().task.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -26,17 +35,21 @@ def many(request, make_config, model, tokenizer, monkeypatch):
 
 
 @pytest.fixture
-def searched(monkeypatch):
+def searched() -> list[str]:
     """Ids of the questions whose search was started, in order."""
-    ids = []
-    grow = QuestionSearch.grow
+    return []
 
-    def listen(self):
-        ids.append(self._question.id)
-        return grow(self)
 
-    monkeypatch.setattr(QuestionSearch, "grow", listen)
-    return ids
+@pytest.fixture
+def gather(request, model, tokenizer, searched) -> Collect:
+    """`collect` with the engine that `many` says, which writes down whose search it starts."""
+
+    def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:
+        script = request.node.callspec.params["many"] == "script"
+        engine = HashEngine(tokenizer, width=3) if script else build_engine(config, prompts, model)
+        return ListeningEngine(engine, on_start=searched.append)
+
+    return partial(collect, model=model, tokenizer=tokenizer, make_engine=make_engine)
 
 
 def _files(config):
@@ -53,21 +66,22 @@ def _stop(*_):
 
 
 @pytest.fixture
-def reference(request, many, model, tokenizer):
+def reference(request, many, gather, searched) -> Files:
     """Files of one worker that nobody disturbed."""
     kind = request.node.callspec.params["many"]
     if kind not in _references:
         config = many("reference")
-        collect(config, model, tokenizer)
+        gather(config)
         _references[kind] = _files(config)
+        searched.clear()
     return _references[kind]
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_workers_gives_the_bytes_of_one(many, model, tokenizer, reference, count):
+def test_any_number_of_workers_gives_the_bytes_of_one(many, gather, reference, count):
     config = many(f"workers{count}")
     folder = Path(config.run)
-    results = [collect(config, model, tokenizer, worker=Worker(index, count)) for index in range(count)]
+    results = [gather(config, worker=Worker(index, count)) for index in range(count)]
     assert _files(config) == reference
     statuses = {json.loads(line)["status"] for line in reference["trees.jsonl"].splitlines()}
     assert "ok" in statuses
@@ -80,12 +94,12 @@ def test_any_number_of_workers_gives_the_bytes_of_one(many, model, tokenizer, re
     assert _ids(folder / "timings.jsonl") == _ids(folder / "trees.jsonl")
 
 
-def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, model, tokenizer, reference, searched):
+def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, gather, reference, searched):
     config = many("restarted")
     folder = Path(config.run)
-    collect(config, model, tokenizer, worker=Worker(0, 3))
+    gather(config, worker=Worker(0, 3))
     with pytest.raises(KeyboardInterrupt):
-        collect(config, model, tokenizer, progress=_stop, worker=Worker(1, 2))
+        gather(config, progress=_stop, worker=Worker(1, 2))
     part = folder / "trees.worker-1-of-2.jsonl"
     finished = [*_ids(folder / "trees.worker-0-of-3.jsonl"), *_ids(part)]
     assert len(_ids(part)) == 1
@@ -94,7 +108,7 @@ def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, mo
     with open(folder / "timings.worker-1-of-2.jsonl", "ab") as file:
         file.write(b'{"id": "q')
     searched.clear()
-    result = collect(config, model, tokenizer)
+    result = gather(config)
     assert result.num_resumed == len(finished)
     assert sorted(searched + finished) == sorted(_ids(folder / "trees.jsonl"))
     assert _files(config) == reference
@@ -102,33 +116,40 @@ def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, mo
     assert sorted(_ids(folder / "timings.jsonl")) == sorted(_ids(folder / "trees.jsonl"))
 
 
-def test_a_killed_worker_cuts_its_half_line_and_goes_on(many, model, tokenizer, reference, searched):
+def test_a_killed_worker_cuts_its_half_line_and_goes_on(many, gather, reference, searched):
     config = many("killed")
     part = Path(config.run) / "trees.worker-0-of-2.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        collect(config, model, tokenizer, progress=_stop, worker=Worker(0, 2))
+        gather(config, progress=_stop, worker=Worker(0, 2))
     (first,) = _ids(part)
     with open(part, "ab") as file:
         file.write(b'{"adapter_hash":"","answ')
     searched.clear()
-    collect(config, model, tokenizer, worker=Worker(0, 2))
+    gather(config, worker=Worker(0, 2))
     assert first not in searched
     assert part.read_bytes().endswith(b"}\n")
-    collect(config, model, tokenizer, worker=Worker(1, 2))
+    gather(config, worker=Worker(1, 2))
     assert _files(config) == reference
 
 
-def test_a_crash_between_joining_and_removing_doubles_nothing(many, model, tokenizer, reference, searched, monkeypatch):
+def test_a_crash_between_joining_and_removing_doubles_nothing(many, gather, reference, searched, monkeypatch):
     config = many("joined")
     folder = Path(config.run)
-    collect(config, model, tokenizer, worker=Worker(0, 2))
+    gather(config, worker=Worker(0, 2))
+    unlink = Path.unlink
+
+    def crash(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("trees.worker"):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
     with monkeypatch.context() as patch:
-        patch.setattr(TreeFile, "_remove", _stop)
+        patch.setattr(Path, "unlink", crash)
         with pytest.raises(KeyboardInterrupt):
-            collect(config, model, tokenizer, worker=Worker(1, 2))
+            gather(config, worker=Worker(1, 2))
     assert len(worker_files(folder / "trees.jsonl")) == 2
     searched.clear()
-    assert collect(config, model, tokenizer, worker=Worker(0, 2)).num_missing == 0
+    assert gather(config, worker=Worker(0, 2)).num_missing == 0
     assert searched == []
     assert _files(config) == reference
     assert worker_files(folder / "trees.jsonl") == worker_files(folder / "timings.jsonl") == []
@@ -136,50 +157,90 @@ def test_a_crash_between_joining_and_removing_doubles_nothing(many, model, token
 
 
 @pytest.mark.parametrize("worker", [Worker(), Worker(0, 2)])
-def test_a_second_process_of_the_same_number_is_refused_and_another_is_not(many, model, tokenizer, worker):
+def test_a_second_process_of_the_same_number_is_refused_and_another_is_not(many, gather, worker):
     config = many("locked")
     refusals = []
 
     def start_again(*_):
         with pytest.raises(EnvironmentProblem) as caught:
-            collect(config, model, tokenizer, worker=worker)
+            gather(config, worker=worker)
         refusals.append(str(caught.value))
         if worker.count == 2 and len(refusals) == 1:
-            collect(config, model, tokenizer, worker=Worker(1, 2))
+            gather(config, worker=Worker(1, 2))
 
-    collect(config, model, tokenizer, progress=start_again, worker=worker)
+    gather(config, progress=start_again, worker=worker)
     sentence = f"another process collects here as worker {worker.index}/{worker.count}; wait for it, or give this one"
     assert set(refusals) == {f"{config.run}: {sentence} another number with --worker I/N"}
-    assert collect(config, model, tokenizer, worker=worker).num_missing == 0  # the lock was given back
+    assert gather(config, worker=worker).num_missing == 0  # the lock was given back
 
 
-def test_a_part_whose_worker_is_at_work_stays_until_it_is_done(many, model, tokenizer, reference):
+def test_a_worker_alone_reads_nothing_back_and_writes_again_only_to_change_the_order(
+    many, gather, reference, monkeypatch, request
+):
+    config = many("alone")
+    path = Path(config.run) / "trees.jsonl"
+    finished, inodes, reads = [], [], []
+    read = Path.read_bytes
+
+    def listen(file: Path) -> bytes:
+        reads.append(file)
+        return read(file)
+
+    def note(number: int, total: int, tree: SearchTree, seconds: float) -> None:
+        finished.append(tree.id)
+        inodes.append(path.stat().st_ino)
+        reads.clear()
+
+    monkeypatch.setattr(Path, "read_bytes", listen)
+    gather(config, progress=note)
+    assert path not in reads
+    in_order = request.node.callspec.params["many"] == "model"  # the engine of hashes ends every third search first
+    assert (finished == _ids(path)) is in_order
+    assert (path.stat().st_ino == inodes[-1]) is in_order
+    assert _files(config) == reference
+
+
+def test_a_worker_alone_doubles_nothing_that_others_finished_meanwhile(many, gather, reference):
+    config = many("joined meanwhile")
+    seen = []
+
+    def overtake(*_: Any) -> None:
+        if not seen:
+            seen.extend(gather(config, worker=Worker(index, 2)).num_missing for index in range(2))
+
+    assert gather(config, progress=overtake).num_missing == 0
+    assert seen[1] == 0
+    assert _files(config) == reference
+    assert sorted(_ids(Path(config.run) / "timings.jsonl")) == sorted(_ids(Path(config.run) / "trees.jsonl"))
+
+
+def test_a_part_whose_worker_is_at_work_stays_until_it_is_done(many, gather, reference):
     config = many("overtaken")
     part = Path(config.run) / "trees.worker-0-of-2.jsonl"
     seen = []
 
     def overtake(*_):
         if not seen:
-            seen.append(collect(config, model, tokenizer).num_missing)
+            seen.append(gather(config).num_missing)
             assert part.exists()
             assert _files(config) == reference
 
-    collect(config, model, tokenizer, progress=overtake, worker=Worker(0, 2))
+    gather(config, progress=overtake, worker=Worker(0, 2))
     assert seen == [0]
     assert not part.exists()
     assert _files(config) == reference
 
 
-def test_trees_of_another_search_in_a_part_are_refused_by_its_name(many, model, tokenizer):
+def test_trees_of_another_search_in_a_part_are_refused_by_its_name(many, gather):
     config = many("mixed")
-    collect(config, model, tokenizer, worker=Worker(0, 2))
+    gather(config, worker=Worker(0, 2))
     with pytest.raises(DataError, match=r"trees\.worker-0-of-2\.jsonl: tree .* another search configuration"):
-        collect(many("mixed", temperature=0.5), model, tokenizer, worker=Worker(1, 3))
+        gather(many("mixed", temperature=0.5), worker=Worker(1, 3))
 
 
-def test_settings_that_share_out_work_may_change_between_restarts(many, model, tokenizer, reference):
+def test_settings_that_share_out_work_may_change_between_restarts(many, gather, reference):
     shared = {"batch_size": 3, "questions_in_flight": 2, "arena_tokens": 5000, "prefill_tokens": 64}
-    collect(many("shared"), model, tokenizer, worker=Worker(0, 2))
+    gather(many("shared"), worker=Worker(0, 2))
     config = many("shared", **shared)
-    collect(config, model, tokenizer, worker=Worker(1, 2))
+    gather(config, worker=Worker(1, 2))
     assert _files(config) == reference

@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpo_fast.config import SearchConfig
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
-from cpo_fast.search.engine import drive
 from cpo_fast.search.statistics import tree_statistics
-from cpo_fast.search.tree_search import search_question
-from cpo_fast.tasks import get_task
 from cpo_fast.tree import SearchTree, read_trees
-from tests.search.scripted_engine import QUESTION, ROOT_IDS, ScriptedEngine, line
+from tests.search.scripted_engine import line, search
 from tests.search.tiny_llama import build_byte_tokenizer, build_model, build_tokenizer
 
 NUM_CANDIDATES, MAX_NODES = 4, 60
@@ -48,39 +44,18 @@ VERDICTS = {
 }
 
 
-def _search(tokenizer, thoughts, verdicts=("likely\n",), seconds=20.0, **settings):
-    """The tree of a scripted search that took no longer than `seconds` and survives its file."""
-    settings = {"num_candidates": NUM_CANDIDATES, "num_kept": 2, "max_steps": 3, "max_nodes": MAX_NODES, **settings}
-    engine = ScriptedEngine(tokenizer, thoughts, verdicts=verdicts)
-    started = time.perf_counter()
-    grown = search_question(tokenizer, get_task("svamp"), QUESTION, ROOT_IDS, SearchConfig(**settings), 0)
-    outcome = drive(engine, grown)
-    assert time.perf_counter() - started < seconds
-    tree = SearchTree(
-        id="q",
-        task="svamp",
-        question="how many",
-        gold=None,
-        prompt_hash="p",
-        num_shared_tokens=0,
-        question_token_ids=tuple(ROOT_IDS),
-        nodes=outcome.nodes,
-        winning_nodes=outcome.winning_nodes,
-        answer=outcome.answer,
-        num_empty=outcome.num_empty,
-        status=outcome.status,
-        detail="",
-        model_hash="m",
-        adapter_hash="",
-        seed=0,
-        config_hash="c",
-        num_thought_tokens=outcome.num_thought_tokens,
-        num_verdict_tokens=outcome.num_verdict_tokens,
+def _search(tokenizer, thoughts, verdicts=("likely\n",), seconds=20.0, num_candidates=NUM_CANDIDATES, **settings):
+    """The tree of a scripted search that took no longer than `seconds` of this process and survives its file."""
+    sizes = {"num_kept": 2, "max_steps": 3, "max_nodes": MAX_NODES}
+    started = time.process_time()
+    tree, engine = search(
+        tokenizer, thoughts, verdicts=verdicts, num_candidates=num_candidates, **{**sizes, **settings}
     )
+    assert time.process_time() - started < seconds
     assert SearchTree.from_dict(json.loads(canonical_json(tree.to_dict()))) == tree
     counted = tree_statistics(tree)
-    assert counted.num_samples == NUM_CANDIDATES * len(engine.expanded)
-    assert counted.num_unique < MAX_NODES + NUM_CANDIDATES
+    assert counted.num_samples == num_candidates * len(engine.expanded)
+    assert counted.num_unique < MAX_NODES + num_candidates
     return tree
 
 
@@ -124,10 +99,9 @@ def test_equal_values_and_kept_ties_stay_within_the_budget(tokenizer, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["bfs", "dfs"])
-def test_one_candidate_a_state_is_a_chain(tokenizer, strategy, monkeypatch):
-    monkeypatch.setitem(globals(), "NUM_CANDIDATES", 1)
+def test_one_candidate_a_state_is_a_chain(tokenizer, strategy):
     script = [line("Step 1: a"), line("Step 2: b"), line("Answer: 12")]
-    tree = _search(tokenizer, lambda lines: [script[len(lines)]], strategy=strategy)
+    tree = _search(tokenizer, lambda lines: [script[len(lines)]], strategy=strategy, num_candidates=1)
     assert [node.parent for node in tree.nodes] == [-1, 0, 1]
     assert (tree.answer, tree.winning_nodes) == ("12", (2,))
 

@@ -74,10 +74,10 @@ def test_one_search_that_fails_ends_no_other_and_searches_are_taken_when_it_is_t
 
 @pytest.mark.parametrize("evaluator", ["logits", "sample"])
 def test_a_level_is_one_ask_for_thoughts_and_one_for_verdicts(tokenizer, evaluator):
-    outcome, engine = search(
+    tree, engine = search(
         tokenizer, full_tree, verdicts=["likely\n"], num_kept=2, max_steps=2, evaluator=evaluator, num_verdicts=2
     )
-    assert len(outcome.nodes) == 3 + 6
+    assert len(tree.nodes) == 3 + 6
     per_state = 1 if evaluator == "logits" else 2
     # two states of the second level say the same lines, but each after another first one
     assert [(len(ask.items), ask.keep) for ask in engine.asks] == [

@@ -1,32 +1,7 @@
 """A tree in numbers, against counts made by hand."""
 
 from cpo_fast.search.statistics import tree_statistics
-from cpo_fast.tree import SearchTree
-from tests.search.scripted_engine import QUESTION, line, search
-
-
-def _tree(outcome):
-    return SearchTree(
-        id=QUESTION.id,
-        task="svamp",
-        question=QUESTION.text,
-        gold=None,
-        prompt_hash="p",
-        num_shared_tokens=0,
-        question_token_ids=(5, 6),
-        nodes=outcome.nodes,
-        winning_nodes=outcome.winning_nodes,
-        answer=outcome.answer,
-        num_empty=outcome.num_empty,
-        status=outcome.status,
-        detail="",
-        model_hash="m",
-        adapter_hash="",
-        seed=0,
-        config_hash="c",
-        num_thought_tokens=outcome.num_thought_tokens,
-        num_verdict_tokens=outcome.num_verdict_tokens,
-    )
+from tests.search.scripted_engine import line, search
 
 
 def test_thoughts_values_depth_and_tokens_of_a_small_tree(tokenizer):
@@ -34,8 +9,8 @@ def test_thoughts_values_depth_and_tokens_of_a_small_tree(tokenizer):
         (): [line("Step a"), line("Step a"), ("\n", "newline"), line("Step b")],
         ("Step a\n",): [("Answer: 7", "eos"), line("Answer: 8"), line("Answer: 7 "), ("Step x", "length")],
     }
-    outcome, _ = search(tokenizer, thoughts, {"Step a": 1.0, "Answer: 7": 9.0}, num_candidates=4)
-    counted = tree_statistics(_tree(outcome))
+    tree, _ = search(tokenizer, thoughts, {"Step a": 1.0, "Answer: 7": 9.0}, num_candidates=4)
+    counted = tree_statistics(tree)
     assert (counted.num_samples, counted.num_unique, counted.num_duplicates, counted.num_empty) == (8, 5, 2, 1)
     assert (counted.num_cut, counted.max_depth) == (1, 2)
     assert (counted.num_complete, counted.num_answers, counted.num_winning) == (2, 2, 1)
@@ -43,7 +18,7 @@ def test_thoughts_values_depth_and_tokens_of_a_small_tree(tokenizer):
     assert (counted.num_generated_tokens, counted.num_verdict_tokens, counted.num_useful_tokens) == (9, 0, 3)
     first, second = counted.depths
     assert (first.depth, first.num_thoughts, first.num_kept, first.num_judged) == (1, 2, 1, 2)
-    values = [node.value for node in outcome.nodes]
+    values = [node.value for node in tree.nodes]
     assert (first.max_value, first.min_value, first.mean_value) == (values[0], values[1], sum(values[:2]) / 2)
     assert (second.num_thoughts, second.num_kept) == (3, 2)
 
@@ -54,8 +29,8 @@ def test_shared_steps_of_two_winning_paths_are_useful_once_and_verdict_tokens_ar
         ("Step a\n",): [line("Answer: 7"), line("Answer: 7.0")],
     }
     settings = {"evaluator": "sample", "num_verdicts": 3, "num_candidates": 2}
-    outcome, _ = search(tokenizer, thoughts, verdicts=["likely\n", "what\n"], **settings)
-    counted = tree_statistics(_tree(outcome))
+    tree, _ = search(tokenizer, thoughts, verdicts=["likely\n", "what\n"], **settings)
+    counted = tree_statistics(tree)
     assert counted.num_winning == 2
     assert counted.num_useful_tokens == 3
     assert counted.num_verdict_tokens == 4 * 3 * 2  # four states, three verdicts, two tokens each
@@ -63,10 +38,10 @@ def test_shared_steps_of_two_winning_paths_are_useful_once_and_verdict_tokens_ar
 
 
 def test_a_tree_without_thoughts_or_values_has_numbers_too(tokenizer):
-    outcome, _ = search(tokenizer, {(): [("", "eos")] * 3})
-    counted = tree_statistics(_tree(outcome))
+    tree, _ = search(tokenizer, {(): [("", "eos")] * 3})
+    counted = tree_statistics(tree)
     assert (counted.num_samples, counted.num_unique, counted.max_depth, counted.depths) == (3, 0, 0, ())
     settings = {"evaluator": "sample", "num_verdicts": 1, "max_steps": 1}
-    outcome, _ = search(tokenizer, {(): [line("a"), line("b"), line("c")]}, verdicts=["?"], **settings)
-    (only,) = tree_statistics(_tree(outcome)).depths
+    tree, _ = search(tokenizer, {(): [line("a"), line("b"), line("c")]}, verdicts=["?"], **settings)
+    (only,) = tree_statistics(tree).depths
     assert (only.num_judged, only.mean_value, only.min_value, only.max_value) == (0, None, None, None)

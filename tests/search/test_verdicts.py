@@ -6,9 +6,8 @@ import pytest
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Request, Sample, drive
-from cpo_fast.search.state import State
-from cpo_fast.search.state_evaluator import Evaluator, label_ids, num_unparseable, parse_verdict
-from cpo_fast.tasks import Question, get_task
+from cpo_fast.search.state_evaluator import Evaluator, num_unparseable, parse_verdict
+from cpo_fast.tasks import Prompts, Question, get_task
 
 QUESTION = Question("q", "how many")
 
@@ -34,12 +33,12 @@ class ScriptedEngine:
 
 
 def _evaluator(tokenizer, **settings):
-    return Evaluator(tokenizer, get_task("svamp"), QUESTION, SearchConfig(**settings), "0/q")
+    return Evaluator(SearchConfig(**settings), Prompts(get_task("svamp"), tokenizer), QUESTION, "0/q")
 
 
 def _verdict(engine, tokenizer, **settings):
     """The verdict on one state."""
-    (verdict,) = drive(engine, _evaluator(tokenizer, **settings).evaluate([State(-1, (1,), ("a\n",))]))
+    (verdict,) = drive(engine, _evaluator(tokenizer, **settings).evaluate([("a\n",)]))
     return verdict
 
 
@@ -87,7 +86,7 @@ def test_logit_value_is_weighted_by_the_label_probabilities(tokenizer, logps):
 def test_equal_states_are_judged_once(tokenizer):
     engine = ScriptedEngine(logps=(-1.0, -2.0))
     evaluator = _evaluator(tokenizer)
-    same, other, last = (State(-1, (number,), (f"{text}\n",)) for number, text in enumerate("abc"))
+    same, other, last = ((f"{text}\n",) for text in "abc")
     verdicts = drive(engine, evaluator.evaluate([same, other, same]))
     drive(engine, evaluator.evaluate([other]))
     drive(engine, evaluator.evaluate([other, last]))
@@ -98,7 +97,7 @@ def test_equal_states_are_judged_once(tokenizer):
 @pytest.mark.parametrize("evaluator", ["logits", "sample"])
 def test_the_verdicts_of_a_level_are_one_ask(tokenizer, evaluator):
     engine = ScriptedEngine(texts=[" likely\n", " impossible\n"])
-    states = [State(-1, (number,), (f"{text}\n",)) for number, text in enumerate("abca")]
+    states = [(f"{text}\n",) for text in "abca"]
     verdicts = drive(engine, _evaluator(tokenizer, evaluator=evaluator, num_verdicts=2).evaluate(states))
     (ask,) = engine.asks
     assert len(ask.items) == 3 * (1 if evaluator == "logits" else 2)
@@ -106,7 +105,7 @@ def test_the_verdicts_of_a_level_are_one_ask(tokenizer, evaluator):
 
 
 def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(tokenizer):
-    prompt_ids, labels = label_ids(tokenizer, "Question: a b c\nIt is")
+    prompt_ids, labels = Prompts(get_task("svamp"), tokenizer).labels("Question: a b c\nIt is")
     assert tokenizer.decode(prompt_ids) == "Question: a b c\nIt is"
     assert [tokenizer.decode(ids) for ids in labels] == [" likely", " impossible"]
 
@@ -122,5 +121,5 @@ def test_an_unreadable_verdict_can_count_as_impossible_and_is_still_recorded_as_
 def test_tokens_of_verdicts_are_counted_once_a_prompt(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n"] * 3)
     evaluator = _evaluator(tokenizer, evaluator="sample", num_verdicts=3)
-    drive(engine, evaluator.evaluate([State(-1, (1,), ("a\n",)), State(-1, (1,), ("a\n",))]))
+    drive(engine, evaluator.evaluate([("a\n",), ("a\n",)]))
     assert evaluator.num_tokens == 3

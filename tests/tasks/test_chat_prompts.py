@@ -3,15 +3,7 @@
 import pytest
 
 from cpo_fast.errors import ConfigError
-from cpo_fast.tasks import (
-    Question,
-    encode_prompt,
-    encode_question,
-    evaluator_text,
-    get_task,
-    question_text,
-    shared_text,
-)
+from cpo_fast.tasks import Prompts, Question, encode_prompt, get_task
 from cpo_fast.tasks.task import VERDICT_CUE
 from tests.tiny import tiny_tokenizer
 
@@ -33,22 +25,36 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def _with(tokenizer, template):
+def _chat(tokenizer, template, task=TASK):
+    """Prompts through this template."""
     tokenizer.chat_template = template
-    return tokenizer
+    return Prompts(task, tokenizer, chat=True)
 
 
 def test_without_chat_the_prompt_is_the_tasks_own(tokenizer):
-    assert question_text(tokenizer, TASK, QUESTION) == TASK.prompt(QUESTION)
-    assert encode_question(tokenizer, TASK, QUESTION) == encode_prompt(tokenizer, TASK.prompt(QUESTION))
-    assert shared_text(tokenizer, TASK) == TASK.few_shot
-    assert evaluator_text(tokenizer, TASK, QUESTION, [THOUGHT]) == TASK.evaluator_prompt(QUESTION, [THOUGHT])
+    prompts = Prompts(TASK, tokenizer)
+    assert prompts.text(QUESTION) == TASK.prompt(QUESTION)
+    assert prompts.encode(QUESTION) == encode_prompt(tokenizer, TASK.prompt(QUESTION))
+    assert prompts.encode(QUESTION, THOUGHT) == encode_prompt(tokenizer, TASK.prompt(QUESTION) + THOUGHT)
+    assert prompts.shared.text == TASK.few_shot
+    assert prompts.shared.text + prompts.question_part(QUESTION) == TASK.prompt(QUESTION)
+    assert prompts.verdict_text(QUESTION, [THOUGHT]) == TASK.evaluator_prompt(QUESTION, [THOUGHT])
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_prefixes_begin_every_prompt_of_their_kind_and_hold_its_demonstrations(tokenizer, template):
+    prompts = _chat(tokenizer, template) if template else Prompts(TASK, tokenizer)
+    demonstrations = (TASK.few_shot, TASK.few_shot_evaluator, TASK.few_shot_conclusion_evaluator)
+    for text in ("A", "Another?", "\u6771\u4eac?"):
+        whole = prompts.one_of_each(Question("x", text))
+        for prefix, ids, shown in zip(prompts.prefixes, whole, demonstrations, strict=True):
+            assert ids[: len(prefix)] == prefix
+            assert shown in tokenizer.decode(prefix)
 
 
 @pytest.mark.parametrize("template", [CHATML, INST, DATED, THINKING])
 def test_the_whole_prompt_is_one_user_turn_before_the_assistants(tokenizer, template):
-    _with(tokenizer, template)
-    text = question_text(tokenizer, TASK, QUESTION, chat=True)
+    text = _chat(tokenizer, template).text(QUESTION)
     turn = TASK.prompt(QUESTION).rstrip()
     before, after = text.split(turn)
     assert text.count(QUESTION.text) == 1
@@ -58,15 +64,14 @@ def test_the_whole_prompt_is_one_user_turn_before_the_assistants(tokenizer, temp
 
 @pytest.mark.parametrize("template", [CHATML, INST])
 def test_a_thought_is_appended_to_exactly_these_ids(tokenizer, template):
-    _with(tokenizer, template)
-    ids = encode_question(tokenizer, TASK, QUESTION, chat=True)
-    text = question_text(tokenizer, TASK, QUESTION, chat=True)
+    prompts = _chat(tokenizer, template)
+    ids, text = prompts.encode(QUESTION), prompts.text(QUESTION)
     assert tokenizer.decode(ids) == text
     # the template wrote the beginning-of-sequence: once, and no end-of-sequence
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.eos_token_id not in ids
-    assert encode_prompt(tokenizer, text + THOUGHT, chat=True)[: len(ids)] == ids
+    assert prompts.encode(QUESTION, THOUGHT)[: len(ids)] == ids
 
 
 def test_a_tokenizer_that_adds_a_beginning_does_not_add_it_to_a_template():
@@ -76,33 +81,33 @@ def test_a_tokenizer_that_adds_a_beginning_does_not_add_it_to_a_template():
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [*([1] if add_special_tokens else []), *text.encode()]}
 
-    assert encode_prompt(AddsBos(), "a") == [1, 97]
-    assert encode_prompt(AddsBos(), "a", chat=True) == [97]
+    assert Prompts(TASK, AddsBos()).encode_text("a") == [1, 97]
+    assert Prompts(TASK, AddsBos(), chat=True).encode_text("a") == [97]
 
 
 def test_a_template_with_todays_date_gives_the_same_prompt_on_every_day(tokenizer):
-    assert question_text(_with(tokenizer, DATED), TASK, QUESTION, chat=True).startswith("Today is 26 Jul 2024.\n")
+    assert _chat(tokenizer, DATED).text(QUESTION).startswith("Today is 26 Jul 2024.\n")
     assert "strftime_now" in tokenizer.chat_template  # the tokenizer itself is left as it was
     as_llama = "{% if not day is defined %}{% if strftime_now is defined %}{% set day = strftime_now('%Y-%m-%d') %}"
-    _with(tokenizer, as_llama + "{% endif %}{% endif %}{{ day }} " + CHATML)
-    assert question_text(tokenizer, TASK, QUESTION, chat=True).startswith("2024-07-26 ")
+    dated = _chat(tokenizer, as_llama + "{% endif %}{% endif %}{{ day }} " + CHATML)
+    assert dated.text(QUESTION).startswith("2024-07-26 ")
 
 
 @pytest.mark.parametrize("template", [CHATML, INST])
 def test_what_all_questions_share_ends_where_the_question_begins(tokenizer, template):
-    _with(tokenizer, template)
-    shared = shared_text(tokenizer, TASK, chat=True)
+    prompts = _chat(tokenizer, template)
+    shared = prompts.shared.text
     assert shared.endswith(f"{TASK.few_shot}Question: ")
     for text in ("A", "Another?", "\u6771\u4eac?"):
-        assert question_text(tokenizer, TASK, Question("x", text), chat=True).startswith(shared + text)
+        assert prompts.text(Question("x", text)).startswith(shared + text)
 
 
 def test_the_verdict_opens_the_assistants_turn(tokenizer):
-    _with(tokenizer, CHATML)
-    text = evaluator_text(tokenizer, TASK, QUESTION, [THOUGHT], chat=True, seed=4)
+    task = get_task("bamboogle", evaluator_seed=4)
+    text = _chat(tokenizer, CHATML, task).verdict_text(QUESTION, [THOUGHT])
     before, after = text.split("<|im_end|>\n<|im_start|>assistant\n")
     assert after == VERDICT_CUE
-    assert before.endswith(TASK.evaluator_prompt(QUESTION, [THOUGHT], seed=4).removesuffix(VERDICT_CUE).rstrip())
+    assert before.endswith(task.evaluator_prompt(QUESTION, [THOUGHT]).removesuffix(VERDICT_CUE).rstrip())
     assert before.count(VERDICT_CUE) == 4
 
 
@@ -118,4 +123,4 @@ def test_the_verdict_opens_the_assistants_turn(tokenizer):
 )
 def test_a_template_that_cannot_show_the_question_is_a_sentence(tokenizer, template, message):
     with pytest.raises(ConfigError, match=message):
-        question_text(_with(tokenizer, template), TASK, QUESTION, chat=True)
+        _chat(tokenizer, template).text(QUESTION)
