@@ -3,10 +3,9 @@
 Values that the CPO paper (arXiv 2406.09136) fixes are the defaults; what it leaves open is marked as ours. Unknown keys
 are errors. Nothing here imports torch.
 
-Presets: `preset: paper` or `preset: official` sets what those runs used; keys in the file and overrides win.
-
-`paper` is what arXiv 2406.09136 states. `official` is what the released code does where it differs, as far as it can be
-said in settings; its defects (greedy samples at k = 10, lower-cased text, random tie order) are not reproduced.
+`preset: paper` or `preset: official` sets what those runs used; keys in the file and overrides win. `paper` is what the
+paper states. `official` is what the released code does where it differs, as far as it can be said in settings: its
+defects (greedy samples at k = 10, lower-cased text, random tie order) are not reproduced.
 """
 
 from typing import Any, Literal
@@ -33,15 +32,15 @@ class TaskConfig(Section):
     """Which questions are asked, and from where they come."""
 
     name: Literal["svamp", "gsm8k", "bamboogle", "2wikimultihopqa", "hotpotqa", "fever", "feverous", "vitaminc"] = (
-        Field("svamp", description="the data set: decides loader, prompts and answers")
+        Field("svamp", description="the data set: how its questions are read, asked and answered")
     )
     path: str = Field(
         "", description="the released file, a JSONL of question[, answer], or hub:org/name[:config][:split]"
     )
-    num_questions: int | None = Field(None, ge=1, description="use only the first so many questions")
-    skip_questions: int = Field(0, ge=0, description="leave out the first so many questions")
-    chat: bool = Field(False, description="ask through the tokenizer's chat template instead of plain completion")
-    shuffle_demonstrations: bool = Field(False, description="order of the demonstrations drawn from the seed")
+    num_questions: int | None = Field(None, ge=1, description="ask only so many questions; null: all")
+    skip_questions: int = Field(0, ge=0, description="leave out so many questions at the beginning of the file")
+    chat: bool = Field(False, description="for instruct models: ask through the tokenizer's chat template")
+    shuffle_demonstrations: bool = Field(False, description="show the worked examples in an order drawn by the seed")
 
 
 # settings of the search that decide its speed and memory, never its result
@@ -53,53 +52,74 @@ class SearchConfig(Section):
 
     engine: Literal["arena", "hf"] = Field(
         "arena",
-        description="arena: many questions over one KV cache that is a tree; hf: the reference, one state at a time",
+        description="arena: fast, many questions over one KV cache that is a tree; hf: plain Hugging Face, one state at a "
+        "time, the reference",
     )
     merge_adapter: bool = Field(
         False,
-        description="search with the adapter added to the base weights, which are put back bit for bit; rounds once more "
-        "than a live adapter, so its trees are those of another search",
+        description="Merge the LoRA weights while searching and restore them bit for bit after. Faster. Results differ "
+        "slightly from an unmerged adapter (one extra rounding).",
     )
-    strategy: Literal["bfs", "dfs"] = Field("bfs", description="by level, or best child first")
-    num_candidates: int = Field(10, ge=1, description="k: thoughts sampled per state (paper: 10)")
-    num_kept: int = Field(5, ge=1, description="n: states kept per level (paper: 5)")
-    max_steps: int = Field(4, ge=1, description="at most so many thoughts in a chain, the answer line included")
-    temperature: float = Field(0.9, gt=0, description="sampling temperature (paper: 0.4, arithmetic 0.9)")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
-    top_k: int = Field(
-        0, ge=0, description="a thought's tokens come from so many likeliest; 0: all (official code: 50)"
+    strategy: Literal["bfs", "dfs"] = Field("bfs", description="search level by level, or the best thought first")
+    num_candidates: int = Field(10, ge=1, description="k: thoughts sampled for each state (paper: 10)")
+    num_kept: int = Field(
+        5,
+        ge=1,
+        description="n: best states that are continued, of each level or, with dfs, under each state (paper: 5)",
     )
+    max_steps: int = Field(4, ge=1, description="thoughts in the longest chain, its answer line included")
+    temperature: float = Field(
+        0.9, gt=0, description="how varied thoughts are: their sampling temperature (paper: 0.4, arithmetic 0.9)"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the likeliest tokens that have this probability together; 1: all"
+    )
+    top_k: int = Field(0, ge=0, description="sample from so many likeliest tokens; 0: all (official code: 50)")
     repetition_penalty: float = Field(
-        1.0, gt=0, description="of tokens in the prompt and the thought so far; 1: none (official code: 1.1)"
+        1.0,
+        gt=0,
+        description="make tokens of the prompt and of the thought so far less likely; 1: no change (official code: 1.1)",
     )
-    max_thought_tokens: int = Field(96, ge=1, description="a thought without a newline by then is cut and incomplete")
+    max_thought_tokens: int = Field(
+        96, ge=1, description="cut a thought after so many tokens; its chain then ends without an answer"
+    )
     evaluator: Literal["logits", "sample"] = Field(
-        "logits", description="logits: one forward; sample: sampled verdicts"
+        "logits",
+        description="how the model judges a thought. logits: by the probabilities of both verdicts, in one forward; "
+        "sample: by verdicts that it writes, as in the paper",
     )
-    num_verdicts: int = Field(5, ge=1, description="verdicts sampled per state with evaluator: sample (paper: 5)")
+    num_verdicts: int = Field(5, ge=1, description="verdicts written for each state with evaluator=sample (paper: 5)")
     verdict_temperature: float = Field(0.4, gt=0, description="sampling temperature of verdicts")
-    max_verdict_tokens: int = Field(96, ge=1, description="cap on one sampled verdict")
+    max_verdict_tokens: int = Field(96, ge=1, description="cut a written verdict after so many tokens")
     value_likely: float = Field(10.0, description="value of the verdict likely (paper: 10)")
     value_impossible: float = Field(1.0, description="value of the verdict impossible (paper: 1)")
     unparseable: Literal["drop", "impossible"] = Field(
-        "drop", description="a sampled verdict that is no label: left out of the mean, or counted as impossible"
+        "drop", description="a written verdict that is neither: leave it out of the mean, or count it as impossible"
     )
-    shuffle_evaluator: bool = Field(True, description="order of the evaluator's demonstrations drawn from the seed")
-    keep_ties: bool = Field(False, description="keep every state tied with the n-th instead of cutting at n")
-    max_nodes: int = Field(1000, ge=1, description="thoughts per question after which no state is expanded any more")
+    shuffle_evaluator: bool = Field(True, description="show the worked verdicts in an order drawn by the seed")
+    keep_ties: bool = Field(False, description="continue every state that ties with the last one kept")
+    max_nodes: int = Field(
+        1000, ge=1, description="expand no further state of a question after so many thoughts: bounds time and memory"
+    )
     dfs_threshold: float | None = Field(
-        None,
-        description="depth-first search does not enter states valued below this; null: enters them in order of value",
+        None, description="depth-first search does not enter states valued below this; null: enters all, best first"
     )
     batch_size: int = Field(
-        256, ge=1, description="rows per forward pass; in float32 never changes the trees, as the next four"
+        256,
+        ge=1,
+        description="lines that are generated side by side: more is faster and takes more memory. In float32 neither this "
+        "nor the next four change a tree",
     )
-    questions_in_flight: int = Field(16, ge=1, description="questions searched at a time by the arena engine")
+    questions_in_flight: int = Field(16, ge=1, description="questions that the arena engine searches at a time")
     arena_tokens: int | None = Field(
-        None, ge=1, description="tokens whose keys and values the arena engine holds; null: what free memory allows"
+        None, ge=1, description="tokens that the arena engine's KV cache holds; null: what free memory allows"
     )
-    prefill_tokens: int = Field(8192, ge=1, description="tokens of one prefill forward of the arena engine")
-    cuda_graphs: bool = Field(True, description="record the arena engine's steps as CUDA graphs where there is CUDA")
+    prefill_tokens: int = Field(
+        8192, ge=1, description="prompt tokens that the arena engine reads at once: lower it if memory runs out"
+    )
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, record the arena engine's steps as CUDA graphs: less time between kernels"
+    )
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the trees, as plain JSON values: all but those of performance only."""
