@@ -14,6 +14,8 @@ from cpo_fast.tree import SearchTree, Stop
 QUESTION = Question("q", "how many")
 Lines = tuple[str, ...]
 Said = tuple[str, Stop]
+Thoughts = dict[Lines, list[Said]] | Callable[[Lines], list[Said]]
+Likely = dict[str, float] | None
 
 
 def line(text: str) -> Said:
@@ -34,8 +36,8 @@ class ScriptedEngine:
     def __init__(
         self,
         prompts: Prompts,
-        thoughts: dict[Lines, list[Said]] | Callable[[Lines], list[Said]],
-        likely: dict[str, float] | None = None,
+        thoughts: Thoughts,
+        likely: Likely = None,
         verdicts: Sequence[str] = (),
     ) -> None:
         self.tokenizer, self.likely, self.verdicts = prompts.tokenizer, likely or {}, verdicts
@@ -74,8 +76,8 @@ class ScriptedEngine:
 
 def search(
     tokenizer: PreTrainedTokenizerFast,
-    thoughts: dict[Lines, list[Said]] | Callable[[Lines], list[Said]],
-    likely: dict[str, float] | None = None,
+    thoughts: Thoughts,
+    likely: Likely = None,
     verdicts: Sequence[str] = (),
     task: str = "svamp",
     **settings: Any,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cpo_fast.errors import ConfigError, DataError
-from cpo_fast.tasks import Question, common_prefix_length, encode_prompt, get_task
+from cpo_fast.tasks import Question, get_task
 from cpo_fast.tasks.task import VERDICT_CUE
 
 TASK = get_task("svamp")
@@ -196,15 +196,3 @@ def test_prompts_keep_the_question_as_it_is_and_end_where_the_model_goes_on():
 def test_an_unknown_task_is_a_configuration_error():
     with pytest.raises(ConfigError, match="'svmap' is not a task"):
         get_task("svmap")
-
-
-def test_an_appended_end_of_sequence_is_not_part_of_a_prompt():
-    class AppendsEos:
-        eos_token_id, eos_token = 2, "</s>"
-
-        def __call__(self, text):
-            return {"input_ids": [1, *text.encode(), 2]}
-
-    assert encode_prompt(AppendsEos(), "ab") == [1, 97, 98]
-    assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert common_prefix_length([], [1]) == 0

@@ -1,9 +1,10 @@
-"""Prompts through a chat template: one user turn, ids that a thought follows directly, the same on every day."""
+"""Prompts, plain and through a chat template: one user turn, ids that a thought follows directly, the same on every day."""
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.errors import ConfigError
-from cpo_fast.tasks import Prompts, Question, encode_prompt, get_task
+from cpo_fast.tasks import Prompts, Question, Task, common_prefix_length, encode_prompt, get_task
 from cpo_fast.tasks.task import VERDICT_CUE
 from tests.tiny import tiny_tokenizer
 
@@ -21,11 +22,12 @@ THINKING = CHATML + "{% if enable_thinking is not defined or enable_thinking %}<
 
 
 @pytest.fixture
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A fresh one: tests set its template."""
     return tiny_tokenizer()
 
 
-def _chat(tokenizer, template, task=TASK):
+def _chat(tokenizer: PreTrainedTokenizerFast, template: str | None, task: Task = TASK) -> Prompts:
     """Prompts through this template."""
     tokenizer.chat_template = template
     return Prompts(task, tokenizer, chat=True)
@@ -83,6 +85,18 @@ def test_a_tokenizer_that_adds_a_beginning_does_not_add_it_to_a_template():
 
     assert Prompts(TASK, AddsBos()).encode_text("a") == [1, 97]
     assert Prompts(TASK, AddsBos(), chat=True).encode_text("a") == [97]
+
+
+def test_an_appended_end_of_sequence_is_not_part_of_a_prompt():
+    class AppendsEos:
+        eos_token_id, eos_token = 2, "</s>"
+
+        def __call__(self, text):
+            return {"input_ids": [1, *text.encode(), 2]}
+
+    assert encode_prompt(AppendsEos(), "ab") == [1, 97, 98]
+    assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix_length([], [1]) == 0
 
 
 def test_a_template_with_todays_date_gives_the_same_prompt_on_every_day(tokenizer):

@@ -1,12 +1,15 @@
 """Verdicts: strict reading, counted failures, labels tokenised with their prompt, equal states judged once."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Request, Sample, drive
-from cpo_fast.search.state_evaluator import Evaluator, num_unparseable, parse_verdict
+from cpo_fast.search.engine import Answer, Ask, Request, Sample, drive
+from cpo_fast.search.state_evaluator import Evaluator, Verdict, num_unparseable, parse_verdict
 from cpo_fast.tasks import Prompts, Question, get_task
 
 QUESTION = Question("q", "how many")
@@ -15,13 +18,14 @@ QUESTION = Question("q", "how many")
 class ScriptedEngine:
     """Gives the same verdict texts and log-probs for every prompt, and keeps what it was asked."""
 
-    def __init__(self, texts=(), logps=(0.0, 0.0)):
-        self.texts, self.logps, self.asks = texts, logps, []
+    def __init__(self, texts: Sequence[str] = (), logps: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.texts, self.logps = texts, logps
+        self.asks: list[Ask] = []
 
-    def cache_prefix(self, token_ids):
+    def cache_prefix(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("not part of a verdict")
 
-    def answer(self, ask):
+    def answer(self, ask: Ask) -> list[Answer]:
         assert not ask.keep
         self.asks.append(ask)
         requests = [item for item in ask.items if isinstance(item, Request)]
@@ -32,11 +36,11 @@ class ScriptedEngine:
         return [list(self.logps) for _ in ask.items]
 
 
-def _evaluator(tokenizer, **settings):
+def _evaluator(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Evaluator:
     return Evaluator(SearchConfig(**settings), Prompts(get_task("svamp"), tokenizer), QUESTION, "0/q")
 
 
-def _verdict(engine, tokenizer, **settings):
+def _verdict(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Verdict:
     """The verdict on one state."""
     (verdict,) = drive(engine, _evaluator(tokenizer, **settings).evaluate([("a\n",)]))
     return verdict
