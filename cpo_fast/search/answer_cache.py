@@ -21,7 +21,7 @@ from cpo_fast.search.engine import Answer, Request, Sample, Scoring
 from cpo_fast.search.tree_store import Provenance
 
 
-class AnswerLog:
+class AnswerFiles:
     """`request.Memory` in a folder.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 from cpo_fast.config import Config, SearchConfig
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
-from cpo_fast.search.answer_cache import AnswerLog
+from cpo_fast.search.answer_cache import AnswerFiles
 from cpo_fast.search.engine import Engine
 from cpo_fast.search.statistics import CollectResult, summarise, tree_statistics
 from cpo_fast.search.tree_search import search_question
@@ -112,7 +112,7 @@ def collect(
         num_resumed = sum(question.id in store.trees for question in questions)
         own = [question for question in questions if worker.owns(question.id)]
         missing = [question for question in own if question.id not in store.trees]
-        answers = AnswerLog(run / "answers", provenance)
+        answers = AnswerFiles(run / "answers", provenance)
         answers.forget(store.trees)
         seconds = 0.0
         if missing:

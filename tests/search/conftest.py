@@ -1,6 +1,7 @@
 """Fixtures: the tiny model and tokenizer of `tiny_llama`, and configurations that search three questions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ARENA_TOKENS = 20_000  # more than all questions of a test at once, few enough t
 
 
 @pytest.fixture(params=["hf", "arena"])
-def engine(request) -> str:
+def engine(request: pytest.FixtureRequest) -> str:
     """Each value of `search.engine`."""
     return request.param
 
@@ -32,7 +33,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path):
+def make_config(tmp_path: Path) -> Callable[..., Config]:
     """make_config(run name, **search settings) -> a Config over three questions of two fields each."""
     questions = tmp_path / "questions.jsonl"
     rows = [

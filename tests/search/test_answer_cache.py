@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cpo_fast.search.answer_cache import AnswerLog, item_digest
+from cpo_fast.search.answer_cache import AnswerFiles, item_digest
 from cpo_fast.search.engine import Ask, Request, Sample, Scoring
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
@@ -92,32 +92,32 @@ def test_a_state_that_branches_off_in_the_middle_of_a_known_one_is_laid_out_as_i
 
 
 def test_answers_come_back_as_they_were(tmp_path: Path):
-    log = AnswerLog(tmp_path / "answers", PROVENANCE)
+    log = AnswerFiles(tmp_path / "answers", PROVENANCE)
     assert log.recall("q\ud800/1", REQUEST) is None
     log.note("q\ud800/1", REQUEST, SAMPLE)
     log.note("q\ud800/1", SCORING, [-1.25, -1e-17])
     log.note("other", REQUEST, SAMPLE)
     log.close()
-    again = AnswerLog(tmp_path / "answers", PROVENANCE)
+    again = AnswerFiles(tmp_path / "answers", PROVENANCE)
     assert again.recall("q\ud800/1", REQUEST) == SAMPLE
     assert again.recall("q\ud800/1", SCORING) == [-1.25, -1e-17]
     assert again.recall("other", SCORING) is None
     again.note("other", SCORING, [0.0, 1.0])  # appended to what is there
     again.close()
-    assert AnswerLog(tmp_path / "answers", PROVENANCE).recall("other", REQUEST) == SAMPLE
+    assert AnswerFiles(tmp_path / "answers", PROVENANCE).recall("other", REQUEST) == SAMPLE
 
 
 def test_half_a_line_is_cut_and_what_follows_is_read(tmp_path: Path):
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     log.note("q", REQUEST, SAMPLE)
     log.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes() + b'{"item":"torn')
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     assert log.recall("q", REQUEST) == SAMPLE
     log.note("q", SCORING, [1.0])
     log.close()
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     assert (log.recall("q", REQUEST), log.recall("q", SCORING)) == (SAMPLE, [1.0])
 
 
@@ -125,29 +125,29 @@ def test_half_a_line_is_cut_and_what_follows_is_read(tmp_path: Path):
     "content", [b"", b"no json\n", b'{"provenance":{}}\n', b"[1]\n", b'{"item":"x"}\n', b"\xff\xfe\n"]
 )
 def test_what_cannot_be_read_is_asked_again(tmp_path: Path, content: bytes):
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     log.note("q", REQUEST, SAMPLE)
     log.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(content)
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     assert log.recall("q", REQUEST) is None
     log.note("q", SCORING, [1.0])
     log.close()
-    assert AnswerLog(tmp_path, PROVENANCE).recall("q", SCORING) == [1.0]
+    assert AnswerFiles(tmp_path, PROVENANCE).recall("q", SCORING) == [1.0]
 
 
 def test_answers_of_another_search_are_forgotten(tmp_path: Path):
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     log.note("q", REQUEST, SAMPLE)
     log.close()
     changed = Provenance("svamp", "prompt", "model", "adapter", 0, "config")
-    assert AnswerLog(tmp_path, changed).recall("q", REQUEST) is None
-    assert AnswerLog(tmp_path, PROVENANCE).recall("q", REQUEST) == SAMPLE
+    assert AnswerFiles(tmp_path, changed).recall("q", REQUEST) is None
+    assert AnswerFiles(tmp_path, PROVENANCE).recall("q", REQUEST) == SAMPLE
 
 
 def test_nothing_is_left_once_the_trees_are_on_disk(tmp_path: Path):
-    log = AnswerLog(tmp_path / "answers", PROVENANCE)
+    log = AnswerFiles(tmp_path / "answers", PROVENANCE)
     for name in ("a", "b"):
         log.note(name, REQUEST, SAMPLE)
     log.forget(["a"])
@@ -157,11 +157,11 @@ def test_nothing_is_left_once_the_trees_are_on_disk(tmp_path: Path):
 
 
 def test_an_infinite_log_prob_is_computed_again(tmp_path: Path):
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     log.note("q", SCORING, [-math.inf, 0.0])
     log.note("q", REQUEST, SAMPLE)
     log.close()
-    log = AnswerLog(tmp_path, PROVENANCE)
+    log = AnswerFiles(tmp_path, PROVENANCE)
     assert (log.recall("q", SCORING), log.recall("q", REQUEST)) == (None, SAMPLE)
 
 

@@ -1,39 +1,43 @@
 """`collect` on a tiny random model: equal bytes for any batch size and restart, recorded failures, refusals."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.files import canonical_json
-from cpo_fast.search.collect import collect
-from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.engine import Ask, Request, Scoring
 from cpo_fast.search.statistics import tree_statistics
 from cpo_fast.tasks import Prompts, encode_prompt, get_task
 from cpo_fast.tasks.task import Question
 from cpo_fast.tree import SearchTree, read_prompt, read_trees
+from tests.search.listening_engine import ListeningEngine
 from tests.search.tiny_llama import build_byte_tokenizer, build_model
 
 
-def _bytes(config):
+def _bytes(config: Config) -> bytes:
     return (Path(config.run) / "trees.jsonl").read_bytes()
 
 
 @pytest.fixture
-def reference(make_config, model, tokenizer):
-    """Bytes of an undisturbed run."""
+def undisturbed(make_config, model, tokenizer) -> bytes:
+    """The trees of a run that nobody disturbed."""
     config = make_config("reference")
     collect(config, model, tokenizer)
     return _bytes(config)
 
 
-def test_the_arena_engine_finds_the_reference_engines_trees(make_config, model, tokenizer, reference):
+def test_the_arena_engine_finds_the_reference_engines_trees(make_config, model, tokenizer, undisturbed):
     """Same tokens, same choices; values and log-probs differ by the rounding of another order of sums."""
     config = make_config("arena", engine="arena")
     collect(config, model, tokenizer)
-    found, expected = ([json.loads(line) for line in each.splitlines()] for each in (_bytes(config), reference))
+    found, expected = ([json.loads(line) for line in each.splitlines()] for each in (_bytes(config), undisturbed))
     for tree, other in zip(found, expected, strict=True):
         assert tree["config_hash"] != other["config_hash"]
         assert [tree[name] for name in ("id", "status", "answer", "winning_nodes", "num_thought_tokens")] == [
@@ -59,14 +63,14 @@ def test_arena_trees_are_the_same_bytes_however_the_work_is_shared_out(make_conf
     assert len(found) == 1
 
 
-def test_trees_are_the_same_bytes_for_any_batch_size(make_config, model, tokenizer, reference):
-    trees = [json.loads(line) for line in reference.splitlines()]
+def test_trees_are_the_same_bytes_for_any_batch_size(make_config, model, tokenizer, undisturbed):
+    trees = [json.loads(line) for line in undisturbed.splitlines()]
     assert max(node["depth"] for tree in trees for node in tree["nodes"]) == 3  # the trees are not trivial
     assert any(tree["status"] == "ok" for tree in trees)
     for batch_size in (1, 3, 40):
         config = make_config(f"batch{batch_size}", batch_size=batch_size)
         collect(config, model, tokenizer)
-        assert _bytes(config) == reference
+        assert _bytes(config) == undisturbed
 
 
 @pytest.mark.parametrize("settings", [{"evaluator": "sample", "num_verdicts": 3, "max_verdict_tokens": 4}])
@@ -74,22 +78,23 @@ def test_sampled_verdicts_are_the_same_bytes_for_any_batch_size(make_config, tok
     ids = tokenizer.convert_tokens_to_ids
     bias = {ids("\n"): 5.0, ids("Answer:"): 4.0, ids("1"): 4.0, ids(" likely"): 4.0, ids(" impossible"): 4.0}
     talkative = build_model(len(tokenizer), bias)
-    results = []
+    found = set()
     for batch_size in (2, 40):
         config = make_config(f"sampled{batch_size}", batch_size=batch_size, **settings)
-        results.append((collect(config, talkative, tokenizer), _bytes(config)))
-    assert results[0][1] == results[1][1]
-    assert 0 < results[0][0].num_unparseable < results[0][0].num_verdicts
+        result = collect(config, talkative, tokenizer)
+        found.add(_bytes(config))
+        assert 0 < result.num_unparseable < result.num_verdicts
+    assert len(found) == 1
 
 
-def test_another_seed_gives_other_trees(make_config, model, tokenizer, reference):
+def test_another_seed_gives_other_trees(make_config, model, tokenizer, undisturbed):
     config = make_config("seed", seed=1)
     collect(config, model, tokenizer)
     nodes = [json.loads(line)["nodes"] for line in _bytes(config).splitlines()]
-    assert nodes != [json.loads(line)["nodes"] for line in reference.splitlines()]
+    assert nodes != [json.loads(line)["nodes"] for line in undisturbed.splitlines()]
 
 
-def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, model, tokenizer, reference):
+def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, model, tokenizer, undisturbed):
     config = make_config("killed")
 
     def stop_after_first(number, total, tree, seconds):
@@ -99,43 +104,44 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, mod
         collect(config, model, tokenizer, progress=stop_after_first)
     assert len(_bytes(config).splitlines()) == 1
     with open(Path(config.run) / "trees.jsonl", "ab") as file:
-        file.write(reference.splitlines()[1][:100])  # the second transaction was torn
+        file.write(undisturbed.splitlines()[1][:100])  # the second transaction was torn
     searched = []
     result = collect(config, model, tokenizer, progress=lambda number, total, tree, seconds: searched.append(tree.id))
     assert searched == ["second", "third"]
     assert result.num_resumed == 1
-    assert _bytes(config) == reference
+    assert _bytes(config) == undisturbed
 
 
-def test_a_finished_run_searches_nothing_and_keeps_its_bytes(make_config, model, tokenizer, monkeypatch):
+def test_a_finished_run_searches_nothing_and_keeps_its_bytes(make_config, model, tokenizer):
     config = make_config()
     collect(config, model, tokenizer)
     before = _bytes(config)
-    monkeypatch.setattr(HuggingFaceEngine, "sample", lambda *_: pytest.fail("searched again"))
-    assert collect(config, model, tokenizer).num_resumed == 3
+    again = collect(config, model, tokenizer, make_engine=lambda *_: pytest.fail("searched again"))
+    assert again.num_resumed == 3
     assert _bytes(config) == before
 
 
-def test_the_file_ends_in_question_order(make_config, model, tokenizer, reference):
+def test_the_file_ends_in_question_order(make_config, model, tokenizer, undisturbed):
     config = make_config("order")
     path = Path(config.run) / "trees.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_bytes(reference.splitlines(keepends=True)[2])
+    path.write_bytes(undisturbed.splitlines(keepends=True)[2])
     collect(config, model, tokenizer)
-    assert _bytes(config) == reference
+    assert _bytes(config) == undisturbed
 
 
-def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, model, tokenizer, reference, monkeypatch):
-    sample = HuggingFaceEngine.sample
+def _listening(on_ask: Callable[[Ask], object]) -> Callable[..., ListeningEngine]:
+    """The configured engine with somebody who hears what is asked."""
+    return lambda *settings: ListeningEngine(build_engine(*settings), on_ask=on_ask)
 
-    def fail_on_second(self, requests):
-        if any("/second/" in request.uid for request in requests):
+
+def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, model, tokenizer, undisturbed):
+    def fail_on_second(ask):
+        if any(isinstance(item, Request) and "/second/" in item.uid for item in ask.items):
             raise RuntimeError("the cache is on fire\nsecond line")
-        return sample(self, requests)
 
-    monkeypatch.setattr(HuggingFaceEngine, "sample", fail_on_second)
     config = make_config("failing")
-    result = collect(config, model, tokenizer)
+    result = collect(config, model, tokenizer, make_engine=_listening(fail_on_second))
     trees = read_trees(Path(config.run) / "trees.jsonl")
     assert [tree.status == "failed" for tree in trees] == [False, True, False]
     assert trees[1].detail == "RuntimeError: the cache is on fire"
@@ -143,7 +149,7 @@ def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, mod
     assert result.statuses["failed"] == 1
     assert result.first_failure == "second: RuntimeError: the cache is on fire"
     lines = _bytes(config).splitlines()
-    assert [lines[0], lines[2]] == [reference.splitlines()[0], reference.splitlines()[2]]
+    assert [lines[0], lines[2]] == [undisturbed.splitlines()[0], undisturbed.splitlines()[2]]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +213,9 @@ def test_node_ids_are_the_ids_the_model_samples_under_their_state(make_config, m
 
 
 @pytest.mark.parametrize("answers", [[12, None, 2], [5, 5, 5], [None, None, None]])
-def test_shuffled_gold_labels_change_no_byte_but_their_own(make_config, model, tokenizer, reference, tmp_path, answers):
+def test_shuffled_gold_labels_change_no_byte_but_their_own(
+    make_config, model, tokenizer, undisturbed, tmp_path, answers
+):
     questions = tmp_path / "questions.jsonl"
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
@@ -215,7 +223,7 @@ def test_shuffled_gold_labels_change_no_byte_but_their_own(make_config, model, t
     config = make_config("gold")
     collect(config, model, tokenizer)
     golds = [None if answer is None else str(answer) for answer in answers]
-    expected = [{**json.loads(line), "gold": gold} for line, gold in zip(reference.splitlines(), golds, strict=True)]
+    expected = [{**json.loads(line), "gold": gold} for line, gold in zip(undisturbed.splitlines(), golds, strict=True)]
     assert _bytes(config) == "".join(canonical_json(tree) + "\n" for tree in expected).encode()
 
 
@@ -223,24 +231,23 @@ def test_shuffled_gold_labels_change_no_byte_but_their_own(make_config, model, t
     "settings", [{}, {"keep_ties": True}, {"strategy": "dfs", "dfs_threshold": 0.0, "max_nodes": 8}]
 )
 def test_the_same_run_twice_and_another_batch_size_give_equal_bytes(make_config, model, tokenizer, settings):
-    results = []
+    found = set()
     for run, batch_size in (("once", 40), ("twice", 40), ("thirds", 3)):
         config = make_config(run, batch_size=batch_size, **settings)
         collect(config, model, tokenizer)
-        folder = Path(config.run)
-        results.append([(folder / name).read_bytes() for name in ("trees.jsonl", "statistics.jsonl")])
-    assert results[0] == results[1] == results[2]
-    assert len(results[0][0].splitlines()) == 3
+        found.add((_bytes(config), (Path(config.run) / "statistics.jsonl").read_bytes()))
+    ((trees, _),) = found
+    assert len(trees.splitlines()) == 3
 
 
 def test_depth_first_trees_differ_from_breadth_first_ones_and_keep_their_budget(
-    make_config, model, tokenizer, reference
+    make_config, model, tokenizer, undisturbed
 ):
     config = make_config("dfs", strategy="dfs", dfs_threshold=0.0, max_nodes=6)
     trees = read_trees(collect(config, model, tokenizer).trees_path)
     assert all(len(tree.nodes) < 6 + 5 for tree in trees)
     assert any(len(tree.nodes) >= 6 for tree in trees)
-    first = SearchTree.from_dict(json.loads(reference.splitlines()[0]))
+    first = SearchTree.from_dict(json.loads(undisturbed.splitlines()[0]))
     # the first expansion is that of the root in both, and its samples have the same names
     assert [node.token_ids for node in trees[0].children(-1)] == [node.token_ids for node in first.children(-1)]
     assert trees[0].config_hash != first.config_hash
@@ -260,29 +267,25 @@ def test_statistics_stand_beside_the_trees_and_add_up(make_config, model, tokeni
     assert thought_tokens > unique  # duplicates, empty samples and ends of sequence were generated too
 
 
-def _seen_by_the_evaluator(monkeypatch, config, model, tokenizer):
+def _seen_by_the_evaluator(config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Texts of the evaluator prompts of a run."""
     seen = []
-    score = HuggingFaceEngine.score
 
-    def listen(self, token_ids, continuations):
-        seen.append(tokenizer.decode(token_ids))
-        return score(self, token_ids, continuations)
+    def listen(ask: Ask) -> None:
+        seen.extend(tokenizer.decode(item.token_ids) for item in ask.items if isinstance(item, Scoring))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(HuggingFaceEngine, "score", listen)
-        collect(config, model, tokenizer)
+    collect(config, model, tokenizer, make_engine=_listening(listen))
     return seen
 
 
-def test_the_seed_orders_the_evaluators_demonstrations_and_off_keeps_the_written_order(make_config, model, monkeypatch):
+def test_the_seed_orders_the_evaluators_demonstrations_and_off_keeps_the_written_order(make_config, model):
     tokenizer = build_byte_tokenizer()
     model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 4.0})
     small = {"num_candidates": 1, "num_kept": 1, "max_steps": 1}
     begins = {}
     for seed, shuffle in ((0, True), (2, True), (0, False)):
         config = make_config(f"{seed}{shuffle}", seed=seed, shuffle_evaluator=shuffle, **small)
-        seen = _seen_by_the_evaluator(monkeypatch, config, model, tokenizer)
+        seen = _seen_by_the_evaluator(config, model, tokenizer)
         few_shot = get_task("svamp", evaluator_seed=seed if shuffle else None).few_shot_evaluator
         assert seen
         assert all(text.removeprefix("<s>").startswith(few_shot) for text in seen)
@@ -291,13 +294,13 @@ def test_the_seed_orders_the_evaluators_demonstrations_and_off_keeps_the_written
     assert {"".join(sorted(text)) for text in begins.values()} == {"".join(sorted(begins[0, False]))}
 
 
-def test_a_chat_is_asked_through_the_template_and_its_tree_tells_the_whole_prompt(make_config, monkeypatch):
+def test_a_chat_is_asked_through_the_template_and_its_tree_tells_the_whole_prompt(make_config):
     tokenizer = build_byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
     model = build_model(len(tokenizer), {tokenizer.convert_tokens_to_ids("\u010a"): 4.0})
     config = make_config("chat", num_candidates=2, num_kept=1, max_steps=2)
     chat = config.model_copy(update={"task": config.task.model_copy(update={"chat": True})})
-    seen = _seen_by_the_evaluator(monkeypatch, chat, model, tokenizer)
+    seen = _seen_by_the_evaluator(chat, model, tokenizer)
     assert all(text.startswith("<|user|>") and "<|assistant|>Is the last line" in text for text in seen)
     result = collect(chat, model, tokenizer)
     task = get_task("svamp")

@@ -66,11 +66,11 @@ def _stop(*_):
 
 
 @pytest.fixture
-def reference(request, many, gather, searched) -> Files:
+def undisturbed(request, many, gather, searched) -> Files:
     """Files of one worker that nobody disturbed."""
     kind = request.node.callspec.params["many"]
     if kind not in _references:
-        config = many("reference")
+        config = many("undisturbed")
         gather(config)
         _references[kind] = _files(config)
         searched.clear()
@@ -78,12 +78,12 @@ def reference(request, many, gather, searched) -> Files:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_workers_gives_the_bytes_of_one(many, gather, reference, count):
+def test_any_number_of_workers_gives_the_bytes_of_one(many, gather, undisturbed, count):
     config = many(f"workers{count}")
     folder = Path(config.run)
     results = [gather(config, worker=Worker(index, count)) for index in range(count)]
-    assert _files(config) == reference
-    statuses = {json.loads(line)["status"] for line in reference["trees.jsonl"].splitlines()}
+    assert _files(config) == undisturbed
+    statuses = {json.loads(line)["status"] for line in undisturbed["trees.jsonl"].splitlines()}
     assert "ok" in statuses
     *early, last = results
     for index, result in enumerate(early):
@@ -94,7 +94,7 @@ def test_any_number_of_workers_gives_the_bytes_of_one(many, gather, reference, c
     assert _ids(folder / "timings.jsonl") == _ids(folder / "trees.jsonl")
 
 
-def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, gather, reference, searched):
+def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, gather, undisturbed, searched):
     config = many("restarted")
     folder = Path(config.run)
     gather(config, worker=Worker(0, 3))
@@ -104,19 +104,19 @@ def test_a_restart_with_another_number_searches_only_what_no_file_holds(many, ga
     finished = [*_ids(folder / "trees.worker-0-of-3.jsonl"), *_ids(part)]
     assert len(_ids(part)) == 1
     with open(part, "ab") as file:
-        file.write(reference["trees.jsonl"][:100])  # half a line, without its newline
+        file.write(undisturbed["trees.jsonl"][:100])  # half a line, without its newline
     with open(folder / "timings.worker-1-of-2.jsonl", "ab") as file:
         file.write(b'{"id": "q')
     searched.clear()
     result = gather(config)
     assert result.num_resumed == len(finished)
     assert sorted(searched + finished) == sorted(_ids(folder / "trees.jsonl"))
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
     assert worker_files(folder / "trees.jsonl") == []
     assert sorted(_ids(folder / "timings.jsonl")) == sorted(_ids(folder / "trees.jsonl"))
 
 
-def test_a_killed_worker_cuts_its_half_line_and_goes_on(many, gather, reference, searched):
+def test_a_killed_worker_cuts_its_half_line_and_goes_on(many, gather, undisturbed, searched):
     config = many("killed")
     part = Path(config.run) / "trees.worker-0-of-2.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -129,10 +129,10 @@ def test_a_killed_worker_cuts_its_half_line_and_goes_on(many, gather, reference,
     assert first not in searched
     assert part.read_bytes().endswith(b"}\n")
     gather(config, worker=Worker(1, 2))
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
 
 
-def test_a_crash_between_joining_and_removing_doubles_nothing(many, gather, reference, searched, monkeypatch):
+def test_a_crash_between_joining_and_removing_doubles_nothing(many, gather, undisturbed, searched, monkeypatch):
     config = many("joined")
     folder = Path(config.run)
     gather(config, worker=Worker(0, 2))
@@ -151,7 +151,7 @@ def test_a_crash_between_joining_and_removing_doubles_nothing(many, gather, refe
     searched.clear()
     assert gather(config, worker=Worker(0, 2)).num_missing == 0
     assert searched == []
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
     assert worker_files(folder / "trees.jsonl") == worker_files(folder / "timings.jsonl") == []
     assert _ids(folder / "timings.jsonl") == _ids(folder / "trees.jsonl")
 
@@ -175,7 +175,7 @@ def test_a_second_process_of_the_same_number_is_refused_and_another_is_not(many,
 
 
 def test_a_worker_alone_reads_nothing_back_and_writes_again_only_to_change_the_order(
-    many, gather, reference, monkeypatch, request
+    many, gather, undisturbed, monkeypatch, request
 ):
     config = many("alone")
     path = Path(config.run) / "trees.jsonl"
@@ -197,10 +197,10 @@ def test_a_worker_alone_reads_nothing_back_and_writes_again_only_to_change_the_o
     in_order = request.node.callspec.params["many"] == "model"  # the engine of hashes ends every third search first
     assert (finished == _ids(path)) is in_order
     assert (path.stat().st_ino == inodes[-1]) is in_order
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
 
 
-def test_a_worker_alone_doubles_nothing_that_others_finished_meanwhile(many, gather, reference):
+def test_a_worker_alone_doubles_nothing_that_others_finished_meanwhile(many, gather, undisturbed):
     config = many("joined meanwhile")
     seen = []
 
@@ -210,11 +210,11 @@ def test_a_worker_alone_doubles_nothing_that_others_finished_meanwhile(many, gat
 
     assert gather(config, progress=overtake).num_missing == 0
     assert seen[1] == 0
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
     assert sorted(_ids(Path(config.run) / "timings.jsonl")) == sorted(_ids(Path(config.run) / "trees.jsonl"))
 
 
-def test_a_part_whose_worker_is_at_work_stays_until_it_is_done(many, gather, reference):
+def test_a_part_whose_worker_is_at_work_stays_until_it_is_done(many, gather, undisturbed):
     config = many("overtaken")
     part = Path(config.run) / "trees.worker-0-of-2.jsonl"
     seen = []
@@ -223,12 +223,12 @@ def test_a_part_whose_worker_is_at_work_stays_until_it_is_done(many, gather, ref
         if not seen:
             seen.append(gather(config).num_missing)
             assert part.exists()
-            assert _files(config) == reference
+            assert _files(config) == undisturbed
 
     gather(config, progress=overtake, worker=Worker(0, 2))
     assert seen == [0]
     assert not part.exists()
-    assert _files(config) == reference
+    assert _files(config) == undisturbed
 
 
 def test_trees_of_another_search_in_a_part_are_refused_by_its_name(many, gather):
@@ -238,9 +238,9 @@ def test_trees_of_another_search_in_a_part_are_refused_by_its_name(many, gather)
         gather(many("mixed", temperature=0.5), worker=Worker(1, 3))
 
 
-def test_settings_that_share_out_work_may_change_between_restarts(many, gather, reference):
+def test_settings_that_share_out_work_may_change_between_restarts(many, gather, undisturbed):
     shared = {"batch_size": 3, "questions_in_flight": 2, "arena_tokens": 5000, "prefill_tokens": 64}
     gather(many("shared"), worker=Worker(0, 2))
     config = many("shared", **shared)
     gather(config, worker=Worker(1, 2))
-    assert _files(config) == reference
+    assert _files(config) == undisturbed

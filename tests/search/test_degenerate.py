@@ -3,16 +3,20 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from cpo_fast.config import Config
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect
 from cpo_fast.search.statistics import tree_statistics
 from cpo_fast.tree import SearchTree, read_trees
-from tests.search.scripted_engine import line, search
+from tests.search.scripted_engine import Thoughts, line, search
 from tests.search.tiny_llama import build_byte_tokenizer, build_model, build_tokenizer
 
 NUM_CANDIDATES, MAX_NODES = 4, 60
@@ -44,7 +48,14 @@ VERDICTS = {
 }
 
 
-def _search(tokenizer, thoughts, verdicts=("likely\n",), seconds=20.0, num_candidates=NUM_CANDIDATES, **settings):
+def _search(
+    tokenizer: PreTrainedTokenizerFast,
+    thoughts: Thoughts,
+    verdicts: Sequence[str] = ("likely\n",),
+    seconds: float = 20.0,
+    num_candidates: int = NUM_CANDIDATES,
+    **settings: Any,
+) -> SearchTree:
     """The tree of a scripted search that took no longer than `seconds` of this process and survives its file."""
     sizes = {"num_kept": 2, "max_steps": 3, "max_nodes": MAX_NODES}
     started = time.process_time()
@@ -140,7 +151,7 @@ def test_the_same_line_for_ever_is_searched_to_the_last_step(make_config, engine
     assert all(node.logps == tuple([round(math.log(0.5), 6)] * len(node.token_ids)) for t in trees for node in t.nodes)
 
 
-def _questions(config, *texts):
+def _questions(config: Config, *texts: str) -> None:
     rows = [{"id": str(number), "question": text} for number, text in enumerate(texts)]
     Path(config.task.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
