@@ -103,8 +103,17 @@ def _log_choice(path: str, source: str, max_width: int, max_rows: int) -> None:
     logger.info("linear_logprob: path %s by %s%s", path, source, bound)
 
 
-def score(rows: torch.Tensor, head: Head, plan: LogprobPlan, outputs: tuple[str, ...], mode: str) -> Scores:
-    """One pass of rows [R, E] over the head. A head that is not contiguous is copied.
+def score(
+    rows: torch.Tensor,  # [R, E]
+    head: Head,
+    plan: LogprobPlan,
+    outputs: tuple[str, ...],
+    mode: str,
+    path: str | None = None,
+) -> Scores:
+    """One pass of rows over the head. A head that is not contiguous is copied.
+
+    `path` is the way of rows in mode "none", one of `PATHS`; None leaves it to `choose_path`.
 
     Raises:
         ValueError: float64 inputs, or a vocabulary of 2^24 or more.
@@ -121,7 +130,7 @@ def score(rows: torch.Tensor, head: Head, plan: LogprobPlan, outputs: tuple[str,
         return rows.new_empty(0, dtype=dtype)  # a new one each time: results of an op must not share memory
 
     slopes, rest, expected, target_weights, normalizer = *(nothing() for _ in range(3)), nothing(rows.dtype), nothing()
-    if mode == "none" and num_rows and choose_path(rows.device, rows.shape[1], num_rows) == "fused":
+    if mode == "none" and num_rows and (path or choose_path(rows.device, rows.shape[1], num_rows)) == "fused":
         logps, stats, is_top1 = fused_scores(rows, head.weight, head.bias, transform, plan, asked)
     else:
         picked, logps, stats, expected = _through_chunks(rows, head, transform, plan, asked, mode == "expected")
