@@ -73,8 +73,6 @@ nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t bloc
     }
     const Shared<cpo::Schedule> shared(std::move(schedule));
     nb::dict arrays;
-    arrays["kv_min_end"] = shared.view(&cpo::Schedule::kv_min_end);
-    arrays["kv_max_end"] = shared.view(&cpo::Schedule::kv_max_end);
     arrays["kv_query_start"] = shared.view(&cpo::Schedule::kv_query_start);
     arrays["kv_query_stop"] = shared.view(&cpo::Schedule::kv_query_stop);
     arrays["kv_full_start"] = shared.view(&cpo::Schedule::kv_full_start);

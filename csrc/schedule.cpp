@@ -97,8 +97,6 @@ Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t blo
         const bool ragged = block_kv > num_rows - n0;
         const int64_t last = ragged ? num_rows - 1 : n0 + block_kv - 1;
         const auto [least, greatest] = std::minmax_element(subtree_end + n0, subtree_end + last + 1);
-        schedule.kv_min_end.push_back(*least);
-        schedule.kv_max_end.push_back(*greatest);
         schedule.kv_query_start.push_back(static_cast<int32_t>(n0));
         schedule.kv_query_stop.push_back(*greatest);
         schedule.kv_full_start.push_back(static_cast<int32_t>(last));

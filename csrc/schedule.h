@@ -9,8 +9,6 @@ namespace cpo {
 
 // Q = ceil(T / block_q) query blocks, K = ceil(T / block_kv) key blocks, N runs of rows without a branch.
 struct Schedule {
-    std::vector<int32_t> kv_min_end;       // [K] smallest subtree_end of the block's keys
-    std::vector<int32_t> kv_max_end;       // [K] largest
     std::vector<int32_t> kv_query_start;   // [K] rows [start, stop) see at least one key of the block, no other row does
     std::vector<int32_t> kv_query_stop;    // [K]
     std::vector<int32_t> kv_full_start;    // [K] rows [start, stop) see all block_kv keys, no other row does

@@ -1,9 +1,11 @@
-"""Forest, schedule and plan from the host to the device in one go, without waiting for the device.
+"""Moving plans to a device, and the one rule about accumulation.
 
-They are built on the CPU, where their checks and sorts cost the device nothing. A plain `.to("cuda")` from pageable
-memory waits until everything queued on the stream is done; from pinned memory, `non_blocking`, it joins the queue.
+Forests, schedules and plans are built on the CPU, where their checks and sorts cost the device nothing. `to_device` then
+queues their copies behind the device's work. A plain `.to("cuda")` waits until that work is done. With
+`non_blocking=True` a copy from pageable memory may still wait, because the driver stages it through pinned memory of its
+own, so the tensors are pinned first. A copy from pinned memory never waits.
 
-The one rule about accumulation: float64 stays float64, everything else is accumulated and returned in float32.
+float64 stays float64. Everything else is accumulated and returned in float32.
 """
 
 import copy
@@ -16,39 +18,42 @@ Value = TypeVar("Value")
 
 
 def to_device(value: Value, device: torch.device | str) -> Value:
-    """The same value with every tensor in it on `device`; CUDA through pinned memory.
+    """The same value with every tensor in it on `device`, copied from the CPU without waiting for the device.
 
     Args:
-        value: a CPU tensor, a dataclass of them (what it keeps besides its fields included), or a tuple, list or dict of
-            such values. A tensor that occurs twice stays one tensor, so a schedule still belongs to its forest.
+        value: a tensor, a dataclass of them (what it keeps besides its fields included), or a tuple, list or dict of such
+            values. A tensor that occurs twice stays one tensor, so a schedule still belongs to its forest.
             A field named `host_...` stays where it is.
-        device: where the result lives; the CPU gives `value` itself.
+        device: where the result lives.
 
     Returns:
-        A copy. Kernels on the current stream may use it at once.
+        A copy, or `value` itself where every tensor is on `device` already. Kernels on the current stream may use it at
+        once.
     """
-    device = torch.device(device)
-    return value if device.type == "cpu" else _moved(value, device, {})
+    copies: dict[int, Any] = {}  # by the id of the original
+    result: Value = _moved(value, torch.device(device), copies)
+    has_moved = any(id(new) != old for old, new in copies.items() if isinstance(new, torch.Tensor))
+    return result if has_moved else value
 
 
-def _moved(value: Any, device: torch.device, seen: dict[int, Any]) -> Any:
-    if id(value) in seen:
-        return seen[id(value)]
+def _moved(value: Any, device: torch.device, copies: dict[int, Any]) -> Any:
+    if id(value) in copies:
+        return copies[id(value)]
     if isinstance(value, torch.Tensor):
-        host = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-        result: Any = host.to(device, non_blocking=True)
+        host = value.pin_memory() if value.is_cpu and device.type == "cuda" else value
+        result: Any = host.to(device, non_blocking=value.is_cpu)  # what comes to the CPU is read there at once
     elif is_dataclass(value) and not isinstance(value, type):
         result = copy.copy(value)
-        for name, item in vars(value).items():
+        for name, part in vars(value).items():
             if not name.startswith("host_"):
-                object.__setattr__(result, name, _moved(item, device, seen))
+                object.__setattr__(result, name, _moved(part, device, copies))
     elif isinstance(value, dict):
-        result = {key: _moved(item, device, seen) for key, item in value.items()}
+        result = {key: _moved(part, device, copies) for key, part in value.items()}
     elif type(value) in (tuple, list):
-        result = type(value)(_moved(item, device, seen) for item in value)
+        result = type(value)(_moved(part, device, copies) for part in value)
     else:
         return value
-    seen[id(value)] = result
+    copies[id(value)] = result
     return result
 
 

@@ -1,26 +1,25 @@
-"""Sequences of token ids -> a forest: their token trie in depth-first preorder on one line.
+"""Sequences of token ids -> a forest: their token trie in depth-first preorder, as one packed sequence of rows.
 
     token i may see token j  <=>  j <= i < subtree_end[j]
 
-Prefixes that sequences share are computed once; a token's position id is its depth, and its log-prob is read at the row
-of its parent token. Roots and children stand in order of first appearance, so the line does not depend on hashing or
-sorting. The trie is built by csrc; this module turns any mixture of lists, arrays and tensors into its input. It looks
-at token ids alone: text, pairs and batches are other people's nouns.
+Prefixes that sequences share are computed once. A token's position id is its depth, and its log-prob is read at the row
+of its parent token. Roots and children stand in order of first appearance, so the rows do not depend on hashing or
+sorting. csrc builds the trie. This module turns any mixture of lists, arrays and tensors into its input.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cpo_kernels import _csrc
+import cpo_kernels._csrc as _csrc
+from cpo_kernels.device import to_device
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.tree_attention.schedule import TreeSchedule, moved, tree_schedule
+from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
 
 TokenSequence = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -29,8 +28,8 @@ TokenSequence = Sequence[int] | np.ndarray | torch.Tensor
 class Forest:
     """T rows after padding, S sequences, all tensors contiguous and on one device (the CPU when built).
 
-    Padding rows stand at the end: token 0, position 0, parent -1, subtree_end i + 1, on no path. Tensors are not written
-    to: schedules made from `subtree_end` are kept, and a forest on a GPU keeps the CPU tensor to make them from.
+    Padding rows stand at the end: token 0, position 0, parent -1, subtree_end i + 1, on no path. Do not write to the
+    tensors: schedules made from `subtree_end` are kept, and a forest on a GPU keeps the CPU tensor to make them from.
     """
 
     tokens: torch.Tensor  # [T] int32, token id
@@ -48,21 +47,11 @@ class Forest:
             object.__setattr__(self, "host_subtree_end", self.subtree_end)
 
     def to(self, device: torch.device | str) -> Forest:
-        """The same forest with every tensor on `device`, its schedules too; from the CPU without waiting for `device`."""
-        values: dict[str, Any] = {}
-        for entry in fields(self):
-            if entry.init:
-                value = getattr(self, entry.name)
-                values[entry.name] = moved(value, device) if isinstance(value, torch.Tensor) else value
-        forest = Forest(**values)
-        if self.host_subtree_end is not None:
-            object.__setattr__(forest, "host_subtree_end", self.host_subtree_end)
-        for blocks, schedule in self._schedules.items():
-            forest._schedules[blocks] = schedule.to(device, forest.subtree_end)
-        return forest
+        """The same forest with every tensor on `device`, its schedules too, as `to_device` moves them."""
+        return to_device(self, device)
 
     def schedule(self, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
-        """The block schedule of tree attention over this line; see `tree_schedule`. Made once for each pair of blocks."""
+        """The block schedule of tree attention over this forest, as `tree_schedule`. Made once for each pair of blocks."""
         if (block_q, block_kv) not in self._schedules:
             host = self.subtree_end if self.host_subtree_end is None else self.host_subtree_end
             schedule = tree_schedule(host, block_q, block_kv).to(self.subtree_end.device, self.subtree_end)

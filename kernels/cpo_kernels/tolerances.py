@@ -1,8 +1,8 @@
-"""Random forests and error bounds, used by tests and benchmarks alike, so that a bound is typed once.
+"""How far results may differ by rounding, typed once for the checks, tests and benchmarks; and a random forest for them.
 
-`end_to_end_bound`: relative L2 difference allowed between a packed and a padded computation of one model, by dtype. The
-two sum in different orders; per layer that is a few units of the dtype's rounding, and it does not grow beyond these
-over the depths that were measured.
+`end_to_end_bound` is the relative L2 difference allowed between a packed and a padded computation of one model, by dtype.
+The two sum in different orders. Per layer that is a few units of the dtype's rounding, and it does not grow beyond these
+bounds over the depths that were measured.
 """
 
 import random
@@ -31,35 +31,6 @@ def kernel_bound(eager_error: float, dtype: torch.dtype, magnitude: float) -> fl
         magnitude: max abs value of the float64 result; the band is one rounding step at that size.
     """
     return 2.0 * eager_error + torch.finfo(dtype).eps * magnitude
-
-
-def random_sequences(
-    seed: int, num_prompts: int = 2, num_sequences: int = 12, vocab_size: int = 50, max_tokens: int = 24
-) -> tuple[list[list[int]], list[int]]:
-    """Random sequences with shared prefixes at several levels, and the first scored position of each.
-
-    Siblings diverge at their first token as often as later, some are prefixes of others, some are equal, and single-token
-    responses occur.
-    """
-    generator = random.Random(seed)
-
-    def tokens(low: int, high: int) -> list[int]:
-        return [generator.randrange(1, vocab_size) for _ in range(generator.randint(low, high))]
-
-    shared = tokens(1, max_tokens)
-    contexts = [shared + tokens(1, max_tokens) for _ in range(num_prompts)]
-    sequences: list[list[int]] = []
-    starts: list[int] = []
-    for _ in range(num_sequences):
-        context = generator.choice(contexts)
-        response = tokens(1, max_tokens)
-        if sequences and generator.random() < 0.2:
-            response = sequences[-1][starts[-1] :][: generator.randint(1, max_tokens)] or response
-        sequences.append(context + response)
-        starts.append(len(context))
-        if generator.random() < 0.5:
-            contexts.append(context + response)
-    return sequences, starts
 
 
 def random_subtree_end(seed: int, num_rows: int, num_padding: int = 0) -> torch.Tensor:

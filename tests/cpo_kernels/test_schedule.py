@@ -58,9 +58,6 @@ def check_against_brute_force(end: torch.Tensor, schedule: TreeSchedule) -> None
 
     for block in range(padded.shape[1] // block_kv):
         keys = padded[:, block * block_kv : (block + 1) * block_kv]
-        real = end[block * block_kv : (block + 1) * block_kv]
-        assert schedule.kv_min_end[block] == real.min()
-        assert schedule.kv_max_end[block] == real.max()
         seeing = range(int(schedule.kv_query_start[block]), int(schedule.kv_query_stop[block]))
         seeing_all = range(int(schedule.kv_full_start[block]), int(schedule.kv_full_stop[block]))
         assert np.flatnonzero(keys.any(axis=1)).tolist() == list(seeing)
@@ -124,7 +121,7 @@ def test_every_tensor_is_int32_and_moves() -> None:
     schedule = build_forest([[1, 2], [1, 3]]).schedule(16, 32)
     moved = schedule.to("meta")
     tensors = [field.name for field in fields(schedule) if isinstance(getattr(schedule, field.name), torch.Tensor)]
-    assert len(tensors) == 20
+    assert len(tensors) == 18
     for name in tensors:
         assert getattr(schedule, name).dtype == torch.int32, name
         assert getattr(moved, name).device.type == ("cpu" if name.startswith("host_") else "meta"), name

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cpo_kernels import TreeSchedule, build_forest, tree_attention, tree_schedule
-from cpo_kernels.tolerances import random_sequences, random_subtree_end
+from cpo_kernels.tolerances import random_subtree_end
 from tests.cpo_kernels.attention_oracle import (
     DEVICE,
     INTERPRETED,
@@ -29,6 +29,7 @@ from tests.cpo_kernels.attention_oracle import (
     runs_kernels,
     triton_results,
 )
+from tests.cpo_kernels.random_forests import random_sequences
 
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
 SIZES = [(length, group) for length in LENGTHS for group in (1, 4, 8) if DEVICE == "cuda" or length * group <= 1032]
@@ -207,7 +208,8 @@ def test_rows_of_other_trees_are_not_read() -> None:
 def cut_schedule(subtree_end: torch.Tensor, block: int, skip_slack: int, full_slack: int) -> TreeSchedule:
     """A schedule whose query lists are made here; a slack of 1 makes that test of a block off by one."""
     right = tree_schedule(subtree_end, block, block)
-    num_rows, least, greatest = len(subtree_end), right.kv_min_end.tolist(), right.kv_max_end.tolist()
+    num_rows, ends = len(subtree_end), subtree_end.split(block)
+    least, greatest = ([int(end.min()) for end in ends], [int(end.max()) for end in ends])
     full: list[list[int]] = []
     partial: list[list[int]] = []
     for first in range(0, num_rows, block):

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpo_kernels import build_forest, tree_attention, tree_schedule
-from cpo_kernels.tolerances import random_sequences
 from cpo_kernels.tree_attention.eager import EagerTreeAttention
+from tests.cpo_kernels.random_forests import random_sequences
 
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "item", "is_nonzero", "_to_copy")
 Q_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -66,7 +66,7 @@ def test_a_forest_makes_each_schedule_once_and_takes_it_along() -> None:
     assert there.schedule(16, 32) is there.schedule(16, 32)
     late = there.schedule(64, 64)  # made on the host from what the forest kept there
     assert late.subtree_end is there.subtree_end
-    assert late.kv_max_end.device.type == "meta"
+    assert late.kv_query_stop.device.type == "meta"
     assert late.host_segment_stop.tolist() == forest.schedule(64, 64).host_segment_stop.tolist()
     assert there.to("meta").schedule(64, 64).subtree_end.device.type == "meta"
 

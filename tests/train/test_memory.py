@@ -21,7 +21,7 @@ from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.packed import forest_forward
-from cpo_kernels.tolerances import random_sequences
+from tests.cpo_kernels.random_forests import random_sequences
 from tests.tiny import ALL_LINEAR, tiny_model
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, largest_difference, metrics_of, sgd
 

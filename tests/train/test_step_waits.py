@@ -30,8 +30,8 @@ ATEN = {
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 HOST_STAGE = "_pack"  # everything there happens before anything is on the device
 DECLARED_READ = "read"
-# tiles of the eager attention, cut on the host from lists of the schedule; the Triton kernels have none
-HOST_LISTS = "tree_tiles"
+# runs of keys of the eager attention, cut on the host from lists of the schedule; the Triton kernels have none
+HOST_LISTS = "key_runs"
 
 
 class Waits:

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cpo_kernels.implementation import resolve_implementation
-from cpo_kernels.tree_attention.eager import EagerTreeAttention, tree_tiles
+from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
@@ -65,7 +65,7 @@ def tree_attention(
         return _triton(q, k, v, schedule, scale)
     if chosen == "flash":
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
-    return _apply(EagerTreeAttention, q, k, v, tree_tiles(schedule, q.shape[1], q.device), scale)
+    return _apply(EagerTreeAttention, q, k, v, key_runs(schedule, q.shape[1], q.device), scale)
 
 
 @torch.compiler.disable  # torch 2.11 compiles such a Function to a graph whose gradients are zero

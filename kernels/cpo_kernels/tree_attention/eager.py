@@ -1,10 +1,10 @@
 """Tree attention without a T x T matrix, in plain torch: one contiguous slice of queries per run of keys.
 
 Rows [a, b) of one branchless run are seen by exactly the rows [a, end): by those in [a, b) causally, by the rest fully.
-Both ranges are slices of the line, so nothing is gathered, copied or masked away, and the work is exactly the visible
-pairs plus half a tile on each diagonal. The softmax is merged over runs online (running maximum and sum), the backward
-recomputes the probabilities from the saved log-sum-exp and walks the same slices. Runs are visited in one fixed order:
-the result is bitwise repeatable. float32 accumulators (float64 for float64 inputs).
+Both ranges are slices of the forest's rows, so nothing is gathered, copied or masked away, and the work is exactly the
+visible pairs plus half a square on each diagonal. The softmax is merged over runs online (running maximum and sum). The
+backward recomputes the probabilities from the saved log-sum-exp and walks the same slices. Runs are visited in one fixed
+order, so the result is bitwise repeatable. float32 accumulators (float64 for float64 inputs).
 """
 
 import functools
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpo_kernels.device import accumulation_dtype
-from cpo_kernels.tree_attention.schedule import TreeSchedule, moved
+from cpo_kernels.device import accumulation_dtype, to_device
+from cpo_kernels.tree_attention.schedule import TreeSchedule
 
-BLOCK_KEYS = 256  # keys per tile: the prompt, the longest run, is a few hundred tokens
-MAX_TILE_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
+BLOCK_KEYS = 256  # at most, of one run: the prompt, the longest run, is a few hundred tokens
+MAX_RUN_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
 
 
-class Tile(NamedTuple):
-    """Keys [key_start, key_stop) of one run against queries [query_start, query_stop) of its subtree."""
+class KeyRun(NamedTuple):
+    """Keys [key_start, key_stop) of one branchless run against queries [query_start, query_stop) of its subtree."""
 
     key_start: int
     key_stop: int
@@ -28,27 +28,27 @@ class Tile(NamedTuple):
     query_stop: int
 
 
-class TreeTiles(NamedTuple):
-    """The tiles of a forest in visiting order, and the rows that see and are seen by nothing but themselves."""
+class KeyRuns(NamedTuple):
+    """The runs of a forest in visiting order, and the rows that see and are seen by nothing but themselves."""
 
-    tiles: list[Tile]
+    runs: list[KeyRun]
     isolated: torch.Tensor  # int64, on the device of q
 
 
-def tree_tiles(schedule: TreeSchedule, num_heads: int, device: torch.device) -> TreeTiles:
-    """Tiles of a schedule, made from its runs on the host and kept with it: all layers of a step use the same ones."""
+def key_runs(schedule: TreeSchedule, num_heads: int, device: torch.device) -> KeyRuns:
+    """What a schedule says about runs, cut to size on the host and kept with it for all layers of a step."""
     key = ("eager", num_heads, device)
     if key not in schedule.host_derived:
         starts, stops, ends = schedule.host_segment_start, schedule.host_segment_stop, schedule.host_segment_end
-        tiles, isolated = _cut(starts.tolist(), stops.tolist(), ends.tolist(), num_heads)
-        schedule.host_derived[key] = TreeTiles(tiles, moved(torch.tensor(isolated, dtype=torch.int64), device))
-    plan: TreeTiles = schedule.host_derived[key]
-    return plan
+        runs, isolated = _cut(starts.tolist(), stops.tolist(), ends.tolist(), num_heads)
+        schedule.host_derived[key] = KeyRuns(runs, to_device(torch.tensor(isolated, dtype=torch.int64), device))
+    derived: KeyRuns = schedule.host_derived[key]
+    return derived
 
 
-def _cut(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -> tuple[list[Tile], list[int]]:
-    """Runs (rows [start, stop), subtree ending at end, in line order) as tiles of bounded size, and isolated rows."""
-    tiles: list[Tile] = []
+def _cut(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -> tuple[list[KeyRun], list[int]]:
+    """Runs (rows [start, stop), subtree ending at end, ascending) cut to bounded size, and isolated rows."""
+    runs: list[KeyRun] = []
     isolated: list[int] = []
     covered = 0  # rows before it lie in the subtree of an earlier run
     for start, stop, end in zip(starts, stops, ends, strict=True):
@@ -58,32 +58,32 @@ def _cut(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -
         covered = max(covered, end)
         for key_start in range(start, stop, BLOCK_KEYS):
             key_stop = min(key_start + BLOCK_KEYS, stop)
-            step = max(BLOCK_KEYS, MAX_TILE_SCORES // (num_heads * (key_stop - key_start)))
+            step = max(BLOCK_KEYS, MAX_RUN_SCORES // (num_heads * (key_stop - key_start)))
             for query_start in range(key_start, end, step):
-                tiles.append(Tile(key_start, key_stop, query_start, min(query_start + step, end)))
-    return tiles, isolated
+                runs.append(KeyRun(key_start, key_stop, query_start, min(query_start + step, end)))
+    return runs, isolated
 
 
 class EagerTreeAttention(torch.autograd.Function):
-    """Forward and backward over `TreeTiles`; q [T, H, D], k and v [T, Hkv, D], out [T, H, D] in the dtype of q."""
+    """Forward and backward over `KeyRuns`; q [T, H, D], k and v [T, Hkv, D], out [T, H, D] in the dtype of q."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreeTiles, scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: KeyRuns, scale: float
     ) -> torch.Tensor:
-        """Online softmax over the tiles."""
+        """Online softmax over the runs."""
         grouped_q, grouped_k, grouped_v = (_grouped(x, k.shape[1]) for x in (q, k, v))
         grouped_q = grouped_q * scale  # once per query rather than once per score
         out = torch.zeros_like(grouped_q)  # [Hkv, G, T, D]
         maximum = torch.full(grouped_q.shape[:3], float("-inf"), dtype=out.dtype, device=out.device)  # [Hkv, G, T]
         total = torch.zeros_like(maximum)
-        for tile in plan.tiles:
-            queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
-            scores = _scores(grouped_q, grouped_k, tile)  # [Hkv, G, nq, nk]
-            tile_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
-            weights = torch.exp_(scores.sub_(tile_maximum.unsqueeze(-1)))
-            decay = torch.exp(maximum[:, :, queries] - tile_maximum)
-            maximum[:, :, queries] = tile_maximum
+        for run in plan.runs:
+            queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
+            scores = _scores(grouped_q, grouped_k, run)  # [Hkv, G, nq, nk]
+            new_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
+            weights = torch.exp_(scores.sub_(new_maximum.unsqueeze(-1)))
+            decay = torch.exp(maximum[:, :, queries] - new_maximum)
+            maximum[:, :, queries] = new_maximum
             total[:, :, queries] = total[:, :, queries] * decay + weights.sum(dim=-1)
             out[:, :, queries] = out[:, :, queries] * decay.unsqueeze(-1) + weights @ grouped_v[:, :, keys]
         if plan.isolated.numel() > 0:
@@ -98,7 +98,7 @@ class EagerTreeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dq, dk, dv by the same tiles: p = exp(s - lse), ds = p * (dp - sum(dout * out)); the scale sits in q."""
+        """dq, dk, dv over the same runs: p = exp(s - lse), ds = p * (dp - sum(dout * out)). The scale sits in q."""
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         num_kv_heads = k.shape[1]
         grouped_q, grouped_k, grouped_v = (_grouped(x, num_kv_heads) for x in (q, k, v))
@@ -107,16 +107,16 @@ class EagerTreeAttention(torch.autograd.Function):
         delta = (grad_out * _grouped(out, num_kv_heads)).sum(dim=-1, keepdim=True)  # [Hkv, G, T, 1]
         wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
-        for tile in ctx.plan.tiles:
-            queries, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
-            scores = _scores(grouped_q, grouped_k, tile)
+        for run in ctx.plan.runs:
+            queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
+            scores = _scores(grouped_q, grouped_k, run)
             weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
-            tile_grad = grad_out[:, :, queries]
+            run_grad = grad_out[:, :, queries]
             if wants_v:
-                grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(tile_grad)
+                grad_v[:, 0, keys] += _fold(weights).transpose(1, 2) @ _fold(run_grad)
             if not (wants_q or wants_k):
                 continue
-            grad_scores = (tile_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
+            grad_scores = (run_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
             grad_scores.mul_(weights)
             if wants_q:
                 grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
@@ -134,12 +134,12 @@ class EagerTreeAttention(torch.autograd.Function):
         )
 
 
-def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile) -> torch.Tensor:
-    queries = grouped_q[:, :, tile.query_start : tile.query_stop]
-    scores = queries @ grouped_k[:, :, tile.key_start : tile.key_stop].transpose(2, 3)
-    if tile.query_start < tile.key_stop:  # the diagonal: these queries see the run only up to themselves
-        first = tile.query_start - tile.key_start
-        height, width = min(tile.query_stop, tile.key_stop) - tile.query_start, tile.key_stop - tile.key_start
+def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun) -> torch.Tensor:
+    queries = grouped_q[:, :, run.query_start : run.query_stop]
+    scores = queries @ grouped_k[:, :, run.key_start : run.key_stop].transpose(2, 3)
+    if run.query_start < run.key_stop:  # the diagonal: these queries see the run only up to themselves
+        first = run.query_start - run.key_start
+        height, width = min(run.query_stop, run.key_stop) - run.query_start, run.key_stop - run.key_start
         hidden = _later_keys(scores.device)[first : first + height, :width]
         scores[:, :, :height].masked_fill_(hidden, float("-inf"))
     return scores
@@ -147,7 +147,7 @@ def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, tile: Tile) -> tor
 
 @functools.cache
 def _later_keys(device: torch.device) -> torch.Tensor:
-    """[BLOCK_KEYS, BLOCK_KEYS] bool, True where a key of a run stands after the query; every tile's mask is a slice."""
+    """[BLOCK_KEYS, BLOCK_KEYS] bool, True where a key of a run stands after the query; every run's mask is a slice."""
     return torch.ones(BLOCK_KEYS, BLOCK_KEYS, dtype=torch.bool, device=device).triu_(1)
 
 

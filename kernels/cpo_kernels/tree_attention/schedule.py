@@ -3,49 +3,46 @@
 Row i may see row j iff j <= i < subtree_end[j]. For query rows [m0, m1) and a block of keys [n0, n1), with emin and
 emax the least and greatest `subtree_end` of the keys, the block is skipped iff n0 >= m1 or emax <= m0, full iff
 n1 - 1 <= m0 and emin >= m1, partial otherwise. Both tests are exact, so a kernel that follows the schedule computes
-every visible score and masks only where it must. The rows that see a key block at all are one contiguous range: dK and
-dV walk [n0, emax) and need no list, only pieces of work: a range much longer than the others is cut into parts, whose
-sums are added afterwards in the order of the parts.
+every visible score and masks only where it must. The rows that see a key block at all are one contiguous range. dK and
+dV therefore walk [n0, emax) and need no list, only pieces of work. A range much longer than the others is cut into
+parts, whose sums are added afterwards in the order of the parts.
 
 Computed by csrc in O(T + visited blocks). A schedule makes attention faster and never changes what it means.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from cpo_kernels import _csrc
+import cpo_kernels._csrc as _csrc
+from cpo_kernels.device import to_device
 
 
 @dataclass(frozen=True, eq=False)
 class TreeSchedule:
     """The blocks to visit and the runs without a branch, as plain int32 tensors.
 
-    T rows; Q = ceil(T / block_q) query blocks; K = ceil(T / block_kv) key blocks; W >= K pieces of work; B key blocks
-    cut into parts; N runs. "Full" means that all block_kv keys exist and are visible: the ragged last key block is never
-    full, so a kernel loads a full block unchecked. Ranges are half open; an empty one has start == stop. All tensors are
-    on one device but those of the runs, which stay on the CPU: host code alone reads them.
+    T rows, Q = ceil(T / block_q) query blocks, K = ceil(T / block_kv) key blocks, W >= K pieces of work, B key blocks
+    cut into parts, N runs. "Full" means that all block_kv keys exist and are visible: the ragged last key block is never
+    full, so a kernel loads a full block unchecked. Ranges are half open, and an empty one has start == stop. All tensors
+    are on one device but those of the runs, which stay on the CPU because only host code reads them.
     """
 
     subtree_end: torch.Tensor  # [T] int32, what the schedule was made for
     block_q: int
     block_kv: int
-    kv_min_end: torch.Tensor  # [K] int32, least subtree_end of the block's keys
-    kv_max_end: torch.Tensor  # [K] int32, greatest
     kv_query_start: torch.Tensor  # [K] int32, rows [start, stop) see at least one key of the block; no others do
     kv_query_stop: torch.Tensor  # [K] int32
     kv_full_start: torch.Tensor  # [K] int32, rows [start, stop) see every key of the block; no others do
     kv_full_stop: torch.Tensor  # [K] int32
-    full_offsets: torch.Tensor  # [Q + 1] int32
-    full_blocks: (
-        torch.Tensor
-    )  # int32, full key blocks of query block b at full_offsets[b]:full_offsets[b + 1], ascending
+    full_offsets: torch.Tensor  # [Q + 1] int32, query block b has full key blocks full_offsets[b]:full_offsets[b + 1]
+    full_blocks: torch.Tensor  # int32, full key blocks of all query blocks, ascending within one
     partial_offsets: torch.Tensor  # [Q + 1] int32
-    partial_blocks: torch.Tensor  # int32, partial key blocks of query block b likewise
+    partial_blocks: torch.Tensor  # int32, partial key blocks likewise
     work_block: torch.Tensor  # [W] int32, key block of a piece of work on dK and dV, ascending
     work_start: torch.Tensor  # [W] int32, its query rows [start, stop): the pieces of a block cover its query range,
     work_stop: torch.Tensor  # [W] int32, in order and whole multiples of block_q rows, but for the last
@@ -64,23 +61,24 @@ class TreeSchedule:
         """T."""
         return self.subtree_end.shape[0]
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Query rows and keys of a block."""
+        return self.block_q, self.block_kv
+
     def to(self, device: torch.device | str, subtree_end: torch.Tensor | None = None) -> TreeSchedule:
-        """The same schedule on `device`, without waiting for it when the tensors come from the CPU.
+        """The same schedule on `device`, as `to_device` moves it.
 
         Args:
             device: where the kernels run.
-            subtree_end: [T] int32, this line's own tensor on `device` where there is one already: the schedule then
+            subtree_end: [T] int32, the forest's own tensor on `device` where there is one already: the schedule then
                 refers to it, and `tree_attention` sees that both are of one forest.
         """
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and not name.startswith("host_"):
-                values[name] = moved(value, device)
-        return TreeSchedule(**values | ({} if subtree_end is None else {"subtree_end": subtree_end}))
+        return to_device(self if subtree_end is None else replace(self, subtree_end=subtree_end), device)
 
 
 def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
-    """Compute the block schedule of one packed line on the host.
+    """Compute the block schedule of one forest on the host.
 
     Args:
         subtree_end: [T] int32, any device (one copy to the host if it is not there already).
@@ -101,7 +99,7 @@ def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int =
         for name, array in arrays.items()
     }
     schedule = TreeSchedule(subtree_end=subtree_end, block_q=block_q, block_kv=block_kv, num_parts=num_parts, **tensors)
-    return schedule if subtree_end.is_cpu else schedule.to(subtree_end.device, subtree_end)
+    return schedule.to(subtree_end.device)
 
 
 def validate_subtree_end(subtree_end: torch.Tensor) -> None:
@@ -112,11 +110,6 @@ def validate_subtree_end(subtree_end: torch.Tensor) -> None:
             or `subtree_end` is not a 1-D int32 tensor.
     """
     _csrc.validate_subtree_end(_host_array(subtree_end))
-
-
-def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`tensor` on `device`; from the CPU without waiting: the driver has read pageable memory when the call returns."""
-    return tensor.to(device, non_blocking=tensor.is_cpu)
 
 
 def _host_array(subtree_end: torch.Tensor) -> np.ndarray:
