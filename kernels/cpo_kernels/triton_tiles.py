@@ -1,17 +1,9 @@
-"""Tiles of rows for the Triton kernels of tree attention: their sizes, and how rows are loaded, masked and stored.
+"""What the Triton kernels of all ops share: sizes of tiles, rows in and out of memory, and one step of online softmax.
 
-A kernel's tile may be smaller than the schedule's block, never larger: every part of a full block is full, and a mask
-is exact on every part of a partial one. Both are powers of two, so the smaller divides the larger.
-
-Triton's interpreter, which runs the kernels on a CPU, computes bfloat16 products wrongly and says nothing. Under the
-constexpr UPCAST operands are therefore float32 numbers that bfloat16 can hold, rounded as the GPU rounds; products and
-sums are then float32 in both.
-
-What the kernels of this folder do differently in Triton's interpreter, which runs them on a CPU.
-
-The interpreter keeps bfloat16 as 16-bit integers: a dot or a sum of them is wrong without an error, and a cast to them
-cuts the low bits off instead of rounding. So there operands go through float32, which is exact for a load, and a store
-rounds by hand, as the hardware does.
+Triton's interpreter runs the kernels on a CPU, for tests. It keeps bfloat16 as 16-bit integers: a product or a sum of
+them is wrong without an error, and a cast to them cuts the low bits off instead of rounding. Under the constexpr UPCAST
+operands are therefore float32 numbers that bfloat16 can hold, rounded as the GPU rounds. Products and sums are then
+float32 in both.
 """
 
 import os
@@ -20,8 +12,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
-from cpo_kernels.tree_attention.schedule import TreeSchedule
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit looks at when a kernel is defined
 MIN_BLOCK = 16  # the least extent of a matrix instruction's operands
@@ -39,7 +29,7 @@ class Tile:
     num_stages: int  # of software pipelining: tiles in flight
 
 
-# By padded head size. float32 products run outside the matrix units and hold their operands in registers.
+# Of tree_attention by padded head size: float32 products run outside the matrix units and hold their operands in registers.
 EXACT_TILES = {
     64: Tile(block_q=32, block_kv=32, num_warps=8, num_stages=1),
     128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
@@ -47,36 +37,47 @@ EXACT_TILES = {
 }
 
 
-def choose_tile(table: dict[int, Tile], head_dim: int, dtype: torch.dtype, schedule: TreeSchedule) -> Tile:
-    """The tile for a head size and dtype, no larger than the schedule's blocks.
+def choose_tile(
+    op: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    table: dict[int, Tile],
+    exact_table: dict[int, Tile],
+    blocks: tuple[int, int] | None = None,
+) -> Tile:
+    """The tile for a head size and dtype.
 
     Args:
-        table: tile by padded head size, for 16-bit inputs; those for float32 are `EXACT_TILES`.
+        op: name of the op, for messages.
         head_dim: D, at most 256.
         dtype: bfloat16, float16 or float32.
-        schedule: gives the blocks.
+        table: tile by padded head size, for 16-bit inputs.
+        exact_table: the same for float32.
+        blocks: `block_q` and `block_kv` of a schedule. A tile may be smaller than its block, since every part of a full
+            block is full and a mask is exact on every part of a partial one. It is never larger. Both are powers of two,
+            so the smaller divides the larger.
 
     Raises:
         ValueError: head size, dtype or block sizes that no kernel is made for.
     """
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"tree_attention: impl='triton' expects head_dim <= {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{op}: impl='triton' expects head_dim <= {MAX_HEAD_DIM}, got {head_dim}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"tree_attention: impl='triton' expects bfloat16, float16 or float32, got {dtype}")
-    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
+        raise ValueError(f"{op}: impl='triton' expects bfloat16, float16 or float32, got {dtype}")
+    table = exact_table if dtype == torch.float32 else table
+    tile = table[max(padded_head_dim(head_dim), min(table))]
+    if blocks is None:
+        return tile
+    for name, block in zip(("block_q", "block_kv"), blocks, strict=True):
         if block < MIN_BLOCK or block & (block - 1):
             raise ValueError(
-                f"tree_attention: impl='triton' expects a schedule whose {name} is a power of two >= {MIN_BLOCK}, "
-                f"got {block}"
+                f"{op}: impl='triton' expects a schedule whose {name} is a power of two >= {MIN_BLOCK}, got {block}"
             )
-    tile = (EXACT_TILES if dtype == torch.float32 else table)[max(padded_head_dim(head_dim), min(table))]
-    return Tile(
-        min(tile.block_q, schedule.block_q), min(tile.block_kv, schedule.block_kv), tile.num_warps, tile.num_stages
-    )
+    return Tile(min(tile.block_q, blocks[0]), min(tile.block_kv, blocks[1]), tile.num_warps, tile.num_stages)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile: a power of two; those past D are loaded as zero and not stored."""
+    """Columns of a tile: a power of two. Those past D are loaded as zero and not stored."""
     return max(MIN_BLOCK, triton.next_power_of_2(head_dim))
 
 
@@ -86,8 +87,12 @@ def by_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def as_operand(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
-    """float32 `x` rounded to dtype to nearest even, for a product or a store; still float32 under UPCAST."""
+def as_operand(
+    x: tl.tensor,  # [...] fp32
+    dtype: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tl.tensor:
+    """`x` rounded to dtype, to nearest even, for a product or a store; still float32 under UPCAST."""
     if not UPCAST:
         return x.to(dtype)
     elif dtype == tl.bfloat16:
@@ -99,8 +104,18 @@ def as_operand(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.te
 
 
 @triton.jit
+def cast(
+    x: tl.tensor,  # [...] fp32
+    dtype: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tl.tensor:
+    """`x` as dtype, rounded to nearest even."""
+    return as_operand(x, dtype, UPCAST).to(dtype)
+
+
+@triton.jit
 def listed_keys(
-    blocks_ptr: tl.tensor,  # int32, key blocks of the schedule
+    blocks_ptr: tl.tensor,  # int32, key blocks of a schedule
     step: tl.tensor,  # counts tiles along the list
     BLOCK_KV: tl.constexpr,
     TILES_PER_KV: tl.constexpr,
@@ -111,7 +126,7 @@ def listed_keys(
 
 
 @triton.jit
-def hide(
+def apply_tree_mask(
     scores: tl.tensor,  # [queries, keys] or [keys, queries]
     rows: tl.tensor,  # int32, a row or a column
     keys: tl.tensor,  # int32, the other
@@ -119,6 +134,30 @@ def hide(
 ) -> tl.tensor:
     """The scores where the row sees the key, elsewhere -inf."""
     return tl.where((keys <= rows) & (rows < ends), scores, float("-inf"))
+
+
+@triton.jit
+def online_softmax_step(
+    maximum: tl.tensor,  # [Q] fp32, of the scores so far, -inf before the first
+    total: tl.tensor,  # [Q] fp32, sum of 2^(score - maximum)
+    acc: tl.tensor,  # [Q, D] fp32, sum of 2^(score - maximum) v
+    scores: tl.tensor,  # [Q, K] fp32 in base 2, -inf where hidden
+    v: tl.tensor,  # [K, D]
+    dtype: tl.constexpr,  # of v in memory
+    MASKED: tl.constexpr,  # a row may have seen nothing yet
+    UPCAST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Maximum, sum and weighted values after one more tile of keys."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    offset = new_maximum
+    if MASKED:  # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
+        offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - offset[:, None])
+    decay = tl.exp2(maximum - offset)
+    total = total * decay + tl.sum(weights, 1)
+    acc *= decay[:, None]
+    acc = tl.dot(as_operand(weights, dtype, UPCAST), v, acc, input_precision="ieee")
+    return new_maximum, total, acc
 
 
 @triton.jit
@@ -132,7 +171,7 @@ def load_rows(
     CHECKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tl.tensor:
-    """[N, BLOCK_D] of one head; columns past HEAD_DIM are zero, and with CHECKED rows past the line too."""
+    """[N, BLOCK_D] of one head. Columns past HEAD_DIM are zero, and with CHECKED rows past `num_rows` too."""
     columns = tl.arange(0, BLOCK_D)
     addresses = pointer + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     if CHECKED:
@@ -149,7 +188,7 @@ def load_rows(
 @triton.jit
 def store_rows(
     pointer: tl.tensor,  # [T, num_heads, HEAD_DIM], contiguous
-    tile: tl.tensor,  # [N, BLOCK_D] float32
+    tile: tl.tensor,  # [N, BLOCK_D] fp32
     rows: tl.tensor,  # [N] int32
     head: tl.tensor,
     num_heads: tl.tensor,
@@ -161,23 +200,5 @@ def store_rows(
     """Round a tile and write its rows and columns that exist."""
     columns = tl.arange(0, BLOCK_D)
     addresses = pointer + (rows.to(tl.int64) * num_heads + head)[:, None] * HEAD_DIM + columns[None, :]
-    values = as_operand(tile, pointer.dtype.element_ty, UPCAST).to(pointer.dtype.element_ty)
+    values = cast(tile, pointer.dtype.element_ty, UPCAST)
     tl.store(addresses, values, mask=(rows[:, None] < num_rows) & (columns[None, :] < HEAD_DIM))
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit itself looks at when a kernel is defined
-
-
-@triton.jit
-def cast(
-    values: tl.tensor,  # [...] fp32
-    dtype: tl.constexpr,
-    interpreted: tl.constexpr,
-) -> tl.tensor:
-    """`values` as `dtype`, rounded to nearest, ties to even."""
-    if interpreted and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return values.to(dtype)

@@ -36,9 +36,9 @@ def compiled(name: str, head_dim: int, dtype: str, arch: int) -> Any:
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": GROUP, "UPCAST": False}
     warps, stages = 1 if name == "_store_kernel" else 4, 3  # 4 and 3: what a launch gets that names none
     if name == "_partial_kernel":
-        tile = triton_forward.choose_tile(
-            head_dim, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-        )
+        torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        tables = triton_forward.TILES, triton_forward.EXACT_TILES
+        tile = triton_forward.choose_tile("tree_decode", head_dim, torch_dtype, *tables)
         constants |= {"BLOCK_Q": tile.block_q, "BLOCK_KV": tile.block_kv, "ITEM_COLUMNS": ITEM_COLUMNS}
         warps, stages = tile.num_warps, tile.num_stages
     elif name == "_merge_kernel":

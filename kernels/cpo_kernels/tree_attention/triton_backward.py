@@ -6,22 +6,17 @@ With p = 2^(scale log2(e) q . k - lse), dp = dout . v and delta = dout . out, ov
     dv[j] = sum_i p[i, j] dout[i]       ds = p (dp - delta)
     dq[i] = scale sum_j ds[i, j] k[j]   dk[j] = scale sum_i ds[i, j] q[i]
 
-The probabilities are made again from the forward's log-sum-exp. delta is made here; dk and dv stand in `backward_kv`, dq
-in `backward_q`. Every gradient is written once by one program that sums in a fixed order, query heads of a group and
-parts of a query range included: no atomics, bitwise repeatable.
+The probabilities are made again from the forward's log-sum-exp. Every gradient is written once by one program that sums
+in a fixed order, query heads of a group and parts of a query range included: no atomics, bitwise repeatable.
 
-Tree attention, backward, in Triton: dk and dv.
-
-One program makes one tile of keys of one key head, over the queries of one piece of the schedule's work and over the
-query heads of the group: masked steps, then unmasked ones where every key of the block is seen, then masked ones. Where
-the piece is all the rows that see the block, the program writes dk and dv. Where it is a part of them, as for a prompt
-that nearly all rows see, it writes float32 sums to a workspace, and a second kernel adds the parts of a block in their
-order. The cut does not depend on the device, so neither do the bits.
-
-Tree attention, backward, in Triton: dq.
-
-One program makes one tile of query rows of one head over the key blocks that the schedule lists for them, as in the
+dq: one program makes one tile of query rows of one head over the key blocks that the schedule lists for them, as in the
 forward: first the full ones, without a mask and without bounds, then the partial ones.
+
+dk and dv: one program makes one tile of keys of one key head, over the queries of one piece of the schedule's work and
+over the query heads of the group: masked steps, then unmasked ones where every key of the block is seen, then masked
+ones. Where the piece is all the rows that see the block, the program writes dk and dv. Where it is a part of them, as for
+a prompt that nearly all rows see, it writes float32 sums to a workspace, and a second kernel adds the parts of a block in
+their order. The cut does not depend on the device, so neither do the bits.
 """
 
 import torch
@@ -30,19 +25,27 @@ import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
 from cpo_kernels.triton_tiles import (
+    EXACT_TILES,
     INTERPRETED,
     LOG2_E,
     Tile,
+    apply_tree_mask,
     as_operand,
     by_rows,
     choose_tile,
-    hide,
     listed_keys,
     load_rows,
     padded_head_dim,
     store_rows,
 )
 
+# By padded head size. Queries and output gradients stay, keys and values stream. 128 rows of 128 and more spill on 8.0, a
+# head of 256 on 9.0 unless its tiles go through shared memory in two stages.
+QUERY_TILES = {
+    64: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),
+    128: Tile(block_q=64, block_kv=64, num_warps=8, num_stages=2),
+    256: Tile(block_q=64, block_kv=32, num_warps=8, num_stages=2),
+}
 # By padded head size. Keys and values stay, queries and output gradients stream. The two float32 accumulators of 64 keys,
 # the least that the matrix instructions of compute capability 9.0 take, fill the registers: so 32 queries at a time, and
 # for a head of 256, where even those spill, 16 in one loop that masks every step.
@@ -53,19 +56,94 @@ KEY_TILES = {
 }
 ONE_LOOP_HEAD_DIM = 256
 SUM_ROWS = 16  # rows of one program that adds parts: the least block of keys; bound by memory
+DELTA_ROWS = 64  # rows of one program of the row-wise product; bound by memory at any size
+
+
+def tree_attention_backward(
+    grad_out: torch.Tensor,  # [T, H, D]
+    q: torch.Tensor,  # [T, H, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    out: torch.Tensor,  # [T, H, D] contiguous
+    lse: torch.Tensor,  # [H, T] float32
+    schedule: TreeSchedule,
+    scale: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of q, k and v from the gradient of the output.
+
+    Args:
+        grad_out: [T, H, D] in the dtype of q, any strides.
+        q, k, v: as given to the forward.
+        out, lse: as returned by it.
+        schedule: as given to the forward.
+        scale: as given to the forward.
+        needs: which of dq, dk and dv are wanted. dk and dv come together, so that wanting one makes both.
+
+    Returns:
+        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q; None for what is not wanted.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    grad_out, q, k, v = by_rows(grad_out), by_rows(q), by_rows(k), by_rows(v)
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "UPCAST": INTERPRETED}
+    delta = torch.empty_like(lse)
+    _delta_kernel[(triton.cdiv(num_rows, DELTA_ROWS) * num_heads,)](
+        grad_out, out, delta, num_rows, num_heads, *grad_out.stride()[:2], BLOCK_Q=DELTA_ROWS, **constants
+    )
+    inputs = (q, k, v, grad_out, lse, delta)
+    sizes = (num_rows, num_heads, num_heads // k.shape[1], scale * LOG2_E, scale)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2])
+    grad_q = launch_grad_q(inputs, schedule, sizes, strides, constants) if needs[0] else None
+    if not (needs[1] or needs[2]):
+        return grad_q, None, None
+    grad_k, grad_v = launch_grad_kv(inputs, schedule, sizes, strides, constants)
+    return grad_q, grad_k if needs[1] else None, grad_v if needs[2] else None
+
+
+def launch_grad_q(
+    inputs: tuple[torch.Tensor, ...],  # q, k, v, grad_out, lse, delta
+    schedule: TreeSchedule,
+    sizes: tuple[int | float, ...],  # num_rows, num_heads, group, scale_log2, scale
+    strides: tuple[int, ...],  # of rows and heads of q, k, v and grad_out
+    constants: dict[str, int | bool],
+) -> torch.Tensor:
+    """dq [T, H, D], contiguous, in the dtype of q."""
+    q = inputs[0]
+    num_rows, num_heads, head_dim = q.shape
+    tile = choose_tile("tree_attention", head_dim, q.dtype, QUERY_TILES, EXACT_TILES, schedule.blocks)
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _grad_q_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
+        *inputs,
+        grad_q,
+        schedule.subtree_end,
+        schedule.full_offsets,
+        schedule.full_blocks,
+        schedule.partial_offsets,
+        schedule.partial_blocks,
+        *sizes,
+        *strides,
+        BLOCK_Q=tile.block_q,
+        BLOCK_KV=tile.block_kv,
+        TILES_PER_Q=schedule.block_q // tile.block_q,
+        TILES_PER_KV=schedule.block_kv // tile.block_kv,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **constants,
+    )
+    return grad_q
 
 
 def launch_grad_kv(
     inputs: tuple[torch.Tensor, ...],  # q, k, v, grad_out, lse, delta
     schedule: TreeSchedule,
-    sizes: tuple[int | float, ...],
-    strides: tuple[int, ...],
+    sizes: tuple[int | float, ...],  # num_rows, num_heads, group, scale_log2, scale
+    strides: tuple[int, ...],  # of rows and heads of q, k, v and grad_out
     constants: dict[str, int | bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv [T, Hkv, D], contiguous, in the dtype of k; the arguments are those of the kernels, made in `backward`."""
+    """dk and dv [T, Hkv, D], contiguous, in the dtype of k."""
     q, k, v = inputs[:3]
     num_kv_heads, head_dim = k.shape[1:]
-    tile = choose_tile(KEY_TILES, head_dim, q.dtype, schedule)
+    tile = choose_tile("tree_attention", head_dim, q.dtype, KEY_TILES, EXACT_TILES, schedule.blocks)
     tiles_per_kv = schedule.block_kv // tile.block_kv
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     part_shape = (2, schedule.num_parts * schedule.block_kv, num_kv_heads, head_dim)
@@ -117,6 +195,106 @@ def num_phases(block_d: int) -> int:
     return 1 if block_d >= ONE_LOOP_HEAD_DIM else 3
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _delta_kernel(
+    grad_out_ptr,  # [T, H, D]
+    out_ptr,  # [T, H, D] contiguous
+    delta_ptr,  # [H, T] fp32
+    num_rows,
+    num_heads,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """delta[h, i] = dout[i, h] . out[i, h] in float32."""
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    rows = (tl.program_id(0) // num_heads) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    grad_out = load_rows(
+        grad_out_ptr + head * grad_out_head_stride,
+        rows,
+        grad_out_row_stride,
+        num_rows,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+        UPCAST,
+    )
+    out = load_rows(out_ptr + head * HEAD_DIM, rows, num_heads * HEAD_DIM, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + head * num_rows + rows, delta, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _grad_q_kernel(
+    q_ptr,  # [T, H, D]
+    k_ptr,  # [T, Hkv, D]
+    v_ptr,  # [T, Hkv, D]
+    grad_out_ptr,  # [T, H, D]
+    lse_ptr,  # [H, T] fp32
+    delta_ptr,  # [H, T] fp32
+    grad_q_ptr,  # [T, H, D] contiguous
+    end_ptr,  # [T] int32
+    full_offsets_ptr,  # [Q + 1] int32
+    full_blocks_ptr,  # int32
+    partial_offsets_ptr,  # [Q + 1] int32
+    partial_blocks_ptr,  # int32
+    num_rows,
+    num_heads,
+    group,  # query heads per key head
+    scale_log2,
+    scale,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILES_PER_Q: tl.constexpr,
+    TILES_PER_KV: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """dq of one query tile and head, over the full and the partial key blocks of its schedule block."""
+    tile_index = tl.program_id(0) // num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    k_head_ptr = k_ptr + (head // group) * k_head_stride
+    v_head_ptr = v_ptr + (head // group) * v_head_stride
+    grad_out_head_ptr = grad_out_ptr + head * grad_out_head_stride
+    rows = tile_index * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q = load_rows(q_ptr + head * q_head_stride, rows, q_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
+    grad_out = load_rows(grad_out_head_ptr, rows, grad_out_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
+    lse = tl.load(lse_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
+    delta = tl.load(delta_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
+
+    grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    block_q = tile_index // TILES_PER_Q
+    for masked in tl.static_range(2):  # full blocks, then partial ones
+        offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
+        blocks_ptr = partial_blocks_ptr if masked else full_blocks_ptr
+        first, last = tl.load(offsets_ptr + block_q), tl.load(offsets_ptr + block_q + 1)
+        for step in range(first * TILES_PER_KV, last * TILES_PER_KV):
+            keys = listed_keys(blocks_ptr, step, BLOCK_KV, TILES_PER_KV)
+            k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
+            if masked == 1:
+                ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
+                scores = apply_tree_mask(scores, rows[:, None], keys[None, :], ends[None, :])
+            weights = tl.exp2(scores)
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+            grad_scores = weights * (grad_weights - delta[:, None])
+            grad_q = tl.dot(as_operand(grad_scores, k_ptr.dtype.element_ty, UPCAST), k, grad_q, input_precision="ieee")
+    store_rows(grad_q_ptr, grad_q * scale, rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
+
+
 @triton.jit
 def _add_queries(
     grad_k,  # [BLOCK_KV, BLOCK_D] fp32
@@ -150,7 +328,7 @@ def _add_queries(
         delta = tl.load(delta_ptr + rows)
     scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]  # [BLOCK_KV, BLOCK_Q]
     if MASKED:
-        scores = hide(scores, rows[None, :], keys[:, None], ends[:, None])
+        scores = apply_tree_mask(scores, rows[None, :], keys[:, None], ends[:, None])
     weights = tl.exp2(scores)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     grad_v = tl.dot(as_operand(weights, dtype, UPCAST), grad_out, grad_v, input_precision="ieee")
@@ -295,189 +473,3 @@ def _sum_parts_kernel(
         grad_v += load_rows(part_v_head_ptr, rows, row_stride, num_rows, HEAD_DIM, BLOCK_D, False, UPCAST)
     store_rows(grad_k_ptr, grad_k * scale, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
     store_rows(grad_v_ptr, grad_v, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
-
-
-# By padded head size. Queries and output gradients stay, keys and values stream. 128 rows of 128 and more spill on 8.0, a
-# head of 256 on 9.0 unless its tiles go through shared memory in two stages.
-QUERY_TILES = {
-    64: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),
-    128: Tile(block_q=64, block_kv=64, num_warps=8, num_stages=2),
-    256: Tile(block_q=64, block_kv=32, num_warps=8, num_stages=2),
-}
-
-
-def launch_grad_q(
-    inputs: tuple[torch.Tensor, ...],  # q, k, v, grad_out, lse, delta
-    schedule: TreeSchedule,
-    sizes: tuple[int | float, ...],
-    strides: tuple[int, ...],
-    constants: dict[str, int | bool],
-) -> torch.Tensor:
-    """dq [T, H, D], contiguous, in the dtype of q; the arguments are those of the kernel, made in `backward`."""
-    q = inputs[0]
-    num_rows, num_heads, head_dim = q.shape
-    tile = choose_tile(QUERY_TILES, head_dim, q.dtype, schedule)
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _grad_q_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
-        *inputs,
-        grad_q,
-        schedule.subtree_end,
-        schedule.full_offsets,
-        schedule.full_blocks,
-        schedule.partial_offsets,
-        schedule.partial_blocks,
-        *sizes,
-        *strides,
-        BLOCK_Q=tile.block_q,
-        BLOCK_KV=tile.block_kv,
-        TILES_PER_Q=schedule.block_q // tile.block_q,
-        TILES_PER_KV=schedule.block_kv // tile.block_kv,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **constants,
-    )
-    return grad_q
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _grad_q_kernel(
-    q_ptr,  # [T, H, D]
-    k_ptr,  # [T, Hkv, D]
-    v_ptr,  # [T, Hkv, D]
-    grad_out_ptr,  # [T, H, D]
-    lse_ptr,  # [H, T] fp32
-    delta_ptr,  # [H, T] fp32
-    grad_q_ptr,  # [T, H, D] contiguous
-    end_ptr,  # [T] int32
-    full_offsets_ptr,  # [Q + 1] int32
-    full_blocks_ptr,  # int32
-    partial_offsets_ptr,  # [Q + 1] int32
-    partial_blocks_ptr,  # int32
-    num_rows,
-    num_heads,
-    group,  # query heads per key head
-    scale_log2,
-    scale,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    TILES_PER_Q: tl.constexpr,
-    TILES_PER_KV: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """dq of one query tile and head, over the full and the partial key blocks of its schedule block."""
-    tile_index = tl.program_id(0) // num_heads
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    k_head_ptr = k_ptr + (head // group) * k_head_stride
-    v_head_ptr = v_ptr + (head // group) * v_head_stride
-    grad_out_head_ptr = grad_out_ptr + head * grad_out_head_stride
-    rows = tile_index * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr + head * q_head_stride, rows, q_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
-    grad_out = load_rows(grad_out_head_ptr, rows, grad_out_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
-    lse = tl.load(lse_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
-    delta = tl.load(delta_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
-
-    grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    block_q = tile_index // TILES_PER_Q
-    for masked in tl.static_range(2):  # full blocks, then partial ones
-        offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
-        blocks_ptr = partial_blocks_ptr if masked else full_blocks_ptr
-        first, last = tl.load(offsets_ptr + block_q), tl.load(offsets_ptr + block_q + 1)
-        for step in range(first * TILES_PER_KV, last * TILES_PER_KV):
-            keys = listed_keys(blocks_ptr, step, BLOCK_KV, TILES_PER_KV)
-            k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
-            v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
-            if masked == 1:
-                ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
-                scores = hide(scores, rows[:, None], keys[None, :], ends[None, :])
-            weights = tl.exp2(scores)
-            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
-            grad_scores = weights * (grad_weights - delta[:, None])
-            grad_q = tl.dot(as_operand(grad_scores, k_ptr.dtype.element_ty, UPCAST), k, grad_q, input_precision="ieee")
-    store_rows(grad_q_ptr, grad_q * scale, rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
-
-
-DELTA_ROWS = 64  # rows of one program of the row-wise product; bound by memory at any size
-
-
-def tree_attention_backward(
-    grad_out: torch.Tensor,  # [T, H, D]
-    q: torch.Tensor,  # [T, H, D]
-    k: torch.Tensor,  # [T, Hkv, D]
-    v: torch.Tensor,  # [T, Hkv, D]
-    out: torch.Tensor,  # [T, H, D] contiguous
-    lse: torch.Tensor,  # [H, T] float32
-    schedule: TreeSchedule,
-    scale: float,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of q, k and v from the gradient of the output.
-
-    Args:
-        grad_out: [T, H, D] in the dtype of q, any strides.
-        q, k, v: as given to the forward.
-        out, lse: as returned by it.
-        schedule: as given to the forward.
-        scale: as given to the forward.
-        needs: which of dq, dk and dv are wanted; dk and dv come together, so that wanting one makes both.
-
-    Returns:
-        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q; None for what is not wanted.
-    """
-    num_rows, num_heads, head_dim = q.shape
-    grad_out, q, k, v = by_rows(grad_out), by_rows(q), by_rows(k), by_rows(v)
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "UPCAST": INTERPRETED}
-    delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(num_rows, DELTA_ROWS) * num_heads,)](
-        grad_out, out, delta, num_rows, num_heads, *grad_out.stride()[:2], BLOCK_Q=DELTA_ROWS, **constants
-    )
-    inputs = (q, k, v, grad_out, lse, delta)
-    sizes = (num_rows, num_heads, num_heads // k.shape[1], scale * LOG2_E, scale)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2])
-    grad_q = launch_grad_q(inputs, schedule, sizes, strides, constants) if needs[0] else None
-    if not (needs[1] or needs[2]):
-        return grad_q, None, None
-    grad_k, grad_v = launch_grad_kv(inputs, schedule, sizes, strides, constants)
-    return grad_q, grad_k if needs[1] else None, grad_v if needs[2] else None
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _delta_kernel(
-    grad_out_ptr,  # [T, H, D]
-    out_ptr,  # [T, H, D] contiguous
-    delta_ptr,  # [H, T] fp32
-    num_rows,
-    num_heads,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """delta[h, i] = dout[i, h] . out[i, h] in float32."""
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    rows = (tl.program_id(0) // num_heads) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    grad_out = load_rows(
-        grad_out_ptr + head * grad_out_head_stride,
-        rows,
-        grad_out_row_stride,
-        num_rows,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-        UPCAST,
-    )
-    out = load_rows(out_ptr + head * HEAD_DIM, rows, num_heads * HEAD_DIM, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
-    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + head * num_rows + rows, delta, mask=rows < num_rows)

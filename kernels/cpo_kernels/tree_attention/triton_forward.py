@@ -6,10 +6,10 @@
 One program makes one tile of query rows of one head. It walks the key blocks that the schedule lists for those rows:
 first the full ones, without a mask and without bounds, then the partial ones under (n <= m) & (m < subtree_end[n]). Key
 blocks that no row of the tile sees are never read. The softmax is the online one in base 2, with maximum, sum and
-weighted values in float32; log2 of the sum of exponentials is kept for the backward.
+weighted values in float32. log2 of the sum of exponentials is kept for the backward.
 
-Left out: tensor-memory copies and warp specialisation; a NaN or an infinity among the values of a hidden row that
-shares a partial block with visible ones is multiplied by zero and spreads.
+A NaN or an infinity among the values of a hidden row that shares a partial block with visible ones is multiplied by zero
+and spreads.
 """
 
 import torch
@@ -18,15 +18,16 @@ import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
 from cpo_kernels.triton_tiles import (
+    EXACT_TILES,
     INTERPRETED,
     LOG2_E,
     Tile,
-    as_operand,
+    apply_tree_mask,
     by_rows,
     choose_tile,
-    hide,
     listed_keys,
     load_rows,
+    online_softmax_step,
     padded_head_dim,
     store_rows,
 )
@@ -64,7 +65,7 @@ def tree_attention_forward(
         ValueError: head size, dtype or block sizes that no kernel is made for.
     """
     num_rows, num_heads, head_dim = q.shape
-    tile = choose_tile(TILES, head_dim, q.dtype, schedule)
+    tile = choose_tile("tree_attention", head_dim, q.dtype, TILES, EXACT_TILES, schedule.blocks)
     q, k, v = by_rows(q), by_rows(k), by_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_rows), dtype=torch.float32, device=q.device)
@@ -155,17 +156,10 @@ def _forward_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
             if masked == 1:
                 ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
-                scores = hide(scores, rows[:, None], keys[None, :], ends[None, :])
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            offset = new_maximum
-            if masked == 1:  # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
-                offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weights = tl.exp2(scores - offset[:, None])
-            decay = tl.exp2(maximum - offset)
-            total = total * decay + tl.sum(weights, 1)
-            acc *= decay[:, None]
-            acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
-            maximum = new_maximum
+                scores = apply_tree_mask(scores, rows[:, None], keys[None, :], ends[None, :])
+            maximum, total, acc = online_softmax_step(
+                maximum, total, acc, scores, v, v_ptr.dtype.element_ty, masked == 1, UPCAST
+            )
 
     total = tl.where(rows < num_rows, total, 1.0)  # rows past the line have seen nothing; they are not stored
     store_rows(out_ptr, acc / total[:, None], rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)

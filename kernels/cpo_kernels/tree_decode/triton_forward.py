@@ -6,11 +6,11 @@
 
 The partial kernel packs the query heads that share a key head into the rows of one tile, so an item's keys are loaded
 once for all its queries and heads. The merge kernel reads a private suffix, which one row alone sees, as a product of a
-matrix and a vector in float32. Log-sum-exps are in base 2; maxima, sums and partial outputs are float32; orders are
-fixed, so results are bitwise repeatable. Nothing that changes from step to step is a kernel argument but the contents of
-tensors, so one binary serves all steps and a CUDA graph may replay them.
+matrix and a vector in float32. Heads that share a key head read it one after another, through the cache.
 
-Left out: heads that share a key head read their private suffix one after another, through the cache.
+Log-sum-exps are in base 2. Maxima, sums and partial outputs are float32 and added in a fixed order, so results are
+bitwise repeatable. From step to step only the contents of tensors change and no argument of a kernel, so one binary
+serves all steps and a CUDA graph may replay them.
 """
 
 import torch
@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from cpo_kernels.tree_decode.plan import ITEM_COLUMNS, QUERY_TILE, DecodePlan
-from cpo_kernels.triton_tiles import INTERPRETED, LOG2_E, MAX_HEAD_DIM, Tile, as_operand, padded_head_dim
+from cpo_kernels.triton_tiles import (
+    INTERPRETED,
+    LOG2_E,
+    Tile,
+    by_rows,
+    cast,
+    choose_tile,
+    load_rows,
+    online_softmax_step,
+    padded_head_dim,
+)
 
 # By padded head size. 64 rows are the least that compute capability 9.0's matrix instructions take, and hold 16 queries
 # of 4 heads; keys are read from memory once, so more rows would only help items of more queries.
@@ -49,10 +59,10 @@ def tree_decode_forward(
     plan: DecodePlan,
     scale: float,
 ) -> torch.Tensor:
-    """Store, attend and merge; three launches, no wait for the device.
+    """Store, attend and merge by three launches.
 
     Args:
-        q: [N, H, D] bfloat16, float16 or float32; last dimension contiguous or copied.
+        q: [N, H, D] bfloat16, float16 or float32; any strides.
         k_new, v_new: [N, Hkv, D], same dtype.
         k_arena, v_arena: [C, Hkv, D], same dtype, changed in place; last dimension contiguous.
         plan: of these N rows, on the device of q.
@@ -67,8 +77,8 @@ def tree_decode_forward(
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k_arena.shape[1]
     group = num_heads // num_kv_heads
-    tile = choose_tile(head_dim, q.dtype)
-    q, k_new, v_new = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (q, k_new, v_new))
+    tile = choose_tile("tree_decode", head_dim, q.dtype, TILES, EXACT_TILES)
+    q, k_new, v_new = by_rows(q), by_rows(k_new), by_rows(v_new)
     out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
@@ -137,20 +147,6 @@ def tree_decode_forward(
     return out
 
 
-def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of the partial kernel.
-
-    Raises:
-        ValueError: head size or dtype that no kernel is made for.
-    """
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"tree_decode: impl='triton' expects head_dim <= {MAX_HEAD_DIM}, got {head_dim}")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"tree_decode: impl='triton' expects bfloat16, float16 or float32, got {dtype}")
-    table = EXACT_TILES if dtype == torch.float32 else TILES
-    return table[max(padded_head_dim(head_dim), min(table))]
-
-
 @triton.jit
 def _store_kernel(
     k_new_ptr,  # [N, Hkv, D]
@@ -169,7 +165,7 @@ def _store_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Key and value of one row and head into the arena row of its slot; rows that share a dump row race, unread."""
+    """Key and value of one row and head into its slot. Rows that share the padding slot race; nobody reads it."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + row)
@@ -226,30 +222,19 @@ def _partial_kernel(
     if UPCAST:
         q = q.to(tl.float32)
     first_key = tl.load(item_ptr + 2).to(tl.int64)
-    k_tile_ptr = k_ptr + first_key * k_row_stride + kv_head * k_head_stride + columns[None, :]
-    v_tile_ptr = v_ptr + first_key * v_row_stride + kv_head * v_head_stride + columns[None, :]
+    k_item_ptr = k_ptr + first_key * k_row_stride + kv_head * k_head_stride
+    v_item_ptr = v_ptr + first_key * v_row_stride + kv_head * v_head_stride
 
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for first in range(0, num_keys, BLOCK_KV):
         keys = first + tl.arange(0, BLOCK_KV)
-        stored = (keys < num_keys)[:, None] & real_columns
-        k = tl.load(k_tile_ptr + keys.to(tl.int64)[:, None] * k_row_stride, mask=stored, other=0.0)
-        v = tl.load(v_tile_ptr + keys.to(tl.int64)[:, None] * v_row_stride, mask=stored, other=0.0)
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+        k = load_rows(k_item_ptr, keys, k_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, UPCAST)
+        v = load_rows(v_item_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
         scores = tl.where(keys[None, :] < visible[:, None], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # a row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN
-        offset = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - offset[:, None])
-        decay = tl.exp2(maximum - offset)
-        total = total * decay + tl.sum(weights, 1)
-        acc *= decay[:, None]
-        acc = tl.dot(as_operand(weights, v_ptr.dtype.element_ty, UPCAST), v, acc, input_precision="ieee")
-        maximum = new_maximum
+        maximum, total, acc = online_softmax_step(maximum, total, acc, scores, v, v_ptr.dtype.element_ty, True, UPCAST)
 
     partial = (tl.load(item_ptr + 5) + query).to(tl.int64) * num_heads + head
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -306,13 +291,12 @@ def _merge_kernel(
     q = tl.load(q_ptr + row * q_row_stride + head * q_head_stride + columns, mask=real, other=0.0).to(tl.float32)
     first_key = tl.load(suffix_start_ptr + row).to(tl.int64)
     num_keys = tl.load(suffix_len_ptr + row)
-    k_tile_ptr = k_ptr + first_key * k_row_stride + (head // GROUP) * k_head_stride + columns[None, :]
-    v_tile_ptr = v_ptr + first_key * v_row_stride + (head // GROUP) * v_head_stride + columns[None, :]
+    k_suffix_ptr = k_ptr + first_key * k_row_stride + (head // GROUP) * k_head_stride
+    v_suffix_ptr = v_ptr + first_key * v_row_stride + (head // GROUP) * v_head_stride
     for first in range(0, num_keys, BLOCK_KV):
         keys = first + tl.arange(0, BLOCK_KV)
-        stored = (keys < num_keys)[:, None] & real[None, :]
-        k = tl.load(k_tile_ptr + keys.to(tl.int64)[:, None] * k_row_stride, mask=stored, other=0.0).to(tl.float32)
-        v = tl.load(v_tile_ptr + keys.to(tl.int64)[:, None] * v_row_stride, mask=stored, other=0.0).to(tl.float32)
+        k = load_rows(k_suffix_ptr, keys, k_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, True)  # as float32
+        v = load_rows(v_suffix_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, True)
         scores = tl.sum(k * q[None, :], 1) * scale_log2  # [BLOCK_KV]
         scores = tl.where(keys < num_keys, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
@@ -322,6 +306,5 @@ def _merge_kernel(
         acc = acc * decay + tl.sum(v * weights[:, None], 0)
         maximum = new_maximum
 
-    result = as_operand(acc / tl.where(total == 0.0, 1.0, total), out_ptr.dtype.element_ty, UPCAST)
-    out_address = out_ptr + (row * num_heads + head) * HEAD_DIM + columns
-    tl.store(out_address, result.to(out_ptr.dtype.element_ty), mask=real)
+    result = cast(acc / tl.where(total == 0.0, 1.0, total), out_ptr.dtype.element_ty, UPCAST)
+    tl.store(out_ptr + (row * num_heads + head) * HEAD_DIM + columns, result, mask=real)
