@@ -16,10 +16,12 @@ from cpo_fast.adapters import ADAPTER
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model
-from cpo_kernels.implementation import Implementations, available_implementations, resolve_implementations
+from cpo_kernels.implementation import Implementations, available_implementations
 from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import KernelCheckError
+from cpo_kernels.tree_attention import resolve_tree_attention
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def _prepared(model: Any, config: Config) -> Implementations:
         raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(choices)}")
     try:
         prepare(model, impl)
-        resolved = resolve_implementations(impl, device_type)
+        resolved = Implementations(resolve_tree_attention(impl, device_type), resolve_linear_logprob(impl, device_type))
     except KernelCheckError as error:
         raise EnvironmentProblem(str(error)) from error
     except ValueError as error:

@@ -2,8 +2,8 @@
 
 Names: `reference` (plain torch, the specification), `eager` (plain torch, any device, no T x T matrix and no head in
 backward), `triton` (GPU kernels), `flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by
-device, an explicit `impl=` argument overrides both. An implementation that cannot run raises. Where `triton` is nobody's
-choice but the device's, `cpo_kernels.self_check` compares the op's kernels with `eager` there first, once a process.
+device, an explicit `impl=` argument overrides both. An implementation that cannot run raises. Where only the device's
+default asks for `triton`, the op's check of its kernels runs there first, once a process.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
+
+from cpo_kernels.kernel_check import Check, check_once
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "triton"}
 
 @dataclass(frozen=True)
 class Implementations:
-    """One implementation name for each op; None leaves the choice to the op."""
+    """One implementation name for each op of training; None leaves the choice to the op."""
 
     tree_attention: str | None = None
     linear_logprob: str | None = None
@@ -46,20 +48,9 @@ def available_implementations(device_type: str) -> tuple[str, ...]:
     return ("reference", "eager", "triton") if runs_triton else ("reference", "eager")
 
 
-def resolve_implementations(impl: str | Implementations | None, device_type: str) -> Implementations:
-    """Decide for every op, once a run, so that nothing is looked up again in its steps.
-
-    Raises:
-        ValueError: as `resolve_implementation`.
-        KernelCheckError: the device's default is `triton` and its kernels do not pass their check there.
-    """
-    wanted, available = Implementations.of(impl), available_implementations(device_type)
-    return Implementations(
-        **{op: resolve_implementation(op, name, device_type, available) for op, name in asdict(wanted).items()}
-    )
-
-
-def resolve_implementation(op: str, impl: str | None, device_type: str, available: Sequence[str]) -> str:
+def resolve_implementation(
+    op: str, impl: str | None, device_type: str, available: Sequence[str], check: Check | None = None
+) -> str:
     """Return the implementation name that `op` runs on a device.
 
     Args:
@@ -67,6 +58,7 @@ def resolve_implementation(op: str, impl: str | None, device_type: str, availabl
         impl: the caller's choice, or None.
         device_type: `torch.device.type` of the inputs.
         available: names that this op implements on this device.
+        check: of the op's Triton kernels, run before they are the default.
 
     Raises:
         ValueError: the chosen implementation is unknown to the op or cannot run on the device.
@@ -80,10 +72,8 @@ def resolve_implementation(op: str, impl: str | None, device_type: str, availabl
         )
     if torch.compiler.is_compiling():  # a traced graph holds neither checks nor log lines
         return chosen
-    if impl is None and default == "triton":
-        from cpo_kernels.self_check import check_once  # imports the ops, which import this module
-
-        check_once(device_type, op)
+    if impl is None and default == "triton" and check is not None:
+        check_once(op, check, device_type)
     _log_choice(op, chosen, device_type)
     return chosen
 

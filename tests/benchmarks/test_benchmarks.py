@@ -190,7 +190,7 @@ logprob_op, attention_op, packed_op, decode_op = (
     logprob_peers.linear_logprob,
     attention_peers.tree_attention,
     step_contestants.packed_logps,
-    hook.tree_decode,
+    hook.decode_layer,
 )
 
 
@@ -202,8 +202,8 @@ logprob_op, attention_op, packed_op, decode_op = (
         (logprob_peers, "linear_logprob", spoiled_reference, linear_logprob.main, [*LOGPROB, "--only", "ours"]),
         (attention_peers, "tree_attention", spoiled_attention, tree_attention.main, [*ATTENTION, "--only", "ours"]),
         (step_contestants, "packed_logps", spoiled_packed, gpu_train_step.main, STEP),
-        (hook, "tree_decode", spoiled_decode, collect.main, SEARCH),
-        (hook, "tree_decode", spoiled_decode, collect_cost.main, SEARCH[:4]),
+        (hook, "decode_layer", spoiled_decode, collect.main, SEARCH),
+        (hook, "decode_layer", spoiled_decode, collect_cost.main, SEARCH[:4]),
     ],
     ids=["linear_logprob", "its forward", "its reference", "tree_attention", "gpu_train_step", "collect", "its cost"],
 )

@@ -50,21 +50,6 @@ def test_environment_overrides_the_table(path: str, monkeypatch: pytest.MonkeyPa
         dispatch.choose_path(CPU, 576, 10)
 
 
-def test_a_path_forced_for_a_check_overrides_environment_and_table_and_ends_with_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
-
-    def check() -> None:
-        with dispatch.path_forced("chunk"):
-            assert dispatch.choose_path(CPU, 576, 10) == "chunk"
-            raise RuntimeError("of the check")
-
-    with pytest.raises(RuntimeError, match="of the check"):
-        check()
-    assert dispatch.choose_path(CPU, 576, 10) == "fused"
-
-
 def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm80")
     with caplog.at_level(logging.INFO, logger=dispatch.logger.name):

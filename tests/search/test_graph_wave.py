@@ -62,7 +62,7 @@ def use(monkeypatch):
     def run(self):
         runs.append(id(self))
         with monkeypatch.context() as inside:
-            inside.setattr(hook, "tree_decode", dense_tree_decode)
+            inside.setattr(hook, "decode_layer", dense_tree_decode)
             plain(self)
 
     def choose(record):

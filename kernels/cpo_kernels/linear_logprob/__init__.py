@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
+from cpo_kernels.linear_logprob.check import check_linear_logprob
 from cpo_kernels.linear_logprob.op import NUM_PUBLIC, scoring
 from cpo_kernels.linear_logprob.reference import reference_token_logps
 from cpo_kernels.linear_logprob.results import OUTPUTS, Head, LogprobResult, segment_sums
 from cpo_kernels.logprob_plan import LogprobPlan
 
-__all__ = ["LogprobResult", "linear_logprob", "selective_linear_logprob"]
+__all__ = ["LogprobResult", "linear_logprob", "resolve_linear_logprob", "selective_linear_logprob"]
 
 
 def linear_logprob(
@@ -55,9 +56,8 @@ def linear_logprob(
             what "triton" does not take: float64, a soft-cap, a head that requires a gradient, outputs.
     """
     _check(hidden, weight, plan, ref_hidden, outputs)
-    available = available_implementations(hidden.device.type)
     if not torch.compiler.is_compiling() or impl is not None:
-        chosen = resolve_implementation("linear_logprob", impl, hidden.device.type, available)
+        chosen = resolve_linear_logprob(impl, hidden.device.type)
     else:
         chosen = ""  # a graph outlives the environment it was traced in: the op looks the default up when it runs
     head = Head(weight, bias, logit_scale, softcap, temperature)
@@ -83,6 +83,12 @@ def linear_logprob(
         None if ref_hidden is None else ref_segment_logps,
         *(column if name in names else None for name, column in zip(OUTPUTS, columns, strict=True)),
     )
+
+
+def resolve_linear_logprob(impl: str | None, device_type: str) -> str:
+    """The name of the implementation that runs on a device; as `resolve_implementation`."""
+    available = available_implementations(device_type)
+    return resolve_implementation("linear_logprob", impl, device_type, available, check_linear_logprob)
 
 
 def selective_linear_logprob(

@@ -22,9 +22,6 @@ reference of one call take one path, so that equal hidden states give equal bits
 import functools
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -53,19 +50,6 @@ TABLE: tuple[tuple[str, int, int], ...] = (
     ("other", ANY, ANY),  # unknown card, or the interpreter: the path that needs no memory for logits
 )
 
-_forced_path: ContextVar[str | None] = ContextVar("_forced_path", default=None)
-
-
-@contextmanager
-def path_forced(path: str) -> Iterator[None]:
-    """Rows that take no gradient go this path here, whatever the environment and the table say: for checks."""
-    assert path in PATHS, path
-    token = _forced_path.set(path)
-    try:
-        yield
-    finally:
-        _forced_path.reset(token)
-
 
 def choose_path(device: torch.device, width: int, num_rows: int) -> str:
     """The path of `num_rows` rows of `width` that take no gradient: `CPO_KERNELS_LOGPROB_PATH`, or the table.
@@ -73,9 +57,6 @@ def choose_path(device: torch.device, width: int, num_rows: int) -> str:
     Raises:
         ValueError: the variable holds neither "chunk" nor "fused".
     """
-    path_here = _forced_path.get()
-    if path_here is not None:
-        return path_here
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         if forced not in PATHS:

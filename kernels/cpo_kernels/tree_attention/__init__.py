@@ -1,26 +1,23 @@
 """Attention over a forest laid out in depth-first preorder: row i sees row j iff j <= i < subtree_end[j].
 
-`reference` is the specification (dense), `eager` the same without a T x T matrix, `triton` the GPU kernels (`forward`,
-`backward`), which run on a CPU under TRITON_INTERPRET=1, `flash` flash-attn's varlen kernel for trees that are single
-chains. The block schedule that they walk is made once per forest on the host by `tree_schedule`; with it, nothing here
-waits for the device.
+`reference` is the specification (dense), `eager` the same without a T x T matrix, `triton` the GPU kernels
+(`triton_forward`, `triton_backward`), which run on a CPU under TRITON_INTERPRET=1, `flash` flash-attn's varlen kernel for
+trees that are single chains. `tree_schedule` makes the block schedule that they walk once per forest on the host. With
+it, no layer waits for the device.
 """
 
-import os
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from cpo_kernels.implementation import resolve_implementation
+from cpo_kernels.implementation import available_implementations, resolve_implementation
+from cpo_kernels.tree_attention.check import check_tree_attention
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
 
-__all__ = ["TreeSchedule", "tree_attention", "tree_schedule"]
-
-IMPLEMENTATIONS = ("reference", "eager")
+__all__ = ["TreeSchedule", "attention_layer", "resolve_tree_attention", "tree_attention", "tree_schedule"]
 
 
 def tree_attention(
@@ -39,7 +36,7 @@ def tree_attention(
         k: [T, Hkv, D], same dtype; Hkv divides H.
         v: [T, Hkv, D], same dtype.
         subtree_end: [T] int32, laminar, as `Forest.subtree_end`.
-        schedule: `forest.schedule()` of the same forest; made here when None, for which a GPU is waited for.
+        schedule: `forest.schedule()` of the same forest. None makes it here, for which a GPU is waited for.
         scale: factor on q . k, default D ** -0.5.
         impl: "reference", "eager", "triton", "flash", or None to choose by device. "triton" takes no float64, head sizes
             up to 256, and schedules on the device of q whose block sizes are powers of two from 16 on. "flash" takes
@@ -50,21 +47,42 @@ def tree_attention(
 
     Raises:
         ValueError: shapes do not fit, the schedule is of another forest, or `impl` cannot run on these inputs.
+        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
     """
+    return attention_layer(q, k, v, subtree_end, schedule, scale, resolve_tree_attention(impl, q.device.type))
+
+
+def resolve_tree_attention(impl: str | None, device_type: str) -> str:
+    """The name of the implementation that runs on a device, for `attention_layer`; as `resolve_implementation`."""
+    available = available_implementations(device_type)
+    if device_type == "cuda":
+        available += ("flash",)
+    return resolve_implementation("tree_attention", impl, device_type, available, check_tree_attention)
+
+
+def attention_layer(
+    q: torch.Tensor,  # [T, H, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    subtree_end: torch.Tensor,  # [T] int32
+    schedule: TreeSchedule | None,
+    scale: float | None,
+    impl: str,  # of `resolve_tree_attention`
+) -> torch.Tensor:
+    """`tree_attention` by an implementation that was resolved before, once for all layers."""
     _check_shapes(q, k, v, subtree_end)
-    chosen = resolve_implementation("tree_attention", impl, q.device.type, _available(q.device.type))
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if schedule is not None:
         _check_schedule(schedule, subtree_end)
-    if chosen == "reference":
+    if impl == "reference":
         return tree_attention_reference(q, k, v, subtree_end, scale)
     if schedule is None:
         schedule = tree_schedule(subtree_end).to(q.device)
-    if chosen == "triton":
-        return _triton(q, k, v, schedule, scale)
-    if chosen == "flash":
+    if impl == "flash":
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
+    if impl == "triton":
+        return _triton(q, k, v, schedule, scale)
+    assert impl == "eager", impl
     return _apply(EagerTreeAttention, q, k, v, key_runs(schedule, q.shape[1], q.device), scale)
 
 
@@ -72,40 +90,6 @@ def tree_attention(
 def _apply(function: Any, *arguments: Any) -> torch.Tensor:
     result: torch.Tensor = function.apply(*arguments)
     return result
-
-
-class TritonTreeAttention(torch.autograd.Function):
-    """The kernels of `forward` and `backward`; q [T, H, D], k and v [T, Hkv, D], out [T, H, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float
-    ) -> torch.Tensor:
-        """Keeps q, k, v, the output and one float32 per row and head for the backward."""
-        from cpo_kernels.tree_attention.triton_forward import tree_attention_forward
-
-        out, lse = tree_attention_forward(q, k, v, schedule, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.schedule, ctx.scale = schedule, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dq, dk, dv by the schedule of the forward."""
-        from cpo_kernels.tree_attention.triton_backward import tree_attention_backward
-
-        q, k, v, out, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = tree_attention_backward(grad_outputs[0], q, k, v, out, lse, ctx.schedule, ctx.scale, needs)
-        return (*gradients, None, None)
-
-
-def _available(device_type: str) -> tuple[str, ...]:
-    """The Triton kernels need a GPU, or Triton's interpreter, which is chosen before Triton is imported."""
-    if device_type == "cuda":
-        return (*IMPLEMENTATIONS, "triton", "flash")
-    return (*IMPLEMENTATIONS, "triton") if os.environ.get("TRITON_INTERPRET") == "1" else IMPLEMENTATIONS
 
 
 def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float) -> torch.Tensor:
@@ -116,6 +100,8 @@ def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSch
             f"tree_attention: expected a schedule on {q.device} like q, got one on {schedule.subtree_end.device}; "
             "move it once with schedule.to(device)"
         )
+    from cpo_kernels.tree_attention.triton import TritonTreeAttention  # loads Triton: only when it is asked for
+
     return _apply(TritonTreeAttention, q, k, v, schedule, scale)
 
 
@@ -132,7 +118,7 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end
 
 
 def _check_schedule(schedule: TreeSchedule, subtree_end: torch.Tensor) -> None:
-    """By identity, which costs nothing; by value on the CPU only, as a device would have to be waited for every layer."""
+    """By identity, which costs nothing; by value on the CPU only, as every layer would have to wait for a device."""
     if schedule.subtree_end is subtree_end:
         return
     if not (schedule.subtree_end.is_cpu and subtree_end.is_cpu and torch.equal(schedule.subtree_end, subtree_end)):

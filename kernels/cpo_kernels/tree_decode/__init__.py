@@ -1,20 +1,20 @@
 """Attention of a search tree's frontier: every node that states share is read once, and the partials are merged.
 
 `reference` is the specification (dense, row by row), `eager` the plan's items in plain torch, `triton` the GPU kernels of
-`forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here is differentiable.
+`triton_forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here is differentiable.
 """
 
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
+from cpo_kernels.tree_decode.check import check_tree_decode
 from cpo_kernels.tree_decode.eager import tree_decode_eager
 from cpo_kernels.tree_decode.plan import DecodePlan
-from cpo_kernels.tree_decode.reference import merge_partials, partial_attention, tree_decode_reference
+from cpo_kernels.tree_decode.reference import tree_decode_reference
 
-__all__ = ["DecodePlan", "merge_partials", "partial_attention", "tree_decode"]
+__all__ = ["DecodePlan", "decode_layer", "resolve_tree_decode", "tree_decode"]
 
 
-@torch.no_grad()
 def tree_decode(
     q: torch.Tensor,  # [N, H, D]
     k_new: torch.Tensor,  # [N, Hkv, D]
@@ -41,20 +41,41 @@ def tree_decode(
         repeatable; with "eager" on a CPU in float32 a row's bits do not depend on the other rows.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the plan names rows past the arena, or `impl` cannot run here.
+        ValueError: shapes, dtypes or devices do not fit, the plan names slots past the arena, or `impl` cannot run here.
+        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
     """
+    impl = resolve_tree_decode(impl, q.device.type)
+    return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl)
+
+
+def resolve_tree_decode(impl: str | None, device_type: str) -> str:
+    """The name of the implementation that runs on a device, for `decode_layer`; as `resolve_implementation`."""
+    available = available_implementations(device_type)
+    return resolve_implementation("tree_decode", impl, device_type, available, check_tree_decode)
+
+
+@torch.no_grad()
+def decode_layer(
+    q: torch.Tensor,  # [N, H, D]
+    k_new: torch.Tensor,  # [N, Hkv, D]
+    v_new: torch.Tensor,  # [N, Hkv, D]
+    k_arena: torch.Tensor,  # [C, Hkv, D]
+    v_arena: torch.Tensor,  # [C, Hkv, D]
+    plan: DecodePlan,
+    scale: float | None,
+    impl: str,  # of `resolve_tree_decode`
+) -> torch.Tensor:
+    """`tree_decode` by an implementation that was resolved before, once for all layers and steps."""
     _check(q, k_new, v_new, k_arena, v_arena, plan)
-    chosen = resolve_implementation("tree_decode", impl, q.device.type, available_implementations(q.device.type))
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if chosen == "triton":
-        from cpo_kernels.tree_decode.triton_forward import tree_decode_forward
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "triton":
+        from cpo_kernels.tree_decode.triton_forward import (
+            tree_decode_forward,
+        )  # loads Triton: only when it is asked for
 
         return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale)
-    k_arena.index_copy_(0, plan.slots, k_new)
-    v_arena.index_copy_(0, plan.slots, v_new)
-    run = tree_decode_reference if chosen == "reference" else tree_decode_eager
-    return run(q, k_arena, v_arena, plan, scale)
+    run = {"reference": tree_decode_reference, "eager": tree_decode_eager}[impl]
+    return run(q, k_new, v_new, k_arena, v_arena, plan, scale)
 
 
 def _check(

@@ -1,13 +1,14 @@
-"""Decode attention by the items of a plan in plain torch: one product a node, partials merged by maximum and sum.
+"""Tree decode by the items of a plan in plain torch: one product a node, partials merged by maximum and sum.
 
     partial p of a row:  m_p = max_j s_j,  l_p = sum_j exp(s_j - m_p),  o_p = sum_j exp(s_j - m_p) v_j
     the row:             out = sum_p exp(m_p - m) o_p / sum_p exp(m_p - m) l_p,   m = max_p m_p
 
-A row's result has the same bits whichever rows share its forward. What makes it so: keys are cut by the plan, the same
-way for every row; products have enough rows that the matrix library sums each of them alike; sums over partials run in
-path order, and a partial that a row lacks adds exactly 0. float32 accumulators (float64 for float64 inputs).
+A row's result has the same bits whichever rows share its forward, because keys are cut by the plan, the same way for
+every row, because products have enough rows that the matrix library sums each of them alike, and because sums over
+partials run in path order, where a partial that a row lacks adds exactly 0. float32 accumulators (float64 for float64
+inputs).
 
-Index tables are made once per plan and kept with it, for every layer uses them.
+Index tables are made once per plan and kept with it for every layer.
 """
 
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class SuffixBlock(NamedTuple):
     """One block of private keys of at most SUFFIX_ROWS rows that have it."""
 
     rows: torch.Tensor  # [n] int64
-    keys: torch.Tensor  # [n * SUFFIX_BLOCK] int64 arena rows; past the suffix its last one, hidden
+    keys: torch.Tensor  # [n * SUFFIX_BLOCK] int64 arena slots; past the suffix its last one, hidden
     hidden: torch.Tensor | None  # [n, SUFFIX_BLOCK] bool; None where every row fills the block
 
 
@@ -58,19 +59,16 @@ class Tables(NamedTuple):
 
 def tree_decode_eager(
     q: torch.Tensor,  # [N, H, D]
+    k_new: torch.Tensor,  # [N, Hkv, D]
+    v_new: torch.Tensor,  # [N, Hkv, D]
     k_arena: torch.Tensor,  # [C, Hkv, D]
     v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of every row to what the plan gives it, [N, H, D] in the dtype of q; 0 for a row without keys.
-
-    Args:
-        q: [N, H, D], any float dtype.
-        k_arena, v_arena: [C, Hkv, D], the new keys and values written; Hkv divides H, last dimension contiguous.
-        plan: of these N rows.
-        scale: factor on q . k.
-    """
+    """Store the new keys and values, then attend; [N, H, D] in the dtype of q, 0 for a row without keys."""
+    k_arena.index_copy_(0, plan.slots, k_new)
+    v_arena.index_copy_(0, plan.slots, v_new)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k_arena.shape[1]
     group = num_heads // num_kv_heads
@@ -154,11 +152,11 @@ def _tables(plan: DecodePlan) -> Tables:
             "use impl='triton', or a new plan for each forward"
         )
     multiple = max(ROW_MULTIPLE, ROWS_PER_THREAD * torch.get_num_threads())
-    cached: Tables | None = getattr(plan, "_eager_tables", None)
-    if cached is None or cached.row_multiple != multiple:
-        cached = _make_tables(plan, multiple)
-        object.__setattr__(plan, "_eager_tables", cached)
-    return cached
+    key = ("eager", plan.slots.device, multiple)
+    if key not in plan.host_derived:
+        plan.host_derived[key] = _make_tables(plan, multiple)
+    tables: Tables = plan.host_derived[key]
+    return tables
 
 
 def _make_tables(plan: DecodePlan, row_multiple: int) -> Tables:

@@ -10,7 +10,8 @@ its private suffix (the keys that it alone has decoded), are merged to its atten
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +27,23 @@ Item = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """Which arena rows each query row of one packed forward reads. N query rows, W work items; tensors on one device."""
+    """Which arena slots each query row of one packed forward reads. N query rows, W work items; tensors on one device."""
 
-    slots: torch.Tensor  # [N] int64, arena row that receives the row's new key and value; padding rows share a dump row
+    slots: (
+        torch.Tensor
+    )  # [N] int64, slot that receives the row's new key and value; padding rows share the padding slot
     items: torch.Tensor  # [W, 6] int32: query_start, num_queries, key_start, num_keys, first_visible, partial_start
     partial_offsets: torch.Tensor  # [N + 1] int32
     partial_index: torch.Tensor  # int32, partials of row n at [partial_offsets[n], partial_offsets[n + 1]), root first
     suffix_start: (
         torch.Tensor
-    )  # [N] int32, private keys of the row: arena rows [suffix_start, suffix_start + suffix_len)
+    )  # [N] int32, the row's private keys are in slots [suffix_start, suffix_start + suffix_len)
     suffix_len: torch.Tensor  # [N] int32; 0: none; counts the row's own new key
     num_partials: int
-    num_arena_rows: int = 0  # least arena that has every row named above
+    num_arena_rows: int = 0  # slots of the least arena that has all that are named above
     is_reused: bool = False  # the tensors get other contents between forwards, as those of a recorded step do
+    # what an implementation makes of the plan, once for all layers; by name, device and whatever else it depends on
+    host_derived: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -52,7 +57,7 @@ class DecodePlan:
         """Cut items and order their partials; host side.
 
         Args:
-            slots: arena row of each query row's new key and value.
+            slots: arena slot of each query row's new key and value.
             items: (query_start, num_queries, key_start, num_keys, first_visible); the items of one row listed root first.
             suffix_start: first private key of each row.
             suffix_len: how many it has, its own new key included; 0 for a row that is prefilled.
@@ -88,8 +93,8 @@ class DecodePlan:
         )
 
     def to(self, device: torch.device | str) -> "DecodePlan":
-        """The same plan on a device, without waiting for it; `self` when it is there already."""
-        return self if self.slots.device == torch.device(device) else to_device(self, device)
+        """The same plan on a device, as `to_device` moves it."""
+        return to_device(self, device)
 
     def padded(self, num_items: int, num_partials: int) -> "DecodePlan":
         """The same plan with items of no queries and partials that nobody reads, so that shapes repeat in a CUDA graph.

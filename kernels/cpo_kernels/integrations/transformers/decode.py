@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION
-from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
-from cpo_kernels.tree_decode import DecodePlan
+from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.model import ModelParts
+from cpo_kernels.tree_decode import DecodePlan, resolve_tree_decode
 
-# A CPU's matrix library deals rows out to threads by fours; what is left over is summed in another order.
+# A CPU's matrix library deals rows out to threads by fours. What is left over is summed in another order.
 ROWS_PER_THREAD = 4
 
 
@@ -36,7 +36,7 @@ def decode_forward(
         plan: of these N rows, on the same device.
         arena: for each layer k and v [C, Hkv, D] in the dtype of the model's keys, changed in place.
         rows: those whose hidden states are wanted; None: all.
-        impl: implementation of tree_decode, None to choose by device.
+        impl: implementation of tree_decode as `resolve_tree_decode` gives it. None resolves it here.
 
     Returns:
         [N, E], or [R, E], in the dtype of the model. On a CPU in float32 a row's bits are independent of the other
@@ -46,7 +46,7 @@ def decode_forward(
         RuntimeError: a layer did not run tree_decode (its attention was swapped, or ignores keyword arguments).
         ValueError: the model was not prepared, or `tree_decode` cannot run on these inputs.
     """
-    parts = _parts(model)
+    parts = prepared_parts(model, "decode_forward")
     layers_seen: set[int] = set()
     hidden: torch.Tensor = parts.backbone(
         input_ids=token_ids.long().unsqueeze(0),
@@ -56,14 +56,10 @@ def decode_forward(
         use_cache=False,
         decode_plan=plan,
         decode_arena=arena,
-        tree_impl=impl,
+        tree_impl=impl or resolve_tree_decode(None, token_ids.device.type),
         layers_seen=layers_seen,
     ).last_hidden_state[0]
-    if len(layers_seen) != parts.config.num_hidden_layers:
-        raise RuntimeError(
-            f"tree_decode ran in {len(layers_seen)} of {parts.config.num_hidden_layers} layers of "
-            f"{type(parts.causal_lm).__name__}: its attention was changed after prepare(), or is not a standard one"
-        )
+    check_layers_seen("tree_decode", layers_seen, parts)
     return hidden if rows is None else hidden.index_select(0, rows)
 
 
@@ -74,24 +70,14 @@ def next_logits(model: torch.nn.Module | ModelParts, hidden: torch.Tensor) -> to
     missing = -num_rows % row_multiple()
     if hidden.device.type == "cpu" and missing:
         hidden = torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])])
-    logits: torch.Tensor = _parts(model).head(hidden)[:num_rows]
+    logits: torch.Tensor = prepared_parts(model, "decode_forward").head(hidden)[:num_rows]
     return logits.float()
 
 
 def row_multiple() -> int:
     """Rows of a CPU forward come in multiples of it where each row's bits must not depend on how many there are.
 
-    Enough for layers whose widths are multiples of 8: torch computes what is left over of a vector, in an activation
-    function, by other instructions.
+    That is enough where the widths of layers are multiples of 8: in an activation function torch computes what is left
+    over of a vector by other instructions.
     """
     return ROWS_PER_THREAD * torch.get_num_threads()
-
-
-def _parts(model: torch.nn.Module | ModelParts) -> ModelParts:
-    parts = model if isinstance(model, ModelParts) else model_parts(model)
-    if parts.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"the model's attention is '{parts.config._attn_implementation}', not '{IMPLEMENTATION}': "
-            "call prepare(model) once before decode_forward"
-        )
-    return parts

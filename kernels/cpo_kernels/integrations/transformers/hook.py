@@ -1,10 +1,9 @@
 """The attention function `cpo_tree` that stock Hugging Face modules call: tree attention on a forest, SDPA otherwise.
 
 It is registered once under one name and stays for the model's life. A forward with `subtree_end` among its keyword
-arguments is a forest, one with `decode_plan` a search tree's frontier over its arena; without either the call goes to
-Transformers' own `sdpa` with its own mask, so `generate`, padded batches and caches behave as before. Switching back
-while a graph is alive would make checkpointed layers recompute with another attention, silently; there is no function
-here that does it.
+arguments is a forest, one with `decode_plan` a search tree's frontier over its arena. Without either the call goes to
+Transformers' own `sdpa` with its own mask, so `generate`, padded batches and caches behave as before. No function here
+switches back: while a graph is alive, checkpointed layers would silently recompute with another attention.
 """
 
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cpo_kernels.tree_attention import TreeSchedule, tree_attention
-from cpo_kernels.tree_decode import DecodePlan, tree_decode
+from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
+from cpo_kernels.tree_attention import TreeSchedule, attention_layer, resolve_tree_attention
+from cpo_kernels.tree_decode import DecodePlan, decode_layer, resolve_tree_decode
 
 IMPLEMENTATION = "cpo_tree"
 # keyword arguments of an attention call that change its result and that tree attention does not compute
@@ -33,7 +33,7 @@ def cpo_tree_attention(
     dropout: float = 0.0,
     subtree_end: torch.Tensor | None = None,  # [T] int32
     tree_schedule: TreeSchedule | None = None,
-    tree_impl: str | None = None,
+    tree_impl: str | None = None,  # resolved; None where somebody calls the model itself
     layers_seen: set[int] | None = None,
     decode_plan: DecodePlan | None = None,
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
@@ -64,10 +64,12 @@ def cpo_tree_attention(
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     if decode_plan is not None:
         k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
-        output = tree_decode(q, k, v, k_arena, v_arena, decode_plan, scale=scaling, impl=tree_impl)
+        impl = tree_impl or resolve_tree_decode(None, q.device.type)
+        output = decode_layer(q, k, v, k_arena, v_arena, decode_plan, scaling, impl)
     else:
         assert subtree_end is not None
-        output = tree_attention(q, k, v, subtree_end, schedule=tree_schedule, scale=scaling, impl=tree_impl)
+        impl = tree_impl or resolve_tree_attention(None, q.device.type)
+        output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl)
     return output.unsqueeze(0), None
 
 
@@ -75,3 +77,23 @@ def register() -> None:
     """Make `cpo_tree` known to Transformers, with the mask function of `sdpa` for calls that are no forest."""
     AttentionInterface.register(IMPLEMENTATION, cpo_tree_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def prepared_parts(model: torch.nn.Module | ModelParts, caller: str) -> ModelParts:
+    """The parts of a model whose attention is `cpo_tree`; ValueError, naming the caller, for another."""
+    parts = model if isinstance(model, ModelParts) else model_parts(model)
+    if parts.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the model's attention is '{parts.config._attn_implementation}', not '{IMPLEMENTATION}': "
+            f"call prepare(model) once before {caller}"
+        )
+    return parts
+
+
+def check_layers_seen(op: str, layers_seen: set[int], parts: ModelParts) -> None:
+    """Raise RuntimeError unless every layer ran an op: `sdpa` would swallow the keyword arguments without a word."""
+    if len(layers_seen) != parts.config.num_hidden_layers:
+        raise RuntimeError(
+            f"{op} ran in {len(layers_seen)} of {parts.config.num_hidden_layers} layers of "
+            f"{type(parts.causal_lm).__name__}: its attention was changed after prepare(), or is not a standard one"
+        )

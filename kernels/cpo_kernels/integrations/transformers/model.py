@@ -1,13 +1,11 @@
-"""The parts of a causal language model that a packed forward needs: backbone, output head, configuration.
+"""A causal language model as a packed forward needs it: its parts, its adapters, and what is refused by name.
 
 A `PeftModel` with LoRA injects its layers into the base model in place, so calling the backbone directly includes the
 adapters. Nothing else of the wrapper's forward matters here.
 
-What a packed forward cannot compute exactly, refused by name before anything runs.
-
-The probe of `prepare` catches what differs in numbers; this catches what a random 32-token forest would not show: a
-soft-cap far above today's logits, an adapter on the head that is still zero, dropout in evaluation mode, a window longer
-than the probe.
+What a packed forward cannot compute exactly is refused before anything runs. The probe of `prepare` catches what differs
+in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's logits, an
+adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
 """
 
 from collections.abc import Iterator
@@ -17,6 +15,17 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+# configuration key -> what it is; refused when set to something other than the value that means "off"
+_HEAD_TRANSFORMS = {
+    "final_logit_softcapping": ("a soft-cap on the final logits", None),
+    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
+    "logits_scaling": ("a scale on the final logits", 1.0),
+    "logit_scale": ("a scale on the final logits", 1.0),
+    "lm_head_multiplier": ("a scale on the final logits", 1.0),
+}
+# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -86,18 +95,6 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-# configuration key -> what it is; refused when set to something other than the value that means "off"
-_HEAD_TRANSFORMS = {
-    "final_logit_softcapping": ("a soft-cap on the final logits", None),
-    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
-    "logits_scaling": ("a scale on the final logits", 1.0),
-    "logit_scale": ("a scale on the final logits", 1.0),
-    "lm_head_multiplier": ("a scale on the final logits", 1.0),
-}
-# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_supported(model: torch.nn.Module) -> ModelParts:

@@ -22,17 +22,11 @@ from torch.profiler import record_function
 from cpo_kernels.device import to_device
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations
-from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION
-from cpo_kernels.integrations.transformers.model import (
-    ModelParts,
-    check_forward,
-    model_parts,
-    peft_configs,
-    reference_adapter,
-)
+from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.model import ModelParts, check_forward, peft_configs, reference_adapter
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.tree_attention import TreeSchedule
+from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention
 
 ADAPTER_OFF = "adapter_off"
 
@@ -77,7 +71,7 @@ def packed_logps(
         ValueError: the model was not prepared, or the rows, starts or reference do not fit.
         RuntimeError: a layer did not run tree attention.
     """
-    parts, impl = _prepared_parts(model), Implementations.of(impl)
+    parts, impl = prepared_parts(model, "packed_logps"), Implementations.of(impl)
     with record_function("pack"):
         line, plan, num_sequence_tokens = _pack(model, parts, sequences, starts, impl)
     with record_function("backbone reference"):
@@ -133,7 +127,7 @@ def forest_forward(
         parts: parts of a prepared model.
         forest: on the device of the model.
         schedule: the forest's, on the same device; None makes it here, for which a CUDA device is waited for.
-        impl: implementation of tree attention, None to choose by device.
+        impl: implementation of tree attention, None to choose by device; resolved here, once for all layers.
         kwargs: handed to the backbone.
 
     Raises:
@@ -148,15 +142,11 @@ def forest_forward(
         use_cache=False,
         subtree_end=forest.subtree_end,
         tree_schedule=forest.schedule() if schedule is None else schedule,
-        tree_impl=impl,
+        tree_impl=resolve_tree_attention(impl, forest.tokens.device.type),
         layers_seen=layers_seen,
         **kwargs,
     )
-    if len(layers_seen) != parts.config.num_hidden_layers:
-        raise RuntimeError(
-            f"tree attention ran in {len(layers_seen)} of {parts.config.num_hidden_layers} layers of "
-            f"{type(parts.causal_lm).__name__}: its attention was changed after prepare(), or is not a standard one"
-        )
+    check_layers_seen("tree attention", layers_seen, parts)
     return output
 
 
@@ -169,16 +159,6 @@ def _longest_path(forest: Forest) -> int:
     return int(forest.path_offsets.diff().max()) if len(forest.path_offsets) > 1 else 0
 
 
-def _prepared_parts(model: torch.nn.Module) -> ModelParts:
-    parts = model_parts(model)
-    if parts.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(
-            f"the model's attention is '{parts.config._attn_implementation}', not '{IMPLEMENTATION}': "
-            "call prepare(model) once before packed_logps"
-        )
-    return parts
-
-
 def _reference_hidden(
     model: torch.nn.Module,
     parts: ModelParts,
@@ -189,7 +169,7 @@ def _reference_hidden(
         return None, None
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
-            ref_parts = _prepared_parts(reference)
+            ref_parts = prepared_parts(reference, "packed_logps")
             check_forward(reference, ref_parts, line.longest_path)
             return _hidden(ref_parts, line), ref_parts
         adapters = peft_configs(model)

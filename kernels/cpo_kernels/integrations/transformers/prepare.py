@@ -1,9 +1,9 @@
 """`prepare`: switch a model to `cpo_tree` once, and prove on the spot that its forest forward is exact.
 
-A 32-token forest with two branches runs through the hook and our head; its two paths run through the stock model with
+A 32-token forest with two branches runs through the hook and our head. Its two paths run through the stock model with
 `sdpa`. The first layer whose hidden states differ by more than the dtype's bound is named and the model refused, which
 catches attention variants, logit transforms and architectures that nobody has listed. Where the Triton kernels are the
-device's default, they are first checked there in the model's own shapes (`cpo_kernels.self_check`).
+device's default, they are checked there first in the model's own shapes (`cpo_kernels.self_check`).
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,33 @@
+"""Tree attention by the Triton kernels, with its gradients. Importing this module loads Triton."""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cpo_kernels.tree_attention.schedule import TreeSchedule
+from cpo_kernels.tree_attention.triton_backward import tree_attention_backward
+from cpo_kernels.tree_attention.triton_forward import tree_attention_forward
+
+
+class TritonTreeAttention(torch.autograd.Function):
+    """q [T, H, D], k and v [T, Hkv, D] -> out [T, H, D], as the launchers of the kernels take and give them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float
+    ) -> torch.Tensor:
+        """Keeps q, k, v, the output and one float32 per row and head for the backward."""
+        out, lse = tree_attention_forward(q, k, v, schedule, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.schedule, ctx.scale = schedule, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dq, dk, dv by the schedule of the forward."""
+        q, k, v, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = tree_attention_backward(grad_outputs[0], q, k, v, out, lse, ctx.schedule, ctx.scale, needs)
+        return (*gradients, None, None)

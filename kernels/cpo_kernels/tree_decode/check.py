@@ -1,0 +1,76 @@
+"""The check of tree decode's Triton kernels: rows that decode and rows that are prefilled in one forward."""
+
+from collections.abc import Callable
+
+import torch
+
+from cpo_kernels.kernel_check import FLOAT32_EPS, ModelShape, Results, error_ratios, random_tensor
+from cpo_kernels.tree_decode.eager import tree_decode_eager
+from cpo_kernels.tree_decode.plan import DecodePlan
+
+ROOT_KEYS = 291  # of the node under all rows that decode: more than the 256 keys of one item
+PREFILLED_ROWS = 70  # more than the 64 queries of one item
+SUFFIX_STEP = 11  # the twelfth row has decoded 122 keys, more than one step of a merge
+
+# q [N, H, D], k_new, v_new [N, Hkv, D], k_arena, v_arena [C, Hkv, D], a plan and the scale -> out [N, H, D]
+Forward = Callable[..., torch.Tensor]
+
+
+def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward | None = None) -> dict[str, float]:
+    """Error over bound of the output of `kernels`, by default the Triton kernels, and of the keys and values stored."""
+    if kernels is None:
+        from cpo_kernels.tree_decode.triton_forward import tree_decode_forward  # loads Triton
+
+        kernels = tree_decode_forward
+    plan, num_arena_rows, unseen = _frontier()
+    plan = plan.to(device)
+    num_rows, num_kv_heads = len(plan.slots), shape.num_kv_heads
+    q, k_new, v_new = (
+        random_tensor((num_rows, count, shape.head_dim), device, shape.dtype, 9 + place)
+        for place, count in enumerate((shape.num_heads, num_kv_heads, num_kv_heads))
+    )
+    arena_shape = (num_arena_rows, num_kv_heads, shape.head_dim)
+    arenas = [random_tensor(arena_shape, device, shape.dtype, 12 + place) for place in (0, 1)]
+    for arena in arenas:
+        arena[unseen.to(device)] = float("nan")  # a key too many shows, and one that was not stored
+
+    def run(forward: Forward, dtype: torch.dtype) -> Results:
+        k_arena, v_arena = (arena.to(dtype, copy=True) for arena in arenas)
+        new = (x.to(dtype) for x in (q, k_new, v_new))
+        out = forward(*new, k_arena, v_arena, plan, shape.head_dim**-0.5)
+        return {"out": out, "stored keys": k_arena[plan.slots], "stored values": v_arena[plan.slots]}
+
+    largest = max(float(x.double().norm(dim=-1).nan_to_num().max()) for x in (v_new, arenas[1]))
+    exact, eager = run(tree_decode_eager, torch.float64), run(tree_decode_eager, shape.dtype)
+    return error_ratios(exact, eager, run(kernels, shape.dtype), {"out": 8 * FLOAT32_EPS * largest})
+
+
+def _frontier() -> tuple[DecodePlan, int, torch.Tensor]:
+    """Nine rows that decode under one node and three under another, both below a root; then a node that is prefilled.
+
+    Returns:
+        The plan, the number of arena slots, and which of them hold nothing that is read before the call, [C] bool.
+    """
+    nodes, end = [], 0
+    for length in (ROOT_KEYS, 37, 1, PREFILLED_ROWS):
+        nodes.append((end + 3, length))
+        end += 3 + length
+    root, left, right, prefilled = nodes
+    lengths = [1 + SUFFIX_STEP * row for row in range(12)]
+    starts = [end + 2 * row + sum(lengths[:row]) for row in range(12)]
+    items = [
+        (0, 12, *root, root[1]),
+        (0, 9, *left, left[1]),
+        (9, 3, *right, right[1]),
+        (12, PREFILLED_ROWS, *root, root[1]),
+        (12, PREFILLED_ROWS, *prefilled, 1),
+    ]
+    slots = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+    slots += range(prefilled[0], prefilled[0] + PREFILLED_ROWS)
+    nothing = [0] * PREFILLED_ROWS
+    plan = DecodePlan.build(slots, items, starts + nothing, lengths + nothing)
+    unseen = torch.ones(starts[-1] + lengths[-1] + 2, dtype=torch.bool)
+    for start, length in (*nodes, *zip(starts, lengths, strict=True)):
+        unseen[start : start + length] = False
+    unseen[slots] = True
+    return plan, len(unseen), unseen

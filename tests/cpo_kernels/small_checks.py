@@ -1,0 +1,109 @@
+"""Checks of the Triton kernels in few rows and keys, for a CPU, whose default is then Triton."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cpo_kernels import implementation, kernel_check
+from cpo_kernels.kernel_check import Check, ModelShape
+from cpo_kernels.linear_logprob import check as logprob_check
+from cpo_kernels.linear_logprob import eager as logprob_eager
+from cpo_kernels.tree_attention import check as attention_check
+from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
+from cpo_kernels.tree_decode import check as decode_check
+from cpo_kernels.tree_decode.eager import tree_decode_eager
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape(torch.float32, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=48)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
+    monkeypatch.setattr(attention_check, "NUM_ROWS", 83)
+    for name, size in {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131}.items():
+        monkeypatch.setattr(logprob_check, name, size)
+    for name, size in {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6}.items():
+        monkeypatch.setattr(decode_check, name, size)
+    monkeypatch.setattr(kernel_check, "_passed", set())
+    monkeypatch.setitem(implementation.DEFAULT_BY_DEVICE, "cpu", "triton")
+
+
+def checked_ops() -> set[str]:
+    """Ops whose check has passed in this process, since `shrink`."""
+    return {op for op, _, _ in kernel_check._passed}
+
+
+def posed_check(op: str, part: str = "nothing", factor: float = 1.0) -> Check:
+    """The check of an op whose eager implementation poses as its kernels, with one result or gradient off by `factor`."""
+    check, pose = {
+        "tree_attention": (attention_check.check_tree_attention, _attention),
+        "linear_logprob": (logprob_check.check_linear_logprob, _logprob),
+        "tree_decode": (decode_check.check_tree_decode, _decode),
+    }[op]
+    return lambda device, shape: check(device, shape, kernels=pose(part, factor))
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity with a gradient that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def _attention(part: str, factor: float) -> Callable[..., torch.Tensor]:
+    def attention(q: Any, k: Any, v: Any, schedule: Any, scale: float) -> torch.Tensor:
+        inputs = [
+            ScaledGradient.apply(x, factor) if part == name else x
+            for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)
+        ]
+        out = EagerTreeAttention.apply(*inputs, key_runs(schedule, q.shape[1], q.device), scale)
+        return out * factor if part == "out" else out
+
+    return attention
+
+
+def _logprob(part: str, factor: float) -> SimpleNamespace:
+    """Parts: a tensor of the scores, "ref_logps", or a gradient of "rows", "weight" or "bias"."""
+
+    def score(rows: Any, head: Any, plan: Any, outputs: Any, mode: str, path: str | None = None) -> Any:
+        scores = logprob_eager.score(rows, head, plan, outputs, mode)
+        name = {
+            "ref_logps": "logps" if mode == "reference" else "",
+            "logps": "" if mode == "reference" else "logps",
+        }.get(part, part)
+        wrong = getattr(scores, name, None)
+        if wrong is None or wrong.numel() == 0:
+            return scores
+        return scores._replace(**{name: wrong & (factor == 1.0) if wrong.dtype == torch.bool else wrong * factor})
+
+    def gradients(*found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        names = ("rows", "weight", "bias")
+        return tuple(
+            gradient * factor if name == part and gradient is not None else gradient
+            for name, gradient in zip(names, found, strict=False)
+        )
+
+    return SimpleNamespace(
+        score=score,
+        rows_gradient=lambda *args: gradients(logprob_eager.rows_gradient(*args))[0],
+        head_gradients=lambda *args: gradients(*logprob_eager.head_gradients(*args)),
+    )
+
+
+def _decode(part: str, factor: float) -> Callable[..., torch.Tensor]:
+    def forward(q: Any, k_new: Any, v_new: Any, k_arena: Any, v_arena: Any, plan: Any, scale: float) -> torch.Tensor:
+        out = tree_decode_eager(q, k_new, v_new, k_arena, v_arena, plan, scale)
+        if part in ("keys", "values"):
+            (k_arena if part == "keys" else v_arena).mul_(factor)
+        return out * factor if part == "out" else out
+
+    return forward
