@@ -1,17 +1,19 @@
-"""Rules that can be read off one Python file: each takes a module's name and syntax tree and returns sentences.
+"""Rules that can be read off Python files. `test_architecture` applies them and shows that each catches a bad sample.
 
-`test_architecture` applies them to the product and shows of each one that it catches a small bad sample.
+All but `import_circles` look at one file: they take a module's name and syntax tree and return sentences.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # cpo_fast from the ground up; what is not named (errors, files, config, tree, tasks, models) is the ground, level 0
 LEVELS = {"search": 1, "data": 1, "train": 2, "evaluate": 2, "report": 2, "cli": 3, "demo": 3, "__main__": 3}
 STRANGERS = {("search", "data"), ("data", "search")}
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "cpo_kernels"}
-KERNEL_PHASES = {"reference", "forward", "backward", "eager"}
+# files of a kernel folder that hold one implementation each, Triton's in several; none imports another implementation
+IMPLEMENTATIONS = {"reference", "eager", "flash", "triton"}
+TRITON_HALVES = {"triton_forward", "triton_backward"}  # nor one of these the other
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}
 EXITS = {"sys.exit", "os._exit", "SystemExit"}
 
@@ -22,13 +24,46 @@ def imports(name: str, tree: ast.AST, is_package: bool = False) -> Iterator[tupl
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = name.split(".")
-                parts = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*parts, *([node.module] if node.module else [])])
+            base = _imported_from(node, name, is_package)
             yield base, node.lineno
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _imported_from(node: ast.ImportFrom, name: str, is_package: bool) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = name.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def import_circles(trees: Mapping[str, ast.AST], packages: set[str]) -> list[str]:
+    """Sets of modules that reach each other, imports inside functions and for types counted.
+
+    `from a import b` counts as a.b where that is a module, else as a. That a's own `__init__` runs too makes no circle.
+    """
+    edges: dict[str, set[str]] = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            targets = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                base = _imported_from(node, name, name in packages)
+                modules = (f"{base}.{alias.name}" for alias in node.names)
+                targets = [module if module in trees else base for module in modules]
+            edges[name] |= {target for target in targets if target in trees and target != name}
+    reached = {name: _reached(name, edges) for name in trees}
+    circles = {frozenset(other for other in reached[name] if name in reached[other]) for name in trees}
+    return sorted(" <-> ".join(sorted(circle)) for circle in circles if circle)
+
+
+def _reached(start: str, edges: Mapping[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = edges[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
 
 
 def _within(module: str, package: str) -> bool:
@@ -50,10 +85,12 @@ def import_directions(name: str, tree: ast.AST, is_package: bool = False) -> lis
         outside = _within(name, "cpo_kernels") and not _within(name, "cpo_kernels.integrations")
         if outside and _within(target, "cpo_kernels.integrations"):
             wrong.append(f"{line}: {name} imports {target}")
-        folder, _, phase = name.rpartition(".")
-        if _within(name, "cpo_kernels") and phase in KERNEL_PHASES:
-            others = [f"{folder}.{other}" for other in KERNEL_PHASES - {phase}]
-            wrong += [f"{line}: {name} imports {target}" for other in others if _within(target, other)]
+        folder, _, ours = name.rpartition(".")
+        if _within(name, "cpo_kernels") and target.startswith(f"{folder}."):
+            theirs = target.removeprefix(f"{folder}.").split(".")[0]
+            one, other = (stem.split("_")[0] for stem in (ours, theirs))
+            if (one != other and {one, other} <= IMPLEMENTATIONS) or {ours, theirs} == TRITON_HALVES:
+                wrong.append(f"{line}: {name} imports {target}")
     return wrong
 
 
@@ -116,10 +153,10 @@ def _public(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]
 
 
 def docstrings(name: str, tree: ast.Module, is_package: bool = False) -> list[str]:
-    """Every public module, class, function and method says what it is; special methods need not."""
+    """Every module, public class and public function says what it is; methods do where their name does not."""
     wrong = [] if ast.get_docstring(tree) else ["1: the module has no docstring"]
     for public, node in _public(tree):
-        if not node.name.startswith("__") and not ast.get_docstring(node):
+        if "." not in public and not ast.get_docstring(node):
             wrong.append(f"{node.lineno}: {public} has no docstring")
     return wrong
 
