@@ -63,7 +63,7 @@ class Forest:
 
         Args:
             starts: [S] integers with 1 <= starts[s] <= length of sequence s. A first token has no parent row and cannot
-                be scored; a start equal to the length gives an empty segment.
+                be scored. A start equal to the length gives an empty segment.
 
         Returns:
             A plan in segment-major order with duplicates kept: row = parent row of the token, target = its id.
@@ -102,7 +102,7 @@ def build_forest(sequences: Sequence[TokenSequence], pad_to_multiple_of: int = 1
     """Merge sequences of token ids into one forest.
 
     Args:
-        sequences: S lists, 1-D integer arrays or 1-D integer tensors, in any mixture; ids in [0, 2^31). No sequences
+        sequences: S lists, 1-D integer arrays or 1-D integer tensors, in any mixture, with ids in [0, 2^31). No sequences
             give a forest of no rows, whatever the padding.
         pad_to_multiple_of: T is rounded up to a multiple of this.
 
@@ -110,7 +110,7 @@ def build_forest(sequences: Sequence[TokenSequence], pad_to_multiple_of: int = 1
         The forest, on the CPU, its memory owned by csrc and not copied.
 
     Raises:
-        ValueError: a sequence is empty, not 1-D, not of integers, or has an id out of range (the sequence is named); or
+        ValueError: a sequence is empty, not 1-D, not of integers, or has an id out of range (the sequence is named), or
             `pad_to_multiple_of` is below 1.
     """
     parts = [_as_int64(sequence, s) for s, sequence in enumerate(sequences)]

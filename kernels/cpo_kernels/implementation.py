@@ -26,7 +26,7 @@ DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "triton"}
 
 @dataclass(frozen=True)
 class Implementations:
-    """One implementation name for each op of training; None leaves the choice to the op."""
+    """One implementation name for each op of training. None leaves the choice to the op."""
 
     tree_attention: str | None = None
     linear_logprob: str | None = None
@@ -38,7 +38,7 @@ class Implementations:
 
 
 def default_implementation(device_type: str) -> str | None:
-    """What runs on a device when nobody chooses; None when `CPO_KERNELS_IMPL` does."""
+    """What runs on a device when nobody chooses, or None when `CPO_KERNELS_IMPL` does."""
     return None if os.environ.get(ENVIRONMENT_VARIABLE) else DEFAULT_BY_DEVICE.get(device_type, "eager")
 
 

@@ -88,11 +88,11 @@ def error_ratios(
     other_band: float = 0.0,
     allowance: float = 1.0,
 ) -> dict[str, float]:
-    """Error of every result of the kernels over what is allowed; gradients are allowed `allowance` times as much.
+    """Error of every result of the kernels over what is allowed. Gradients are allowed `allowance` times as much.
 
     Args:
         exact: results in float64 by name. eager, kernel: in the dtype under test.
-        bands: what rounding may add to each, by name; `other_band` for the others.
+        bands: what rounding may add to each, by name. `other_band` is for the others.
     """
     ratios = {}
     for name, result in kernel.items():

@@ -1,4 +1,4 @@
-"""How far results may differ by rounding, typed once for the checks, tests and benchmarks; and a random forest for them.
+"""How far results may differ by rounding, typed once for checks, tests and benchmarks. And a random forest for them.
 
 `end_to_end_bound` is the relative L2 difference allowed between a packed and a padded computation of one model, by dtype.
 The two sum in different orders. Per layer that is a few units of the dtype's rounding, and it does not grow beyond these
@@ -28,7 +28,7 @@ def kernel_bound(eager_error: float, dtype: torch.dtype, magnitude: float) -> fl
     Args:
         eager_error: max abs error of the eager op in `dtype` against float64.
         dtype: dtype of inputs and outputs.
-        magnitude: max abs value of the float64 result; the band is one rounding step at that size.
+        magnitude: max abs value of the float64 result. The band is one rounding step at that size.
     """
     return 2.0 * eager_error + torch.finfo(dtype).eps * magnitude
 

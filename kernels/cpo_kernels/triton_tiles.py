@@ -82,7 +82,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] with adjacent elements in a row; a copy only where they are not. Rows and heads keep their strides."""
+    """[T, H, D] with adjacent elements in a row, copied only where they are not. Rows and heads keep their strides."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 
@@ -92,7 +92,7 @@ def as_operand(
     dtype: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tl.tensor:
-    """`x` rounded to dtype, to nearest even, for a product or a store; still float32 under UPCAST."""
+    """`x` rounded to dtype, to nearest even, for a product or a store. Still float32 under UPCAST."""
     if not UPCAST:
         return x.to(dtype)
     elif dtype == tl.bfloat16:

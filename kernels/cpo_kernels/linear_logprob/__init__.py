@@ -86,7 +86,7 @@ def linear_logprob(
 
 
 def resolve_linear_logprob(impl: str | None, device_type: str) -> str:
-    """The name of the implementation that runs on a device; as `resolve_implementation`."""
+    """The name of the implementation that runs on a device. See `resolve_implementation`."""
     available = available_implementations(device_type)
     return resolve_implementation("linear_logprob", impl, device_type, available, check_linear_logprob)
 

@@ -49,7 +49,7 @@ def check_linear_logprob(device: torch.device, shape: ModelShape, kernels: Any =
 
     Args:
         device, shape: where, and in what sizes.
-        kernels: what has `score`, `rows_gradient` and `head_gradients`; None takes the Triton kernels.
+        kernels: what has `score`, `rows_gradient` and `head_gradients`. None takes the Triton kernels.
 
     Returns:
         Ratios up to the first head that has something outside the bound.

@@ -32,9 +32,8 @@ def tree_attention(
     """Attention in which every row sees its ancestors and itself.
 
     Args:
-        q: [T, H, D] float64, float32, bfloat16 or float16; position encoding applied.
-        k: [T, Hkv, D], same dtype; Hkv divides H.
-        v: [T, Hkv, D], same dtype.
+        q: [T, H, D] float64, float32, bfloat16 or float16, position encoding applied.
+        k, v: [T, Hkv, D], same dtype. Hkv divides H.
         subtree_end: [T] int32, laminar, as `Forest.subtree_end`.
         schedule: `forest.schedule()` of the same forest. None makes it here, for which a GPU is waited for.
         scale: factor on q . k, default D ** -0.5.
@@ -43,7 +42,7 @@ def tree_attention(
             float16 and bfloat16 on a GPU, and forests of which no tree branches.
 
     Returns:
-        [T, H, D] in the dtype of q; differentiable in q, k and v. Accumulated in float32 (float64 for float64).
+        [T, H, D] in the dtype of q, differentiable in q, k and v. Accumulated in float32 (float64 for float64).
 
     Raises:
         ValueError: shapes do not fit, the schedule is of another forest, or `impl` cannot run on these inputs.
@@ -53,7 +52,7 @@ def tree_attention(
 
 
 def resolve_tree_attention(impl: str | None, device_type: str) -> str:
-    """The name of the implementation that runs on a device, for `attention_layer`; as `resolve_implementation`."""
+    """The name of the implementation that runs on a device, for `attention_layer`. See `resolve_implementation`."""
     available = available_implementations(device_type)
     if device_type == "cuda":
         available += ("flash",)
@@ -118,7 +117,7 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end
 
 
 def _check_schedule(schedule: TreeSchedule, subtree_end: torch.Tensor) -> None:
-    """By identity, which costs nothing; by value on the CPU only, as every layer would have to wait for a device."""
+    """By identity, which costs nothing. By value on the CPU only, as every layer would have to wait for a device."""
     if schedule.subtree_end is subtree_end:
         return
     if not (schedule.subtree_end.is_cpu and subtree_end.is_cpu and torch.equal(schedule.subtree_end, subtree_end)):

@@ -65,7 +65,7 @@ def _cut(starts: list[int], stops: list[int], ends: list[int], num_heads: int) -
 
 
 class EagerTreeAttention(torch.autograd.Function):
-    """Forward and backward over `KeyRuns`; q [T, H, D], k and v [T, Hkv, D], out [T, H, D] in the dtype of q."""
+    """Forward and backward over `KeyRuns`: q [T, H, D], k and v [T, Hkv, D], out [T, H, D] in the dtype of q."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun) -> to
 
 @functools.cache
 def _later_keys(device: torch.device) -> torch.Tensor:
-    """[BLOCK_KEYS, BLOCK_KEYS] bool, True where a key of a run stands after the query; every run's mask is a slice."""
+    """[BLOCK_KEYS, BLOCK_KEYS] bool, True where a key of a run stands after the query. Masks are its slices."""
     return torch.ones(BLOCK_KEYS, BLOCK_KEYS, dtype=torch.bool, device=device).triu_(1)
 
 

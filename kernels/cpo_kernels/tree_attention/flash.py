@@ -25,7 +25,7 @@ class ChainLengths(NamedTuple):
 
 
 def load_varlen() -> Callable[..., torch.Tensor]:
-    """`flash_attn.flash_attn_varlen_func`; ValueError where the package is not installed."""
+    """`flash_attn.flash_attn_varlen_func`. ValueError where the package is not installed."""
     try:
         varlen: Callable[..., torch.Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
     except ImportError as error:
@@ -36,7 +36,7 @@ def load_varlen() -> Callable[..., torch.Tensor]:
 
 
 def chain_lengths(schedule: TreeSchedule, device: torch.device) -> ChainLengths:
-    """The chains of a schedule, made on the host and kept with it; ValueError naming a row below which a tree branches."""
+    """The chains of a schedule, made on the host and kept with it. ValueError naming a row below which a tree branches."""
     key = ("flash", device)
     if key not in schedule.host_derived:
         stops, ends = schedule.host_segment_stop, schedule.host_segment_end
@@ -63,7 +63,7 @@ def flash_tree_attention(
     schedule: TreeSchedule,
     scale: float,
 ) -> torch.Tensor:
-    """Attention [T, H, D] of a forest of chains, differentiable as `varlen` is; ValueError for other dtypes or a branch."""
+    """Attention [T, H, D] of a forest of chains, differentiable as `varlen` is. ValueError for other dtypes or a branch."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "tree_attention: impl='flash' expects q, k and v all float16 or all bfloat16, "

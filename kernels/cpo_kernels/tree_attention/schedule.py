@@ -106,7 +106,7 @@ def validate_subtree_end(subtree_end: torch.Tensor) -> None:
     """Check in O(T) that `subtree_end` ([T] int32) describes subtrees in depth-first preorder.
 
     Raises:
-        ValueError: naming the first row whose end is not in (row, T], or whose subtree leaves the one that contains it;
+        ValueError: naming the first row whose end is not in (row, T], or whose subtree leaves the one that contains it,
             or `subtree_end` is not a 1-D int32 tensor.
     """
     _csrc.validate_subtree_end(_host_array(subtree_end))

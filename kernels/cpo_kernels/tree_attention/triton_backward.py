@@ -73,15 +73,13 @@ def tree_attention_backward(
     """Gradients of q, k and v from the gradient of the output.
 
     Args:
-        grad_out: [T, H, D] in the dtype of q, any strides.
-        q, k, v: as given to the forward.
+        grad_out: in the dtype of q, any strides.
+        q, k, v, schedule, scale: as given to the forward.
         out, lse: as returned by it.
-        schedule: as given to the forward.
-        scale: as given to the forward.
         needs: which of dq, dk and dv are wanted. dk and dv come together, so that wanting one makes both.
 
     Returns:
-        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q; None for what is not wanted.
+        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q, each None where it is not wanted.
     """
     num_rows, num_heads, head_dim = q.shape
     grad_out, q, k, v = by_rows(grad_out), by_rows(q), by_rows(k), by_rows(v)
@@ -113,23 +111,12 @@ def launch_grad_q(
     tile = choose_tile("tree_attention", head_dim, q.dtype, QUERY_TILES, EXACT_TILES, schedule.blocks)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
-        *inputs,
-        grad_q,
-        schedule.subtree_end,
-        schedule.full_offsets,
-        schedule.full_blocks,
-        schedule.partial_offsets,
-        schedule.partial_blocks,
-        *sizes,
-        *strides,
-        BLOCK_Q=tile.block_q,
-        BLOCK_KV=tile.block_kv,
-        TILES_PER_Q=schedule.block_q // tile.block_q,
-        TILES_PER_KV=schedule.block_kv // tile.block_kv,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **constants,
-    )
+        *inputs, grad_q, schedule.subtree_end,
+        schedule.full_offsets, schedule.full_blocks, schedule.partial_offsets, schedule.partial_blocks,
+        *sizes, *strides, BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
+        TILES_PER_Q=schedule.block_q // tile.block_q, TILES_PER_KV=schedule.block_kv // tile.block_kv,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+    )  # fmt: skip
     return grad_q
 
 
@@ -149,44 +136,18 @@ def launch_grad_kv(
     part_shape = (2, schedule.num_parts * schedule.block_kv, num_kv_heads, head_dim)
     part_k, part_v = torch.empty(part_shape, dtype=torch.float32, device=k.device)
     _grad_kv_kernel[(len(schedule.work_block) * tiles_per_kv * num_kv_heads,)](
-        *inputs,
-        grad_k,
-        grad_v,
-        part_k,
-        part_v,
-        schedule.subtree_end,
-        schedule.work_block,
-        schedule.work_start,
-        schedule.work_stop,
-        schedule.work_part,
-        schedule.kv_full_start,
-        schedule.kv_full_stop,
-        *sizes,
-        *strides,
-        BLOCK_Q=tile.block_q,
-        BLOCK_KV=tile.block_kv,
-        TILES_PER_KV=tiles_per_kv,
-        NUM_PHASES=num_phases(constants["BLOCK_D"]),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **constants,
-    )
+        *inputs, grad_k, grad_v, part_k, part_v, schedule.subtree_end,
+        schedule.work_block, schedule.work_start, schedule.work_stop, schedule.work_part,
+        schedule.kv_full_start, schedule.kv_full_stop, *sizes, *strides,
+        BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv, TILES_PER_KV=tiles_per_kv,
+        NUM_PHASES=num_phases(constants["BLOCK_D"]), num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+    )  # fmt: skip
     if schedule.num_parts > 0:
         sum_tiles = schedule.block_kv // SUM_ROWS
         _sum_parts_kernel[(len(schedule.split_block) * sum_tiles * num_kv_heads,)](
-            part_k,
-            part_v,
-            grad_k,
-            grad_v,
-            schedule.split_block,
-            schedule.split_offsets,
-            k.shape[0],
-            num_kv_heads,
-            sizes[-1],
-            BLOCK_KV=SUM_ROWS,
-            TILES_PER_KV=sum_tiles,
-            **constants,
-        )
+            part_k, part_v, grad_k, grad_v, schedule.split_block, schedule.split_offsets,
+            k.shape[0], num_kv_heads, sizes[-1], BLOCK_KV=SUM_ROWS, TILES_PER_KV=sum_tiles, **constants,
+        )  # fmt: skip
     return grad_k, grad_v
 
 
@@ -202,26 +163,14 @@ def _delta_kernel(
     delta_ptr,  # [H, T] fp32
     num_rows,
     num_heads,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    grad_out_row_stride, grad_out_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """delta[h, i] = dout[i, h] . out[i, h] in float32."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     rows = (tl.program_id(0) // num_heads) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    grad_out = load_rows(
-        grad_out_ptr + head * grad_out_head_stride,
-        rows,
-        grad_out_row_stride,
-        num_rows,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-        UPCAST,
-    )
+    grad_out_head_ptr = grad_out_ptr + head * grad_out_head_stride
+    grad_out = load_rows(grad_out_head_ptr, rows, grad_out_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
     out = load_rows(out_ptr + head * HEAD_DIM, rows, num_heads * HEAD_DIM, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + head * num_rows + rows, delta, mask=rows < num_rows)
@@ -246,22 +195,11 @@ def _grad_q_kernel(
     group,  # query heads per key head
     scale_log2,
     scale,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    TILES_PER_Q: tl.constexpr,
-    TILES_PER_KV: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    grad_out_row_stride, grad_out_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    TILES_PER_Q: tl.constexpr, TILES_PER_KV: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """dq of one query tile and head, over the full and the partial key blocks of its schedule block."""
     tile_index = tl.program_id(0) // num_heads
     head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -308,16 +246,10 @@ def _add_queries(
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
-    q_row_stride,
-    grad_out_row_stride,
-    num_rows,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Add one tile of queries of one head to dk (without its scale) and dv; with MASKED only the visible pairs."""
+    q_row_stride, grad_out_row_stride, num_rows, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of queries of one head to dk (without its scale) and dv, with MASKED only the visible pairs."""
     q = load_rows(q_ptr, rows, q_row_stride, num_rows, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
     grad_out = load_rows(grad_out_ptr, rows, grad_out_row_stride, num_rows, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
     if MASKED:
@@ -362,22 +294,11 @@ def _grad_kv_kernel(
     group,  # query heads per key head
     scale_log2,
     scale,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    TILES_PER_KV: tl.constexpr,
-    NUM_PHASES: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    grad_out_row_stride, grad_out_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    TILES_PER_KV: tl.constexpr, NUM_PHASES: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """dk and dv of one key tile and key head, over the rows of a piece of work and the query heads of the group."""
     num_kv_heads = num_heads // group
     tile_index = tl.program_id(0) // num_kv_heads
@@ -408,27 +329,12 @@ def _grad_kv_kernel(
             first = 0 if phase == 0 else (full_begin if phase == 1 else full_end)
             last = num_steps if phase == NUM_PHASES - 1 else (full_begin if phase == 0 else full_end)
             for step in range(first, last):
+                rows = start + step * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 grad_k, grad_v = _add_queries(
-                    grad_k,
-                    grad_v,
-                    k,
-                    v,
-                    keys,
-                    ends,
-                    start + step * BLOCK_Q + tl.arange(0, BLOCK_Q),
-                    q_head_ptr,
-                    grad_out_head_ptr,
-                    lse_head_ptr,
-                    delta_head_ptr,
-                    q_row_stride,
-                    grad_out_row_stride,
-                    num_rows,
-                    scale_log2,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    phase != 1,
-                    UPCAST,
-                )
+                    grad_k, grad_v, k, v, keys, ends, rows,
+                    q_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                    q_row_stride, grad_out_row_stride, num_rows, scale_log2, HEAD_DIM, BLOCK_D, phase != 1, UPCAST,
+                )  # fmt: skip
     part = tl.load(work_part_ptr + work)
     if part < 0:
         store_rows(grad_k_ptr, grad_k * scale, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
@@ -451,12 +357,8 @@ def _sum_parts_kernel(
     num_rows,
     num_kv_heads,
     scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    TILES_PER_KV: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, TILES_PER_KV: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """dk and dv of BLOCK_KV keys of one cut block and key head: the sum of its parts in their order."""
     tile_index = tl.program_id(0) // num_kv_heads
     kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)

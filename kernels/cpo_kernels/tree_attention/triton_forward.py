@@ -51,10 +51,8 @@ def tree_attention_forward(
     """Attention output and what the backward needs of the softmax.
 
     Args:
-        q: [T, H, D] bfloat16, float16 or float32; any strides.
-        k: [T, Hkv, D], same dtype; Hkv divides H.
-        v: [T, Hkv, D], same dtype.
-        schedule: of the same line, on the device of q; block sizes powers of two >= 16.
+        q, k, v: bfloat16, float16 or float32, all the same, any strides. Hkv divides H.
+        schedule: of the same forest, on the device of q. Its block sizes are powers of two >= 16.
         scale: factor on q . k.
 
     Returns:
@@ -70,36 +68,14 @@ def tree_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_rows), dtype=torch.float32, device=q.device)
     _forward_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        schedule.subtree_end,
-        schedule.full_offsets,
-        schedule.full_blocks,
-        schedule.partial_offsets,
-        schedule.partial_blocks,
-        num_rows,
-        num_heads,
-        num_heads // k.shape[1],
-        scale * LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        BLOCK_Q=tile.block_q,
-        BLOCK_KV=tile.block_kv,
-        TILES_PER_Q=schedule.block_q // tile.block_q,
-        TILES_PER_KV=schedule.block_kv // tile.block_kv,
-        UPCAST=INTERPRETED,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+        q, k, v, out, lse, schedule.subtree_end,
+        schedule.full_offsets, schedule.full_blocks, schedule.partial_offsets, schedule.partial_blocks,
+        num_rows, num_heads, num_heads // k.shape[1], scale * LOG2_E,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
+        TILES_PER_Q=schedule.block_q // tile.block_q, TILES_PER_KV=schedule.block_kv // tile.block_kv,
+        UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return out, lse
 
 
@@ -119,21 +95,11 @@ def _forward_kernel(
     num_heads,
     group,  # query heads per key head
     scale_log2,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    TILES_PER_Q: tl.constexpr,
-    TILES_PER_KV: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """Output and log-sum-exp of one query tile and head; neighbouring programs are heads, whose rows are adjacent."""
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    TILES_PER_Q: tl.constexpr, TILES_PER_KV: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """Output and log-sum-exp of one query tile and head. Neighbouring programs are heads, whose rows are adjacent."""
     tile_index = tl.program_id(0) // num_heads
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     k_head_ptr = k_ptr + (head // group) * k_head_stride

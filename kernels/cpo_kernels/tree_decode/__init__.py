@@ -28,17 +28,17 @@ def tree_decode(
     """Write the new keys and values to `plan.slots`, then attend as the plan says. Prefill and decode rows may mix.
 
     Args:
-        q: [N, H, D] float64, float32, bfloat16 or float16; position encoding applied.
-        k_new, v_new: [N, Hkv, D], same dtype; Hkv divides H.
-        k_arena, v_arena: [C, Hkv, D], same dtype, changed in place; any strides, last dimension contiguous.
+        q: [N, H, D] float64, float32, bfloat16 or float16, position encoding applied.
+        k_new, v_new: [N, Hkv, D], same dtype. Hkv divides H.
+        k_arena, v_arena: [C, Hkv, D], same dtype, changed in place. Any strides, last dimension contiguous.
         plan: of these N rows, on the device of q.
         scale: factor on q . k, default D ** -0.5.
         impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64 and head sizes up to
             256.
 
     Returns:
-        [N, H, D] in the dtype of q; a row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
-        repeatable; with "eager" on a CPU in float32 a row's bits do not depend on the other rows.
+        [N, H, D] in the dtype of q. A row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
+        repeatable. With "eager" on a CPU in float32 a row's bits do not depend on the other rows.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, the plan names slots past the arena, or `impl` cannot run here.
@@ -49,7 +49,7 @@ def tree_decode(
 
 
 def resolve_tree_decode(impl: str | None, device_type: str) -> str:
-    """The name of the implementation that runs on a device, for `decode_layer`; as `resolve_implementation`."""
+    """The name of the implementation that runs on a device, for `decode_layer`. See `resolve_implementation`."""
     available = available_implementations(device_type)
     return resolve_implementation("tree_decode", impl, device_type, available, check_tree_decode)
 

@@ -46,7 +46,7 @@ def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward 
 
 
 def _frontier() -> tuple[DecodePlan, int, torch.Tensor]:
-    """Nine rows that decode under one node and three under another, both below a root; then a node that is prefilled.
+    """Nine rows that decode under one node and three under another, both below a root, then a node that is prefilled.
 
     Returns:
         The plan, the number of arena slots, and which of them hold nothing that is read before the call, [C] bool.

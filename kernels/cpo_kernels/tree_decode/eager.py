@@ -31,7 +31,7 @@ SUFFIX_ROWS = 32  # rows whose private keys are gathered at once: larger copies 
 
 
 class Product(NamedTuple):
-    """Queries [query_start, +num_queries) against keys [key_start, +num_keys); `hidden` where a query sees not all."""
+    """Queries [query_start, +num_queries) against keys [key_start, +num_keys), `hidden` where a query sees not all."""
 
     query_start: int
     num_queries: int
@@ -66,7 +66,7 @@ def tree_decode_eager(
     plan: DecodePlan,
     scale: float,
 ) -> torch.Tensor:
-    """Store the new keys and values, then attend; [N, H, D] in the dtype of q, 0 for a row without keys."""
+    """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
     num_rows, num_heads, head_dim = q.shape
@@ -114,7 +114,7 @@ def tree_decode_eager(
 
 
 def _exponentiate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn scores [.., n] into exp(score - maximum) in place; maximum and sum [..], finite also where all are -inf."""
+    """Turn scores [.., n] into exp(score - maximum) in place. Maximum and sum [..], finite also where all are -inf."""
     maximum = scores.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
     scores.sub_(maximum).exp_()
     return maximum.squeeze(-1), scores.sum(dim=-1)
@@ -132,7 +132,7 @@ def _merge(
     levels: list[torch.Tensor],
     shape: torch.Size,
 ) -> torch.Tensor:
-    """[Hkv, N, G, D]; level after level, each row's next partial."""
+    """[Hkv, N, G, D]: level after level, each row's next partial is added."""
     merged, denominator = out.new_zeros(shape), out.new_zeros(shape[:3])
     if levels:
         maxima = [maximum.index_select(1, level) for level in levels]
@@ -145,7 +145,7 @@ def _merge(
 
 
 def _tables(plan: DecodePlan) -> Tables:
-    """Tables of a plan, kept with it; on a device they are read back once."""
+    """Tables of a plan, kept with it. From a device the plan is read back once."""
     if plan.is_reused:
         raise ValueError(
             "tree_decode: impl='eager' reads a plan once and cannot follow one whose contents change between forwards; "

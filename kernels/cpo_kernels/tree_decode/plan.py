@@ -27,18 +27,14 @@ Item = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """Which arena slots each query row of one packed forward reads. N query rows, W work items; tensors on one device."""
+    """Which arena slots each query row of one packed forward reads: N rows, W work items, tensors on one device."""
 
-    slots: (
-        torch.Tensor
-    )  # [N] int64, slot that receives the row's new key and value; padding rows share the padding slot
+    slots: torch.Tensor  # [N] int64, receives the row's new key and value; padding rows share the padding slot
     items: torch.Tensor  # [W, 6] int32: query_start, num_queries, key_start, num_keys, first_visible, partial_start
     partial_offsets: torch.Tensor  # [N + 1] int32
     partial_index: torch.Tensor  # int32, partials of row n at [partial_offsets[n], partial_offsets[n + 1]), root first
-    suffix_start: (
-        torch.Tensor
-    )  # [N] int32, the row's private keys are in slots [suffix_start, suffix_start + suffix_len)
-    suffix_len: torch.Tensor  # [N] int32; 0: none; counts the row's own new key
+    suffix_start: torch.Tensor  # [N] int32, private keys are in slots [suffix_start, suffix_start + suffix_len)
+    suffix_len: torch.Tensor  # [N] int32, the row's own new key included; 0: none
     num_partials: int
     num_arena_rows: int = 0  # slots of the least arena that has all that are named above
     is_reused: bool = False  # the tensors get other contents between forwards, as those of a recorded step do
@@ -54,14 +50,14 @@ class DecodePlan:
         suffix_len: Sequence[int] | np.ndarray | torch.Tensor,  # [N]
         split: int = 256,
     ) -> "DecodePlan":
-        """Cut items and order their partials; host side.
+        """Cut items and order their partials, on the host.
 
         Args:
             slots: arena slot of each query row's new key and value.
-            items: (query_start, num_queries, key_start, num_keys, first_visible); the items of one row listed root first.
+            items: (query_start, num_queries, key_start, num_keys, first_visible), those of one row listed root first.
             suffix_start: first private key of each row.
-            suffix_len: how many it has, its own new key included; 0 for a row that is prefilled.
-            split: keys of an item at most; keys are cut at its multiples, counted from the item's first key.
+            suffix_len: how many it has, its own new key included. 0 for a row that is prefilled.
+            split: keys of an item at most. Keys are cut at its multiples, counted from the item's first key.
 
         Returns:
             A plan on the CPU.

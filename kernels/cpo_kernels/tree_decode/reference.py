@@ -21,7 +21,7 @@ def tree_decode_reference(
     plan: DecodePlan,
     scale: float,
 ) -> torch.Tensor:
-    """Store the new keys and values, then attend; [N, H, D] in the dtype of q, 0 for a row without keys."""
+    """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
     outs = [_attention(q[n], k_arena[keys], v_arena[keys], scale) for n, keys in enumerate(visible_slots(plan))]

@@ -62,14 +62,13 @@ def tree_decode_forward(
     """Store, attend and merge by three launches.
 
     Args:
-        q: [N, H, D] bfloat16, float16 or float32; any strides.
-        k_new, v_new: [N, Hkv, D], same dtype.
-        k_arena, v_arena: [C, Hkv, D], same dtype, changed in place; last dimension contiguous.
+        q, k_new, v_new: bfloat16, float16 or float32, all the same, any strides. Hkv divides H.
+        k_arena, v_arena: same dtype, changed in place, last dimension contiguous.
         plan: of these N rows, on the device of q.
         scale: factor on q . k.
 
     Returns:
-        [N, H, D] contiguous, in the dtype of q; 0 for a row without keys.
+        [N, H, D] contiguous, in the dtype of q, 0 for a row without keys.
 
     Raises:
         ValueError: head size or dtype that no kernel is made for.
@@ -84,66 +83,25 @@ def tree_decode_forward(
         return out
     block_d = padded_head_dim(head_dim)
     _store_kernel[(num_rows, num_kv_heads)](
-        k_new,
-        v_new,
-        k_arena,
-        v_arena,
-        plan.slots,
-        *k_new.stride()[:2],
-        *v_new.stride()[:2],
-        *k_arena.stride()[:2],
-        *v_arena.stride()[:2],
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        num_warps=1,  # a head of 128 is four elements a lane
-    )
+        k_new, v_new, k_arena, v_arena, plan.slots,
+        *k_new.stride()[:2], *v_new.stride()[:2], *k_arena.stride()[:2], *v_arena.stride()[:2],
+        HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=1,  # a head of 128 is four elements a lane
+    )  # fmt: skip
     partial_out = torch.empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((plan.num_partials, num_heads), dtype=torch.float32, device=q.device)
+    strides = (*q.stride()[:2], *k_arena.stride()[:2], *v_arena.stride()[:2])
     if len(plan.items):
         _partial_kernel[(len(plan.items), num_kv_heads, triton.cdiv(QUERY_TILE * group, tile.block_q))](
-            q,
-            k_arena,
-            v_arena,
-            partial_out,
-            partial_lse,
-            plan.items,
-            scale * LOG2_E,
-            num_heads,
-            *q.stride()[:2],
-            *k_arena.stride()[:2],
-            *v_arena.stride()[:2],
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_Q=tile.block_q,
-            BLOCK_KV=tile.block_kv,
-            ITEM_COLUMNS=ITEM_COLUMNS,
-            UPCAST=INTERPRETED,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            q, k_arena, v_arena, partial_out, partial_lse, plan.items, scale * LOG2_E, num_heads, *strides,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
+            ITEM_COLUMNS=ITEM_COLUMNS, UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     _merge_kernel[(num_rows, num_heads)](
-        q,
-        k_arena,
-        v_arena,
-        partial_out,
-        partial_lse,
-        plan.partial_offsets,
-        plan.partial_index,
-        plan.suffix_start,
-        plan.suffix_len,
-        out,
-        scale * LOG2_E,
-        num_heads,
-        *q.stride()[:2],
-        *k_arena.stride()[:2],
-        *v_arena.stride()[:2],
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_KV=SUFFIX_BLOCKS[max(block_d, min(SUFFIX_BLOCKS))],
+        q, k_arena, v_arena, partial_out, partial_lse, plan.partial_offsets, plan.partial_index,
+        plan.suffix_start, plan.suffix_len, out, scale * LOG2_E, num_heads, *strides,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_KV=SUFFIX_BLOCKS[max(block_d, min(SUFFIX_BLOCKS))],
         UPCAST=INTERPRETED,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -154,18 +112,11 @@ def _store_kernel(
     k_ptr,  # [C, Hkv, D]
     v_ptr,  # [C, Hkv, D]
     slots_ptr,  # [N] int64
-    k_new_row_stride,
-    k_new_head_stride,
-    v_new_row_stride,
-    v_new_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """Key and value of one row and head into its slot. Rows that share the padding slot race; nobody reads it."""
+    k_new_row_stride, k_new_head_stride, v_new_row_stride, v_new_head_stride,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """Key and value of one row and head into its slot. Rows that share the padding slot race, and nothing reads it."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + row)
@@ -187,21 +138,11 @@ def _partial_kernel(
     items_ptr,  # [W, ITEM_COLUMNS] int32
     scale_log2,
     num_heads,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    ITEM_COLUMNS: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """One tile of an item for one key head; tile row m is query m // GROUP under query head m % GROUP of the group."""
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    ITEM_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of an item for one key head. Tile row m is query m // GROUP under query head m % GROUP of the group."""
     item_ptr = items_ptr + tl.program_id(0).to(tl.int64) * ITEM_COLUMNS
     kv_head = tl.program_id(1).to(tl.int64)
     num_queries = tl.load(item_ptr + 1)
@@ -256,18 +197,9 @@ def _merge_kernel(
     out_ptr,  # [N, H, D] contiguous
     scale_log2,
     num_heads,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
+    q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
     """One row and head: its partials in path order, its private suffix, the division."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

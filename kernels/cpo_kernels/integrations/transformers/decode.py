@@ -2,7 +2,7 @@
 
     token ids, positions -> backbone, whose layers call `tree_decode` -> hidden -> the model's own head -> float32 logits
 
-Prefill and decode are the same call under different plans. The model must be prepared; its live adapters take part.
+Prefill and decode are the same call under different plans. The model must be prepared. Its live adapters take part.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def decode_forward(
     rows: torch.Tensor | None = None,  # [R] int64
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Final hidden states of N rows; their keys and values are written to the arena.
+    """Final hidden states of N rows, whose keys and values are written to the arena.
 
     Args:
         model: a prepared model, or its parts as `model_parts` gives them.
@@ -35,7 +35,7 @@ def decode_forward(
         position_ids: [N], each row's depth in tokens on its own path.
         plan: of these N rows, on the same device.
         arena: for each layer k and v [C, Hkv, D] in the dtype of the model's keys, changed in place.
-        rows: those whose hidden states are wanted; None: all.
+        rows: those whose hidden states are wanted. None: all.
         impl: implementation of tree_decode as `resolve_tree_decode` gives it. None resolves it here.
 
     Returns:

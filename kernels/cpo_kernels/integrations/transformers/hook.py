@@ -39,7 +39,7 @@ def cpo_tree_attention(
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, [B, T, H, D]; B is 1 for a forest. Adds the layer's index to `layers_seen`.
+    """Attention of one layer, [B, T, H, D], where B is 1 for a forest. Adds the layer's index to `layers_seen`.
 
     With `decode_plan` the rows are those of a search tree's frontier, which read and write `decode_arena`.
 
@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def prepared_parts(model: torch.nn.Module | ModelParts, caller: str) -> ModelParts:
-    """The parts of a model whose attention is `cpo_tree`; ValueError, naming the caller, for another."""
+    """The parts of a model whose attention is `cpo_tree`. ValueError, naming the caller, for another."""
     parts = model if isinstance(model, ModelParts) else model_parts(model)
     if parts.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(

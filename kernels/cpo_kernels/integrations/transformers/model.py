@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# configuration key -> what it is; refused when set to something other than the value that means "off"
+# configuration key -> what it is. Refused when set to something other than the value that means "off"
 _HEAD_TRANSFORMS = {
     "final_logit_softcapping": ("a soft-cap on the final logits", None),
     "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
@@ -30,7 +30,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Views into a model; the modules are the model's own."""
+    """Views into a model, whose modules these are."""
 
     causal_lm: PreTrainedModel
     backbone: torch.nn.Module
@@ -68,16 +68,16 @@ def unwrap_peft(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def peft_configs(model: torch.nn.Module) -> dict[str, Any]:
-    """Adapter configurations by name; empty when the model is no `PeftModel`. Does not import peft."""
+    """Adapter configurations by name, none when the model is no `PeftModel`. Does not import peft."""
     configs = getattr(model, "peft_config", None)
     return configs if isinstance(configs, dict) and hasattr(model, "get_base_model") else {}
 
 
 @contextmanager
 def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
-    """Run with adapter `name` active, or with every adapter off (None); afterwards all is as it was.
+    """Run with adapter `name` active, or with every adapter off (None). Afterwards all is as it was.
 
-    PEFT's own switches also turn `requires_grad` on and off; the flags are put back exactly.
+    PEFT's own switches also turn `requires_grad` on and off. The flags are put back exactly.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -144,7 +144,7 @@ def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) 
 
 
 def sliding_window(config: Any) -> int | None:
-    """The shortest attention window over the layers in tokens; None when every layer sees everything."""
+    """The shortest attention window over the layers in tokens, or None when every layer sees everything."""
     if getattr(config, "use_sliding_window", True) is False:
         return None
     layer_types = getattr(config, "layer_types", None)

@@ -24,7 +24,7 @@ TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
 
 
 def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
-    """Make a `PreTrainedModel` or `PeftModel` ready for `packed_logps`, in place; returns the same model.
+    """Make a `PreTrainedModel` or `PeftModel` ready for `packed_logps`, in place, and return it.
 
     Call it once, before any wrapper (DDP, FSDP, DeepSpeed) and before training. Calls without `subtree_end` behave as
     with `sdpa` afterwards.
@@ -35,7 +35,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
 
     Raises:
         TypeError: not a transformers model (a wrapper, say).
-        ValueError: the model cannot be computed exactly on a forest; the sentence names why or the first layer that
+        ValueError: the model cannot be computed exactly on a forest. The sentence names why, or the first layer that
             differs.
         KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
     """

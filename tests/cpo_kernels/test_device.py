@@ -29,6 +29,15 @@ def test_what_is_kept_beside_the_fields_moves_along() -> None:
     assert moved._kept["host"] == [1, 2]  # type: ignore[attr-defined]
 
 
-def test_the_cpu_gives_the_value_itself() -> None:
+def test_what_is_there_already_is_given_back_itself() -> None:
     forest = build_forest([[3, 4]])
     assert to_device(forest, "cpu") is forest
+    there = to_device((forest, forest.schedule(16, 16)), "meta")
+    assert to_device(there, "meta") is there
+
+
+def test_what_a_copy_keeps_is_its_own() -> None:
+    """A schedule made for the copy must not be found by the original."""
+    forest = build_forest([[3, 4]])
+    assert to_device(forest, "meta").schedule().subtree_end.device.type == "meta"
+    assert forest.schedule().subtree_end is forest.subtree_end
