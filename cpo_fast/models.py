@@ -6,16 +6,20 @@ the files lack is an error instead of random numbers, and the sampling settings 
 recommended repetition penalty would change greedy decoding as well as search). Everything that can go wrong becomes one
 sentence with its remedy.
 
-`merge` writes W' = round(W + (alpha / r) B A), summed in float32 and rounded once to the base dtype. The rounding changes
-the model, so it is compared with base plus adapter, token by token, as KL divergence of their next-token distributions on
-real prompts, and refused above a limit.
+`merge` writes W' = round(W + (alpha / r) B A), summed in float32 and rounded once. The rounding changes the model, so
+it is compared with base plus adapter, token by token, as KL divergence of their next-token distributions on real
+prompts, and refused above a limit. With `model.dtype: auto` the merged weights have the dtype of the base model's files
+and the comparison is in float32, so that file and verdict are the same on every device. A dtype that is named is the
+one of the merged weights, and both models are compared in it.
 
 torch and transformers are imported inside the functions: this module is cheap to import. Quantised weights and
 placement over several devices are left out.
 """
 
 import hashlib
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapters import load_adapter
 from cpo_fast.config import Config, ModelConfig
+from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import file_digest, files_hash
 
@@ -116,7 +121,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
 
     Args:
-        config: path, dtype, device and, if set, the adapter. The base takes `config.dtype`; adapter weights are fp32.
+        config: path, dtype, device and, if set, the adapter. The base takes the dtype that `resolve_dtype` gives;
+            adapter weights are fp32.
 
     Returns:
         (PreTrainedModel or, with an adapter, PeftModel; its tokenizer). The model's generation config keeps only its
@@ -137,7 +143,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, config.dtype),
+            dtype=resolve_dtype(config.dtype, device),
             trust_remote_code=_remote_code_allowed,
             use_safetensors=True,
             attn_implementation="sdpa",
@@ -192,7 +198,8 @@ def model_hash(path: str | Path) -> str:
 
 
 def weights_hash(tensors: "Mapping[str, torch.Tensor]") -> str:
-    """16 hex digits that name weights that are in memory, for a model that came without files: names, types and bytes."""
+    """16 hex digits that name weights that are in memory, for a model that came without files: names, types and
+    bytes."""
     torch = require_library("torch")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -218,13 +225,14 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
     """Write `config.model.path` with `config.model.adapter` merged in to `target`.
 
     Args:
-        config: section `model`; its dtype is the dtype of the merged weights.
+        config: section `model`; a dtype that it names is the dtype of the merged weights, `auto` keeps that of the base
+            model's files.
         target: folder that must not hold a model yet.
         texts: prompts on which the two models are compared; the first 16 are used.
         max_mean_kl: limit on the mean divergence, in nats.
 
     Raises:
-        ConfigError: no adapter is set, or the target exists.
+        ConfigError: no adapter is set, the target exists, or the base's files have no dtype that can be kept.
         CheckpointError: the merged model differs by more than the limit; nothing is written.
     """
     import torch
@@ -233,13 +241,17 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
         raise ConfigError("model.adapter is not set; give the folder of the adapter to merge")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
-    model, tokenizer = load_model(config.model)
+    named = config.model.dtype != "auto"
+    exact = config.model.model_copy(update={"dtype": "float32"})
+    model, tokenizer = load_model(config.model if named else exact)
     batches = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in texts[:MAX_MERGE_PROMPTS]]
     expected = _log_probs(model, batches)
-    dtype = model.get_base_model().dtype
+    compared = model.get_base_model().dtype
+    written = compared if named else _dtype_of_files(model_folder(config.model.path))
     del model
-    model, _ = load_model(config.model.model_copy(update={"dtype": "float32"}))
-    merged = model.merge_and_unload().to(dtype)
+    model, _ = load_model(exact)
+    # rounded to what is written, then compared in what base plus adapter were computed in: no cast up changes a bit
+    merged = _cast(_cast(model.merge_and_unload(), written), compared)
     divergences = torch.cat(
         [
             (left.exp() * (left - right)).sum(dim=-1).flatten()
@@ -253,7 +265,7 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
             f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
         )
     target.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(target)
+    _cast(merged, written).save_pretrained(target)
     tokenizer.save_pretrained(target)
     return MergeResult(target, mean_kl, max_kl, divergences.numel())
 
@@ -289,6 +301,39 @@ def _load_problem(path: str, error: Exception) -> Exception:
 
 def _holds_weights_or_pieces(file: Path) -> bool:
     return file.suffix in (".safetensors", ".model")
+
+
+def _dtype_of_files(folder: Path) -> "torch.dtype":
+    """The dtype that most numbers of a model's files have.
+
+    Raises:
+        ConfigError: it is none that a sum can be rounded to.
+    """
+    import torch
+    from safetensors import safe_open
+
+    numbers: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  (no mapping: it has no iterator)
+                piece = weights.get_slice(key)
+                numbers[piece.get_dtype()] += math.prod(piece.get_shape())
+    name = max(numbers, key=lambda each: numbers[each])
+    # as safetensors name them; a sum of anything else (quantised weights) would not be the sum
+    writable = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    if name not in writable:
+        raise ConfigError(
+            f"model.path: the weights in {folder} are {name}, which a merged model cannot keep; name the dtype to write "
+            "(model.dtype=float32 or bfloat16)"
+        )
+    return writable[name]
+
+
+def _cast(model: Any, dtype: "torch.dtype") -> Any:
+    """`model` with parameters in `dtype`. Its buffers stay as loading made them: rotary frequencies are float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _log_probs(model: Any, batches: "Sequence[torch.Tensor]") -> "list[torch.Tensor]":

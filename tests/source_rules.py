@@ -7,7 +7,7 @@ import ast
 import sys
 from collections.abc import Iterator, Mapping
 
-# cpo_fast from the ground up; what is not named (errors, files, config, rows, tree, tasks, models, adapters) is the ground, level 0
+# cpo_fast from the ground up; what is not named (errors, files, config, tree, tasks, models, ...) is the ground, level 0
 LEVELS = {"search": 1, "data": 1, "official": 2, "train": 2, "evaluate": 2, "cli": 3, "demo": 3, "__main__": 3}
 STRANGERS = {("search", "data"), ("data", "search")}
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "cpo_kernels"}

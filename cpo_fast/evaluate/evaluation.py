@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.config import Config, config_hash
+from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
@@ -149,7 +150,7 @@ class _Asker:
             model=config.model.path,
             model_hash=model_hash(config.model.path),
             adapter_hash=adapter_hash(config.model.adapter),
-            dtype=config.model.dtype,
+            dtype=dtype_name(self._model.dtype),
             device=str(self._model.device),
             task_hash=config_hash(config.task),
             prompt_hash=short_hash(canonical_json(prompts if method == "tot" else prompts[:1])),

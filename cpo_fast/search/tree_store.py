@@ -28,6 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cpo_fast.config import Config
+from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import append_line, canonical_json, read_jsonl, write_jsonl
 from cpo_fast.tasks import Prompts, Question
@@ -53,12 +54,17 @@ _FIELD_NAMES = {
     "model_hash": "model",
     "adapter_hash": "adapter",
     "seed": "seed",
-    "config_hash": "search configuration",
+    "config_hash": "search configuration or dtype",
 }
+# what a refusal adds: the dtype may differ although no setting does
+_HINTS = {"config_hash": "set both as they were (model.dtype=auto follows the device), "}
 
 
 def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
-    """What the trees of a run follow from. A model without a path is named by its weights."""
+    """What the trees of a run follow from. A model without a path is named by its weights.
+
+    The dtype is the loaded model's, so `model.dtype: auto` and the name that it resolves to are the same search.
+    """
     if config.model.path:
         from cpo_fast.adapters import adapter_hash
         from cpo_fast.models import model_hash
@@ -71,7 +77,7 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
     task = prompts.task
     settings = {
         "search": config.search.result_settings(),
-        "dtype": config.model.dtype,
+        "dtype": dtype_name(model.dtype),
         "chat": config.task.chat,
         "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
@@ -244,9 +250,10 @@ class TreeStore:
         for field, name in _FIELD_NAMES.items():
             found, expected = getattr(tree, field), getattr(self._provenance, field)
             if found != expected:
+                hint = _HINTS.get(field, "")
                 raise DataError(
                     f"{path}: tree '{tree.id}' was searched with another {name} ({found or 'none'}, this run has "
-                    f"{expected or 'none'}); set another folder in 'run', or delete the file to search again"
+                    f"{expected or 'none'}); {hint}set another folder in 'run', or delete the file to search again"
                 )
         if texts.get(tree.id, tree.question) != tree.question:
             raise DataError(

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from cpo_fast.adapters import ADAPTER
 from cpo_fast.config import Config
+from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model
 from cpo_kernels.implementation import Implementations, available_implementations
@@ -79,6 +80,7 @@ def _prepared(model: Any, config: Config) -> Implementations:
         raise EnvironmentProblem(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"model.path: {config.model.path} cannot be trained on forests: {error}") from None
+    logger.info("base weights: %s on %s", dtype_name(model.get_base_model().dtype), device_type)
     logger.info("kernels: %s", ", ".join(f"{op} {name}" for op, name in asdict(resolved).items()))
     return resolved
 

@@ -37,7 +37,7 @@ def test_unknown_key_exits_2_and_suggests_the_nearest(tmp_path: Path) -> None:
         ("train:\n  lr: fast\n", r"train\.lr: Input should be a valid number.*got 'fast'"),
         ("train:\n  beta: -1\n", r"train\.beta: Input should be greater than 0, got -1"),
         ("search:\n  value_likely: 0\n", r"value_impossible must be smaller than search\.value_likely"),
-        ("model:\n  dtype: float16\n", r"model\.dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
+        ("model:\n  dtype: float16\n", r"model\.dtype: Input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
     ],
 )
 def test_bad_configuration_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:

@@ -23,8 +23,9 @@ class Scripted:
     device = torch.device("cpu")
     generation_config = types.SimpleNamespace(eos_token_id=[EOS])
 
-    def __init__(self, scripts: list[list[int]]) -> None:
+    def __init__(self, scripts: list[list[int]], dtype: torch.dtype = torch.float32) -> None:
         self.scripts = scripts
+        self.dtype = dtype
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any, stopping_criteria: Any

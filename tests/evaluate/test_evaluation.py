@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config, validate_config
@@ -45,6 +46,18 @@ def write_questions(path: Path, texts: list[str], golds: list[str | None]) -> Pa
 
 def numbered(path: Path, golds: list[str | None]) -> Path:
     return write_questions(path, [f"What is number {number}?" for number in range(len(golds))], golds)
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16"])
+def test_the_recorded_dtype_is_the_model_s_not_the_word_that_asked_for_it(
+    asked: str, tmp_path: Path, folder: Path
+) -> None:
+    config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), batch_size=4)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": asked})})
+    tokenizer = tiny_tokenizer()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Scripted([tokenizer("Answer: 1\n").input_ids], dtype)
+        assert evaluate(config, model, tokenizer).dtype == str(dtype).removeprefix("torch.")
 
 
 def test_evaluation_counts_grades_and_writes_both_files(tmp_path: Path, folder: Path) -> None:

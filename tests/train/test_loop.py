@@ -1,6 +1,7 @@
 """Claims about the training loop, each on real files, DeepSpeed and a tiny Llama."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,17 @@ def test_every_line_of_the_metrics_names_the_kernels_that_ran(
         progress=lambda values, num_steps: monkeypatch.setenv("CPO_KERNELS_IMPL", "no_such_kernel"),
     )
     assert [(line["impl/tree_attention"], line["impl/linear_logprob"]) for line in lines] == [("eager", "eager")] * 2
+
+
+def test_training_says_the_dtype_of_the_base_weights(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpo_fast.dtype._may_have_bfloat16_instructions", lambda: False)
+    with caplog.at_level(logging.INFO, logger="cpo_fast.train"):
+        for dtype in ("auto", "bfloat16"):
+            build_policy(make_config(model={"dtype": dtype, "device": "cpu"}))
+    said = [message for message in caplog.messages if message.startswith("base weights")]
+    assert said == ["base weights: float32 on cpu", "base weights: bfloat16 on cpu"]
 
 
 def test_kernels_that_cannot_run_on_the_device_are_refused_by_option(make_config: MakeConfig) -> None:

@@ -1,0 +1,64 @@
+"""What names a search: the dtype that a model has, not the word that asked for it."""
+
+import hashlib
+import json
+
+import pytest
+
+from cpo_fast import dtype as dtypes
+from cpo_fast.errors import DataError
+from cpo_fast.models import load_model
+from cpo_fast.search.collect import collect
+from cpo_fast.search.tree_store import provenance_of
+from cpo_fast.tasks import Prompts, load_questions
+
+
+@pytest.fixture
+def run_in(make_config, model, tokenizer, tmp_path, monkeypatch):
+    """run_in(dtype, ratio) -> a configuration that names the dtype, on a CPU where bfloat16 takes `ratio` of the time."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def make(dtype, ratio):
+        monkeypatch.setattr(dtypes, "_may_have_bfloat16_instructions", lambda: True)
+        monkeypatch.setattr(dtypes, "_bfloat16_ratio", lambda: ratio)
+        config = make_config(max_steps=1, num_candidates=2, num_kept=1, max_thought_tokens=4)
+        section = config.model.model_copy(update={"path": str(folder), "device": "cpu", "dtype": dtype})
+        return config.model_copy(update={"model": section})
+
+    return make
+
+
+def provenance(config):
+    task, _ = load_questions(config)
+    model, tokenizer = load_model(config.model)
+    return provenance_of(config, Prompts(task, tokenizer, config.task.chat), model)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("float32", 40.0), ("bfloat16", 0.5)])
+def test_auto_is_the_same_search_as_the_name_it_resolves_to(run_in, name, ratio):
+    by_name, by_auto = provenance(run_in(name, ratio)), provenance(run_in("auto", ratio))
+    assert by_auto == by_name
+    # as every version so far has written it: the name is what is hashed
+    config = run_in(name, ratio)
+    task, _ = load_questions(config)
+    settings = {
+        "search": config.search.result_settings(),
+        "dtype": name,
+        "chat": False,
+        "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
+    }
+    text = json.dumps(settings, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    assert by_auto.config_hash == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_trees_of_another_dtype_are_refused_and_those_of_the_same_are_kept(run_in):
+    collect(run_in("bfloat16", 0.5))
+    assert collect(run_in("auto", 0.5)).num_resumed == 3
+    with pytest.raises(DataError) as caught:
+        collect(run_in("auto", 40.0))  # the same settings on a CPU that is slow in bfloat16
+    sentence = str(caught.value)
+    assert "another search configuration or dtype" in sentence
+    assert "set both as they were (model.dtype=auto follows the device), set another folder in 'run'" in sentence
+    assert collect(run_in("bfloat16", 40.0)).num_resumed == 3
