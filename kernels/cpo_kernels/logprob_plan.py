@@ -3,16 +3,17 @@
     token_logps[p]   = log softmax(head(hidden[rows[p]]))[targets[p]]
     segment_logps[s] = sum of token_logps[p] over the p with segments[p] == s
 
-One row may have many targets (the first tokens of siblings are all predicted by the hidden state of their common
-parent) and one token may count in many segments. `unique_rows` lists the rows that the head must see, each once;
-`pair_row` and `pair_target` the distinct (row, target) pairs, each scored once. All orders and counts that scoring and
-its backward need are found here, once, so that neither waits for a GPU. The plan knows nothing of trees:
-`Forest.logprob_plan` makes one from paths, `LogprobPlan.build` takes any.
+One row may have many targets: the first tokens of siblings are all predicted by the hidden state of their common parent.
+One token may count in many segments. The head must see each of `unique_rows` once, and each distinct pair of a row and a
+target (`pair_row`, `pair_target`) is scored once. All orders and counts that scoring and its backward need are found here,
+so that neither waits for a GPU. The plan knows nothing of trees: `Forest.logprob_plan` makes one from paths,
+`LogprobPlan.build` takes any.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -29,7 +30,6 @@ class LogprobPlan:
     targets: torch.Tensor  # [P] int64, token id
     segments: torch.Tensor  # [P] int64, in [0, num_segments)
     unique_rows: torch.Tensor  # [R] int64, ascending
-    row_index: torch.Tensor  # [P] int64, rows == unique_rows[row_index]
     pair_row: torch.Tensor  # [U] int64, index into unique_rows, ascending
     pair_target: torch.Tensor  # [U] int64, ascending within a row
     pair_index: torch.Tensor  # [P] int64, the token's pair
@@ -82,7 +82,6 @@ class LogprobPlan:
             targets=targets,
             segments=segments,
             unique_rows=unique_rows,
-            row_index=row_index,
             pair_row=pair_row,
             pair_target=pairs - pair_row * base,
             pair_index=pair_index,
@@ -96,24 +95,13 @@ class LogprobPlan:
             max_target=max_target,
         )
 
-    @classmethod
-    def of(cls, tensors: list[torch.Tensor], max_row: int, max_target: int) -> LogprobPlan:
-        """The plan of `tensors()`: how a plan crosses the boundary of a torch op, which takes no dataclass."""
-        return cls(*tensors, max_row, max_target)  # type: ignore[call-arg, arg-type]
-
     @property
     def num_segments(self) -> int:
         """How many sums there are."""
         return self.segment_lengths.shape[0]
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor, in the order of the fields."""
-        return [getattr(self, name) for name in _TENSORS]
-
     def to(self, device: torch.device | str) -> LogprobPlan:
         """The same plan with every tensor but `host_offsets` on `device`."""
-        moved = [tensor.to(device) for tensor in self.tensors()[:-1]]
-        return self.of([*moved, self.host_offsets], self.max_row, self.max_target)
-
-
-_TENSORS = tuple(field.name for field in fields(LogprobPlan) if field.type == "torch.Tensor")
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and name != "host_offsets"}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **moved)

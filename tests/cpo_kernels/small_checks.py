@@ -94,7 +94,7 @@ def _logprob(part: str, factor: float) -> SimpleNamespace:
 
     return SimpleNamespace(
         score=score,
-        rows_gradient=lambda *args: gradients(logprob_eager.rows_gradient(*args))[0],
+        row_gradients=lambda *args: gradients(logprob_eager.row_gradients(*args))[0],
         head_gradients=lambda *args: gradients(*logprob_eager.head_gradients(*args)),
     )
 

@@ -24,26 +24,26 @@ HEAD_TYPED = (  # in the dtype of the head
 )  # fmt: skip
 BIAS = {"HAS_BIAS": True, "CAPPED": True}
 KERNELS = {
-    "chunk._take_targets": {**BIAS, "BLOCK_U": "BLOCK_TARGETS"},
-    "chunk._logit_partials": {**BIAS, "WITH_OUTPUTS": True, "BLOCK_V": "BLOCK_LOGITS"},
-    "chunk._conditional": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
-    "partials._merge": {"TARGETS_APART": True, "WITH_OUTPUTS": True, "BLOCK_S": "MAX_SPLITS"},
-    "fused._target_logits": {**BIAS, "ONE_A_ROW": False, "WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH"},
-    "backward._row_gradients": {"WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH", "INTERPRETED": False},
-    "backward._product_gradients": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
-    "backward._put_targets": {"BLOCK_U": "BLOCK_TARGETS", "INTERPRETED": False},
+    "triton_chunked._take_targets": {**BIAS, "BLOCK_U": "BLOCK_TARGETS"},
+    "triton_chunked._logit_partials": {**BIAS, "WITH_OUTPUTS": True, "BLOCK_V": "BLOCK_LOGITS"},
+    "triton_chunked._conditional": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
+    "triton_sums._merge": {"TARGETS_APART": True, "WITH_OUTPUTS": True, "BLOCK_S": "MAX_SPLITS"},
+    "triton_fused._target_logits": {**BIAS, "ONE_A_ROW": False, "WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH"},
+    "triton_backward._row_gradients": {"WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH", "INTERPRETED": False},
+    "triton_backward._product_gradients": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
+    "triton_backward._put_targets": {"BLOCK_U": "BLOCK_TARGETS", "INTERPRETED": False},
 }
 # the variants of one kernel that differ from the above
 NO_BIAS = {"HAS_BIAS": False, "CAPPED": False}
 PLAIN = [
-    ("chunk._take_targets", NO_BIAS),
-    ("chunk._logit_partials", {**NO_BIAS, "WITH_OUTPUTS": False}),
-    ("chunk._conditional", NO_BIAS),
-    ("backward._product_gradients", NO_BIAS),
-    ("partials._merge", {"TARGETS_APART": False}),
-    ("partials._merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
-    ("partials._merge", {"WITH_OUTPUTS": False}),
-    ("fused._target_logits", {**NO_BIAS, "ONE_A_ROW": True}),
+    ("triton_chunked._take_targets", NO_BIAS),
+    ("triton_chunked._logit_partials", {**NO_BIAS, "WITH_OUTPUTS": False}),
+    ("triton_chunked._conditional", NO_BIAS),
+    ("triton_backward._product_gradients", NO_BIAS),
+    ("triton_sums._merge", {"TARGETS_APART": False}),
+    ("triton_sums._merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
+    ("triton_sums._merge", {"WITH_OUTPUTS": False}),
+    ("triton_fused._target_logits", {**NO_BIAS, "ONE_A_ROW": True}),
 ]
 
 
@@ -72,9 +72,9 @@ def compiled(name: str, constants: dict[str, object], arch: int, warps: int, sta
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_compiles_within_the_card(name: str, dtype: str, arch: int) -> None:
-    if name == "partials._merge" and dtype == "bf16":
+    if name == "triton_sums._merge" and dtype == "bf16":
         pytest.skip("takes float32 alone")
-    one_warp = name in ("chunk._take_targets", "backward._put_targets")
+    one_warp = name in ("triton_chunked._take_targets", "triton_backward._put_targets")
     assert_fits(compiled(name, KERNELS[name], arch, 1 if one_warp else 4, 3, dtype), arch, MAX_STACK_BYTES)
 
 
@@ -82,7 +82,7 @@ def test_kernel_compiles_within_the_card(name: str, dtype: str, arch: int) -> No
 @pytest.mark.parametrize("index", range(len(PLAIN)))
 def test_plainer_variant_compiles_within_the_card(index: int, arch: int) -> None:
     name, constants = PLAIN[index]
-    warps = 1 if name == "chunk._take_targets" else 4
+    warps = 1 if name == "triton_chunked._take_targets" else 4
     assert_fits(compiled(name, KERNELS[name] | constants, arch, warps, 3, "bf16"), arch, MAX_STACK_BYTES)
 
 
@@ -105,7 +105,7 @@ def test_tile_compiles_within_the_card(index: int, width: int, outputs: bool, ca
         "WIDTH": width, "HAS_BIAS": False, "CAPPED": capped, "WITH_OUTPUTS": outputs, "BLOCK_R": block_r,
         "BLOCK_V": block_v, "BLOCK_E": block_e, "GROUP": 8, "UPCAST": False,
     }  # fmt: skip
-    binary = compiled("fused._product_partials", constants, arch, warps, stages, dtype)
+    binary = compiled("triton_fused._product_partials", constants, arch, warps, stages, dtype)
     assert_fits(binary, arch, MAX_STACK_BYTES)
     hopper = arch == 90 and block_r >= 64  # a smaller tile has no warp-group product
     assert_matrix_instructions(binary, hopper and dtype == "bf16", not hopper and dtype == "bf16")

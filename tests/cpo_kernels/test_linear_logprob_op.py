@@ -1,16 +1,15 @@
-"""linear_logprob as torch ops: one graph under torch.compile, no wait for a device, bounded memory, gradients of a head.
+"""linear_logprob as an op: right under torch.compile, no wait for a device, bounded memory, gradients of a head.
 
 T rows, E hidden, V vocabulary, P scored tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config
 
 from cpo_kernels import LogprobPlan, LogprobResult, linear_logprob
-from cpo_kernels.linear_logprob import op
 from cpo_kernels.linear_logprob import results as head_module
 from tests.cpo_kernels.device_waits import DeviceWaits, waits
 from tests.cpo_kernels.test_linear_logprob import Case, make_case, measured, oracle
@@ -34,10 +33,9 @@ def loss_of(
     return -torch.nn.functional.logsigmoid(0.1 * margin).mean(), result
 
 
-# torch refuses retain_graph on a compiled graph whose buffers backward may overwrite, its default
-@torch._functorch.config.patch(donated_buffer=False)
 @pytest.mark.parametrize("train_head", [False, True])
-def test_compiled_whole_graph_gives_the_same_bits_forward_and_backward(train_head: bool) -> None:
+def test_a_compiled_function_may_call_it_and_keeps_values_and_gradients_bit_for_bit(train_head: bool) -> None:
+    """The graph breaks around the call. torch 2.11 traced an autograd function of ours to gradients of zero."""
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -45,34 +43,32 @@ def test_compiled_whole_graph_gives_the_same_bits_forward_and_backward(train_hea
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    compiled = torch.compile(loss_of, fullgraph=True, backend=count)
-    case = make_case(bias=True)
+    def model(scale: torch.Tensor, hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, LogprobResult]:
+        return loss_of(torch.tanh(hidden * scale), *others)
+
+    compiled = torch.compile(model, backend=count)
+    num_graphs = []
     for seed in (0, 1):  # the second plan has another number of tokens: it must not be taken for the first
         case = make_case(bias=True, num_tokens=40 + 7 * seed, seed=seed)
         found = []
-        for function in (loss_of, compiled):
-            given = leaves(case, train_head)
+        for function in (model, compiled):
+            given = [torch.tensor(0.7, requires_grad=True), *leaves(case, train_head)]
             loss, result = function(*given, case.hidden.float().flip(0), case.plan())
-            wanted = [leaf for leaf in given if leaf.requires_grad]
-            first = torch.autograd.grad(loss, wanted, retain_graph=True)
-            second = torch.autograd.grad(loss, wanted)
-            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            gradients = torch.autograd.grad(loss, [leaf for leaf in given if leaf.requires_grad])
             values = [result.token_logps, result.ref_segment_logps, result.entropy, result.mean_logit, result.is_top1]
-            found.append([loss, *values, *first])
+            found.append([loss, *values, *gradients])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        assert len(graphs) == seed + 1
-        calls = [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
-        assert sum("linear_logprob" in call for call in calls) == 1
+        assert all(float(gradient.abs().max()) > 0 for gradient in gradients)
+        num_graphs.append(len(graphs))
+    assert num_graphs[0] == num_graphs[1] > 0  # another plan compiles nothing again
 
 
-@pytest.mark.parametrize(("mode", "train_head"), [("none", False), ("expected", False), ("recompute", True)])
-def test_op_passes_the_checks_of_torch(mode: str, train_head: bool) -> None:
+def test_a_graph_without_breaks_is_refused_with_the_reason() -> None:
+    torch._dynamo.reset()
     case = make_case(bias=True)
-    hidden, weight, bias = leaves(case, train_head)
-    hidden.requires_grad_(mode != "none")
-    given = (hidden, weight, bias, case.hidden.float(), case.plan().tensors(), 1.5, 6.0, 0.8, ",".join(OUTPUTS))
-    torch.library.opcheck(op.scoring, (*given, mode, "eager"))
-    torch.library.opcheck(op.scoring, (*given[:3], None, *given[4:8], "", mode, "eager"))
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"linear_logprob.*compile with fullgraph=False"):
+        compiled(*leaves(case, False), case.hidden.float(), case.plan())
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -89,9 +85,7 @@ def test_operators_that_wait_are_found() -> None:
         values[values > 1]
         int(values.sum())
         torch.repeat_interleave(values, values)
-        with torch._C._AutoDispatchBelowAutograd():  # as inside an op
-            int(values.sum())
-    assert {"bincount", "_local_scalar_dense", "item"} < set(mode.found)
+    assert {"bincount", "_local_scalar_dense"} < set(mode.found)
     assert any("unique" in name for name in mode.found)
     assert any("index" in name or "nonzero" in name for name in mode.found)
     assert "repeat_interleave" in mode.found
@@ -135,7 +129,6 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatc
     with LargestTensor() as mode:
         result = linear_logprob(*given[:2], plan, bias=given[2], outputs=OUTPUTS, impl="eager")
         result.segment_logps.sum().backward()
-    assert mode.entered == ["linear_logprob", "linear_logprob_backward"]
     assert mode.largest == 500 * 7  # all rows at once would be 500 * 60
 
 
@@ -171,22 +164,13 @@ def test_row_or_target_beyond_the_inputs_is_refused_without_reading_the_device()
 
 
 @pytest.mark.parametrize("field", ["segment_order", "pair_order", "pair_index", "row_offsets", "pair_target"])
-def test_changed_order_in_the_plan_is_seen(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_order_in_the_plan_is_seen(field: str) -> None:
     case = make_case()
-    want, original = oracle(case), LogprobPlan.of.__func__  # type: ignore[attr-defined]
-
-    def wrong(cls: type[LogprobPlan], *arguments: Any) -> LogprobPlan:
-        plan = original(cls, *arguments)
-        changed = getattr(plan, field).roll(1, 0)
-        object.__setattr__(plan, field, changed)
-        return plan
-
-    monkeypatch.setattr(LogprobPlan, "of", classmethod(wrong))
-    if field == "row_offsets":  # lengths from neighbours that no longer ascend: torch may refuse them
-        with pytest.raises((RuntimeError, AssertionError)):
-            compare(measured(case, "eager"), want)
-        return
-    with pytest.raises(AssertionError):
+    want, plan = oracle(case), case.plan()
+    case.plan = lambda: replace(plan, **{field: getattr(plan, field).roll(1, 0)})  # type: ignore[method-assign]
+    # lengths from neighbours that no longer ascend: torch may refuse them
+    refusals = (RuntimeError, AssertionError) if field == "row_offsets" else AssertionError
+    with pytest.raises(refusals):
         compare(measured(case, "eager"), want)
 
 

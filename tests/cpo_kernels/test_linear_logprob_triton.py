@@ -188,9 +188,9 @@ def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int) -> 
 @claim
 def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies of tests are so small that every tile would be a split of its own."""
-    from cpo_kernels.linear_logprob import partials
+    from cpo_kernels.linear_logprob import triton_sums
 
-    monkeypatch.setattr(partials, "TARGET_PROGRAMS", 1)
+    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", 1)
     ratios = excess(crowded(2500, 8, softcap=30.0, bias=True), torch.float32)
     assert max(ratios.values()) <= 1, ratios
 

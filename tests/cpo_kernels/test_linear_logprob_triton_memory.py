@@ -32,7 +32,6 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatc
     with LargestTensor() as mode:
         result = linear_logprob(hidden, weight, plan, hidden.detach(), bias=bias, outputs=OUTPUTS, impl="triton")
         result.segment_logps.sum().backward()
-    assert mode.entered == ["linear_logprob", "linear_logprob_backward"]
     assert mode.largest == 500 * 7  # all rows at once would be 500 * 20
 
 

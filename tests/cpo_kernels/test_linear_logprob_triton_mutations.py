@@ -37,30 +37,34 @@ def targets_left_in(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
-def with_argument(index: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The function with its positional argument `index` changed."""
+def without_bias(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda products, bias, *others: original(products, None, *others)
+
+
+def with_scores(**changes: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """The gradient of rows from scores of which these fields are changed."""
 
     def mutate(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrong(*arguments: Any) -> Any:
-            changed = list(arguments)
-            changed[index] = change(changed[index])
-            return original(*changed)
+        def wrong(grad: torch.Tensor, scores: Any, plan: Any) -> torch.Tensor:
+            changed = {name: change(getattr(scores, name)) for name, change in changes.items()}
+            return original(grad, scores._replace(**changed), plan)
 
         return wrong
 
     return mutate
 
 
+# module, function, mutation
 MUTATIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
-    "none": ("partials", "splits", lambda original: original),
-    "last split skipped": ("fused", "splits", without_last_split),
-    "target column not excluded": ("triton_scores", "conditional_probabilities", targets_left_in),
-    "targets of the neighbouring row": ("triton_scores", "row_gradients", with_argument(4, lambda w: w.roll(1, 0))),
-    "rest left out": ("triton_scores", "row_gradients", with_argument(2, torch.zeros_like)),
-    "upstream of the row's others left out": ("triton_scores", "row_gradients", with_argument(1, lambda x: x - 30.0)),
-    "last split of stored logits skipped": ("chunk", "splits", without_last_split),
-    "slope of the soft-cap left out": ("triton_scores", "row_gradients", with_argument(5, torch.ones_like)),
-    "bias forgotten": ("triton_scores", "chunk_scores", with_argument(1, lambda bias: None)),
+    "none": ("triton_sums", "splits", lambda original: original),
+    "last split skipped": ("triton_fused", "splits", without_last_split),
+    "target column not excluded": ("triton", "conditional_probabilities", targets_left_in),
+    "targets of the neighbouring row": ("triton", "row_gradients", with_scores(target_weights=lambda w: w.roll(1, 0))),
+    "rest left out": ("triton", "row_gradients", with_scores(rest=torch.zeros_like)),
+    "upstream of the row's others left out": ("triton", "row_gradients", with_scores(logps=lambda x: x - 30.0)),
+    "last split of stored logits skipped": ("triton_chunked", "splits", without_last_split),
+    "slope of the soft-cap left out": ("triton", "row_gradients", with_scores(slopes=torch.ones_like)),
+    "bias forgotten": ("triton", "chunk_scores", without_bias),
 }
 
 
@@ -78,12 +82,12 @@ def test_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @claim
 def test_rest_as_one_minus_the_log_prob_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import triton as triton_scores
+    from cpo_kernels.linear_logprob import triton
 
-    original = triton_scores.row_gradients
+    original = triton.row_gradients
 
-    def wrong(grad: torch.Tensor, logps: torch.Tensor, rest: torch.Tensor, *others: Any) -> torch.Tensor:
-        return original(grad, logps, 1 - logps.exp(), *others)  # one target a row in this case
+    def wrong(grad: torch.Tensor, scores: Any, plan: Any) -> torch.Tensor:
+        return original(grad, scores._replace(rest=1 - scores.logps.exp()), plan)  # one target a row in this case
 
-    monkeypatch.setattr(triton_scores, "row_gradients", wrong)
+    monkeypatch.setattr(triton, "row_gradients", wrong)
     assert confident_error() > 5e-3

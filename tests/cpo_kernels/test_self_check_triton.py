@@ -73,10 +73,10 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     *(("linear_logprob", "triton_chunked", "_logit_partials", {"WITH_OUTPUTS": asked}) for asked in (False, True)),
     ("linear_logprob", "triton_chunked", "_logit_partials", {"HAS_BIAS": True}),
     *(("linear_logprob", "triton_chunked", "_conditional", {"CAPPED": capped}) for capped in (False, True)),
-    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
-    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": True}),
-    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": False}),
-    ("linear_logprob", "partials", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": True}),
+    ("linear_logprob", "triton_sums", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
+    ("linear_logprob", "triton_sums", "_merge", {"TARGETS_APART": False, "WITH_OUTPUTS": True}),
+    ("linear_logprob", "triton_sums", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": False}),
+    ("linear_logprob", "triton_sums", "_merge", {"TARGETS_APART": True, "WITH_OUTPUTS": True}),
     *(
         ("linear_logprob", "triton_fused", "_product_partials", {"BLOCK_R": rows, "CAPPED": False})
         for rows in (16, 64, 128)

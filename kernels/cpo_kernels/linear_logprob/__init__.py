@@ -1,25 +1,50 @@
 """LM head, log-softmax and gather in one op: log-probs of any number of targets per hidden row, summed by segment.
 
 Only the rows that a plan names meet the head, logits are never rounded to 16 bits, and no [T, V] tensor exists beyond
-one bounded chunk. `reference` is the specification by autograd; `eager` makes the expected embedding in the forward, so
-that the backward of a frozen head needs no head; `triton` does the same by kernels on a GPU, and on a CPU in Triton's
-interpreter (TRITON_INTERPRET=1), which is for tests.
+one bounded chunk. `reference` is the specification by autograd. `eager` makes the expected embedding in the forward, so
+that the backward of a frozen head needs no head. `triton` does the same by kernels on a GPU; tests run them on a CPU in
+Triton's interpreter (TRITON_INTERPRET=1). T rows, E hidden, V vocabulary, P scored tokens, S segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
+from cpo_kernels.linear_logprob import eager
 from cpo_kernels.linear_logprob.check import check_linear_logprob
-from cpo_kernels.linear_logprob.op import NUM_PUBLIC, scoring
-from cpo_kernels.linear_logprob.reference import reference_token_logps
-from cpo_kernels.linear_logprob.results import OUTPUTS, Head, LogprobResult, segment_sums
+from cpo_kernels.linear_logprob.reference import reference_linear_logprob
+from cpo_kernels.linear_logprob.results import (
+    GRADED,
+    NUM_SAVED,
+    OUTPUTS,
+    Head,
+    LogprobResult,
+    PairScores,
+    pair_gradients,
+    segment_sums,
+)
 from cpo_kernels.logprob_plan import LogprobPlan
 
 __all__ = ["LogprobResult", "linear_logprob", "resolve_linear_logprob", "selective_linear_logprob"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _outside_graphs(function: Function) -> Function:
+    """Keep torch.compile from tracing a function: the graph breaks around it, and fullgraph=True is refused.
+
+    torch 2.11 traced an autograd function of ours to a graph whose gradients were zero, without a word (docs/log.md).
+    """
+    reason = "its kernels are chosen and its chunks of rows are cut when it runs; compile with fullgraph=False"
+    untraced: Function = torch.compiler.disable(function, reason=reason)
+    return untraced
+
+
+@_outside_graphs
 def linear_logprob(
     hidden: torch.Tensor,  # [T, E]
     weight: torch.Tensor,  # [V, E]
@@ -34,6 +59,8 @@ def linear_logprob(
     impl: str | None = None,
 ) -> LogprobResult:
     """Log-probabilities of a plan's tokens under softmax(z), z = softcap tanh(scale (h W^T + b) / softcap) / temperature.
+
+    A function under `torch.compile` may call this: the graph breaks here, so `fullgraph=True` is refused.
 
     Args:
         hidden: [T, E] float64, float32, bfloat16 or float16; the last hidden states of the policy.
@@ -53,36 +80,23 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes or dtypes do not fit, the plan points outside hidden or the vocabulary, an unknown output, or
-            what "triton" does not take: float64, a soft-cap, a head that requires a gradient, outputs.
+            what "triton" does not take: float64, or a vocabulary of 2^24 and more.
     """
     _check(hidden, weight, plan, ref_hidden, outputs)
-    if not torch.compiler.is_compiling() or impl is not None:
-        chosen = resolve_linear_logprob(impl, hidden.device.type)
-    else:
-        chosen = ""  # a graph outlives the environment it was traced in: the op looks the default up when it runs
+    device = hidden.device
+    chosen = resolve_linear_logprob(impl, device.type)
     head = Head(weight, bias, logit_scale, softcap, temperature)
-    if plan.rows.device != hidden.device:
-        plan = plan.to(hidden.device)
+    if plan.rows.device != device:
+        plan = plan.to(device)
     if chosen == "reference":
-        return _by_autograd(hidden, ref_hidden, plan, head, outputs)
+        return reference_linear_logprob(hidden, ref_hidden, head, plan, outputs)
     if chosen == "triton" and hidden.dtype == torch.float64:
         raise ValueError("linear_logprob: impl='triton' does not take float64 inputs; use impl='eager'")
     mode = "none"
     if torch.is_grad_enabled():
         mode = "recompute" if head.trainable else "expected" if hidden.requires_grad else "none"
-    names = [name for name in OUTPUTS if name in outputs]
-    found = scoring(
-        hidden, weight, bias, None if ref_hidden is None else ref_hidden.detach(), plan.tensors(),
-        logit_scale, softcap, temperature, ",".join(names), mode, chosen,
-    )  # fmt: skip
-    token_logps, segment_logps, ref_token_logps, ref_segment_logps, *columns = found[:NUM_PUBLIC]
-    return LogprobResult(
-        token_logps,
-        segment_logps,
-        None if ref_hidden is None else ref_token_logps,
-        None if ref_hidden is None else ref_segment_logps,
-        *(column if name in names else None for name, column in zip(OUTPUTS, columns, strict=True)),
-    )
+    names, transform = tuple(name for name in OUTPUTS if name in outputs), (logit_scale, softcap, temperature)
+    return LogprobResult(*_LinearLogprob.apply(hidden, weight, bias, ref_hidden, plan, transform, names, mode, chosen))
 
 
 def resolve_linear_logprob(impl: str | None, device_type: str) -> str:
@@ -121,28 +135,68 @@ def selective_linear_logprob(
     return dense.index_copy(0, rows, result.token_logps).view(labels.shape)
 
 
-def _by_autograd(
-    hidden: torch.Tensor,  # [T, E]
-    ref_hidden: torch.Tensor | None,  # [T, E]
-    plan: LogprobPlan,
-    head: Head,
-    outputs: Sequence[str],
-) -> LogprobResult:
-    """The specification, outside of any op of ours: autograd sees every step."""
-    rows = hidden.index_select(0, plan.unique_rows)
-    logps, extra = reference_token_logps(rows, plan.row_index, plan.targets, head)
-    ref_logps = None
-    if ref_hidden is not None:
-        with torch.no_grad():
+class _LinearLogprob(torch.autograd.Function):
+    """The fields of `LogprobResult` by `eager` or `triton`, and the gradients of hidden, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ref_hidden: torch.Tensor | None,
+        plan: LogprobPlan,
+        transform: tuple[float, float | None, float],  # the last fields of `Head`
+        outputs: tuple[str, ...],
+        mode: str,  # see `results`
+        impl: str,
+    ) -> tuple[torch.Tensor | None, ...]:
+        head, module = Head(weight, bias, *transform), _module(impl)
+        scores: PairScores = module.score(hidden.index_select(0, plan.unique_rows), head, plan, outputs, mode)
+        token_logps, ref_logps, ref_sums = scores.logps[plan.pair_index], None, None
+        if ref_hidden is not None:
+            # The kernels of the policy, variant for variant, so that equal hidden states give equal bits.
+            ref_outputs, ref_mode = () if impl == "eager" else outputs, "none" if mode == "none" else "reference"
             ref_rows = ref_hidden.index_select(0, plan.unique_rows)
-            ref_logps, _ = reference_token_logps(ref_rows, plan.row_index, plan.targets, head)
-    return LogprobResult(
-        logps,
-        segment_sums(logps, plan),
-        ref_logps,
-        None if ref_logps is None else segment_sums(ref_logps, plan),
-        **{name: extra[name] for name in outputs},
-    )
+            ref_logps = module.score(ref_rows, head, plan, ref_outputs, ref_mode).logps[plan.pair_index]
+            ref_sums = segment_sums(ref_logps, plan)
+        columns = [None if column is None else column[plan.pair_index] for column in scores[NUM_SAVED:]]
+        if mode in GRADED:
+            again = (hidden, weight, bias) if mode == "recompute" else (None, None, None)  # a frozen head is not kept
+            ctx.save_for_backward(*scores[:NUM_SAVED], *again)
+            ctx.plan, ctx.transform, ctx.impl, ctx.num_rows = plan, transform, impl, hidden.shape[0]
+        fixed = (ref_logps, ref_sums, *columns)
+        ctx.mark_non_differentiable(*(value for value in fixed if value is not None))
+        return token_logps, segment_sums(token_logps, plan), *fixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_tokens: torch.Tensor, grad_segments: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        scores, (hidden, weight, bias) = PairScores(*ctx.saved_tensors[:NUM_SAVED]), ctx.saved_tensors[NUM_SAVED:]
+        plan, module = ctx.plan, _module(ctx.impl)
+        grad = pair_gradients(plan, grad_tokens, grad_segments)
+        grad_hidden = grad_weight = grad_bias = None
+        if weight is None:
+            grad_rows = module.row_gradients(grad, scores, plan)
+        else:
+            rows, head = hidden.index_select(0, plan.unique_rows), Head(weight, bias, *ctx.transform)
+            grad_rows, grad_weight, grad_bias = module.head_gradients(
+                grad, scores, rows, head, plan, ctx.needs_input_grad[:3]
+            )
+        if grad_rows is not None:
+            grad_hidden = grad_rows.new_zeros(ctx.num_rows, grad_rows.shape[1])
+            grad_hidden.index_copy_(0, plan.unique_rows, grad_rows)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+
+
+def _module(impl: str) -> ModuleType:
+    if impl == "eager":
+        return eager
+    from cpo_kernels.linear_logprob import triton  # loads Triton: only when it is asked for
+
+    return triton
 
 
 def _check(

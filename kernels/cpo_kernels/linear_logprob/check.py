@@ -12,7 +12,7 @@ import torch
 
 from cpo_kernels.kernel_check import FLOAT32_EPS, SEED, ModelShape, Results, error_ratios, random_tensor
 from cpo_kernels.linear_logprob import eager
-from cpo_kernels.linear_logprob.results import OUTPUTS, Head, Scores
+from cpo_kernels.linear_logprob.results import OUTPUTS, Head, PairScores
 from cpo_kernels.logprob_plan import LogprobPlan
 
 VOCAB_SIZE = 517  # a few vocabulary tiles and a ragged one; more would test time, not code
@@ -49,7 +49,7 @@ def check_linear_logprob(device: torch.device, shape: ModelShape, kernels: Any =
 
     Args:
         device, shape: where, and in what sizes.
-        kernels: what has `score`, `rows_gradient` and `head_gradients`. None takes the Triton kernels.
+        kernels: what has `score`, `row_gradients` and `head_gradients`. None takes the Triton kernels.
 
     Returns:
         Ratios up to the first head that has something outside the bound.
@@ -76,7 +76,10 @@ def _check_head(case: HeadCase, device: torch.device, shape: ModelShape, kernels
     plan, clear = plan.to(device), clear.to(device)
     upstream = random_tensor(tuple(plan.pair_row.shape), device, torch.float32, 8)
 
-    def outputs_of(scores: Scores, path: str) -> Results:
+    def outputs_of(scores: PairScores, path: str) -> Results:
+        assert scores.entropy is not None
+        assert scores.mean_logit is not None
+        assert scores.is_top1 is not None
         top = (scores.is_top1 & clear).float()
         return {f"entropy{path}": scores.entropy, f"mean logit{path}": scores.mean_logit, f"top-1{path}": top}
 
@@ -84,16 +87,16 @@ def _check_head(case: HeadCase, device: torch.device, shape: ModelShape, kernels
         head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), *transform)
         rows, ref_rows = (x.to(dtype).index_select(0, plan.unique_rows) for x in (hidden, ref_hidden))
         outputs = OUTPUTS if case.outputs else ()
-        scores: Scores = impl.score(rows, head, plan, outputs, "recompute" if case.trained else "expected")
+        scores: PairScores = impl.score(rows, head, plan, outputs, "recompute" if case.trained else "expected")
         # the reference model goes through the variants of the policy
-        reference: Scores = impl.score(ref_rows, head, plan, () if impl is eager else outputs, "reference")
+        reference: PairScores = impl.score(ref_rows, head, plan, () if impl is eager else outputs, "reference")
         found = {"log-probs": scores.logps, "reference log-probs": reference.logps}
         found |= outputs_of(scores, "") if case.outputs else {}
         grad = upstream.to(scores.logps.dtype)
         if case.trained:
             gradients = impl.head_gradients(grad, scores, rows, head, plan, (True, True, bias is not None))
         else:
-            gradients = (impl.rows_gradient(grad, scores, plan, dtype),)
+            gradients = (impl.row_gradients(grad, scores, plan),)
         names = ("gradient", "weight gradient", "bias gradient")
         found |= {name: gradient for name, gradient in zip(names, gradients, strict=False) if gradient is not None}
         for path in PATHS:

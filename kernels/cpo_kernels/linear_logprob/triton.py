@@ -1,22 +1,16 @@
-"""Scoring and its gradients by the Triton kernels of `chunk`, `fused` and `backward`; the interface of `eager`.
+"""Scoring by Triton kernels, and which of two paths rows without a gradient take; the interface and formulas of `eager`.
 
-The same numbers as `eager`, whose docstring has the formulas. Rows that take a gradient, and their reference, go through
-stored logits a chunk at a time; others as `dispatch` says. Policy and reference of one call take the same way, kernel for
-kernel and variant for variant, so equal hidden states give bitwise equal log-probs. Left out: float64.
+Path A ("chunk") writes a chunk of logits, from the library's matrix product, and reads it again (`triton_chunked`).
+Path B ("fused") keeps logits in registers and pays with a matrix product of our own (`triton_fused`). Rows that take a
+gradient always go path A: their probabilities meet the head a second time as stored operands, because the expected
+embedding of a row tile, [128, E] in float32, does not fit in one program's registers. Policy and reference of one call
+go the same path, kernel for kernel and variant for variant, so equal hidden states give bitwise equal log-probs.
 
-Which way rows that take no gradient go through the head: "chunk" (path A) or "fused" (path B).
-
-Path A writes a chunk of logits, from the library's matrix product, and reads it again; path B keeps logits in registers
-and pays with a matrix product of our own. The table holds, for an architecture and a width E, the largest number of rows
-that goes fused. Every entry is a prediction and none is a measurement. The cost model behind them: a fused pass wins if
-its product reaches the share x of the library's speed at which the saved traffic of the logits pays, x = 0.47 at
-E = 576, 0.63 at 1024, 0.77 at 2048, 0.87 at 4096, 0.93 at 8192. Triton products were reported at 0.26 to 0.9 of the
-library on compute capability 9.0 and near 0.3 on 8.0; below about 160 rows the pass waits for the weight's bytes and the
-saved traffic counts whoever multiplies.
-
-Rows that take a gradient always go path A, for their probabilities must meet the head a second time as stored operands:
-one program cannot hold the expected embedding of a row tile, [128, E] in float32, in registers. Policy and
-reference of one call take one path, so that equal hidden states give equal bits.
+`TABLE` holds, for an architecture and a width E, the largest number of rows that goes fused. Every entry is a prediction,
+none is a measurement. The cost model behind them: a fused pass wins if its product reaches the share x of the library's
+speed at which the saved traffic of the logits pays, x = 0.47 at E = 576, 0.63 at 1024, 0.77 at 2048, 0.87 at 4096, 0.93
+at 8192. Triton products were reported at 0.26 to 0.9 of the library on compute capability 9.0 and near 0.3 on 8.0. Below
+about 160 rows the matrix product is memory-bound, so saving the logits' traffic wins even with a slower product.
 """
 
 import functools
@@ -26,13 +20,23 @@ import os
 import torch
 
 from cpo_kernels.device import matmul_accumulated
-from cpo_kernels.linear_logprob.eager import add_chunk, cast_gradients, gradient_buffers
-from cpo_kernels.linear_logprob.partials import ENTROPY, MAX_VOCAB, MEAN, NUM_STATS, REST, ROW_MAX, ROW_SUM, Transform
-from cpo_kernels.linear_logprob.results import GRADED, Head, Scores, pair_coefficients
-from cpo_kernels.linear_logprob.triton_backward import product_gradients, row_gradients
+from cpo_kernels.linear_logprob.results import GRADED, Head, PairScores
+from cpo_kernels.linear_logprob.triton_backward import head_gradients, row_gradients
 from cpo_kernels.linear_logprob.triton_chunked import PROBABILITY_SCALE, chunk_scores, conditional_probabilities
 from cpo_kernels.linear_logprob.triton_fused import fused_scores
+from cpo_kernels.linear_logprob.triton_sums import (
+    ENTROPY,
+    MAX_VOCAB,
+    MEAN,
+    NUM_STATS,
+    REST,
+    ROW_MAX,
+    ROW_SUM,
+    Transform,
+)
 from cpo_kernels.logprob_plan import LogprobPlan
+
+__all__ = ["PATHS", "choose_path", "head_gradients", "row_gradients", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ def score(
     outputs: tuple[str, ...],
     mode: str,
     path: str | None = None,
-) -> Scores:
+) -> PairScores:
     """One pass of rows over the head. A head that is not contiguous is copied.
 
     `path` is the way of rows in mode "none", one of `PATHS`; None leaves it to `choose_path`.
@@ -104,13 +108,10 @@ def score(
             f"linear_logprob: impl='triton' does not take {rows.dtype} and a vocabulary of {head.weight.shape[0]}; "
             "expected 16 or 32 bits and less than 2^24"
         )
-    head, transform, rows = _contiguous(head), Transform.of(head), rows.contiguous()
+    head, transform, rows = head.contiguous(), Transform.of(head), rows.contiguous()
     num_rows, asked = rows.shape[0], bool(outputs)
-
-    def nothing(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return rows.new_empty(0, dtype=dtype)  # a new one each time: results of an op must not share memory
-
-    slopes, rest, expected, target_weights, normalizer = *(nothing() for _ in range(3)), nothing(rows.dtype), nothing()
+    nothing = rows.new_empty(0, dtype=torch.float32)
+    slopes = rest = expected = target_weights = normalizer = nothing
     if mode == "none" and num_rows and (path or choose_path(rows.device, rows.shape[1], num_rows)) == "fused":
         logps, stats, is_top1 = fused_scores(rows, head.weight, head.bias, transform, plan, asked)
     else:
@@ -124,67 +125,17 @@ def score(
             target_weights = head.weight[plan.pair_target]
         elif mode == "recompute":
             normalizer = torch.stack((stats[ROW_MAX], stats[ROW_SUM]))
-    return Scores(
-        logps=logps,
-        entropy=stats[ENTROPY][plan.pair_row] if "entropy" in outputs else nothing(),
-        mean_logit=stats[MEAN][plan.pair_row] if "mean_logit" in outputs else nothing(),
-        is_top1=is_top1 if "is_top1" in outputs else nothing(torch.bool),
-        slopes=slopes,
-        rest=rest,
-        expected=expected,
-        target_weights=target_weights,
-        normalizer=normalizer,
+    return PairScores(
+        logps,
+        slopes,
+        rest,
+        expected,
+        target_weights,
+        normalizer,
+        entropy=stats[ENTROPY][plan.pair_row] if "entropy" in outputs else None,
+        mean_logit=stats[MEAN][plan.pair_row] if "mean_logit" in outputs else None,
+        is_top1=is_top1 if "is_top1" in outputs else None,
     )
-
-
-def rows_gradient(grad: torch.Tensor, saved: Scores, plan: LogprobPlan, dtype: torch.dtype) -> torch.Tensor:
-    """Gradient [R, E] of sum grad logps under a frozen head, grad [U]."""
-    return row_gradients(
-        grad.contiguous(), saved.logps, saved.rest, saved.expected, saved.target_weights, saved.slopes,
-        plan.row_offsets, dtype,
-    )  # fmt: skip
-
-
-def head_gradients(
-    grad: torch.Tensor,  # [U]
-    saved: Scores,
-    rows: torch.Tensor,  # [R, E]
-    head: Head,
-    plan: LogprobPlan,
-    needs: tuple[bool, bool, bool],  # of rows, weight, bias
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed; one chunk of logits at a time.
-
-    Products of 16-bit operands: the gradient of a chunk's logits is made in float32, targets included, scaled to the size
-    of the upstream gradients (on the device, so float16 keeps small ones too) and rounded once.
-    """
-    head, transform, rows = _contiguous(head), Transform.of(head), rows.contiguous()
-    coefficient, row_grad = pair_coefficients(grad, saved.logps, saved.rest, plan)
-    coefficient, row_grad = (coefficient * saved.slopes).float(), row_grad.float()
-    buffers = gradient_buffers(rows, head, needs)
-    if rows.shape[0]:
-        size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(transform.slope)).clamp_min(_SMALLEST_SIZE)
-        scale = PROBABILITY_SCALE / size
-    for first in range(0, rows.shape[0], head.chunk_rows):
-        chunk = slice(first, first + head.chunk_rows)
-        products = matmul_accumulated(rows[chunk], head.weight.t())
-        grad_products = product_gradients(
-            products, head.bias, transform, saved.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first,
-            scale, rows.dtype,
-        )  # fmt: skip
-        add_chunk(grad_products, rows[chunk], head, chunk, *buffers)
-    for buffer in buffers:
-        if buffer is not None and rows.shape[0]:
-            buffer.div_(scale)
-    return cast_gradients(head, rows.dtype, *buffers)
-
-
-_SMALLEST_SIZE = 1e-30  # of upstream gradients: below it, all zero perhaps, the scale would not be finite
-
-
-def _contiguous(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.detach().contiguous()
-    return Head(head.weight.detach().contiguous(), bias, head.logit_scale, head.softcap, head.temperature)
 
 
 def _through_chunks(

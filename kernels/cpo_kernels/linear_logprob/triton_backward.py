@@ -13,12 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_kernels.linear_logprob.partials import Transform, slope_factor
-from cpo_kernels.linear_logprob.triton_chunked import BLOCK_LOGITS, BLOCK_TARGETS, chunk_logits
+from cpo_kernels.device import matmul_accumulated
+from cpo_kernels.linear_logprob.results import Head, HeadGradients, PairScores, pair_coefficients
+from cpo_kernels.linear_logprob.triton_chunked import BLOCK_LOGITS, BLOCK_TARGETS, PROBABILITY_SCALE, chunk_logits
+from cpo_kernels.linear_logprob.triton_sums import Transform, slope_factor
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED, cast
 
 BLOCK_WIDTH = 1024  # elements of E per program: 8 per thread of 4 warps, and 4 programs a row at E = 4096
+SMALLEST_SIZE = 1e-30  # of upstream gradients: below it, all zero perhaps, their scale would not be finite
 
 
 @triton.jit
@@ -110,27 +113,51 @@ def _put_targets(
         tl.store(place, cast(values, grad_products.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-def row_gradients(
-    grad: torch.Tensor,  # [U] float32
-    logps: torch.Tensor,  # [U] float32
-    rest: torch.Tensor,  # [R] float32, probability on no target
-    expected: torch.Tensor,  # [R, E] float32, sum of p f W over the columns that are no target
-    target_weights: torch.Tensor,  # [U, E]
-    slopes: torch.Tensor,  # [U] float32
-    row_offsets: torch.Tensor,  # [R + 1] int64
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Gradient [R, E] in `dtype` of sum_u grad_u logps_u. Inputs are contiguous."""
+def row_gradients(grad: torch.Tensor, scores: PairScores, plan: LogprobPlan) -> torch.Tensor:
+    """Gradient [R, E] of sum grad logps under a frozen head, grad [U] float32."""
+    expected, target_weights = scores.expected, scores.target_weights
+    grad_rows = expected.new_empty(expected.shape, dtype=target_weights.dtype)
     num_rows, width = expected.shape
-    grad_rows = expected.new_empty(expected.shape, dtype=dtype)
     if num_rows == 0:
         return grad_rows
     with torch.cuda.device_of(expected):
         _row_gradients[(num_rows, triton.cdiv(width, BLOCK_WIDTH))](
-            grad, logps, rest, expected, target_weights, slopes, row_offsets, grad_rows,
-            WIDTH=width, BLOCK_E=BLOCK_WIDTH, INTERPRETED=INTERPRETED,
+            grad.contiguous(), scores.logps, scores.rest, expected, target_weights, scores.slopes, plan.row_offsets,
+            grad_rows, WIDTH=width, BLOCK_E=BLOCK_WIDTH, INTERPRETED=INTERPRETED,
         )  # fmt: skip
     return grad_rows
+
+
+def head_gradients(
+    grad: torch.Tensor,  # [U]
+    scores: PairScores,
+    rows: torch.Tensor,  # [R, E]
+    head: Head,
+    plan: LogprobPlan,
+    needs: tuple[bool, bool, bool],  # of rows, weight, bias
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed; one chunk of logits at a time.
+
+    Products of 16-bit operands: the gradient of a chunk's logits is made in float32, targets included, scaled to the size
+    of the upstream gradients (on the device, so float16 keeps small ones too) and rounded once.
+    """
+    head, transform, rows = head.contiguous(), Transform.of(head), rows.contiguous()
+    gradients = HeadGradients(rows, head, needs)
+    if rows.shape[0] == 0:
+        return gradients.rounded()
+    coefficient, row_grad = pair_coefficients(grad, scores, plan)
+    coefficient, row_grad = (coefficient * scores.slopes).float(), row_grad.float()
+    size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(transform.slope)).clamp_min(SMALLEST_SIZE)
+    scale = PROBABILITY_SCALE / size
+    for first in range(0, rows.shape[0], head.chunk_rows):
+        chunk = slice(first, first + head.chunk_rows)
+        products = matmul_accumulated(rows[chunk], head.weight.t())
+        grad_products = product_gradients(
+            products, head.bias, transform, scores.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first,
+            scale, rows.dtype,
+        )  # fmt: skip
+        gradients.add(grad_products, chunk)
+    return gradients.rounded(scale)
 
 
 def product_gradients(

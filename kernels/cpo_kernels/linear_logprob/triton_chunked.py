@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_kernels.linear_logprob.partials import (
+from cpo_kernels.linear_logprob.triton_sums import (
     PART_MAX,
     PART_SUM,
     Transform,

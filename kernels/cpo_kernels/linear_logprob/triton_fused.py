@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cpo_kernels.linear_logprob.partials import NUM_STATS, Transform, accumulate, final_logits, merge, splits
+from cpo_kernels.linear_logprob.triton_sums import NUM_STATS, Transform, accumulate, final_logits, merge, splits
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED
 
