@@ -42,7 +42,8 @@ private:
     nb::capsule owner_;
 };
 
-nb::tuple build_forest(Input<int64_t> tokens, Input<int64_t> offsets, int64_t pad_to_multiple_of) {
+// Sequence s is tokens[offsets[s] : offsets[s + 1]]; returns how many there are.
+int64_t check_offsets(const Input<int64_t>& tokens, const Input<int64_t>& offsets) {
     const auto num_offsets = static_cast<int64_t>(offsets.shape(0));
     const int64_t* at = offsets.data();
     if (num_offsets < 1 || at[0] != 0 || at[num_offsets - 1] != static_cast<int64_t>(tokens.shape(0))) {
@@ -53,16 +54,43 @@ nb::tuple build_forest(Input<int64_t> tokens, Input<int64_t> offsets, int64_t pa
             throw std::invalid_argument("expected ascending offsets");
         }
     }
+    return num_offsets - 1;
+}
+
+nb::tuple build_forest(Input<int64_t> tokens, Input<int64_t> offsets, int64_t pad_to_multiple_of) {
+    const int64_t num_sequences = check_offsets(tokens, offsets);
     cpo::Forest forest;
     {
         nb::gil_scoped_release unlocked;
-        forest = cpo::build_forest(tokens.data(), at, num_offsets - 1, pad_to_multiple_of);
+        forest = cpo::build_forest(tokens.data(), offsets.data(), num_sequences, pad_to_multiple_of);
     }
     const Shared<cpo::Forest> shared(std::move(forest));
     return nb::make_tuple(shared.view(&cpo::Forest::tokens), shared.view(&cpo::Forest::position_ids),
                           shared.view(&cpo::Forest::subtree_end), shared.view(&cpo::Forest::parent_row),
                           shared.view(&cpo::Forest::path_rows), shared.view(&cpo::Forest::path_offsets),
                           (*shared).num_tokens);
+}
+
+nb::tuple split_pairs(Input<int64_t> tokens, Input<int64_t> offsets, Input<int64_t> prompt_lengths, int64_t max_tokens) {
+    const int64_t num_sequences = check_offsets(tokens, offsets);
+    const auto num_pairs = static_cast<int64_t>(prompt_lengths.shape(0));
+    if (num_sequences != 2 * num_pairs) {
+        throw std::invalid_argument("expected two sequences a pair");
+    }
+    for (int64_t s = 0; s < num_sequences; ++s) {
+        const int64_t prompt_length = prompt_lengths.data()[s / 2];
+        if (prompt_length < 0 || prompt_length > offsets.data()[s + 1] - offsets.data()[s]) {
+            throw std::invalid_argument("expected prompts no longer than their sequences");
+        }
+    }
+    cpo::PairSplit split;
+    {
+        nb::gil_scoped_release unlocked;
+        split = cpo::split_pairs(tokens.data(), offsets.data(), prompt_lengths.data(), num_pairs, max_tokens);
+    }
+    const Shared<cpo::PairSplit> shared(std::move(split));
+    return nb::make_tuple(shared.view(&cpo::PairSplit::order), shared.view(&cpo::PairSplit::batch_offsets),
+                          shared.view(&cpo::PairSplit::batch_tokens));
 }
 
 nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t block_kv) {
@@ -101,10 +129,12 @@ void validate_subtree_end(Input<int32_t> subtree_end) {
 }  // namespace
 
 NB_MODULE(_csrc, module) {
-    module.doc() = "Host-side work that must not cost a GPU step: token trie to forest, block schedule.";
+    module.doc() = "Host-side work that must not cost a GPU step: token trie to forest, pairs to micro-batches, block schedule.";
     module.def("build_forest", &build_forest, "tokens"_a, "offsets"_a, "pad_to_multiple_of"_a,
                "tokens int64 [N], offsets int64 [S + 1] -> (tokens, position_ids, subtree_end, parent_row, path_rows, "
                "path_offsets, num_tokens)");
+    module.def("split_pairs", &split_pairs, "tokens"_a, "offsets"_a, "prompt_lengths"_a, "max_tokens"_a,
+               "tokens int64 [N], offsets int64 [2 P + 1], prompt_lengths int64 [P] -> (order, batch_offsets, batch_tokens)");
     module.def("tree_schedule", &tree_schedule, "subtree_end"_a, "block_q"_a, "block_kv"_a,
                "subtree_end int32 [T] -> the arrays of a TreeSchedule by name");
     module.def("validate_subtree_end", &validate_subtree_end, "subtree_end"_a,

@@ -47,10 +47,11 @@ struct ChildKeyHash {
 
 class RadixTree {
 public:
-    RadixTree(const int64_t* tokens, int64_t num_sequences) : tokens_(tokens) {
+    explicit RadixTree(const int64_t* tokens) : tokens_(tokens) { nodes_.emplace_back(); }
+
+    void reserve(int64_t num_sequences) {
         nodes_.reserve(static_cast<size_t>(2 * num_sequences + 1));
         children_.reserve(static_cast<size_t>(2 * num_sequences));
-        nodes_.emplace_back();
     }
 
     // Adds tokens[begin : end] and returns the node whose run ends with the sequence's last token.
@@ -73,6 +74,9 @@ public:
 
     std::vector<Node>& nodes() { return nodes_; }
 
+    // Tokens of the trie: rows of its forest.
+    int64_t num_tokens() const { return num_tokens_; }
+
 private:
     int32_t token(int64_t place) const { return static_cast<int32_t>(tokens_[place]); }
 
@@ -87,6 +91,7 @@ private:
         (node.previous == kNone ? nodes_[parent].first_child : nodes_[node.previous].next) = child;
         nodes_[parent].last_child = child;
         children_.emplace(ChildKey{parent, token(begin)}, child);
+        num_tokens_ += length;
         return child;
     }
 
@@ -112,27 +117,31 @@ private:
     }
 
     const int64_t* tokens_;
+    int64_t num_tokens_ = 0;
     std::vector<Node> nodes_;
     std::unordered_map<ChildKey, int32_t, ChildKeyHash> children_;
 };
 
-void check_sequences(const int64_t* tokens, const int64_t* offsets, int64_t num_sequences) {
+// Throws, naming sequence s, for an id of it outside [0, 2^31).
+void check_ids(const int64_t* tokens, const int64_t* offsets, int64_t s) {
     constexpr int64_t kMaxId = std::numeric_limits<int32_t>::max();
-    for (int64_t s = 0; s < num_sequences; ++s) {
-        if (offsets[s] >= offsets[s + 1]) {
-            throw std::invalid_argument("sequence " + std::to_string(s) + " is empty; expected at least one token");
+    // a sum of flags vectorises where a search does not; the search runs only to name the culprit
+    int64_t num_bad = 0;
+    for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i) {
+        num_bad += static_cast<uint64_t>(tokens[i]) > static_cast<uint64_t>(kMaxId);
+    }
+    for (int64_t i = offsets[s]; num_bad > 0 && i < offsets[s + 1]; ++i) {
+        if (tokens[i] < 0 || tokens[i] > kMaxId) {
+            throw std::invalid_argument("sequence " + std::to_string(s) + ": expected token ids in [0, 2147483647], got " +
+                                        std::to_string(tokens[i]) + " at token " + std::to_string(i - offsets[s]));
         }
-        // a sum of flags vectorises where a search does not; the search runs only to name the culprit
-        int64_t num_bad = 0;
-        for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i) {
-            num_bad += static_cast<uint64_t>(tokens[i]) > static_cast<uint64_t>(kMaxId);
-        }
-        for (int64_t i = offsets[s]; num_bad > 0 && i < offsets[s + 1]; ++i) {
-            if (tokens[i] < 0 || tokens[i] > kMaxId) {
-                throw std::invalid_argument("sequence " + std::to_string(s) + ": expected token ids in [0, 2147483647], got " +
-                                            std::to_string(tokens[i]) + " at token " + std::to_string(i - offsets[s]));
-            }
-        }
+    }
+}
+
+void check_number(int64_t num_sequences) {
+    constexpr int64_t kMaxSequences = std::numeric_limits<int32_t>::max() / 2;  // two nodes each, numbered in 32 bits
+    if (num_sequences > kMaxSequences) {
+        throw std::invalid_argument("expected at most 1073741823 sequences, got " + std::to_string(num_sequences));
     }
 }
 
@@ -179,21 +188,23 @@ Forest build_forest(const int64_t* tokens, const int64_t* offsets, int64_t num_s
         throw std::invalid_argument("expected pad_to_multiple_of in [1, 2147483647], got " +
                                     std::to_string(pad_to_multiple_of));
     }
-    if (num_sequences > kMaxRows / 2) {  // two nodes a sequence, numbered in 32 bits
-        throw std::invalid_argument("expected at most 1073741823 sequences, got " + std::to_string(num_sequences));
+    check_number(num_sequences);
+    for (int64_t s = 0; s < num_sequences; ++s) {
+        if (offsets[s] >= offsets[s + 1]) {
+            throw std::invalid_argument("sequence " + std::to_string(s) + " is empty; expected at least one token");
+        }
+        check_ids(tokens, offsets, s);
     }
-    check_sequences(tokens, offsets, num_sequences);
 
-    RadixTree tree(tokens, num_sequences);
+    RadixTree tree(tokens);
+    tree.reserve(num_sequences);
     std::vector<int32_t> last_node(static_cast<size_t>(num_sequences));
     for (int64_t s = 0; s < num_sequences; ++s) {
         last_node[s] = tree.insert(offsets[s], offsets[s + 1]);
     }
 
     Forest forest;
-    for (const Node& node : tree.nodes()) {
-        forest.num_tokens += node.length;
-    }
+    forest.num_tokens = tree.num_tokens();
     const int64_t num_rows = (forest.num_tokens + pad_to_multiple_of - 1) / pad_to_multiple_of * pad_to_multiple_of;
     if (num_rows > kMaxRows) {
         throw std::invalid_argument("expected at most 2147483647 rows after padding, got " + std::to_string(num_rows));
@@ -220,6 +231,45 @@ Forest build_forest(const int64_t* tokens, const int64_t* offsets, int64_t num_s
         }
     }
     return forest;
+}
+
+PairSplit split_pairs(const int64_t* tokens, const int64_t* offsets, const int64_t* prompt_lengths, int64_t num_pairs,
+                      int64_t max_tokens) {
+    check_number(2 * num_pairs);
+    for (int64_t s = 0; s < 2 * num_pairs; ++s) {
+        check_ids(tokens, offsets, s);
+    }
+    PairSplit split;
+    split.order.resize(static_cast<size_t>(num_pairs));
+    std::iota(split.order.begin(), split.order.end(), 0);
+    std::stable_sort(split.order.begin(), split.order.end(), [&](int64_t a, int64_t b) {
+        const int64_t* prompt_a = tokens + offsets[2 * a];
+        const int64_t* prompt_b = tokens + offsets[2 * b];
+        return std::lexicographical_compare(prompt_a, prompt_a + prompt_lengths[a], prompt_b, prompt_b + prompt_lengths[b]);
+    });
+
+    RadixTree tree(tokens);
+    const auto insert = [&](int64_t pair) {
+        tree.insert(offsets[2 * pair], offsets[2 * pair + 1]);
+        tree.insert(offsets[2 * pair + 1], offsets[2 * pair + 2]);
+    };
+    for (int64_t place = 0; place < num_pairs; ++place) {
+        const int64_t num_before = tree.num_tokens();
+        insert(split.order[place]);
+        if (place == 0 || tree.num_tokens() > max_tokens) {  // what was added is left out with the old tree
+            if (place > 0) {
+                split.batch_tokens.push_back(num_before);
+            }
+            split.batch_offsets.push_back(place);
+            tree = RadixTree(tokens);
+            insert(split.order[place]);
+        }
+    }
+    if (num_pairs > 0) {
+        split.batch_tokens.push_back(tree.num_tokens());
+    }
+    split.batch_offsets.push_back(num_pairs);
+    return split;
 }
 
 }  // namespace cpo

@@ -24,11 +24,10 @@ from torch.profiler import record_function
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.examples import Example, Ids
 from cpo_fast.errors import CpoFastError, DataError
-from cpo_fast.tasks import common_prefix_length
 from cpo_kernels import preference_loss
 from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
-from cpo_kernels.integrations.transformers import PackedLogps, packed_logps, split_pairs
+from cpo_kernels.integrations.transformers import PackedLogps, PairTooLarge, packed_logps, split_pairs
 
 Scored = tuple[Ids, int]  # a sequence and its first scored position
 
@@ -218,15 +217,14 @@ def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[Ex
     Raises:
         DataError: an example alone has more. It names the row and the option.
     """
-    for example in examples:
-        first, last = example.responses[0], example.responses[-1]
-        num_tokens = len(example.prompt_ids) + len(first) + len(last) - common_prefix_length(first, last)
-        if num_tokens > max_tokens:
-            what = "the pair alone" if len(example.responses) == 2 else "the row"
-            raise DataError(
-                f"{example.source}: {what} has {num_tokens} tokens, more than train.max_tokens={max_tokens}; "
-                "raise the budget or set data.max_length to drop such rows"
-            )
     # a completion is a pair whose two responses are one: equal sequences share every row
     triples = [(example.prompt_ids, example.responses[0], example.responses[-1]) for example in examples]
-    return [[examples[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
+    try:
+        return [[examples[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
+    except PairTooLarge as error:
+        index = min(error.num_tokens)
+        what = "the pair alone" if len(examples[index].responses) == 2 else "the row"
+        raise DataError(
+            f"{examples[index].source}: {what} has {error.num_tokens[index]} tokens, more than "
+            f"train.max_tokens={max_tokens}; raise the budget or set data.max_length to drop such rows"
+        ) from None

@@ -113,12 +113,8 @@ def build_forest(sequences: Sequence[TokenSequence], pad_to_multiple_of: int = 1
         ValueError: a sequence is empty, not 1-D, not of integers, or has an id out of range (the sequence is named), or
             `pad_to_multiple_of` is below 1.
     """
-    parts = [_as_int64(sequence, s) for s, sequence in enumerate(sequences)]
-    offsets = np.zeros(len(parts) + 1, np.int64)
-    np.cumsum([part.size for part in parts], out=offsets[1:])
-    flat = np.concatenate(parts) if parts else np.empty(0, np.int64)
     tokens, position_ids, subtree_end, parent_row, path_rows, path_offsets, num_tokens = _csrc.build_forest(
-        flat, offsets, pad_to_multiple_of
+        *flatten(sequences), pad_to_multiple_of
     )
     return Forest(
         tokens=torch.from_numpy(tokens),
@@ -129,6 +125,18 @@ def build_forest(sequences: Sequence[TokenSequence], pad_to_multiple_of: int = 1
         path_offsets=torch.from_numpy(path_offsets),
         num_tokens=num_tokens,
     )
+
+
+def flatten(sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, np.ndarray]:
+    """What csrc reads: tokens [N] int64 of all sequences, and offsets [S + 1] int64 where each begins and ends.
+
+    Raises:
+        ValueError: a sequence is not 1-D or not of integers (it is named).
+    """
+    parts = [_as_int64(sequence, s) for s, sequence in enumerate(sequences)]
+    offsets = np.zeros(len(parts) + 1, np.int64)
+    np.cumsum([part.size for part in parts], out=offsets[1:])
+    return np.concatenate(parts) if parts else np.empty(0, np.int64), offsets
 
 
 def _as_int64(sequence: TokenSequence, index: int) -> np.ndarray:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import record_function
 
+import cpo_kernels._csrc as _csrc
 from cpo_kernels.device import to_device
-from cpo_kernels.forest import Forest, build_forest
+from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
 from cpo_kernels.integrations.transformers.model import ModelParts, check_forward, peft_configs, reference_adapter
@@ -207,12 +209,24 @@ def _score(
 Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt ids, chosen ids, rejected ids
 
 
+class PairTooLarge(ValueError):
+    """Pairs that no micro-batch can hold: `num_tokens` of each by its index."""
+
+    def __init__(self, num_tokens: dict[int, int], max_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        index, count = next(iter(num_tokens.items()))
+        super().__init__(
+            f"pair {index} alone has {count} tokens, more than the budget of {max_tokens}; raise the budget or "
+            "drop the pair"
+        )
+
+
 def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
     """Micro-batches of pair indices; the forest of each has at most `max_tokens` tokens.
 
     Pairs are visited in the lexicographic order of their prompts, so pairs of one prompt, then of one question, are
-    neighbours; a micro-batch is closed when the next pair's new tokens would exceed the budget. The token count is
-    exact: a pair costs the nodes that it adds to the micro-batch's token trie.
+    neighbours. A micro-batch is closed when the next pair's new tokens would exceed the budget. The token count is exact:
+    a pair costs the tokens that it adds to the micro-batch's token trie, which csrc keeps.
 
     Args:
         pairs: (prompt ids, chosen ids, rejected ids) of each pair.
@@ -222,37 +236,16 @@ def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
         Lists of indices into `pairs`; every index appears exactly once.
 
     Raises:
-        ValueError: a single pair has more tokens than the budget.
+        PairTooLarge: pairs that have more tokens alone than the budget.
+        ValueError: a token id is no integer in [0, 2^31).
     """
-    order = sorted(range(len(pairs)), key=lambda index: (tuple(pairs[index][0]), index))
-    batches: list[list[int]] = []
-    trie: dict[int, dict] = {}
-    used = 0
-    for index in order:
-        prompt, chosen, rejected = pairs[index]
-        rows = ([*prompt, *chosen], [*prompt, *rejected])
-        added = sum(_insert(trie, row) for row in rows)
-        if used + added > max_tokens or not batches:
-            trie = {}
-            used, added = 0, sum(_insert(trie, row) for row in rows)
-            if added > max_tokens:
-                raise ValueError(
-                    f"pair {index} alone has {added} tokens, more than the budget of {max_tokens}; raise the budget or "
-                    "drop the pair"
-                )
-            batches.append([])
-        batches[-1].append(index)
-        used += added
+    tokens, offsets = flatten([[*prompt, *response] for prompt, *responses in pairs for response in responses])
+    prompt_lengths = np.array([len(prompt) for prompt, _, _ in pairs], np.int64)
+    order, batch_offsets, batch_tokens = _csrc.split_pairs(tokens, offsets, prompt_lengths, max_tokens)
+    batches = [part.tolist() for part in np.split(order, batch_offsets[1:-1])] if pairs else []
+    too_large = {
+        batch[0]: count for batch, count in zip(batches, batch_tokens.tolist(), strict=True) if count > max_tokens
+    }
+    if too_large:
+        raise PairTooLarge(too_large, max_tokens)
     return batches
-
-
-def _insert(trie: dict[int, dict], row: Sequence[int]) -> int:
-    """Add a row to a nested-dictionary trie; returns how many nodes it added."""
-    node, added = trie, 0
-    for token in row:
-        child = node.get(token)
-        if child is None:
-            child = node[token] = {}
-            added += 1
-        node = child
-    return added
