@@ -1,5 +1,5 @@
 // The trie is held as a radix tree: a node is a run of tokens without a branch, named by its place in the input. A
-// sequence then costs one comparison per shared token and one hash lookup per branch that it passes; the tokens below
+// sequence then costs one comparison per shared token and one hash lookup per branch that it passes. The tokens below
 // its last branch become one node without being looked at. There are at most two nodes a sequence, so layout is a copy
 // of runs. Nothing recurses: depth is bounded by memory alone.
 
@@ -125,7 +125,7 @@ private:
 // Throws, naming sequence s, for an id of it outside [0, 2^31).
 void check_ids(const int64_t* tokens, const int64_t* offsets, int64_t s) {
     constexpr int64_t kMaxId = std::numeric_limits<int32_t>::max();
-    // a sum of flags vectorises where a search does not; the search runs only to name the culprit
+    // a sum of flags vectorises where a search does not, so the search runs only to name the culprit
     int64_t num_bad = 0;
     for (int64_t i = offsets[s]; i < offsets[s + 1]; ++i) {
         num_bad += static_cast<uint64_t>(tokens[i]) > static_cast<uint64_t>(kMaxId);

@@ -12,18 +12,19 @@ so that neither waits for a GPU. The plan knows nothing of trees: `Forest.logpro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+
+from cpo_kernels.device import to_device
 
 
 @dataclass(frozen=True, eq=False)
 class LogprobPlan:
     """Scored tokens and the segments they are summed into. Make it with `build`, which validates.
 
-    P scored tokens, R distinct rows, U distinct (row, target) pairs, S segments; all tensors on one device but
-    `host_offsets`.
+    P scored tokens, R distinct rows, U distinct (row, target) pairs, S segments. All tensors but `host_offsets` are on one
+    device.
     """
 
     rows: torch.Tensor  # [P] int64, row of the hidden state that predicts the token
@@ -46,14 +47,14 @@ class LogprobPlan:
     def build(cls, rows: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor, num_segments: int) -> LogprobPlan:
         """Validate the triples and list their distinct rows and pairs.
 
-        On a GPU this waits for the device; build it on the CPU and move it with `to`.
+        On a GPU this waits for the device. Build it on the CPU and move it with `to`.
 
         Args:
             rows: [P] int64, >= 0. Any order, repeats allowed. That they lie below the number of hidden rows is checked
                 where the hidden states are.
             targets: [P] int64, >= 0.
             segments: [P] int64, in [0, num_segments).
-            num_segments: how many sums there are; a segment without tokens sums to exactly 0.
+            num_segments: how many sums there are. A segment without tokens sums to exactly 0.
 
         Raises:
             ValueError: a shape, dtype, device or range is not the expected one.
@@ -101,7 +102,5 @@ class LogprobPlan:
         return self.segment_lengths.shape[0]
 
     def to(self, device: torch.device | str) -> LogprobPlan:
-        """The same plan with every tensor but `host_offsets` on `device`."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor) and name != "host_offsets"}
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        """The same plan with every tensor but `host_offsets` on `device`, as `to_device` moves them."""
+        return to_device(self, device)

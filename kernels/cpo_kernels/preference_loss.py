@@ -2,12 +2,12 @@
 
 With h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected):
 
-    sigmoid  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       DPO, arXiv 2305.18290; e: label smoothing (cDPO)
+    sigmoid  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       DPO, arXiv 2305.18290, e: label smoothing (cDPO)
     hinge    max(0, 1 - beta h)                                          SLiC, arXiv 2305.10425
     ipo      (h_mean - 1 / (2 beta))^2, h of per-token mean log-ratios    IPO, arXiv 2310.12036, normalised as TRL does
 
 `nll_weight` adds the chosen response's mean negative log-likelihood (as RPO does), `pair_weight` scales each pair. The
-reduction is the caller's: an optimizer step's mean is over its global pair count, not over micro-batches.
+caller reduces, because a step's mean is over the pairs of all its micro-batches.
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ def preference_loss(
         ref_chosen, ref_rejected: [N] the same under the reference.
         beta: strength of the pull towards the reference.
         loss_type: "sigmoid", "hinge" or "ipo".
-        label_smoothing: probability in [0, 0.5) that a label is flipped; "sigmoid" only.
-        chosen_lengths, rejected_lengths: [N] response lengths in tokens; needed by "ipo", the first by `nll_weight`.
+        label_smoothing: probability in [0, 0.5) that a label is flipped, for "sigmoid" only.
+        chosen_lengths, rejected_lengths: [N] response lengths in tokens. "ipo" needs both, `nll_weight` the first.
         nll_weight: weight of the chosen response's mean negative log-likelihood.
         pair_weight: [N] factor on each pair's loss, or None.
 

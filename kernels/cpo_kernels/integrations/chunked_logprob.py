@@ -3,17 +3,16 @@
     logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
 
-For code that calls TRL's function and wants a frozen head's backward without the head, and logits that are never
-rounded to 16 bits. log sum_v p_v^2 needs no pass of its own kind: with logp_T the target's log-prob at temperature T,
+It is for code that calls TRL's function and wants a frozen head's backward without the head, and logits that are never
+rounded to 16 bits. log sum_v p_v^2 needs no kernel of its own: with logp_T the target's log-prob at temperature T,
 
     log sum_v p_v^2 = LSE(2 z) - 2 LSE(z) = 2 logp_T - logp_{T/2}
 
-Differences: `chunk_size` is accepted and unused (logits are held in row chunks of a bounded size); float64 inputs give
-float64; exact ties of the largest logit all count as top-1, TRL counts the first. A head sharded by ZeRO-3 must be
-gathered by the caller.
+It differs from TRL's in three things. `chunk_size` is accepted and unused: logits are held in row chunks of a bounded
+size. float64 inputs give float64. Exact ties of the largest logit all count as top-1, where TRL counts the first. A head
+sharded by ZeRO-3 must be gathered by the caller.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class ChunkedLogProbFunction(torch.autograd.Function):
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OPTIONAL_OUTPUTS,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Five tensors [N] (log-probs, then `OPTIONAL_OUTPUTS`); None for an output that was not asked.
+        """Five tensors [N] (log-probs, then `OPTIONAL_OUTPUTS`), None for an output that was not asked.
 
         Raises:
             ValueError: shapes or targets do not fit.
@@ -116,24 +115,3 @@ def _entropy_gradients(
                 entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
             parts.append(torch.autograd.grad(entropy, leaves, grad_entropy[first : first + step]))
     return parts
-
-
-def check_installed_signature() -> None:
-    """Raise RuntimeError, naming the difference, if the installed TRL's function takes other arguments or outputs.
-
-    Call it before putting this function in TRL's place.
-
-    Raises:
-        ImportError: TRL is not installed, or has no `ChunkedLogProbFunction`.
-    """
-    from trl.kernels import ChunkedLogProbFunction as Installed
-    from trl.kernels import chunked_logprob
-
-    def arguments(function: Any) -> list[tuple[str, Any]]:
-        return [(p.name, p.default) for p in inspect.signature(function.forward).parameters.values()]
-
-    ours, theirs = arguments(ChunkedLogProbFunction), arguments(Installed)
-    if ours != theirs:
-        raise RuntimeError(f"trl.kernels.ChunkedLogProbFunction takes {theirs}, this function takes {ours}")
-    if tuple(chunked_logprob.OPTIONAL_OUTPUTS) != OPTIONAL_OUTPUTS:
-        raise RuntimeError(f"TRL's optional outputs are {chunked_logprob.OPTIONAL_OUTPUTS}, not {OPTIONAL_OUTPUTS}")

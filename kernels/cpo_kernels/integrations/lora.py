@@ -3,10 +3,10 @@
     y = x W^T + s B A x        PEFT: A x = linear(float32(x), A), and autograd keeps float32(x) for dA
 
 On a 16-bit base with float32 adapters PEFT makes that copy in every adapted layer: 4 E bytes a token each, three times
-for q, k and v, which share their input. The cast is exact, so it can be made again in backward: what is kept is x itself,
-once for all layers that read it, and every number stays bitwise what PEFT computes. It goes through PEFT's own switch
-(`cast_input_dtype_enabled`) and a linear module in the place of A; parameters, their names and files do not change.
-Leaves out layers with another variant than plain LoRA (DoRA reads the cast input itself) or with LoRA dropout.
+for q, k and v, which share their input. The cast is exact, so backward can make it again. Then autograd keeps x itself,
+once for all layers that read it, and every number stays bitwise what PEFT computes. PEFT's own switch
+(`cast_input_dtype_enabled`) and a linear module in the place of A do this. Parameters, their names and files do not
+change. Layers of another variant than plain LoRA (DoRA reads the cast input itself) or with LoRA dropout stay as they are.
 """
 
 from typing import Any
@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 
 
 def keep_input_dtype(model: torch.nn.Module) -> int:
-    """Change every plain LoRA linear layer of a `PeftModel` in place; returns how many there are.
+    """Change every plain LoRA linear layer of a `PeftModel` in place and return how many there are.
 
     Call it after the adapters are added: an adapter added later to a changed layer needs another call.
 
     Args:
-        model: a `PeftModel`; any other module gives 0.
+        model: a `PeftModel`. Any other module gives 0.
     """
     from peft.tuners.lora.layer import Linear as LoraLinear
 
@@ -54,7 +54,7 @@ class RecastLinear(torch.nn.Linear):
 
 
 class _CastLinear(torch.autograd.Function):
-    """`F.linear(x.to(weight.dtype), weight)` that keeps x as it came; x [..., E], weight [r, E]."""
+    """`F.linear(x.to(weight.dtype), weight)` that keeps x [..., E] as it came. Weight [r, E]."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

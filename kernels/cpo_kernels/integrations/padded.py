@@ -2,17 +2,11 @@
 
 Trainers hand padded rows to a model and read one number per position. `packed_token_logps` takes such a batch, strips
 the padding, scores the rows through `packed_logps` and puts every number back where the padded forward would have it,
-so that a trainer's own loss runs unchanged. `route_forward` sends one keyword of a model's forward there, which keeps
-the computation inside the module that DDP or DeepSpeed wraps.
-
-B rows, L padded length, P scored tokens. Leaves out logits, hidden states and scored tokens without a predecessor.
+so that a trainer's own loss runs unchanged. B rows, L padded length.
 """
 
-import functools
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,7 +15,7 @@ from cpo_kernels.integrations.transformers import packed_logps
 
 @dataclass(frozen=True)
 class PaddedLogps:
-    """Column i belongs to the token at position i + 1; what was not scored is exactly 0 (False) and has no gradient."""
+    """Column i belongs to the token at position i + 1. What was not scored is exactly 0 (False) and has no gradient."""
 
     logps: torch.Tensor  # [B, L - 1] float32 (float64 for a float64 model)
     outputs: dict[str, torch.Tensor]  # [B, L - 1] each, what was asked
@@ -43,7 +37,7 @@ def packed_token_logps(
     opens its row has nothing to be predicted from and counts as not scored.
 
     Args:
-        model: a prepared model; see `packed_logps`.
+        model: a prepared model, as `packed_logps` takes it.
         outputs: any of "entropy", "mean_logit", "is_top1", without gradient.
         impl: implementation of the kernels, None to choose by device.
 
@@ -60,12 +54,12 @@ def packed_token_logps(
     position = torch.arange(ids.shape[1])
     first, length = real.int().argmax(dim=1), real.sum(dim=1)
     one_run = (position >= first[:, None]) & (position < (first + length)[:, None])
-    for row in range(ids.shape[0]):
-        if not length[row] or not torch.equal(one_run[row], real[row]):
-            raise ValueError(
-                f"packed_token_logps: expected the real tokens of row {row} to be one run of at least one token, "
-                f"got {int(length[row])} of them with a gap"
-            )
+    wrong = ((length == 0) | (one_run != real).any(dim=1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"packed_token_logps: expected the real tokens of row {wrong[0]} to be one run of at least one token, "
+            f"got {int(length[wrong[0]])} of them with a gap"
+        )
     wanted &= real & (position > first[:, None])
     start = torch.where(wanted.any(dim=1), wanted.int().argmax(dim=1) - first, length)
     runs = [(f, f + n, s) for f, n, s in zip(first.tolist(), length.tolist(), start.tolist(), strict=True)]
@@ -92,22 +86,3 @@ def packed_token_logps(
         num_tokens=packed.num_tokens,
         num_padded_tokens=ids.numel(),
     )
-
-
-def route_forward(model: torch.nn.Module, keyword: str, packed: Callable[..., Any]) -> None:
-    """Let `model(..., keyword=value)` run `packed(model, ..., keyword=value)`; every other call stays as it was.
-
-    The instance's forward is replaced, at the place where TRL puts its fused LM head, so a call through a wrapper
-    arrives here with the wrapper's own bookkeeping done. A value of None or False counts as absent.
-    """
-    stock = model.forward
-
-    @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(keyword) is None or kwargs[keyword] is False:
-            kwargs.pop(keyword, None)
-            return stock(*args, **kwargs)
-        return packed(self, *args, **kwargs)
-
-    # a method and not a plain function: accelerate unwraps `forward.__func__`
-    model.forward = types.MethodType(forward, model)

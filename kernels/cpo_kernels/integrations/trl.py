@@ -3,23 +3,26 @@
     trainer = PackedDPOTrainer(model=..., args=DPOConfig(...), train_dataset=..., processing_class=...)
 
 TRL asks its model for per-token log-probs by `model(..., labels=labels, fused_lm_head=True)`. That one call is answered
-from a forest of the batch's rows; everything above it is TRL's own code: all fifteen losses and their mixtures,
+from a forest of the batch's rows. Everything above it is TRL's own code: all fifteen losses and their mixtures,
 f-divergences, `ld_alpha`, truncation, the reference (adapter off, copied adapter, separate or synchronised model,
 precomputed log-probs), `compute_metrics`, gradient checkpointing. Logs gain `packing/tokens`, `packing/padded_tokens`
 and `packing/tokens_saved` per batch.
 
-What is left out is refused by name: see `REFUSED_OPTIONS`, and vision data, mixture-of-experts losses, dropout,
-sharded weights (FSDP, ZeRO-3) and autocast over float32 weights. DDP works; ZeRO 1 and 2 are let through and untried.
+`REFUSED_OPTIONS`, vision data, mixture-of-experts losses, dropout, sharded weights (FSDP, ZeRO-3) and autocast over
+float32 weights are refused by name. DDP works. ZeRO 1 and 2 are let through and untried.
 """
 
+import functools
 import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
-from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps, route_forward
+from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.model import unwrap_peft
 
@@ -74,7 +77,7 @@ class PackedDPOTrainer(DPOTrainer):
         models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
         for model in models:
             prepare(model)
-            route_forward(unwrap_peft(model), "fused_lm_head", self._packed_forward)
+            _route_forward(unwrap_peft(model), self._packed_forward)
         self._is_packed = True
 
     def _refuse_models(self) -> None:
@@ -96,11 +99,10 @@ class PackedDPOTrainer(DPOTrainer):
         input_ids: torch.Tensor,  # [B, L]
         attention_mask: torch.Tensor,  # [B, L]
         labels: torch.Tensor,  # [B, L], -100 where not scored
-        fused_lm_head: bool = True,
         use_cache: bool = False,
         **others: Any,
     ) -> FusedCausalLMOutput:
-        """What TRL's fused LM head returns, [B, L - 1] per token; an input that would change it is refused."""
+        """What TRL's fused LM head returns, [B, L - 1] per token. An input that would change it is refused."""
         unknown = sorted(name for name, value in others.items() if value is not None)
         if unknown:
             raise ValueError(f"PackedDPOTrainer: the collator gives {unknown}, which a forest has no place for")
@@ -124,6 +126,22 @@ class PackedDPOTrainer(DPOTrainer):
         metrics["packing/padded_tokens"].append(padded_tokens)
         metrics["packing/tokens_saved"].append(padded_tokens - tokens)
         return result
+
+
+def _route_forward(model: torch.nn.Module, packed: Callable[..., Any]) -> None:
+    """Let `model(..., fused_lm_head=True)` run `packed(model, ...)`. Every other call stays as it was.
+
+    The instance's forward is replaced, where TRL puts its own fused LM head. So a call through DDP or DeepSpeed arrives
+    here inside the module that they wrap.
+    """
+    stock = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return packed(self, *args, **kwargs) if kwargs.pop("fused_lm_head", None) else stock(*args, **kwargs)
+
+    # a method and not a plain function: accelerate unwraps `forward.__func__`
+    model.forward = types.MethodType(forward, model)
 
 
 def _refuse_arguments(arguments: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Only the rows that a plan names meet the head, logits are never rounded to 16 bits, and no [T, V] tensor exists beyond
 one bounded chunk. `reference` is the specification by autograd. `eager` makes the expected embedding in the forward, so
-that the backward of a frozen head needs no head. `triton` does the same by kernels on a GPU; tests run them on a CPU in
+that the backward of a frozen head needs no head. `triton` does the same by kernels on a GPU. Tests run them on a CPU in
 Triton's interpreter (TRITON_INTERPRET=1). T rows, E hidden, V vocabulary, P scored tokens, S segments.
 """
 
@@ -63,10 +63,10 @@ def linear_logprob(
     A function under `torch.compile` may call this: the graph breaks here, so `fullgraph=True` is refused.
 
     Args:
-        hidden: [T, E] float64, float32, bfloat16 or float16; the last hidden states of the policy.
+        hidden: [T, E] float64, float32, bfloat16 or float16, the last hidden states of the policy.
         weight: [V, E] of the same dtype.
         plan: which target is scored at which row, and which segment it adds to.
-        ref_hidden: [T, E], hidden states of the reference on the same rows; scored without gradient.
+        ref_hidden: [T, E], hidden states of the reference on the same rows, scored without gradient.
         bias: [V] or None.
         logit_scale: factor on the products before the soft-cap.
         softcap: bound of the tanh soft-cap, or None.

@@ -24,7 +24,7 @@ from cpo_kernels.logprob_plan import LogprobPlan
 
 
 def score(rows: torch.Tensor, head: Head, plan: LogprobPlan, outputs: tuple[str, ...], mode: str) -> PairScores:
-    """One pass of rows [R, E] over the head; each reduction over the vocabulary only where it is asked for."""
+    """One pass of rows [R, E] over the head, with each reduction over the vocabulary only where it is asked for."""
     dtype = accumulation_dtype(rows.dtype)
     num_pairs, (num_rows, width) = plan.pair_row.shape[0], rows.shape
     graded, expecting = mode in GRADED, mode == "expected"
@@ -84,7 +84,7 @@ def head_gradients(
     plan: LogprobPlan,
     needs: tuple[bool, bool, bool],  # of rows, weight, bias
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed; one chunk of logits at a time."""
+    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed, a chunk of logits at a time."""
     dtype = accumulation_dtype(rows.dtype)
     coefficient, row_grad = (x.to(dtype) for x in pair_coefficients(grad, scores, plan))
     gradients = HeadGradients(rows, head, needs)

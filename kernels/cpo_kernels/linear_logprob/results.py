@@ -30,7 +30,7 @@ ROW_TILE = 128  # rows of a matrix product's tile on sm80 and sm90
 
 @dataclass(frozen=True)
 class Head:
-    """Weight (and bias) of an output head and its logit transform; see the module docstring.
+    """Weight (and bias) of an output head and its logit transform, as the module docstring has it.
 
     Models that scale or cap their logits (Cohere, Granite, Gemma 2) train another objective when this is ignored.
     """
@@ -103,7 +103,7 @@ NUM_SAVED = 6  # the fields of `PairScores` that backward reads
 
 @dataclass(frozen=True)
 class LogprobResult:
-    """Log-probabilities of a plan's tokens; float32, or float64 for float64 inputs.
+    """Log-probabilities of a plan's tokens in float32, or float64 for float64 inputs.
 
     `token_logps` and `segment_logps` are differentiable, everything else is not. What was not asked for is None.
     """
@@ -144,7 +144,7 @@ def pair_coefficients(grad: torch.Tensor, scores: PairScores, plan: LogprobPlan)
 
 
 def _sum_runs(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sums of consecutive runs, each from left to right; a run without elements is 0."""
+    """Sums of consecutive runs, each from left to right. A run without elements is 0."""
     if values.shape[0] == 0:
         return values
     sums: torch.Tensor = torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)

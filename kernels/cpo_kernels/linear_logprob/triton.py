@@ -1,4 +1,4 @@
-"""Scoring by Triton kernels, and which of two paths rows without a gradient take; the interface and formulas of `eager`.
+"""Scoring by Triton kernels, and which of two paths rows without a gradient take. `eager` has the formulas.
 
 Path A ("chunk") writes a chunk of logits, from the library's matrix product, and reads it again (`triton_chunked`).
 Path B ("fused") keeps logits in registers and pays with a matrix product of our own (`triton_fused`). Rows that take a
@@ -98,7 +98,7 @@ def score(
 ) -> PairScores:
     """One pass of rows over the head. A head that is not contiguous is copied.
 
-    `path` is the way of rows in mode "none", one of `PATHS`; None leaves it to `choose_path`.
+    `path` is one of `PATHS`, for rows in mode "none". None leaves it to `choose_path`.
 
     Raises:
         ValueError: float64 inputs, or a vocabulary of 2^24 or more.

@@ -4,9 +4,10 @@
     d/dh_r = sum_u c_u f_u W[t_u] - G Y_r,   c_u = g_u (rest_r + sum of the row's other p) - p_u (G - g_u)
 
 with g the upstream gradients, G their sum over the row, p = exp(logp), f = dz / d(h W^T), and Y and rest from the forward
-(see `eager`). Frozen (`row_gradients`): a gather and a scaled subtraction, one program per row and block of E. Trainable
-(`product_gradients`): a chunk of d loss / d(h W^T), c_u f_u at targets and -G p f elsewhere, made in float32 and rounded
-once, for the matrix products that give dh and dW. Every place is written once: no atomics, one order of sums.
+(see `eager`). Under a frozen head (`row_gradients`) this is a gather and a scaled subtraction, by one program per row and
+block of E. For a head that takes a gradient (`head_gradients`) a chunk of d loss / d(h W^T) is made, c_u f_u at targets
+and -G p f elsewhere, for the matrix products that give dh and dW. Every place is written once: no atomics, one order of
+sums.
 """
 
 import torch
@@ -102,7 +103,7 @@ def _put_targets(
     BLOCK_U: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """scale times the gradient at targets. A kernel of its own: the end of the one before is the barrier."""
+    """scale times the gradient at targets. It is a kernel of its own because the end of the one before is the barrier."""
     row = tl.program_id(0).to(tl.int64)
     first, last = tl.load(row_offsets + first_row + row), tl.load(row_offsets + first_row + row + 1)
     for start in range(first, last, BLOCK_U):
@@ -136,10 +137,10 @@ def head_gradients(
     plan: LogprobPlan,
     needs: tuple[bool, bool, bool],  # of rows, weight, bias
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed; one chunk of logits at a time.
+    """Gradients of rows [R, E], weight [V, E] and bias [V], each if it is needed, a chunk of logits at a time.
 
-    Products of 16-bit operands: the gradient of a chunk's logits is made in float32, targets included, scaled to the size
-    of the upstream gradients (on the device, so float16 keeps small ones too) and rounded once.
+    The gradient of a chunk's logits is made in float32, targets included, scaled to the size of the upstream gradients (on
+    the device, so float16 keeps small ones too) and rounded once, for products of 16-bit operands.
     """
     head, transform, rows = head.contiguous(), Transform.of(head), rows.contiguous()
     gradients = HeadGradients(rows, head, needs)

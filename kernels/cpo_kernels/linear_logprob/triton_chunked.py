@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
 """Path A: log-probs and probabilities from stored products of one chunk of rows, by Triton.
 
-The products h W^T of a chunk come from a matrix multiplication in float32. The targets are moved out (and -inf put in
-their place) first, so the partial sums are those of the other columns: the mass on no target is a sum and never
+The products h W^T of a chunk come from a matrix multiplication in float32. The targets are moved out first and -inf is put
+in their place, so the partial sums are those of the other columns, and the mass on no target is a sum instead of
 1 - exp(logp). `conditional_probabilities` then gives f exp(z - m) / s over the other columns, f = dz / dx without its
-constant, whose product with W is the expected embedding that backward needs. Programs find a row's targets by
-`row_offsets`, so no count is read back.
+constant. Its product with W is the expected embedding that backward needs. Programs find a row's targets by
+`row_offsets`, so the host reads no count.
 """
 
 import torch
@@ -47,7 +47,7 @@ def _take_targets(
     CAPPED: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """Move a row's targets out of a chunk. A kernel of its own: its end is the barrier for the next."""
+    """Move a row's targets out of a chunk. It is a kernel of its own because its end is the barrier for the next."""
     row = tl.program_id(0).to(tl.int64)
     first, last = tl.load(row_offsets + first_row + row), tl.load(row_offsets + first_row + row + 1)
     for start in range(first, last, BLOCK_U):
@@ -75,7 +75,7 @@ def chunk_logits(
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
 ) -> tl.tensor:
-    """Logits of a row's columns; -inf where a target was taken out and beyond the vocabulary."""
+    """Logits of a row's columns, -inf where a target was taken out and beyond the vocabulary."""
     mask = column < vocab
     x = tl.load(products + row * vocab + column, mask=mask, other=float("-inf"))
     left_out = x == float("-inf")
@@ -164,7 +164,7 @@ def chunk_scores(
     first_row: int,
     picked: torch.Tensor,  # [U] float32, written at the chunk's targets
     logps: torch.Tensor,  # [U] float32, written at the chunk's targets
-    stats: torch.Tensor,  # [NUM_STATS, R] float32, written at the chunk's rows; see `partials`
+    stats: torch.Tensor,  # [NUM_STATS, R] float32, written at the chunk's rows; see `triton_sums`
     with_outputs: bool,
 ) -> None:
     """Logits and log-probs of a chunk's targets, and what `stats` keeps of its rows."""

@@ -2,9 +2,9 @@
 """Path B: log-probs of targets without a logit in memory, by Triton. For rows that take no gradient.
 
 Tiles of h W^T stay in registers, and each program leaves the partial sums of one row tile over one split of the
-vocabulary (`partials`). A target's logit is a dot product of its own, so a row may have any number of targets. Whether a
-target has the row's largest logit is decided by its column, and between equal columns by the same dot product: tile and
-dot round differently, so their values cannot be compared.
+vocabulary (`triton_sums`). A target's logit is a dot product of its own, so a row may have any number of targets. A target
+has the row's largest logit if its column is the largest one's, or if its dot product reaches that column's dot product. A
+tile's value is compared with no dot product, because the two round differently.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _product_partials(
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Partial sums of one row tile over one split; row tiles of a group are neighbours, so a W tile is read once."""
+    """Partial sums of one row tile over one split. Row tiles of a group are neighbours, so a W tile is read once."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
     group_programs = GROUP * num_splits
     first_tile = tl.program_id(0) // group_programs * GROUP
@@ -56,7 +56,7 @@ def _product_partials(
     in_group = tl.program_id(0) % group_programs
     row = (first_tile + in_group % tiles_in_group) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = in_group // tiles_in_group
-    # Rows and columns beyond the end read the last one again; their results are masked.
+    # rows and columns beyond the end read the last one again, and their results are masked
     hidden_rows = hidden + tl.minimum(row, num_rows - 1).to(tl.int64)[:, None] * WIDTH
     element = tl.arange(0, BLOCK_E)
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -146,7 +146,7 @@ def fused_scores(
     plan: LogprobPlan,
     with_outputs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs [U] float32 of the plan's pairs, `stats` [NUM_STATS, R] of `partials`, and is_top1 [U] bool if asked.
+    """Log-probs [U] float32 of the plan's pairs, `stats` [NUM_STATS, R] of `triton_sums`, and is_top1 [U] bool if asked.
 
     Rows and weight are contiguous.
     """

@@ -1,14 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Partial sums of exp(z) over splits of the vocabulary, and their merge: log-probs, entropy, mean logit of a row.
+"""A row's log-sum-exp in splits of the vocabulary: partial sums, and their merge to log-probs, entropy and mean logit.
 
-Of each split a program keeps the row's maximum m_s and the sums of exp(z - m_s), (z - m_s) exp(z - m_s) and z. Then
+Of each split s a program keeps the row's maximum m_s and the sums s_s of exp(z - m_s), t_s of (z - m_s) exp(z - m_s) and
+total_s of z. Then
 
     M = max_s m_s,   S = sum_s s_s exp(m_s - M),   logp_u = (z_u - M) - log S
     T = sum_s exp(m_s - M) (t_s + (m_s - M) s_s),   entropy = log S - T / S,   mean = sum_s total_s / V
 
-which never forms the rounded sum M + log S. Two ways to the partial sums share the merge, `fused` and `chunk`. All sums are
-float32, in a fixed order, without atomics. Sizes that change from step to step are no constants and select no variant of
-a kernel, so nothing is compiled after the first steps.
+which never forms the rounded sum M + log S. `triton_chunked` and `triton_fused` share the merge. All sums are float32, in a
+fixed order, without atomics. Sizes that change from step to step are no constants and select no variant of a kernel, so
+Triton compiles nothing after the first steps.
 """
 
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Transform(NamedTuple):
 
     @classmethod
     def of(cls, head: Head) -> "Transform":
-        """The head's transform; without a soft-cap inner and cap are 0."""
+        """The head's transform. Without a soft-cap inner and cap are 0."""
         slope = float(head.logit_scale / head.temperature)
         if head.softcap is None:
             return cls(slope, 0.0, 0.0)
@@ -96,7 +97,7 @@ def accumulate(
     AXIS: tl.constexpr,
     WITH_OUTPUTS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Running (max, sum, weighted sum) after one more tile; a row that has seen only -inf stays at sum 0."""
+    """Running (max, sum, weighted sum) after one more tile. A row that has seen only -inf stays at sum 0."""
     new_max = tl.maximum(row_max, tile_max)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     decay = tl.exp(row_max - pivot)
@@ -130,7 +131,7 @@ def _merge(
     WITH_OUTPUTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Merge a row's partial sums, and its targets where they are apart; then the log-probs of its targets."""
+    """Merge a row's partial sums, and its targets where they are apart, to the log-probs of its targets."""
     in_chunk = tl.program_id(0).to(tl.int64)
     row = in_chunk + first_row
     split = tl.arange(0, BLOCK_S)
@@ -178,7 +179,7 @@ def _merge(
 
 
 def splits(num_tiles: int, programs_per_split: int) -> tuple[int, int]:
-    """How many splits of how many tiles each, none empty; depends on shapes alone, so that sums repeat on any card."""
+    """How many splits of how many tiles each, none empty. Shapes alone decide, so that sums repeat on any card."""
     wanted = min(MAX_SPLITS, num_tiles, triton.cdiv(TARGET_PROGRAMS, programs_per_split))
     tiles_per_split = triton.cdiv(num_tiles, wanted)
     return triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
@@ -194,7 +195,7 @@ def merge(
     first_row: int,
     vocab: int,
 ) -> None:
-    """Merge the partial sums of rows [first_row, first_row + C); five planes say that outputs are asked."""
+    """Merge the partial sums of rows [first_row, first_row + C). Five planes say that outputs are asked."""
     planes, num_rows, num_splits = partials.shape
     _merge[(num_rows,)](
         partials, picked, row_offsets, logps, stats, row_offsets if top is None else top,

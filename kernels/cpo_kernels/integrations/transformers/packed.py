@@ -3,12 +3,9 @@
     sequences (prompt + response ids) -> forest -> backbone once -> needed rows -> head once -> sums per sequence
 
 The very token ids that would have been padded, the same numbers and gradients, a fraction of the tokens. The reference
-runs on the same forest without gradient and shares the pass over the head.
-
-Forest, schedule and plan are made on the host and sent to the device without waiting for it, so a caller that reads
-nothing keeps the device's queue full. Each part is a named range in a `torch.profiler` trace.
-
-Cut a step's pairs into micro-batches whose forests fit a token budget, keeping what shares a prefix together.
+runs on the same forest without gradient and shares the pass over the head. Forest, schedule and plan are made on the host
+and sent to the device without waiting for it, so a caller that reads nothing keeps the device's queue full. Each part is a
+named range in a `torch.profiler` trace. `split_pairs` cuts a step's pairs into micro-batches whose forests fit a budget.
 """
 
 from collections.abc import Sequence
@@ -35,7 +32,7 @@ ADAPTER_OFF = "adapter_off"
 
 @dataclass(frozen=True)
 class PackedLogps:
-    """Summed log-probs of each sequence's scored tokens; float32 (float64 for a float64 model)."""
+    """Summed log-probs of each sequence's scored tokens in float32 (float64 for a float64 model)."""
 
     segment_logps: torch.Tensor  # [S], differentiable
     ref_segment_logps: torch.Tensor | None  # [S]
@@ -58,15 +55,15 @@ def packed_logps(
 
     Args:
         model: a prepared `PreTrainedModel` or `PeftModel`, not a wrapper around one.
-        sequences: S sequences of token ids, prompt and response; equal prefixes are computed once.
+        sequences: S sequences of token ids, prompt and response. Equal prefixes are computed once.
         starts: first scored position of each sequence, 1 <= starts[s] <= len(sequences[s]).
-        reference: None; "adapter_off"; the name of another adapter of the model; or a frozen prepared model.
+        reference: None, "adapter_off", the name of another adapter of the model, or a frozen prepared model.
         impl: implementation of the kernels, by op or one name for all, None to choose by device.
         outputs: any of "entropy", "mean_logit", "is_top1", found in `PackedLogps.result`.
         temperature: divisor of the final logits, of policy and reference alike.
 
     Returns:
-        `PackedLogps`; one autograd graph a call.
+        `PackedLogps`, with one autograd graph a call.
 
     Raises:
         TypeError: the model is a wrapper.
@@ -75,61 +72,71 @@ def packed_logps(
     """
     parts, impl = prepared_parts(model, "packed_logps"), Implementations.of(impl)
     with record_function("pack"):
-        line, plan, num_sequence_tokens = _pack(model, parts, sequences, starts, impl)
+        inputs = _pack(model, parts, sequences, starts)
     with record_function("backbone reference"):
-        ref_hidden, ref_parts = _reference_hidden(model, parts, line, reference)
+        ref_hidden, ref_parts = _reference_hidden(model, parts, inputs, reference, impl.tree_attention)
     with record_function("backbone policy"):
-        hidden = _hidden(parts, line)
-    head = partial(_score, plan=plan, impl=impl.linear_logprob, temperature=temperature)
-    shares_head = ref_parts is not None and ref_parts.head is parts.head
+        hidden = inputs.hidden(parts, impl.tree_attention)
+    logps = partial(linear_logprob, plan=inputs.plan, temperature=temperature, impl=impl.linear_logprob)
+    head: Any = parts.head
+    shares_head = ref_parts is not None and ref_parts.head is head
     with record_function("head"):
-        result = head(parts, hidden, ref_hidden=ref_hidden if shares_head else None, outputs=outputs)
+        result = logps(
+            hidden, head.weight, ref_hidden=ref_hidden if shares_head else None, bias=head.bias, outputs=outputs
+        )
         ref_segment_logps = result.ref_segment_logps
         if ref_parts is not None and ref_hidden is not None and not shares_head:
+            ref_head: Any = ref_parts.head
             with torch.no_grad():
-                ref_segment_logps = head(ref_parts, ref_hidden, ref_hidden=None, outputs=()).segment_logps
+                ref_segment_logps = logps(ref_hidden, ref_head.weight, bias=ref_head.bias).segment_logps
     return PackedLogps(
-        result.segment_logps, ref_segment_logps, line.forest.num_tokens, num_sequence_tokens, plan, result
+        result.segment_logps,
+        ref_segment_logps,
+        inputs.forest.num_tokens,
+        inputs.num_sequence_tokens,
+        inputs.plan,
+        result,
     )
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A forest on the device of the model, with what a forward over it needs to know."""
+class PackedInputs:
+    """What a forward over a forest needs, on the device of the model."""
 
     forest: Forest
     schedule: TreeSchedule
-    longest_path: int
-    impl: str | None
+    plan: LogprobPlan
+    longest_path: int  # tokens
+    num_sequence_tokens: int  # tokens of all sequences
+
+    def hidden(self, parts: ModelParts, impl: str | None) -> torch.Tensor:
+        """Last hidden states [T, E] of the forest's rows."""
+        hidden: torch.Tensor = forest_forward(parts, self.forest, self.schedule, impl).last_hidden_state[0]
+        return hidden
 
 
 def _pack(
-    model: torch.nn.Module,
-    parts: ModelParts,
-    sequences: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    impl: Implementations,
-) -> tuple[_Line, LogprobPlan, int]:
-    """Everything that a packed forward needs, made on the host and sent to the model's device."""
+    model: torch.nn.Module, parts: ModelParts, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> PackedInputs:
+    """Make everything on the host, then send it to the model's device."""
     forest = build_forest(sequences)
     plan, schedule = forest.logprob_plan(starts), forest.schedule()
-    num_sequence_tokens, longest_path = int(forest.path_offsets[-1]), _longest_path(forest)
+    longest_path = int(forest.path_offsets.diff().max()) if len(sequences) else 0
     check_forward(model, parts, longest_path)
-    device = next(parts.causal_lm.parameters()).device
-    forest, schedule, plan = to_device((forest, schedule, plan), device)
-    return _Line(forest, schedule, longest_path, impl.tree_attention), plan, num_sequence_tokens
+    inputs = PackedInputs(forest, schedule, plan, longest_path, int(forest.path_offsets[-1]))
+    return to_device(inputs, next(parts.causal_lm.parameters()).device)
 
 
 def forest_forward(
     parts: ModelParts, forest: Forest, schedule: TreeSchedule | None = None, impl: str | None = None, **kwargs: Any
 ) -> Any:
-    """Backbone output over a forest on the model's device; `last_hidden_state` is [1, T, E] after the final norm.
+    """Backbone output over a forest on the model's device, whose `last_hidden_state` is [1, T, E] after the final norm.
 
     Args:
         parts: parts of a prepared model.
         forest: on the device of the model.
-        schedule: the forest's, on the same device; None makes it here, for which a CUDA device is waited for.
-        impl: implementation of tree attention, None to choose by device; resolved here, once for all layers.
+        schedule: the forest's, on the same device. None makes it here and waits for a CUDA device.
+        impl: implementation of tree attention, None to choose by device. It is resolved here, once for all layers.
         kwargs: handed to the backbone.
 
     Raises:
@@ -152,28 +159,21 @@ def forest_forward(
     return output
 
 
-def _hidden(parts: ModelParts, line: _Line) -> torch.Tensor:
-    hidden: torch.Tensor = forest_forward(parts, line.forest, line.schedule, line.impl).last_hidden_state[0]
-    return hidden
-
-
-def _longest_path(forest: Forest) -> int:
-    return int(forest.path_offsets.diff().max()) if len(forest.path_offsets) > 1 else 0
-
-
 def _reference_hidden(
     model: torch.nn.Module,
     parts: ModelParts,
-    line: _Line,
+    inputs: PackedInputs,
     reference: str | torch.nn.Module | None,
+    impl: str | None,
 ) -> tuple[torch.Tensor | None, ModelParts | None]:
+    """The reference's hidden states [T, E] and the parts whose head scores them, None twice without a reference."""
     if reference is None:
         return None, None
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
             ref_parts = prepared_parts(reference, "packed_logps")
-            check_forward(reference, ref_parts, line.longest_path)
-            return _hidden(ref_parts, line), ref_parts
+            check_forward(reference, ref_parts, inputs.longest_path)
+            return inputs.hidden(ref_parts, impl), ref_parts
         adapters = peft_configs(model)
         if not adapters or (reference != ADAPTER_OFF and reference not in adapters):
             raise ValueError(
@@ -181,29 +181,7 @@ def _reference_hidden(
                 f"{sorted(adapters)}"
             )
         with reference_adapter(model, None if reference == ADAPTER_OFF else reference):
-            return _hidden(parts, line), parts
-
-
-def _score(
-    parts: ModelParts,
-    hidden: torch.Tensor,
-    *,
-    plan: LogprobPlan,
-    ref_hidden: torch.Tensor | None,
-    impl: str | None,
-    outputs: Sequence[str],
-    temperature: float,
-) -> LogprobResult:
-    return linear_logprob(
-        hidden,
-        parts.head.weight,  # type: ignore[arg-type]
-        plan,
-        ref_hidden,
-        bias=parts.head.bias,  # type: ignore[arg-type]
-        temperature=temperature,
-        outputs=outputs,
-        impl=impl,
-    )
+            return inputs.hidden(parts, impl), parts
 
 
 Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt ids, chosen ids, rejected ids
@@ -222,7 +200,7 @@ class PairTooLarge(ValueError):
 
 
 def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
-    """Micro-batches of pair indices; the forest of each has at most `max_tokens` tokens.
+    """Micro-batches of pair indices, whose forests have at most `max_tokens` tokens each.
 
     Pairs are visited in the lexicographic order of their prompts, so pairs of one prompt, then of one question, are
     neighbours. A micro-batch is closed when the next pair's new tokens would exceed the budget. The token count is exact:
@@ -233,7 +211,7 @@ def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
         max_tokens: budget of one micro-batch in forest tokens.
 
     Returns:
-        Lists of indices into `pairs`; every index appears exactly once.
+        Lists of indices into `pairs`, in which every index appears exactly once.
 
     Raises:
         PairTooLarge: pairs that have more tokens alone than the budget.
