@@ -56,6 +56,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:240].rstrip(".")
 
 
+def failure_detail(error: BaseException) -> str:
+    """What is kept of the error that ended one question: its class and the first line of its message, 300 characters."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+
+
 def require_library(name: str) -> Any:
     """Import an optional library. Raises EnvironmentProblem with the line that installs it when it is missing."""
     try:

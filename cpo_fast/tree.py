@@ -176,6 +176,11 @@ class SearchTree:
         return tree
 
 
+def comparable(value: float | None) -> float:
+    """A node's value as it ranks: None, no readable verdict, comes last."""
+    return float("-inf") if value is None else value
+
+
 def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
     """The nodes from the first thought down to `node_id`, each named by its place; empty for the root state."""
     path: list[Node] = []

@@ -23,15 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.config import Config, config_hash
 from cpo_fast.dtype import dtype_name
-from cpo_fast.errors import CpoFastError
+from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
-from cpo_fast.search.collect import build_engine, load_searched_model, searched_weights
+from cpo_fast.search.collect import (
+    EngineMaker,
+    build_engine,
+    configured_engine,
+    load_searched_model,
+    searched_weights,
+)
 from cpo_fast.search.engine import Engine, drive
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
-from cpo_fast.tree import ROOT, SearchTree, Status
+from cpo_fast.tree import ROOT, comparable
 
 if TYPE_CHECKING:
     from cpo_fast.evaluate.chain import Chain
@@ -42,17 +48,21 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    config: Config, model: Any = None, tokenizer: Any = None, on_question: Callable[[int, int], None] | None = None
+    config: Config,
+    model: Any = None,
+    tokenizer: Any = None,
+    on_question: Callable[[int, int], None] | None = None,
+    make_engine: EngineMaker = configured_engine,
 ) -> Evaluation:
     """Ask every question by the one method that `config.eval.method` names, and write both files into `config.run`.
 
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
-        lines
-            of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
+            lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
         model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
         tokenizer: see `model`.
         on_question: called with (questions done, questions in all) after each.
+        make_engine: gives what answers chains that are asked one at a time, and searches.
 
     Raises:
         CpoFastError: the questions or the model cannot be read (see `load_questions` and `load_model`), or not one
@@ -61,11 +71,15 @@ def evaluate(
     """
     if config.eval.method == "both":
         raise ValueError("expected eval.method cot or tot, got both; call evaluate_methods")
-    return evaluate_methods(config, model, tokenizer, on_question)[0]
+    return evaluate_methods(config, model, tokenizer, on_question, make_engine)[0]
 
 
 def evaluate_methods(
-    config: Config, model: Any = None, tokenizer: Any = None, on_question: Callable[[int, int], None] | None = None
+    config: Config,
+    model: Any = None,
+    tokenizer: Any = None,
+    on_question: Callable[[int, int], None] | None = None,
+    make_engine: EngineMaker = configured_engine,
 ) -> list[Evaluation]:
     """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
     if (model is None) != (tokenizer is None):
@@ -75,7 +89,7 @@ def evaluate_methods(
     if model is None:
         # after the questions, whose mistakes then show before a model is loaded
         model, tokenizer = load_searched_model(config)
-    asker = _Asker(config, task, questions, model, tokenizer)
+    asker = _Asker(config, questions, model, Prompts(task, tokenizer, config.task.chat), make_engine)
     evaluations = []
     with searched_weights(model, config.search):
         for number, method in enumerate(methods):
@@ -99,7 +113,7 @@ def _finished(config: Config, task: Task, asker: "_Asker", method: Method, resul
 
 
 @dataclass(frozen=True)
-class _Answer:
+class QuestionAnswer:
     """What either method gives back for one question; fields as in `QuestionResult`."""
 
     answer: str | None
@@ -114,12 +128,15 @@ class _Answer:
 class _Asker:
     """One model, one task, its questions."""
 
-    def __init__(self, config: Config, task: Task, questions: list[Question], model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, config: Config, questions: list[Question], model: Any, prompts: Prompts, make_engine: EngineMaker
+    ) -> None:
         self._config = config
-        self._task = task
         self._questions = questions
         self._model = model
-        self._prompts = Prompts(task, tokenizer, config.task.chat)
+        self._prompts = prompts
+        self._task = prompts.task
+        self._make_engine = make_engine
         self._engine_and_setup: tuple[Engine, float] | None = None
 
     def ask_all(self, method: Method) -> Iterator[QuestionResult]:
@@ -162,7 +179,7 @@ class _Asker:
     def _is_batched(self, method: Method) -> bool:
         return method == "cot" and self._config.eval.batch_size > 1
 
-    def _batched_chains(self) -> Iterator[_Answer]:
+    def _batched_chains(self) -> Iterator[QuestionAnswer]:
         from cpo_fast.evaluate.chain import greedy_chains
 
         chains = greedy_chains(
@@ -176,7 +193,7 @@ class _Asker:
         )
         return (self._of_chain(chain) for chain in chains)
 
-    def _one_by_one(self, method: Method) -> Iterator[_Answer]:
+    def _one_by_one(self, method: Method) -> Iterator[QuestionAnswer]:
         engine, _ = self._engine
         ask = self._chain if method == "cot" else self._tree
         for question in self._questions:
@@ -184,30 +201,28 @@ class _Asker:
             try:
                 answer = ask(engine, question)
             except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
-                detail = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
                 logger.debug("question %r failed", question.id, exc_info=error)
-                answer = _Answer(None, 0, time.perf_counter() - start, "failed", "", detail=detail)
+                answer = QuestionAnswer(
+                    None, 0, time.perf_counter() - start, "failed", "", detail=failure_detail(error)
+                )
             if answer.stop == "failed":
                 logger.warning("question %r failed: %s", question.id, answer.detail)
             yield answer
 
-    def _chain(self, engine: "Engine", question: Question) -> _Answer:
+    def _chain(self, engine: "Engine", question: Question) -> QuestionAnswer:
         from cpo_fast.evaluate.chain import engine_chain
 
         caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
         prompt_ids = self._prompts.encode(question)
         return self._of_chain(engine_chain(engine, self._prompts.tokenizer, prompt_ids, self._task, **caps))
 
-    def _of_chain(self, chain: "Chain") -> _Answer:
-        return _Answer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
+    def _of_chain(self, chain: "Chain") -> QuestionAnswer:
+        return QuestionAnswer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
 
-    def _tree(self, engine: "Engine", question: Question) -> _Answer:
-        tree = tree_answer(engine, self._config, self._prompts, question)
-        return _Answer(
-            tree.answer, tree.num_tokens, tree.seconds, tree.status, tree.text, tree.num_verdict_tokens, tree.detail
-        )
+    def _tree(self, engine: "Engine", question: Question) -> QuestionAnswer:
+        return tree_answer(engine, self._config, self._prompts, question)
 
-    def _result(self, question: Question, answer: _Answer) -> QuestionResult:
+    def _result(self, question: Question, answer: QuestionAnswer) -> QuestionResult:
         gold = question.gold
         return QuestionResult(
             id=question.id,
@@ -231,7 +246,7 @@ class _Asker:
             from cpo_fast.search.engine import Ask, Request
 
             start = time.perf_counter()
-            engine = build_engine(self._config.search, self._prompts, self._model)
+            engine = build_engine(self._config.search, self._prompts, self._model, self._make_engine)
             # what a first call pays once is no question's cost
             warm_up = Request(tuple(self._prompts.encode(ANY_QUESTION)), "warm-up", 0.0, 1.0, 2)
             with suppress(ValueError):  # every question will fail as this one does, and say why
@@ -240,42 +255,22 @@ class _Asker:
         return self._engine_and_setup
 
 
-@dataclass(frozen=True)
-class TreeAnswer:
-    """What one search answered.
+def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> QuestionAnswer:
+    """Search one question alone and vote. Arguments as for `tree_search.search_question`.
 
-    Attributes:
-        answer: normalised answer that won the vote, or None.
-        text: the winning path whose last thought has the largest value; empty without a winner.
-        status, detail: as in `tree.SearchTree`.
-        num_tokens: all generated tokens; num_verdict_tokens: those of them that were verdicts.
-        seconds: wall time of the search.
+    The text is the winning path whose last thought has the largest value; empty without a winner.
     """
-
-    answer: str | None
-    text: str
-    status: Status
-    num_tokens: int
-    num_verdict_tokens: int
-    seconds: float
-    detail: str = ""
-
-
-def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> TreeAnswer:
-    """Search one question alone and vote. Arguments as for `tree_search.search_question`."""
     start = time.perf_counter()
     tree = drive(engine, search_question(config, prompts, question))
     seconds = time.perf_counter() - start
-    num_tokens = tree.num_thought_tokens + tree.num_verdict_tokens
-    text = _best_path(tree)
-    return TreeAnswer(tree.answer, text, tree.status, num_tokens, tree.num_verdict_tokens, seconds, tree.detail)
-
-
-def _best_path(tree: SearchTree) -> str:
-    def value_of(node_id: int) -> float:
-        value = tree.nodes[node_id].value
-        return float("-inf") if value is None else value
-
     # max keeps the first of equals; there is no winner when nothing was complete
-    best = max(tree.winning_nodes, key=value_of, default=ROOT)
-    return "".join(node.text for node in tree.path(best))
+    best = max(tree.winning_nodes, key=lambda winner: comparable(tree.nodes[winner].value), default=ROOT)
+    return QuestionAnswer(
+        answer=tree.answer,
+        num_tokens=tree.num_thought_tokens + tree.num_verdict_tokens,
+        seconds=seconds,
+        stop=tree.status,
+        text="".join(node.text for node in tree.path(best)),
+        num_verdict_tokens=tree.num_verdict_tokens,
+        detail=tree.detail,
+    )

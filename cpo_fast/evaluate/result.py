@@ -32,7 +32,7 @@ class QuestionResult:
         answer: normalised answer, None when none could be read.
         correct: the task's own verdict on it; None without a reference answer.
         scores: every metric of the task, by name; empty without a reference answer.
-        num_tokens: generated tokens; of a tree, all of them: see `evaluation.TreeAnswer`.
+        num_tokens: generated tokens; of a tree, all of them: see `evaluation`.
         num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
         seconds: wall time; with a batch size above 1, the batch's time divided by its questions.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.

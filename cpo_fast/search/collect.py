@@ -57,21 +57,46 @@ def searched_weights(model: Any, config: SearchConfig) -> AbstractContextManager
     return merged_adapter(model)
 
 
-def build_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Engine:
-    """The engine that `config` names, with what all prompts share already computed.
+def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Engine:
+    """The engine that `config` names, nothing computed yet. Raises as `build_engine`."""
+    if config.engine == "hf":
+        from cpo_fast.search.engine.huggingface import HuggingFaceEngine
+
+        return HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
+    from cpo_fast.search.engine.arena_engine import ArenaEngine
+    from cpo_kernels.integrations.transformers.model import model_parts, sliding_window
+    from cpo_kernels.self_check import KernelCheckError
+
+    try:
+        engine = ArenaEngine(model, prompts.tokenizer, config)
+    except KernelCheckError as error:
+        raise EnvironmentProblem(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
+    window = sliding_window(model_parts(model).config)
+    num_shared = max(map(len, prompts.prefixes))
+    if window is not None and num_shared >= window:
+        raise ConfigError(
+            f"search.engine: arena: every prompt of the task has more than {num_shared} tokens and the model has a "
+            f"sliding window of {window}; set search.engine=hf"
+        )
+    return engine
+
+
+EngineMaker = Callable[[SearchConfig, Prompts, Any], Engine]  # as `configured_engine`
+
+
+def build_engine(
+    config: SearchConfig, prompts: Prompts, model: Any, make_engine: EngineMaker = configured_engine
+) -> Engine:
+    """An engine with what all prompts share already computed.
 
     Raises:
         ConfigError: the arena engine cannot compute this model exactly.
         EnvironmentProblem: its kernels are wrong on this device.
         OutOfMemory: the shared prompts do not fit into the arena.
     """
-    engine: Engine
-    if config.engine == "arena":
-        engine = _arena_engine(config, prompts, model)
-    else:
-        from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-
-        engine = HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
+    engine = make_engine(config, prompts, model)
     for prefix in prompts.prefixes:
         engine.cache_prefix(prefix)
     return engine
@@ -83,7 +108,7 @@ def collect(
     tokenizer: Any = None,
     progress: Progress | None = None,
     worker: Worker = ALONE,
-    make_engine: Callable[[SearchConfig, Prompts, Any], Engine] = build_engine,
+    make_engine: EngineMaker = configured_engine,
 ) -> CollectResult:
     """Run the search for every question of `config.task` that is not finished yet.
 
@@ -92,7 +117,7 @@ def collect(
         model, tokenizer: an already loaded pair; None loads `config.model`.
         progress: called after each question that was searched.
         worker: this process among several that collect together, each of which searches its own questions.
-        make_engine: gives what answers the searches, from the search section, the prompts and the model.
+        make_engine: gives what answers the searches.
 
     Raises:
         ConfigError: no question file or no model is configured, or `search.merge_adapter` cannot be done exactly.
@@ -117,7 +142,7 @@ def collect(
         seconds = 0.0
         if missing:
             with searched_weights(model, config.search), closing(answers):
-                engine = make_engine(config.search, prompts, model)
+                engine = build_engine(config.search, prompts, model, make_engine)
                 started = time.perf_counter()
                 searches = ((each.id, search_question(config, prompts, each, provenance)) for each in missing)
                 num_done = len(own) - len(missing)
@@ -136,24 +161,3 @@ def collect(
         write_jsonl(run / "statistics.jsonl", (one.to_dict() for one in counted))
     path = store.path if is_whole else store.own_path
     return summarise(path, trees, counted, task, len(questions), num_resumed, seconds)
-
-
-def _arena_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Engine:
-    from cpo_fast.search.engine.arena_engine import ArenaEngine
-    from cpo_kernels.integrations.transformers.model import model_parts, sliding_window
-    from cpo_kernels.self_check import KernelCheckError
-
-    try:
-        engine = ArenaEngine(model, prompts.tokenizer, config)
-    except KernelCheckError as error:
-        raise EnvironmentProblem(str(error)) from error
-    except ValueError as error:
-        raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
-    window = sliding_window(model_parts(model).config)
-    num_shared = max(map(len, prompts.prefixes))
-    if window is not None and num_shared >= window:
-        raise ConfigError(
-            f"search.engine: arena: every prompt of the task has more than {num_shared} tokens and the model has a "
-            f"sliding window of {window}; set search.engine=hf"
-        )
-    return engine

@@ -14,7 +14,7 @@ Every complete path of the winning group is a winning path. Gold answers have no
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from cpo_fast.tree import Node
+from cpo_fast.tree import Node, comparable
 
 
 def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False) -> list[int]:
@@ -25,7 +25,7 @@ def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False)
         num_kept: n.
         keep_ties: go on past n as long as the value equals the n-th. None ties with nothing but None.
     """
-    order = sorted(range(len(values)), key=lambda index: (-_weight(values[index]), index))
+    order = sorted(range(len(values)), key=lambda index: (-comparable(values[index]), index))
     end = min(num_kept, len(order))
     while keep_ties and 0 < end < len(order) and values[order[end]] == values[order[end - 1]]:
         end += 1
@@ -53,14 +53,10 @@ def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tupl
 
 def _summed_values(group: list[Node]) -> tuple[float, ...]:
     values = [node.value for node in group]
-    return sum(0.0 if value is None else value for value in values), max(_weight(value) for value in values)
+    return sum(0.0 if value is None else value for value in values), max(comparable(value) for value in values)
 
 
 def _num_paths(group: list[Node]) -> tuple[float, ...]:
     # two paths of one tree differ: equal siblings are merged
-    first = min((-_weight(node.value), node.id) for node in group)
+    first = min((-comparable(node.value), node.id) for node in group)
     return len(group), -first[0], -first[1]
-
-
-def _weight(value: float | None) -> float:
-    return float("-inf") if value is None else value

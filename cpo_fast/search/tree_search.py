@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from cpo_fast.config import Config
+from cpo_fast.errors import failure_detail
 from cpo_fast.search.engine import Ask, Request, Sample, Search
 from cpo_fast.search.selection import rank, vote
 from cpo_fast.search.state_evaluator import Evaluator, Verdict, state_digest
@@ -78,8 +79,7 @@ def search_question(
         )
     except Exception as error:  # one question that cannot be asked must not end a run of thousands
         logger.debug("question %r failed", question.id, exc_info=error)
-        first_line = (str(error).splitlines() or [""])[0]
-        return replace(tree, detail=f"{type(error).__name__}: {first_line}"[:300])
+        return replace(tree, detail=failure_detail(error))
 
 
 class TreeBuilder:

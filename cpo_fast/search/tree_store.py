@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
-from cpo_fast.files import append_line, canonical_json, read_jsonl, write_jsonl
+from cpo_fast.files import append_line, canonical_json, read_jsonl, short_hash, write_jsonl
 from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tree import SearchTree, read_trees
 
@@ -81,7 +81,7 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
         "chat": config.task.chat,
         "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
-    settings_hash = hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
+    settings_hash = short_hash(canonical_json(settings))
     return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash)
 
 

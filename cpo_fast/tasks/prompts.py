@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from cpo_fast.errors import ConfigError, EnvironmentProblem
+from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
 from cpo_fast.tasks.task import ANSWER_MARK, IMPOSSIBLE, LIKELY, VERDICT_CUE, Question, Task
 from cpo_fast.tree import Prompt
 
@@ -128,9 +128,9 @@ class Prompts:
                 chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:240].rstrip(".")
             raise ConfigError(
-                f"task.chat: the tokenizer's chat template refuses a user's turn ({first_line}); set task.chat=false"
+                f"task.chat: the tokenizer's chat template refuses a user's turn ({first_line(error)}); set "
+                "task.chat=false"
             ) from error
         if content not in text:
             raise ConfigError("task.chat: the tokenizer's chat template changes the user's text; set task.chat=false")

@@ -154,9 +154,9 @@ def test_a_merged_adapter_gives_the_same_answers_and_says_that_it_was_merged(
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    """The engine that every evaluation gets: three questions, of which the tree gets two right and the chain one."""
-    engine = ScriptedEngine(
+def scripted() -> ScriptedEngine:
+    """An engine that knows three questions, of which the tree gets two right and the chain one."""
+    return ScriptedEngine(
         {"apples": "Step 1: x\nAnswer: 5\n", "pears": "Answer: 7\n", "plums": "Answer: 9\n"},
         {
             ("apples", 0): ["Answer: 5\n", "Answer: 5 \n"],
@@ -164,8 +164,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
             ("plums", 0): ["Answer: 9\n"],
         },
     )
-    monkeypatch.setattr("cpo_fast.search.collect._engine", lambda *arguments: engine)
-    return engine
 
 
 TEXTS = ["How many apples?", "How many pears?", "How many plums?"]
@@ -178,7 +176,11 @@ def test_both_methods_ask_the_same_questions_of_one_engine(
     config = config_for(folder, tmp_path / "run", questions, method="both")
     ticks: list[tuple[int, int]] = []
     chain, tree = evaluate_methods(
-        config, Scripted([]), scripted.tokenizer, on_question=lambda done, total: ticks.append((done, total))
+        config,
+        Scripted([]),
+        scripted.tokenizer,
+        on_question=lambda done, total: ticks.append((done, total)),
+        make_engine=lambda *_: scripted,
     )
     assert ticks == [(number, 6) for number in range(1, 7)]
     assert ([chain.label, chain.method], [tree.label, tree.method]) == (["base", "cot"], ["base-tot", "tot"])
@@ -195,7 +197,7 @@ def test_both_methods_ask_the_same_questions_of_one_engine(
     assert [prefix.startswith(TASK.few_shot) for prefix in scripted.prefixes] == [True, False, False]
     assert read_evaluation(tmp_path / "run/eval-base-tot.jsonl") == tree
     with pytest.raises(ValueError, match="evaluate_methods"):
-        evaluate(config, Scripted([]), scripted.tokenizer)
+        evaluate(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted)
 
 
 def test_reference_answers_change_no_answer(tmp_path: Path, folder: Path, scripted: ScriptedEngine) -> None:
@@ -203,7 +205,7 @@ def test_reference_answers_change_no_answer(tmp_path: Path, folder: Path, script
     for number, golds in enumerate((["5", "6", "9"], ["1", None, "2"])):
         questions = write_questions(tmp_path / f"{number}.jsonl", TEXTS, golds)
         config = config_for(folder, tmp_path / str(number), questions, method="both")
-        evaluations = evaluate_methods(config, Scripted([]), scripted.tokenizer)
+        evaluations = evaluate_methods(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted)
         answers.append([(each.answer, each.num_tokens) for one in evaluations for each in one.results])
     assert answers[0] == answers[1]
 
@@ -213,7 +215,7 @@ def test_failed_question_is_recorded_and_the_others_go_on(
 ) -> None:
     questions = write_questions(tmp_path / "q.jsonl", ["How many apples?", "Please raise?"], ["5", "5"])
     config = config_for(folder, tmp_path / "run", questions, method="both")
-    for evaluation in evaluate_methods(config, Scripted([]), scripted.tokenizer):
+    for evaluation in evaluate_methods(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted):
         fine, failed = evaluation.results
         assert (fine.correct, fine.stop != "failed", fine.detail) == (True, True, "")
         assert (failed.correct, failed.answer, failed.stop) == (False, None, "failed")
@@ -221,7 +223,12 @@ def test_failed_question_is_recorded_and_the_others_go_on(
         assert (evaluation.num_failed, evaluation.num_unanswered, evaluation.accuracy) == (1, 1, 0.5)
     only_bad = write_questions(tmp_path / "bad.jsonl", ["Please raise?"], ["5"])
     with pytest.raises(CpoFastError, match=r"every question failed.*does not fit"):
-        evaluate(config_for(folder, tmp_path / "bad", only_bad), Scripted([]), scripted.tokenizer)
+        evaluate(
+            config_for(folder, tmp_path / "bad", only_bad),
+            Scripted([]),
+            scripted.tokenizer,
+            make_engine=lambda *_: scripted,
+        )
     assert not (tmp_path / "bad/eval-base.json").exists()
 
 

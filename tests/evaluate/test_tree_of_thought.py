@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import Config, SearchConfig
-from cpo_fast.evaluate.evaluation import TreeAnswer, tree_answer
+from cpo_fast.evaluate.evaluation import QuestionAnswer, tree_answer
 from cpo_fast.tasks import Prompts, Question, get_task
 from tests.evaluate.scripted import ScriptedEngine
 
@@ -18,7 +18,7 @@ THOUGHTS = {
 SETTINGS = {"num_candidates": 4, "num_kept": 1, "max_steps": 2, "max_thought_tokens": 40, "shuffle_evaluator": False}
 
 
-def _answer(engine: ScriptedEngine, **settings: Any) -> TreeAnswer:
+def _answer(engine: ScriptedEngine, **settings: Any) -> QuestionAnswer:
     config = Config(search=SearchConfig(**SETTINGS, **settings))
     return tree_answer(engine, config, Prompts(TASK, engine.tokenizer), QUESTION)
 
@@ -26,7 +26,7 @@ def _answer(engine: ScriptedEngine, **settings: Any) -> TreeAnswer:
 def test_tree_answers_by_its_vote_and_counts_what_every_sample_cost() -> None:
     engine = ScriptedEngine({}, THOUGHTS, eos_after=("Answer: 4",))
     answer = _answer(engine)
-    assert (answer.answer, answer.status, answer.text) == ("3", "ok", "Step 1: good\nAnswer: 3\n")
+    assert (answer.answer, answer.stop, answer.text) == ("3", "ok", "Step 1: good\nAnswer: 3\n")
     # one state is kept and expanded, so each list is sampled once; the sequence's end stands for a token
     expected = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1
     assert (answer.num_tokens, answer.num_verdict_tokens) == (expected, 0)
@@ -54,5 +54,5 @@ def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_tree_without_an_answer_says_so_and_still_costs_tokens() -> None:
     engine = ScriptedEngine({}, {("sum", 0): ["Step 1: bad\n"], ("sum", 1): ["Step 2: worse\n"]})
     answer = _answer(engine)
-    assert (answer.answer, answer.status, answer.text) == (None, "no_answer", "")
+    assert (answer.answer, answer.stop, answer.text) == (None, "no_answer", "")
     assert answer.num_tokens == 4 * len("Step 1: bad\n") + 4 * len("Step 2: worse\n")

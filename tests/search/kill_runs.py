@@ -28,7 +28,7 @@ from cpo_fast.config import Config, SearchConfig, validate_config
 from cpo_fast.files import canonical_json
 from cpo_fast.search import tree_store
 from cpo_fast.search.answer_cache import item_digest
-from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.collect import collect, configured_engine
 from cpo_fast.search.engine import Request, Scoring
 from cpo_fast.search.tree_store import Worker, worker_files
 from cpo_fast.tasks import Prompts
@@ -87,7 +87,7 @@ class KillRuns:
             return child
         code = 1
         try:
-            make_engine = build_engine
+            make_engine = configured_engine
             if audit is not None:
                 make_engine = _listening(audit, Path(config.run) / "noted")
                 tree_store.append_line = _append_slowly  # type: ignore[assignment]
@@ -177,7 +177,7 @@ def _listening(audit: Path, noted: Path) -> Callable[[SearchConfig, Prompts, Any
         write(noted, f"{name} {item_digest(item)}")
 
     def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:
-        return ListeningEngine(build_engine(config, prompts, model), lambda name: write(audit, name), note)
+        return ListeningEngine(configured_engine(config, prompts, model), lambda name: write(audit, name), note)
 
     return make_engine
 

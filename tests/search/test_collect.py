@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.files import canonical_json
-from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.collect import collect, configured_engine
 from cpo_fast.search.engine import Ask, Request, Scoring
 from cpo_fast.search.statistics import tree_statistics
 from cpo_fast.tasks import Prompts, encode_prompt, get_task
@@ -132,7 +132,7 @@ def test_the_file_ends_in_question_order(make_config, model, tokenizer, undistur
 
 def _listening(on_ask: Callable[[Ask], object]) -> Callable[..., ListeningEngine]:
     """The configured engine with somebody who hears what is asked."""
-    return lambda *settings: ListeningEngine(build_engine(*settings), on_ask=on_ask)
+    return lambda *settings: ListeningEngine(configured_engine(*settings), on_ask=on_ask)
 
 
 def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, model, tokenizer, undisturbed):

@@ -10,7 +10,7 @@ import pytest
 
 from cpo_fast.config import Config, SearchConfig
 from cpo_fast.errors import DataError, EnvironmentProblem
-from cpo_fast.search.collect import build_engine, collect
+from cpo_fast.search.collect import collect, configured_engine
 from cpo_fast.search.statistics import CollectResult
 from cpo_fast.search.tree_store import Worker, worker_files
 from cpo_fast.tasks import Prompts
@@ -46,7 +46,7 @@ def gather(request, model, tokenizer, searched) -> Collect:
 
     def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:
         script = request.node.callspec.params["many"] == "script"
-        engine = HashEngine(tokenizer, width=3) if script else build_engine(config, prompts, model)
+        engine = HashEngine(tokenizer, width=3) if script else configured_engine(config, prompts, model)
         return ListeningEngine(engine, on_start=searched.append)
 
     return partial(collect, model=model, tokenizer=tokenizer, make_engine=make_engine)
