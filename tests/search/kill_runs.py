@@ -177,7 +177,8 @@ def _listening(audit: Path, noted: Path) -> Callable[[SearchConfig, Prompts, Any
         write(noted, f"{name} {item_digest(item)}")
 
     def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:
-        return ListeningEngine(configured_engine(config, prompts, model), lambda name: write(audit, name), note)
+        engine = configured_engine(config, prompts, model)
+        return ListeningEngine(engine, on_start=lambda name: write(audit, name), on_note=note)
 
     return make_engine
 
