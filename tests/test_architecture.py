@@ -2,9 +2,9 @@
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -26,7 +26,10 @@ from tests.source_rules import (
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"cpo_fast": ROOT / "cpo_fast", "cpo_kernels": ROOT / "kernels" / "cpo_kernels"}
 MAX_LINES = 600
-MAX_STARTUP_SECONDS = 1.0
+# CPU seconds of a light start over those of importing the command line's own libraries; 0.6 to 2.4 was seen. A ratio of CPU
+# seconds says the same on a slow machine and beside other work, where a limit in seconds would not
+MAX_STARTUP_RATIO = 5.0
+LIBRARIES = "import click, pydantic, rich, yaml"
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "triton", "datasets", "trl")
 
 PRODUCT = {
@@ -196,17 +199,24 @@ RUN = "from cpo_fast.cli import main; main()"
 
 
 def light_run(statement: str, arguments: list[str]) -> tuple[str, int, float]:
-    """Heavy modules loaded, exit code, and the best wall seconds of at most three runs in a fresh interpreter."""
+    """Heavy modules loaded, exit code, and the fewest CPU seconds of three runs in a fresh interpreter."""
     program = REPORT.format(arguments=arguments, statement=statement, heavy=HEAVY)
     seconds = []
-    while len(seconds) < 3 and min(seconds, default=MAX_STARTUP_SECONDS) >= MAX_STARTUP_SECONDS:
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True
         )
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     loaded, code = re.fullmatch(r"LOADED (\S*) CODE (\d+)", done.stderr.splitlines()[-1]).groups()
     return loaded, int(code), min(seconds)
+
+
+@pytest.fixture(scope="session")
+def library_seconds() -> float:
+    """CPU seconds of importing the libraries that every command needs."""
+    return light_run(LIBRARIES, [])[2]
 
 
 def test_a_heavy_import_would_be_noticed() -> None:
@@ -219,18 +229,18 @@ def test_a_heavy_import_would_be_noticed() -> None:
     [("import cpo_fast", []), (RUN, ["--help"]), *((RUN, [command, "--help"]) for command in COMMANDS)],
     ids=["import", "help", *COMMANDS],
 )
-def test_light_command_loads_nothing_heavy(statement: str, arguments: list[str]) -> None:
+def test_light_command_loads_nothing_heavy(statement: str, arguments: list[str], library_seconds: float) -> None:
     if arguments[:1] and arguments[0] in COMMANDS and find_spec(f"cpo_fast.cli.{arguments[0]}") is None:
         pytest.fail(f"cpo_fast.cli lists '{arguments[0]}' but has no module of that name")
     loaded, code, seconds = light_run(statement, arguments)
     assert (loaded, code) == ("", 0)
-    assert seconds < MAX_STARTUP_SECONDS
+    assert seconds < MAX_STARTUP_RATIO * library_seconds
 
 
 @pytest.mark.parametrize("command", ["collect", "train", "eval"])
-def test_config_error_loads_nothing_heavy(command: str, tmp_path: Path) -> None:
+def test_config_error_loads_nothing_heavy(command: str, tmp_path: Path, library_seconds: float) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("train:\n  learning_rat: 1\n")
     loaded, code, seconds = light_run(RUN, [command, str(config)])
     assert (loaded, code) == ("", 2)
-    assert seconds < MAX_STARTUP_SECONDS
+    assert seconds < MAX_STARTUP_RATIO * library_seconds
