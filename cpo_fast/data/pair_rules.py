@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from cpo_fast.config import PairsConfig
 from cpo_fast.files import canonical_json
-from cpo_fast.tree import ROOT, Node, SearchTree
+from cpo_fast.tree import ROOT, Node, SearchTree, comparable
 
 OUTSIDE_FRACTION = "outside pairs.rejected_fraction"
 NOT_BELOW = "value not below the winner's"
@@ -78,14 +78,15 @@ def select_pairs(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Select
     for parent, step, winners, losers in _sibling_groups(tree, whole_paths=config.rule == "fpo"):
         drawn = [loser for loser in losers if uniform(seed, "rejected", tree.id, loser.id) < config.rejected_fraction]
         drawn_ids = {loser.id for loser in drawn}
-        lowest = min(drawn, key=_rank, default=None)  # the first of equals, and siblings stand in sample order
+        # min keeps the first of equals, and siblings stand in sample order
+        lowest = min(drawn, key=lambda node: comparable(node.value), default=None)
         for winner in winners:
             for loser in losers:
                 pair = TreeExample(parent, step, (winner, loser))
                 reason = ""
                 if loser.id not in drawn_ids:
                     reason = OUTSIDE_FRACTION
-                elif config.rule in ("lower", "lowest") and _rank(loser) >= _rank(winner):
+                elif config.rule in ("lower", "lowest") and comparable(loser.value) >= comparable(winner.value):
                     reason = NOT_BELOW
                 elif config.rule == "lowest" and loser is not lowest:
                     reason = NOT_LOWEST
@@ -147,7 +148,3 @@ def _sibling_groups(tree: SearchTree, whole_paths: bool) -> Iterator[tuple[int, 
         children = tree.children(state)
         step = 1 if state == ROOT else tree.nodes[state].depth + 1
         yield state, step, [n for n in children if n.id in winning], [n for n in children if n.id not in winning]
-
-
-def _rank(node: Node) -> float:
-    return float("-inf") if node.value is None else node.value
