@@ -84,6 +84,18 @@ def resolve_device(name: str) -> "torch.device":
     return device
 
 
+def free_device_bytes(device: "torch.device") -> int:
+    """Bytes that this process can still allocate on a device: free ones, and those that torch holds unused."""
+    import torch
+
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
+
+    return int(psutil.virtual_memory().available)
+
+
 def _local_rank(num_devices: int) -> str:
     """This process's place on its node. Slurm may show each task one device only, whatever its place."""
     slurm = str(int(os.environ.get("SLURM_LOCALID", "0")) % max(1, num_devices))

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.integrations.transformers.model import model_parts
+from cpo_fast.models import free_device_bytes
+from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
 from cpo_kernels.linear_logprob.results import MAX_CHUNK_LOGITS
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,7 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     config, dtype = parts.config, parts.causal_lm.dtype
     size = dtype.itemsize
     hidden, heads = config.hidden_size, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads, head_dim = kv_shape(config)
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     attention = size * head_dim * (2 * heads + 2 * kv_heads) + 4 * heads
     layer = 8 * hidden + 8 + attention + 3 * size * intermediate
@@ -140,16 +140,6 @@ def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_
         free / GIB,
     )
     return "off" if fits else "non_reentrant"
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a device: free ones, and those that torch holds unused."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed
-
-    return int(psutil.virtual_memory().available)
 
 
 def _linear_bytes(backbone: torch.nn.Module, size: int, keeps_inputs: bool) -> Iterator[float]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cpo_fast.models import free_device_bytes
 from cpo_fast.train import memory
 from cpo_fast.train.loop import train
 from cpo_fast.train.memory import GIB, choose_checkpointing, predict_step_memory
@@ -138,7 +139,7 @@ def test_memory_grows_with_tokens_and_checkpointing_saves_most_of_it() -> None:
 
 
 def test_free_memory_of_the_cpu_is_asked_for() -> None:
-    assert 0 < memory.free_device_bytes(torch.device("cpu")) < 1 << 46
+    assert 0 < free_device_bytes(torch.device("cpu")) < 1 << 46
 
 
 def test_training_decides_by_its_largest_forest_and_the_adapter_is_the_same(

@@ -59,6 +59,12 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
     return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
 
 
+def kv_shape(config: Any) -> tuple[int, int]:
+    """Number of key heads and head size of a text configuration."""
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return num_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def unwrap_peft(model: torch.nn.Module) -> torch.nn.Module:
     """The base model inside a `PeftModel`, or the module itself."""
     if peft_configs(model):

@@ -14,7 +14,7 @@ import torch
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, sliding_window
+from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, sliding_window
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
@@ -62,12 +62,12 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
     """
     device, config = next(parts.causal_lm.parameters()).device, parts.config
     if default_implementation(device.type) == "triton":
-        heads = config.num_attention_heads
+        num_kv_heads, head_dim = kv_shape(config)
         shape = ModelShape(
             dtype=parts.causal_lm.dtype,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             hidden_size=config.hidden_size,
         )
         self_check(device, shape, ops)
