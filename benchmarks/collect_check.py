@@ -15,37 +15,17 @@ import torch
 
 from benchmarks.harness import Check
 from benchmarks.search_model import SearchSet
-from benchmarks.search_ours import FixedLength
+from benchmarks.search_ours import FixedLength, decode_batch
 from benchmarks.search_peers import generate_call, stock_copy
 from benchmarks.search_script import Call, Script, requests
-from cpo_fast.search.engine import Ask, Sample
+from cpo_fast.search.engine import Requests, Sample
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.engine.requests import Features
 
 NUM_CHECKED, NUM_SAMPLES = 4, 3  # calls, and samples of each
 MAX_LOGP_ERROR = 2e-5  # relative to the largest |logp|: float32 through thirty layers, by two orders of summation
 # the research note's bar for bfloat16: mean error against float32, over that of the stock forward
 MAX_ERROR_RATIO = 1.5
-
-
-class FixedLengthReference(HuggingFaceEngine):
-    """The reference engine without ends of lines."""
-
-    def __init__(self, model: Any) -> None:
-        model.config.eos_token_id, kept = None, model.config.eos_token_id
-        super().__init__(model, _NoTokenizer(), batch_size=64)
-        model.config.eos_token_id = kept
-
-    def _contains_newline(self, token: int) -> bool:
-        return False
-
-    def _text(self, ids: list[int]) -> str:
-        return ""
-
-
-class _NoTokenizer:
-    eos_token_id = None
 
 
 def check_exact(chosen: SearchSet, script: Script, generator: random.Random) -> list[Check]:
@@ -78,11 +58,11 @@ def _answers(
     chosen: SearchSet, script: Script, device: torch.device, *asks: tuple[Any, ...]
 ) -> tuple[list[Sample], ...]:
     """What the engine gives, an ask after another."""
-    engine = ArenaEngine(chosen.model, None, chosen.settings, Features(graphs=device.type == "cuda"), FixedLength())
+    engine = ArenaEngine(chosen.model, None, chosen.settings, decode_batch(device.type == "cuda"), FixedLength())
     for prefix in script.shared:
         engine.cache_prefix(prefix)
     return tuple(
-        [answer for answer in engine.answer(Ask(items, keep=True)) if isinstance(answer, Sample)] for items in asks
+        [answer for answer in engine.answer(Requests(items, keep=True)) if isinstance(answer, Sample)] for items in asks
     )
 
 
@@ -92,8 +72,8 @@ def _greedy_differences(stock: Any, calls: Sequence[Call], samples: Sequence[Sam
 
 
 def _sample_differences(stock: Any, items: Sequence[Any], samples: Sequence[Sample]) -> float:
-    reference = FixedLengthReference(stock)
-    answers = reference.answer(Ask(tuple(items), keep=False))
+    reference = HuggingFaceEngine(stock, None, 64, FixedLength())
+    answers = reference.answer(Requests(tuple(items), keep=False))
     expected = [answer for answer in answers if isinstance(answer, Sample)]
     pairs = zip(samples, expected, strict=True)
     return sum(sample.token_ids != other.token_ids for sample, other in pairs) / len(samples)

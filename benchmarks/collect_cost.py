@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import CLOCKS, InexactError, TimeUp, record, show
 from benchmarks.search_options import add_options, begin
-from benchmarks.search_ours import OURS, Variant, play, variants
+from benchmarks.search_ours import OURS, Variant, decode_batch, play, variants
 from benchmarks.search_script import SearchShape, draw_script
-from cpo_fast.search.engine.requests import Features
 
 FACTORS = ("k", "depth", "prefix", "in flight")
 VALUES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -75,7 +75,7 @@ def measure(
     settings = {"questions_in_flight": place["in flight"]}
     both = {
         OURS: replace(variants(on_gpu, place["k"])[OURS], settings=settings),
-        UNSHARED: Variant(Features(share=False, graphs=on_gpu), settings),
+        UNSHARED: Variant(partial(decode_batch(on_gpu), share=False), settings),
     }
     clock = CLOCKS[arguments.clock]
     runs: dict[str, list[Any]] = {name: [] for name in both}

@@ -1,8 +1,9 @@
 """The arena engine playing a script, with each of its features switched off in turn, and what it has read."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,22 +12,23 @@ from benchmarks.search_peers import seconds_of
 from benchmarks.search_script import Call, Level, Script, SearchShape, draw_script
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.requests import Features
-from cpo_fast.search.engine.stopping import Stops
+from cpo_fast.search.engine.cuda_graph_batch import CudaGraphBatch
+from cpo_fast.search.engine.decode_batch import DecodeBatch
+from cpo_fast.search.engine.stopping import StopChecker
 
 OURS = "ours"
 ROOFLINE_STEPS = 48
 BANDWIDTH_BYTES = 2**28  # of a copy that measures memory bandwidth: larger than any cache
 
 
-class FixedLength(Stops):
+class FixedLength(StopChecker):
     """Lines end at their cap and nowhere else."""
 
     def __init__(self) -> None:
         pass
 
-    def take(self, token: int, generated: list[int], max_new_tokens: int) -> Any:
-        """Append the token; the row ends when it is full."""
+    def append(self, token: int, generated: list[int], max_new_tokens: int) -> Any:
+        """Append the token; the line ends when it is full."""
         generated.append(token)
         return "length" if len(generated) >= max_new_tokens else None
 
@@ -37,9 +39,9 @@ class FixedLength(Stops):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the engine: its features, and settings that differ from the benchmark's."""
+    """One way to run the engine: its decode batch, and settings that differ from the benchmark's."""
 
-    features: Features
+    make_batch: Callable[..., DecodeBatch]
     settings: Mapping[str, Any]
     cached: bool = True  # shared prompts computed once for all questions
     keep: bool = True  # states stay in the arena for the next level
@@ -54,7 +56,7 @@ class Played:
         num_tokens: generated. num_prefilled: computed as prompts. num_steps: forwards that generated.
         occupancy: rows that generated over rows that were computed.
         mean_rows: rows a step. kv_bytes: keys and values read by steps of generation, a shared one once.
-        weight_bytes: read in one step. compositions: how often rows were placed anew; 0 without graphs.
+        weight_bytes: read in one step. compositions: how often the batch was rebuilt; 0 without graphs.
     """
 
     seconds: float
@@ -68,20 +70,25 @@ class Played:
     compositions: int
 
 
+def decode_batch(graphs: bool) -> type[DecodeBatch]:
+    """With CUDA graphs or without."""
+    return CudaGraphBatch if graphs else DecodeBatch
+
+
 def variants(graphs: bool, num_candidates: int) -> dict[str, Variant]:
     """The engine as it is, and without each of its features."""
-    full = Features(graphs=graphs)
+    full = decode_batch(graphs)
     found = {
         OURS: Variant(full, {}),
-        "ours without shared reads": Variant(Features(share=False, graphs=graphs), {}),
+        "ours without shared reads": Variant(partial(full, share=False), {}),
         "ours without cached prompts": Variant(full, {}, cached=False),
         "ours without kept states": Variant(full, {}, keep=False),
         "ours with one question at a time": Variant(full, {"questions_in_flight": 1}),
         "ours with one state at a time": Variant(full, {"batch_size": num_candidates}),
-        "ours without refill": Variant(Features(refill=False, graphs=graphs), {}),
+        "ours without refill": Variant(partial(full, refill=False), {}),
     }
     if graphs:
-        found["ours without CUDA graphs"] = Variant(Features(graphs=False), {})
+        found["ours without CUDA graphs"] = Variant(DecodeBatch, {})
     return found
 
 
@@ -90,7 +97,7 @@ def play(
 ) -> Played:
     """Run a script once, in a new arena, whose allocation is not timed."""
     settings = settings.model_copy(update=dict(variant.settings))
-    engine = ArenaEngine(model, None, settings, variant.features, FixedLength())
+    engine = ArenaEngine(model, None, settings, variant.make_batch, FixedLength())
     device = next(model.parameters()).device
     totals: list[int] = []
 
@@ -104,18 +111,18 @@ def play(
             totals.append(result)
 
     seconds = seconds_of(run, device, clock)
-    wave, counts = engine.scheduler.wave, engine.scheduler.wave.counts
+    batch, counts = engine.scheduler.batch, engine.scheduler.batch.counts
     shared = sum(map(len, script.shared)) if variant.cached else 0
     return Played(
         seconds=seconds,
         num_tokens=sum(totals),
         num_prefilled=engine.scheduler.num_prefilled + shared,
         num_steps=counts.num_steps,
-        occupancy=counts.num_rows / max(1, counts.num_places),
-        mean_rows=counts.num_rows / max(1, counts.num_steps),
-        kv_bytes=counts.num_keys * engine._arena.bytes_per_token,
+        occupancy=counts.num_tokens / max(1, counts.num_slots),
+        mean_rows=counts.num_tokens / max(1, counts.num_steps),
+        kv_bytes=counts.num_keys * engine.arena.bytes_per_token,
         weight_bytes=read_weight_bytes(model),
-        compositions=getattr(wave, "num_compositions", 0),
+        compositions=getattr(batch, "num_rebuilds", 0),
     )
 
 
@@ -134,7 +141,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def decode_roofline(model: Any, settings: SearchConfig, shape: SearchShape, num_rows: int) -> dict[str, float]:
-    """Seconds of a step of `num_rows` rows that are all alive, against reading weights and keys once.
+    """Seconds of a step of `num_rows` rows that are all active, against reading weights and keys once.
 
     Returns:
         num_rows; step_seconds; bytes a step; share: seconds at the device's bandwidth over step_seconds.
@@ -151,23 +158,23 @@ def decode_roofline(model: Any, settings: SearchConfig, shape: SearchShape, num_
         levels.append((Level((Call(call.prompt, lengths),), ()),))
     script = Script(drawn.shared[:1], tuple(levels))
     settings = settings.model_copy(update={"batch_size": num_rows, "questions_in_flight": num_questions})
-    engine = ArenaEngine(model, None, settings, Features(graphs=device.type == "cuda"), FixedLength())
+    engine = ArenaEngine(model, None, settings, decode_batch(device.type == "cuda"), FixedLength())
     engine.cache_prefix(script.shared[0])
-    wave, ends = engine.scheduler.wave, []
-    step = wave.step
+    batch, ends = engine.scheduler.batch, []
+    step = batch.step
 
     def timed() -> Any:
         ended = step()
         ends.append(time.perf_counter())
         return ended
 
-    wave.step = timed  # type: ignore[method-assign]
+    batch.step = timed  # type: ignore[method-assign]
     assert all(not isinstance(result, Exception) for _, result, _ in engine.run(script.searches()))
     # the first steps compile and record, and wait for the prefill; the last ones only read
     step_seconds = (ends[-4] - ends[4]) / (len(ends) - 8)
-    del wave.step  # the engine must not keep itself alive
-    weights, counts = read_weight_bytes(model), wave.counts
-    num_bytes = weights + counts.num_keys / counts.num_steps * engine._arena.bytes_per_token
+    del batch.step  # the engine must not keep itself alive
+    weights, counts = read_weight_bytes(model), batch.counts
+    num_bytes = weights + counts.num_keys / counts.num_steps * engine.arena.bytes_per_token
     share = num_bytes / bandwidth(device) / step_seconds
     return {"num_rows": num_rows, "step_seconds": step_seconds, "bytes": num_bytes, "share": share}
 

@@ -99,7 +99,7 @@ def continuous_batching(model: Any, script: Script) -> tuple[Callable[[], int], 
 
     def run() -> int:
         total = 0
-        for calls in _waves(script):
+        for calls in _batches(script):
             names = set()
             for call in calls:
                 for length in call.lengths:
@@ -139,7 +139,7 @@ def vllm(model: Any, script: Script) -> tuple[Callable[[], int], Callable[[], No
 
     def run() -> int:
         total = 0
-        for calls in _waves(script):
+        for calls in _batches(script):
             prompts, parameters = [], []
             for call in calls:
                 for length in call.lengths or (1,) * len(call.labels):
@@ -156,7 +156,7 @@ def vllm(model: Any, script: Script) -> tuple[Callable[[], int], Callable[[], No
     return run, folder.cleanup
 
 
-def _waves(script: Script) -> Iterator[list[Call]]:
+def _batches(script: Script) -> Iterator[list[Call]]:
     """Calls that may run together: of all questions, one level's thoughts, then its verdicts."""
     for depth in range(max(map(len, script.questions))):
         levels = [levels[depth] for levels in script.questions if depth < len(levels)]

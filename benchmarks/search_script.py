@@ -12,7 +12,7 @@ from typing import Any
 
 from cpo_fast.config import Config, SearchConfig
 from cpo_fast.search.collect import build_engine
-from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
+from cpo_fast.search.engine import Answer, Requests, Sample, SampleRequest, ScoreRequest, Search
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task
 
@@ -77,12 +77,13 @@ class Script:
             yield str(number), _play(f"q{number}", levels, keep)
 
 
-def requests(call: Call, name: str, temperature: float = TEMPERATURE) -> tuple[Request | Scoring, ...]:
+def requests(call: Call, name: str, temperature: float = TEMPERATURE) -> tuple[SampleRequest | ScoreRequest, ...]:
     """A call as items of an ask; an engine without stops generates exactly `lengths` tokens."""
     if call.labels:
-        return (Scoring(call.prompt, call.labels),)
+        return (ScoreRequest(call.prompt, call.labels),)
     return tuple(
-        Request(call.prompt, f"{name}/{index}", temperature, 1.0, length) for index, length in enumerate(call.lengths)
+        SampleRequest(call.prompt, f"{name}/{index}", temperature, 1.0, length)
+        for index, length in enumerate(call.lengths)
     )
 
 
@@ -93,7 +94,7 @@ def _play(name: str, levels: tuple[Level, ...], keep: bool) -> Search[int]:
             items = tuple(
                 item for place, call in enumerate(calls) for item in requests(call, f"{name}/{depth}/{kind}/{place}")
             )
-            answers = yield Ask(items, keep=keep and kind == "thoughts")
+            answers = yield Requests(items, keep=keep and kind == "thoughts")
             total += sum(answer.num_tokens for answer in answers if isinstance(answer, Sample))
     return total
 
@@ -102,12 +103,12 @@ def record_script(
     model: Any, tokenizer: Any, task: Task, questions: Iterable[Question], settings: SearchConfig, seed: int = 0
 ) -> Script:
     """Search real questions with the configured engine and write down what was asked, and how long each answer was."""
-    logs: list[list[tuple[Ask, list[Answer]]]] = []
+    logs: list[list[tuple[Requests, list[Answer]]]] = []
     config, prompts = Config(seed=seed, search=settings), Prompts(task, tokenizer)
 
     def searches() -> Iterator[tuple[str, Search[Any]]]:
         for question in questions:
-            log: list[tuple[Ask, list[Answer]]] = []
+            log: list[tuple[Requests, list[Answer]]] = []
             logs.append(log)
             yield question.id, _logged(search_question(config, prompts, question), log)
 
@@ -125,7 +126,7 @@ def record_script(
     return Script(tuple(map(tuple, prompts.prefixes)), tuple(levels))
 
 
-def _logged(search: Search[Any], log: list[tuple[Ask, list[Answer]]]) -> Search[Any]:
+def _logged(search: Search[Any], log: list[tuple[Requests, list[Answer]]]) -> Search[Any]:
     answers: list[Answer] | None = None
     result = None
     finished = False
@@ -140,12 +141,12 @@ def _logged(search: Search[Any], log: list[tuple[Ask, list[Answer]]]) -> Search[
     return result
 
 
-def _calls(ask: Ask, answers: list[Answer]) -> tuple[Call, ...]:
+def _calls(ask: Requests, answers: list[Answer]) -> tuple[Call, ...]:
     """Items of an ask by their prompt, in order of first appearance."""
     lengths: dict[Ids, list[int]] = {}
     labels: dict[Ids, tuple[Ids, ...]] = {}
     for item, answer in zip(ask.items, answers, strict=True):
-        if isinstance(item, Scoring):
+        if isinstance(item, ScoreRequest):
             labels[item.token_ids] = item.continuations
         else:
             assert isinstance(answer, Sample)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from cpo_fast.search.engine import Ask, Engine, Request, Sample
+from cpo_fast.search.engine import Engine, Requests, Sample, SampleRequest
 from cpo_fast.tasks import Task
 
 Stop = Literal["answer", "eos", "question", "max_steps", "max_new_tokens"]
@@ -143,7 +143,7 @@ def engine_chain(
         state = (*prompt, *reader.token_ids)
         num_left = max_new_tokens - len(reader.token_ids)
         # greedy: no random number is drawn, so the name does not matter
-        (line,) = engine.answer(Ask((Request(state, "greedy", 0.0, 1.0, num_left),), keep=True))
+        (line,) = engine.answer(Requests((SampleRequest(state, "greedy", 0.0, 1.0, num_left),), keep=True))
         assert isinstance(line, Sample), "a request is answered by a sample"
         for token in line.token_ids:
             reader.add(token)

@@ -33,7 +33,7 @@ from cpo_fast.search.collect import (
     load_searched_model,
     searched_weights,
 )
-from cpo_fast.search.engine import Engine, drive
+from cpo_fast.search.engine import Engine, run_search
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
@@ -243,14 +243,14 @@ class _Asker:
     def _engine(self) -> "tuple[Engine, float]":
         """The search engine with every shared prompt in its cache, and the seconds that took; made when first used."""
         if self._engine_and_setup is None:
-            from cpo_fast.search.engine import Ask, Request
+            from cpo_fast.search.engine import Requests, SampleRequest
 
             start = time.perf_counter()
             engine = build_engine(self._config.search, self._prompts, self._model, self._make_engine)
             # what a first call pays once is no question's cost
-            warm_up = Request(tuple(self._prompts.encode(ANY_QUESTION)), "warm-up", 0.0, 1.0, 2)
+            warm_up = SampleRequest(tuple(self._prompts.encode(ANY_QUESTION)), "warm-up", 0.0, 1.0, 2)
             with suppress(ValueError):  # every question will fail as this one does, and say why
-                engine.answer(Ask((warm_up,), keep=False))
+                engine.answer(Requests((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
         return self._engine_and_setup
 
@@ -261,7 +261,7 @@ def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Ques
     The text is the winning path whose last thought has the largest value; empty without a winner.
     """
     start = time.perf_counter()
-    tree = drive(engine, search_question(config, prompts, question))
+    tree = run_search(engine, search_question(config, prompts, question))
     seconds = time.perf_counter() - start
     # max keeps the first of equals; there is no winner when nothing was complete
     best = max(tree.winning_nodes, key=lambda winner: comparable(tree.nodes[winner].value), default=ROOT)

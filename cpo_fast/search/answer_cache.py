@@ -17,12 +17,12 @@ from typing import Any
 
 from cpo_fast.errors import DataError
 from cpo_fast.files import canonical_json, read_jsonl
-from cpo_fast.search.engine import Answer, Request, Sample, Scoring
+from cpo_fast.search.engine import Answer, Sample, SampleRequest, ScoreRequest
 from cpo_fast.search.tree_store import Provenance
 
 
 class AnswerFiles:
-    """`request.Memory` in a folder.
+    """`AnswerCache` in a folder.
 
     Args:
         folder: need not exist. provenance: of the trees; answers of another one are forgotten.
@@ -34,13 +34,13 @@ class AnswerFiles:
         self._known: dict[str, dict[str, Answer]] = {}
         self._open: dict[str, int] = {}  # file descriptors, by question
 
-    def recall(self, name: str, item: Request | Scoring) -> Answer | None:
+    def get(self, name: str, item: SampleRequest | ScoreRequest) -> Answer | None:
         """The answer that an earlier run noted for an item of a question, or None."""
         if name not in self._known:
             self._known[name] = self._read(name)
         return self._known[name].get(item_digest(item))
 
-    def note(self, name: str, item: Request | Scoring, answer: Answer) -> None:
+    def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
         """Append an answer."""
         value: Any = answer if isinstance(answer, list) else vars(answer)
         try:
@@ -51,7 +51,7 @@ class AnswerFiles:
             self._open[name] = self._start(name)
         os.write(self._open[name], f"{line}\n".encode())
 
-    def forget(self, names: Iterable[str]) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """Remove the answers of questions whose trees are on disk."""
         for name in names:
             self._known.pop(name, None)
@@ -95,10 +95,10 @@ class AnswerFiles:
             return {}
 
 
-def item_digest(item: Request | Scoring) -> str:
+def item_digest(item: SampleRequest | ScoreRequest) -> str:
     """32 hex digits that name everything an answer follows from."""
     digest = hashlib.sha256(array("q", item.token_ids).tobytes())
-    if isinstance(item, Request):
+    if isinstance(item, SampleRequest):
         sampling = (item.temperature, item.top_p, item.max_new_tokens, item.top_k, item.repetition_penalty)
         digest.update(repr(("request", item.uid, *sampling)).encode("utf-8", "backslashreplace"))
     else:

@@ -138,7 +138,7 @@ def collect(
         own = [question for question in questions if worker.owns(question.id)]
         missing = [question for question in own if question.id not in store.trees]
         answers = AnswerFiles(run / "answers", provenance)
-        answers.forget(store.trees)
+        answers.discard(store.trees)
         seconds = 0.0
         if missing:
             with searched_weights(model, config.search), closing(answers):
@@ -149,7 +149,7 @@ def collect(
                 for name, tree, tree_seconds in engine.run(searches, answers):
                     assert isinstance(tree, SearchTree), "a search returns its tree, failed or not"
                     store.append(tree, tree_seconds)
-                    answers.forget([name])
+                    answers.discard([name])
                     num_done += 1
                     if progress is not None:
                         progress(num_done, len(own), tree, tree_seconds)

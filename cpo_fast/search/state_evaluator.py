@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search
+from cpo_fast.search.engine import Answer, Requests, Sample, SampleRequest, ScoreRequest, Search
 from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
 
@@ -65,23 +65,23 @@ class Evaluator:
         if new:
             by_logits = self._config.evaluator == "logits"
             items = [self._scoring(prompt) if by_logits else self._requests(prompt) for prompt in new]
-            answers = iter((yield Ask(tuple(item for group in items for item in group), keep=False)))
+            answers = iter((yield Requests(tuple(item for group in items for item in group), keep=False)))
             for prompt, group in zip(new, items, strict=True):
                 judge = self._by_logits if by_logits else self._by_samples
                 self._judged[prompt] = judge([next(answers) for _ in group])
         return [self._judged[prompt] for prompt in prompts]
 
-    def _scoring(self, prompt: str) -> tuple[Request | Scoring, ...]:
+    def _scoring(self, prompt: str) -> tuple[SampleRequest | ScoreRequest, ...]:
         prompt_ids, labels = self._prompts.labels(prompt)
-        return (Scoring(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
+        return (ScoreRequest(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
 
-    def _requests(self, prompt: str) -> tuple[Request | Scoring, ...]:
+    def _requests(self, prompt: str) -> tuple[SampleRequest | ScoreRequest, ...]:
         prompt_ids = tuple(self._prompts.encode_text(prompt))
         digest, config = state_digest(prompt_ids), self._config
         # without the top-k and the repetition penalty of thoughts: a verdict is one of two labels, and a penalty on
         # tokens of the prompt, which holds both, would only blur it
         return tuple(
-            Request(
+            SampleRequest(
                 prompt_ids,
                 f"{self._run_name}/verdict/{digest}/{index}",
                 config.verdict_temperature,

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 
 from cpo_fast.config import Config
 from cpo_fast.errors import failure_detail
-from cpo_fast.search.engine import Ask, Request, Sample, Search
+from cpo_fast.search.engine import Requests, Sample, SampleRequest, Search
 from cpo_fast.search.selection import rank, vote
 from cpo_fast.search.state_evaluator import Evaluator, Verdict, state_digest
 from cpo_fast.search.tree_store import Provenance
@@ -134,7 +134,7 @@ class TreeBuilder:
         """
         parents = parents[: self.budget]
         paths = [path_to(self.nodes, parent) for parent in parents]
-        answers = yield Ask(tuple(request for path in paths for request in self._requests(path)), keep=True)
+        answers = yield Requests(tuple(request for path in paths for request in self._requests(path)), keep=True)
         samples = [answer for answer in answers if isinstance(answer, Sample)]
         assert len(samples) == len(parents) * self.config.num_candidates, "a request is answered by a sample"
         self.num_thought_tokens += sum(sample.num_tokens for sample in samples)
@@ -159,11 +159,11 @@ class TreeBuilder:
         values = [node.value for node in open_nodes]
         return [open_nodes[index].id for index in rank(values, self.config.num_kept, self.config.keep_ties)]
 
-    def _requests(self, path: Sequence[Node]) -> list[Request]:
+    def _requests(self, path: Sequence[Node]) -> list[SampleRequest]:
         token_ids = (*self._root_ids, *(token for node in path for token in node.token_ids))
         digest, config = state_digest(token_ids), self.config
         return [
-            Request(
+            SampleRequest(
                 token_ids,
                 f"{self._run_name}/thought/{digest}/{index}",
                 config.temperature,

@@ -13,7 +13,7 @@ from transformers import Gemma2Config, MistralConfig
 
 from cpo_fast.cli import main
 from cpo_fast.config import Config
-from cpo_fast.search.engine.kv_arena import Trie
+from cpo_fast.search.engine.kv_arena import KVTrie
 from cpo_fast.tasks import Prompts, load_task
 from tests.tiny import save_tiny_model, tiny_llama, tiny_model, tiny_tokenizer, with_lora
 
@@ -95,7 +95,7 @@ def test_soft_capped_attention_is_refused_by_name(run: Run, tmp_path: Path, comm
 @pytest.mark.parametrize("room", [-1, 20], ids=["no shared prompt", "no question"])
 def test_an_arena_that_is_too_small_names_the_option(run: Run, command: str, room: int):
     # the tokens that stay: what all prompts share, each of its nodes once
-    trie = Trie()
+    trie = KVTrie()
     for prefix in Prompts(load_task(Config()), tiny_tokenizer()).prefixes:
         trie.insert([prefix])
     num_shared = sum(map(len, trie.nodes))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cpo_fast.evaluate.result import Evaluation, QuestionResult, RunIdentity, summarise
-from cpo_fast.search.engine import Answer, Ask, Request, Sample, Search, drive_each
+from cpo_fast.search.engine import Answer, Requests, Sample, SampleRequest, Search, run_searches
 from tests.tiny import tiny_tokenizer
 
 EOS = 2  # of the tiny tokenizer
@@ -66,21 +66,21 @@ class ScriptedEngine:
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         self.prefixes.append(self.tokenizer.decode(list(token_ids)))
 
-    def answer(self, ask: Ask) -> list[Answer]:
+    def answer(self, ask: Requests) -> list[Answer]:
         return [
-            self.line(number, item) if isinstance(item, Request) else self._score(item.token_ids)
+            self.line(number, item) if isinstance(item, SampleRequest) else self._score(item.token_ids)
             for number, item in enumerate(ask.items)
         ]
 
-    def run(self, searches: Iterable[tuple[str, Search[Any]]], memory: Any = None) -> Iterator[tuple[str, Any, float]]:
-        return drive_each(self, searches)
+    def run(self, searches: Iterable[tuple[str, Search[Any]]], cache: Any = None) -> Iterator[tuple[str, Any, float]]:
+        return run_searches(self, searches)
 
     def _score(self, token_ids: Sequence[int]) -> list[float]:
         # a state that says good is likely
         state = self.tokenizer.decode(list(token_ids)).rpartition("\nQuestion:")[2]
         return [-0.1, -3.0] if "good" in state else [-3.0, -0.1]
 
-    def line(self, number: int, request: Request) -> Sample:
+    def line(self, number: int, request: SampleRequest) -> Sample:
         _, _, asked = self.tokenizer.decode(list(request.token_ids)).rpartition("Question: ")
         question, _, said = asked.partition("\n")
         if "warm-up" in request.uid:

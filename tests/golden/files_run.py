@@ -41,8 +41,8 @@ PACKAGES = {"cpo_fast": "cpo_fast", "cpo_kernels": "kernels/cpo_kernels"}
 # what is measured -> (module, qualified name of its function)
 ENTRIES = {
     "train step": ("cpo_fast.train.loop", "_Trainer._step"),
-    "decode step": ("cpo_fast.search.engine.wave", "Wave.step"),
-    "scheduler round": ("cpo_fast.search.engine.scheduler", "Scheduler._round"),
+    "decode step": ("cpo_fast.search.engine.decode_batch", "DecodeBatch.step"),
+    "scheduler round": ("cpo_fast.search.engine.scheduler", "Scheduler.step"),
     "proof": ("cpo_kernels.integrations.transformers.prepare", "prepare"),
 }
 SHELL = ("cpo_fast/cli", "cpo_fast/config")  # folders, or modules of these names

@@ -1,43 +1,99 @@
 """`tree_decode` by one masked softmax over the whole arena, without a look at a plan's values.
 
 What it computes depends on the contents of tensors only, so a forward through it can be recorded once and replayed, as a
-CUDA graph would be; `eager` and `reference` read the plan on the host.
+CUDA graph would be. `eager` and `reference` read the plan on the host.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AttentionInterface
 
+from cpo_fast.search.engine.forward_plans import ModelRunner
+from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.tree_decode import DecodePlan
 
 
+class DenseRunner(ModelRunner):
+    """The same model and arena as another runner's; its layers attend by `dense_tree_decode`."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner.parts, runner.arena, runner.impl)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        try:
+            return super().forward(token_ids, positions, plan)
+        finally:
+            register()
+
+
+def traced(run: Callable[[], None]) -> Callable[[], Any]:
+    """What repeats a step: the operators that it runs on its tensors, without Python, as a CUDA graph would be."""
+    graph = make_fx(lambda: run())()
+    has_run = True  # tracing has run the step, which recording a CUDA graph does not
+
+    def replay() -> None:
+        nonlocal has_run
+        if has_run:
+            has_run = False
+        else:
+            graph()
+
+    return replay
+
+
+def repeated(run: Callable[[], None]) -> Callable[[], Any]:
+    """What repeats a step: the step itself."""
+    return run
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, H, N, D]
+    key: torch.Tensor,  # [1, Hkv, N, D]
+    value: torch.Tensor,  # [1, Hkv, N, D]
+    attention_mask: torch.Tensor,
+    *,
+    scaling: float,
+    decode_plan: DecodePlan,
+    decode_arena: list[tuple[torch.Tensor, torch.Tensor]],
+    layers_seen: set[int],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    layers_seen.add(module.layer_idx)
+    q, k_new, v_new = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return dense_tree_decode(q, k_new, v_new, *decode_arena[module.layer_idx], decode_plan, scaling).unsqueeze(0), None
+
+
 def dense_tree_decode(
-    q: torch.Tensor,
-    k_new: torch.Tensor,
-    v_new: torch.Tensor,
-    k_arena: torch.Tensor,
-    v_arena: torch.Tensor,
+    q: torch.Tensor,  # [N, H, D]
+    k_new: torch.Tensor,  # [N, Hkv, D]
+    v_new: torch.Tensor,  # [N, Hkv, D]
+    k_arena: torch.Tensor,  # [C, Hkv, D]
+    v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
-    scale: float | None = None,
-    impl: Any = None,
+    scale: float,
 ) -> torch.Tensor:
     """As `cpo_kernels.tree_decode`, [N, H, D] float32."""
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
     seen = visible_keys(plan, k_arena.shape[0])
     group = q.shape[1] // k_arena.shape[1]
-    # what nobody sees may be anything, and 0 times NaN is NaN
+    # what no row sees may be anything, and 0 times NaN is NaN
     unseen = ~seen.any(dim=0).view(-1, 1, 1)
     keys, values = (arena.masked_fill(unseen, 0) for arena in (k_arena, v_arena))
-    scores = torch.einsum("nkgd,ckd->nkgc", q.unflatten(1, (-1, group)), keys) * (scale or q.shape[-1] ** -0.5)
+    scores = torch.einsum("nkgd,ckd->nkgc", q.unflatten(1, (-1, group)), keys) * scale
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1).nan_to_num(0.0)
     return torch.einsum("nkgc,ckd->nkgd", weights, values).flatten(1, 2)
 
 
-def visible_keys(plan: DecodePlan, num_arena_rows: int) -> torch.Tensor:
+def visible_keys(plan: DecodePlan, num_slots: int) -> torch.Tensor:
     """[N, C] bool, from the plan's tensors alone."""
     row = torch.arange(len(plan.slots)).view(-1, 1, 1)  # [N, 1, 1]
-    key = torch.arange(num_arena_rows).view(1, -1, 1)  # [1, C, 1]
+    key = torch.arange(num_slots).view(1, -1, 1)  # [1, C, 1]
     query_start, num_queries, key_start, num_keys, first_visible, _ = plan.items.long().unbind(dim=1)  # [W] each
     below = (row >= query_start) & (row < query_start + num_queries)
     stop = key_start + torch.minimum(num_keys, first_visible + row - query_start)

@@ -29,7 +29,7 @@ from cpo_fast.files import canonical_json
 from cpo_fast.search import tree_store
 from cpo_fast.search.answer_cache import item_digest
 from cpo_fast.search.collect import collect, configured_engine
-from cpo_fast.search.engine import Request, Scoring
+from cpo_fast.search.engine import SampleRequest, ScoreRequest
 from cpo_fast.search.tree_store import Worker, worker_files
 from cpo_fast.tasks import Prompts
 from cpo_fast.tree import SearchTree, read_trees
@@ -173,7 +173,7 @@ def _listening(audit: Path, noted: Path) -> Callable[[SearchConfig, Prompts, Any
         with open(path, "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
 
-    def note(name: str, item: Request | Scoring) -> None:
+    def note(name: str, item: SampleRequest | ScoreRequest) -> None:
         write(noted, f"{name} {item_digest(item)}")
 
     def make_engine(config: SearchConfig, prompts: Prompts, model: Any) -> ListeningEngine:

@@ -3,20 +3,29 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from cpo_fast.search.engine import Answer, Ask, Engine, Memory, Request, Scoring, Search, drive_each
+from cpo_fast.search.engine import (
+    Answer,
+    AnswerCache,
+    Engine,
+    Requests,
+    SampleRequest,
+    ScoreRequest,
+    Search,
+    run_searches,
+)
 
 
-class ListeningMemory:
-    """Hands everything to `memory`, and each answer that it has taken to `on_note` too."""
+class ListeningCache:
+    """Hands everything to `cache`, and each answer that it has taken to `on_note` too."""
 
-    def __init__(self, memory: Memory, on_note: Callable[[str, Request | Scoring], object]) -> None:
-        self._memory, self._on_note = memory, on_note
+    def __init__(self, cache: AnswerCache, on_note: Callable[[str, SampleRequest | ScoreRequest], object]) -> None:
+        self._cache, self._on_note = cache, on_note
 
-    def recall(self, name: str, item: Request | Scoring) -> Answer | None:
-        return self._memory.recall(name, item)
+    def get(self, name: str, item: SampleRequest | ScoreRequest) -> Answer | None:
+        return self._cache.get(name, item)
 
-    def note(self, name: str, item: Request | Scoring, answer: Answer) -> None:
-        self._memory.note(name, item, answer)
+    def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
+        self._cache.put(name, item, answer)
         self._on_note(name, item)
 
 
@@ -34,27 +43,27 @@ class ListeningEngine:
         self,
         engine: Engine,
         on_start: Callable[[str], object] | None = None,
-        on_ask: Callable[[Ask], object] | None = None,
-        on_note: Callable[[str, Request | Scoring], object] | None = None,
+        on_ask: Callable[[Requests], object] | None = None,
+        on_note: Callable[[str, SampleRequest | ScoreRequest], object] | None = None,
     ) -> None:
         self._engine, self._on_start, self._on_ask, self._on_note = engine, on_start, on_ask, on_note
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         self._engine.cache_prefix(token_ids)
 
-    def answer(self, ask: Ask) -> list[Answer]:
+    def answer(self, ask: Requests) -> list[Answer]:
         if self._on_ask is not None:
             self._on_ask(ask)
         return self._engine.answer(ask)
 
     def run(
-        self, searches: Iterable[tuple[str, Search[Any]]], memory: Memory | None = None
+        self, searches: Iterable[tuple[str, Search[Any]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, Any, float]]:
-        if memory is not None and self._on_note is not None:
-            memory = ListeningMemory(memory, self._on_note)
+        if cache is not None and self._on_note is not None:
+            cache = ListeningCache(cache, self._on_note)
         if self._on_ask is not None:
-            return drive_each(self, self._told(searches), memory)
-        return self._engine.run(self._told(searches), memory)
+            return run_searches(self, self._told(searches), cache)
+        return self._engine.run(self._told(searches), cache)
 
     def _told(self, searches: Iterable[tuple[str, Search[Any]]]) -> Iterator[tuple[str, Search[Any]]]:
         for name, search in searches:

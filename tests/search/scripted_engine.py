@@ -6,7 +6,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.config import Config, SearchConfig
-from cpo_fast.search.engine import Answer, Ask, Request, Sample, Scoring, Search, drive, drive_each
+from cpo_fast.search.engine import (
+    Answer,
+    Requests,
+    Sample,
+    SampleRequest,
+    ScoreRequest,
+    Search,
+    run_search,
+    run_searches,
+)
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, get_task
 from cpo_fast.tree import SearchTree, Stop
@@ -45,19 +54,19 @@ class ScriptedEngine:
         self.num_root_ids = len(prompts.encode(QUESTION))
         self.ids: dict[str, int] = {}
         self.expanded: list[Lines] = []
-        self.asks: list[Ask] = []
+        self.asks: list[Requests] = []
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("not part of a search")
 
-    def answer(self, ask: Ask) -> list[Answer]:
+    def answer(self, ask: Requests) -> list[Answer]:
         self.asks.append(ask)
-        return [self._sample(item) if isinstance(item, Request) else self._score(item) for item in ask.items]
+        return [self._sample(item) if isinstance(item, SampleRequest) else self._score(item) for item in ask.items]
 
-    def run(self, searches: Iterable[tuple[str, Search[Any]]], memory: Any = None) -> Iterator[tuple[str, Any, float]]:
-        return drive_each(self, searches)
+    def run(self, searches: Iterable[tuple[str, Search[Any]]], cache: Any = None) -> Iterator[tuple[str, Any, float]]:
+        return run_searches(self, searches)
 
-    def _sample(self, request: Request) -> Sample:
+    def _sample(self, request: SampleRequest) -> Sample:
         index = int(request.uid.rpartition("/")[2])
         if "/verdict/" in request.uid:
             return Sample((7, 8), self.verdicts[index % len(self.verdicts)], "newline", (-0.5, -0.5))
@@ -69,7 +78,7 @@ class ScriptedEngine:
         logps = (-0.25,) * (1 + (stop == "eos"))
         return Sample((self.ids.setdefault(text, 100 + len(self.ids)),), text, stop, logps)
 
-    def _score(self, scoring: Scoring) -> list[float]:
+    def _score(self, scoring: ScoreRequest) -> list[float]:
         last = self.tokenizer.decode(scoring.token_ids).split("\n")[-2]
         return [self.likely.get(last, -1.0), -1.0]
 
@@ -86,7 +95,7 @@ def search(
     prompts = Prompts(get_task(task), tokenizer)
     config = Config(search=SearchConfig(**{"num_candidates": 3, "num_kept": 1, "max_steps": 3, **settings}))
     engine = ScriptedEngine(prompts, thoughts, likely, verdicts)
-    tree = drive(engine, search_question(config, prompts, QUESTION))
+    tree = run_search(engine, search_question(config, prompts, QUESTION))
     assert tree.status != "failed", tree.detail
     return tree, engine
 

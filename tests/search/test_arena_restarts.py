@@ -1,4 +1,4 @@
-"""Arena trees are the same bytes for any wave, number of workers and restart point, several of them changed at once."""
+"""Arena trees are the same bytes for any decode batch, workers and restart point, several of them changed at once."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from cpo_fast.search.collect import collect
 from cpo_fast.search.tree_store import Worker, worker_files
 
-SMALL_WAVE = {"batch_size": 3, "questions_in_flight": 1}
+SMALL_BATCH = {"batch_size": 3, "questions_in_flight": 1}
 SMALL_PREFILL = {"prefill_tokens": 64, "questions_in_flight": 2, "batch_size": 17}
 SMALL_ARENA = {"arena_tokens": 3000}
 SIZES = {"engine": "arena", "num_candidates": 4, "num_kept": 2, "max_steps": 2, "max_thought_tokens": 12}
@@ -24,7 +24,7 @@ def start(make_config):
 
 @pytest.fixture
 def reference(start, model, tokenizer):
-    """Bytes of one worker with every question in one wave."""
+    """Bytes of one worker with every question in one decode batch."""
     config = start("reference")
     collect(config, model, tokenizer)
     return written(config)
@@ -50,15 +50,15 @@ def interrupted(config, model, tokenizer, worker, after):
 @pytest.mark.parametrize(
     "starts",
     [
-        [(1, 1, SMALL_WAVE), (1, 0, {})],
+        [(1, 1, SMALL_BATCH), (1, 0, {})],
         [(1, 4, {}), (1, 5, SMALL_PREFILL), (1, 0, SMALL_ARENA)],
         [(2, 0, SMALL_ARENA)],
-        [(3, 1, {}), (2, 1, SMALL_PREFILL), (1, 0, SMALL_WAVE)],
-        [(1, 2, SMALL_PREFILL), (3, 0, SMALL_WAVE)],
+        [(3, 1, {}), (2, 1, SMALL_PREFILL), (1, 0, SMALL_BATCH)],
+        [(1, 2, SMALL_PREFILL), (3, 0, SMALL_BATCH)],
     ],
     ids=["killed at once", "killed twice", "two workers", "three, then two, then one", "one, then three"],
 )
-def test_trees_are_the_same_bytes_for_any_wave_workers_and_restart_point(start, model, tokenizer, reference, starts):
+def test_trees_are_the_same_bytes_for_any_batch_workers_and_restart_point(start, model, tokenizer, reference, starts):
     """Each start is (number of workers, after how many questions each is interrupted, how its work is shared out)."""
     for count, after, shared in starts:
         config = start("disturbed", **shared)

@@ -12,7 +12,7 @@ from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect, configured_engine
-from cpo_fast.search.engine import Ask, Request, Scoring
+from cpo_fast.search.engine import Requests, SampleRequest, ScoreRequest
 from cpo_fast.search.statistics import tree_statistics
 from cpo_fast.tasks import Prompts, encode_prompt, get_task
 from cpo_fast.tasks.task import Question
@@ -130,14 +130,14 @@ def test_the_file_ends_in_question_order(make_config, model, tokenizer, undistur
     assert _bytes(config) == undisturbed
 
 
-def _listening(on_ask: Callable[[Ask], object]) -> Callable[..., ListeningEngine]:
+def _listening(on_ask: Callable[[Requests], object]) -> Callable[..., ListeningEngine]:
     """The configured engine with somebody who hears what is asked."""
     return lambda *settings: ListeningEngine(configured_engine(*settings), on_ask=on_ask)
 
 
 def test_a_question_that_raises_is_recorded_and_the_run_goes_on(make_config, model, tokenizer, undisturbed):
     def fail_on_second(ask):
-        if any(isinstance(item, Request) and "/second/" in item.uid for item in ask.items):
+        if any(isinstance(item, SampleRequest) and "/second/" in item.uid for item in ask.items):
             raise RuntimeError("the cache is on fire\nsecond line")
 
     config = make_config("failing")
@@ -271,8 +271,8 @@ def _seen_by_the_evaluator(config: Config, model: LlamaForCausalLM, tokenizer: P
     """Texts of the evaluator prompts of a run."""
     seen = []
 
-    def listen(ask: Ask) -> None:
-        seen.extend(tokenizer.decode(item.token_ids) for item in ask.items if isinstance(item, Scoring))
+    def listen(ask: Requests) -> None:
+        seen.extend(tokenizer.decode(item.token_ids) for item in ask.items if isinstance(item, ScoreRequest))
 
     collect(config, model, tokenizer, make_engine=_listening(listen))
     return seen

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, Qwen2Config
 from cpo_fast.adapters import merged_adapter
 from cpo_fast.errors import ConfigError
 from cpo_fast.search.collect import collect
-from cpo_fast.search.engine import Ask, Scoring
+from cpo_fast.search.engine import Requests, ScoreRequest
 from cpo_fast.search.engine.arena_engine import ArenaEngine, weights_fingerprint
 from cpo_fast.tree import read_trees
-from tests.search.test_arena_engine import TOKENIZER, VOCAB, greedy, random_prompts, sampled, settings
+from tests.search.engine_cases import TOKENIZER, VOCAB_SIZE, engine_config, forked_prompts, greedy, sampled
 from tests.search.tiny_llama import build_model
 from tests.tiny import randomize_lora, tiny_llama, tiny_model, with_lora
 
@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 def tiny(config_class=LlamaConfig, dtype=torch.float32, **changes):
     """A live adapter in float32 on every linear layer of a base in `dtype`, as `load_model` gives it."""
-    model = with_lora(tiny_model(config_class, dtype=dtype, vocab_size=VOCAB, initializer_range=0.1, **changes))
+    model = with_lora(tiny_model(config_class, dtype=dtype, vocab_size=VOCAB_SIZE, initializer_range=0.1, **changes))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -138,20 +138,20 @@ def test_a_plain_sum_of_several_active_adapters_is_merged_as_one():
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config], ids=["llama", "qwen2"])
 def test_the_engine_samples_what_it_samples_with_the_live_adapter(config_class):
-    few_shot, prompts = random_prompts(3)
+    few_shot, prompts = forked_prompts(3)
     requests = (*greedy(prompts), *sampled(prompts))
     answers = []
     for merge in (False, True):
         model = tiny(config_class)
         if not merge:
-            engine = ArenaEngine(model, TOKENIZER, settings())
+            engine = ArenaEngine(model, TOKENIZER, engine_config())
             engine.cache_prefix(few_shot)
-            answers.append(engine.answer(Ask(requests, keep=True)))
+            answers.append(engine.answer(Requests(requests, keep=True)))
             continue
         with merged_adapter(model):
-            engine = ArenaEngine(model, TOKENIZER, settings())
+            engine = ArenaEngine(model, TOKENIZER, engine_config())
             engine.cache_prefix(few_shot)
-            answers.append(engine.answer(Ask(requests, keep=True)))
+            answers.append(engine.answer(Requests(requests, keep=True)))
     live, merged = answers
     assert [sample.token_ids for sample in merged] == [sample.token_ids for sample in live]
     assert [sample.stop for sample in merged] == [sample.stop for sample in live]
@@ -162,24 +162,24 @@ def test_the_engine_samples_what_it_samples_with_the_live_adapter(config_class):
 
 @DTYPES
 def test_one_engine_before_inside_and_after_reads_no_node_of_other_weights(dtype):
-    few_shot, prompts = random_prompts(5)
-    ask = Ask((*sampled(prompts), Scoring(prompts[0], ((5,), (6, 7)))), keep=True)
+    few_shot, prompts = forked_prompts(5)
+    requests = Requests((*sampled(prompts), ScoreRequest(prompts[0], ((5,), (6, 7)))), keep=True)
 
     def answers(engine):
         engine.cache_prefix(few_shot)
-        return engine.answer(ask)
+        return engine.answer(requests)
 
     model = tiny(dtype=dtype)
     randomize_lora(model, std=0.3)
-    engine = ArenaEngine(model, TOKENIZER, settings())
+    engine = ArenaEngine(model, TOKENIZER, engine_config())
     before, names = answers(engine), [weights_fingerprint(model)]
     with merged_adapter(model):
         inside = answers(engine)
         names.append(weights_fingerprint(model))
-        fresh = ArenaEngine(model, TOKENIZER, settings())
+        fresh = ArenaEngine(model, TOKENIZER, engine_config())
         assert inside == answers(fresh)
     names.append(weights_fingerprint(model))
-    assert answers(engine) == before == answers(ArenaEngine(model, TOKENIZER, settings()))
+    assert answers(engine) == before == answers(ArenaEngine(model, TOKENIZER, engine_config()))
     with merged_adapter(model):
         assert answers(engine) == inside
     assert inside != before  # the rounding differs, so a stale node would have been seen

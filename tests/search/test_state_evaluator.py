@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.config import SearchConfig
-from cpo_fast.search.engine import Answer, Ask, Request, Sample, drive
+from cpo_fast.search.engine import Answer, Requests, Sample, SampleRequest, run_search
 from cpo_fast.search.state_evaluator import Evaluator, Verdict, num_unparseable, parse_verdict
 from cpo_fast.tasks import Prompts, Question, get_task
 
@@ -20,15 +20,15 @@ class ScriptedEngine:
 
     def __init__(self, texts: Sequence[str] = (), logps: tuple[float, float] = (0.0, 0.0)) -> None:
         self.texts, self.logps = texts, logps
-        self.asks: list[Ask] = []
+        self.asks: list[Requests] = []
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("not part of a verdict")
 
-    def answer(self, ask: Ask) -> list[Answer]:
+    def answer(self, ask: Requests) -> list[Answer]:
         assert not ask.keep
         self.asks.append(ask)
-        requests = [item for item in ask.items if isinstance(item, Request)]
+        requests = [item for item in ask.items if isinstance(item, SampleRequest)]
         assert len({request.uid for request in requests}) == len(requests)
         samples = [Sample((1,), text, "newline", (-1.0,)) for text in self.texts]
         if requests:
@@ -42,7 +42,7 @@ def _evaluator(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Evaluator
 
 def _verdict(engine: ScriptedEngine, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Verdict:
     """The verdict on one state."""
-    (verdict,) = drive(engine, _evaluator(tokenizer, **settings).evaluate([("a\n",)]))
+    (verdict,) = run_search(engine, _evaluator(tokenizer, **settings).evaluate([("a\n",)]))
     return verdict
 
 
@@ -91,9 +91,9 @@ def test_equal_states_are_judged_once(tokenizer):
     engine = ScriptedEngine(logps=(-1.0, -2.0))
     evaluator = _evaluator(tokenizer)
     same, other, last = ((f"{text}\n",) for text in "abc")
-    verdicts = drive(engine, evaluator.evaluate([same, other, same]))
-    drive(engine, evaluator.evaluate([other]))
-    drive(engine, evaluator.evaluate([other, last]))
+    verdicts = run_search(engine, evaluator.evaluate([same, other, same]))
+    run_search(engine, evaluator.evaluate([other]))
+    run_search(engine, evaluator.evaluate([other, last]))
     assert [len(ask.items) for ask in engine.asks] == [2, 1]
     assert verdicts[0] == verdicts[2]
 
@@ -102,7 +102,7 @@ def test_equal_states_are_judged_once(tokenizer):
 def test_the_verdicts_of_a_level_are_one_ask(tokenizer, evaluator):
     engine = ScriptedEngine(texts=[" likely\n", " impossible\n"])
     states = [(f"{text}\n",) for text in "abca"]
-    verdicts = drive(engine, _evaluator(tokenizer, evaluator=evaluator, num_verdicts=2).evaluate(states))
+    verdicts = run_search(engine, _evaluator(tokenizer, evaluator=evaluator, num_verdicts=2).evaluate(states))
     (ask,) = engine.asks
     assert len(ask.items) == 3 * (1 if evaluator == "logits" else 2)
     assert {verdict.value for verdict in verdicts} == {5.5}
@@ -125,5 +125,5 @@ def test_an_unreadable_verdict_can_count_as_impossible_and_is_still_recorded_as_
 def test_tokens_of_verdicts_are_counted_once_a_prompt(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n"] * 3)
     evaluator = _evaluator(tokenizer, evaluator="sample", num_verdicts=3)
-    drive(engine, evaluator.evaluate([("a\n",), ("a\n",)]))
+    run_search(engine, evaluator.evaluate([("a\n",), ("a\n",)]))
     assert evaluator.num_tokens == 3

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.config import Config
-from cpo_fast.search.engine import drive
+from cpo_fast.search.engine import run_search
 from cpo_fast.search.tree_search import STRATEGIES, search_question
 from cpo_fast.search.tree_store import Provenance
 from cpo_fast.tasks import Prompts, Question, get_task
@@ -224,7 +224,7 @@ def test_a_search_that_fails_leaves_its_reason_and_what_is_known_of_its_prompt(t
     def refuse(lines):
         raise ValueError("not a line\nnor two")
 
-    tree = drive(ScriptedEngine(prompts, refuse), search_question(Config(seed=3), prompts, QUESTION, provenance))
+    tree = run_search(ScriptedEngine(prompts, refuse), search_question(Config(seed=3), prompts, QUESTION, provenance))
     assert (tree.status, tree.detail, tree.nodes) == ("failed", "ValueError: not a line", ())
     assert tree.root_ids(prompts.shared) == prompts.encode(QUESTION)
     assert prompts.shared.text + tree.question_prompt == prompts.text(QUESTION)
@@ -242,7 +242,7 @@ class OnlyAscii:
 
 def test_a_question_that_no_tokenizer_reads_leaves_its_text():
     prompts = Prompts(get_task("svamp"), OnlyAscii())
-    tree = drive(ScriptedEngine(prompts, {}), search_question(Config(), prompts, Question("q", "how m\u00e4ny")))
+    tree = run_search(ScriptedEngine(prompts, {}), search_question(Config(), prompts, Question("q", "how m\u00e4ny")))
     assert (tree.status, tree.num_shared_tokens, tree.question_token_ids) == ("failed", 0, ())
     assert tree.detail.startswith("UnicodeEncodeError: ")
     assert tree.question_prompt == "Question: how m\u00e4ny\n"

@@ -1,24 +1,26 @@
 """The engine whose KV cache is the search forest: every shared prefix is computed once and read once for all below it.
 
-Stock Hugging Face modules compute, with or without live LoRA adapters; attention goes through `tree_decode`. An answer
-depends on its item alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a GPU,
-a matrix product may be summed in another order for another number of rows; there equal trees are promised for equal
+Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. An answer
+depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a
+GPU, a matrix product may be summed in another order for another number of rows. There equal trees are promised for equal
 settings only.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine.forward_plans import compute_nodes
-from cpo_fast.search.engine.kv_arena import Arena, Trie, default_num_tokens
-from cpo_fast.search.engine.requests import Answer, Ask, Features, Memory, R, Search
+from cpo_fast.search.engine.cuda_graph_batch import CudaGraphBatch
+from cpo_fast.search.engine.decode_batch import DecodeBatch
+from cpo_fast.search.engine.forward_plans import ModelRunner, compute_nodes
+from cpo_fast.search.engine.kv_arena import KVArena, KVTrie, default_num_tokens
+from cpo_fast.search.engine.requests import Answer, AnswerCache, R, Requests, Search
 from cpo_fast.search.engine.scheduler import Scheduler
-from cpo_fast.search.engine.stopping import Stops
+from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.model import model_parts
@@ -29,87 +31,92 @@ class ArenaEngine:
     """Answers what searches ask from one KV arena.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head; prepared and set to eval mode here.
+        model: `transformers` or PEFT model with a language-model head. Prepared and set to eval mode here.
         tokenizer: its tokenizer.
-        settings: `batch_size` rows of a wave, `questions_in_flight`, `arena_tokens`, `prefill_tokens`.
-        features: None is all that this device has, but for what `settings` switches off.
-        stops: say when a line ends; None is newline and end-of-sequence.
+        config: `batch_size` requests of the decode batch, `questions_in_flight`, `arena_tokens`, `prefill_tokens`.
+        make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
+            graphs where the device and `config` have them, else plain steps.
+        stop_checker: says when a line ends. None is newline and end-of-sequence.
+
+    Attributes:
+        arena: keys and values. scheduler: what runs.
 
     Raises:
-        ValueError: the model cannot be computed exactly this way; the sentence names why.
+        ValueError: the model cannot be computed exactly this way. The sentence names why.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        settings: SearchConfig,
-        features: Features | None = None,
-        stops: Stops | None = None,
+        config: SearchConfig,
+        make_batch: Callable[[ModelRunner, StopChecker], DecodeBatch] | None = None,
+        stop_checker: StopChecker | None = None,
     ) -> None:
         self.model = prepare(model.eval())
-        self._parts = model_parts(model)
-        first = next(self._parts.causal_lm.parameters())
-        _check_device(first.device)
-        check_kernels(self._parts, ("tree_decode",))
-        dtype = self._parts.causal_lm.dtype
-        num_tokens = settings.arena_tokens or default_num_tokens(self._parts.config, dtype, first.device)
-        self._settings = settings
-        self._arena = Arena(self._parts.config, num_tokens, dtype, first.device)
-        self._permanent = Trie()
+        parts = model_parts(model)
+        device, dtype = next(parts.causal_lm.parameters()).device, parts.causal_lm.dtype
+        _check_device(device)
+        check_kernels(parts, ("tree_decode",))
+        # decided here for all layers of all forwards
+        impl = resolve_implementation("tree_decode", None, device.type, available_implementations(device.type))
+        num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
+        self.arena = KVArena(parts.config, num_tokens, dtype, device)
+        self._permanent = KVTrie()
+        self._config = config
+        self._runner = ModelRunner(parts, self.arena, impl)
         self._weights = weights_fingerprint(model)
-        self.scheduler = Scheduler(
-            self._parts,
-            self._arena,
-            self._permanent,
-            stops or Stops(model, tokenizer),
-            settings.batch_size,
-            settings.questions_in_flight,
-            settings.prefill_tokens,
-            features or Features(graphs=settings.cuda_graphs and _can_record(first.device)),
-        )
+        stop_checker = stop_checker or StopChecker(model, tokenizer)
+        # `tree_decode` in plain torch reads its plan on the host, which a recorded step cannot
+        can_record = config.cuda_graphs and device.type == "cuda" and impl == "triton"
+        make_batch = make_batch or (CudaGraphBatch if can_record else DecodeBatch)
+        batch = make_batch(self._runner, stop_checker)
+        self.scheduler = Scheduler(self._runner, self._permanent, batch, stop_checker, config)
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
-        """Compute these leading ids now and keep them; later prompts that start with them read them."""
+        """Compute these leading ids now and keep them. Later prompts that start with them read them."""
         if not token_ids:
             return
         self._check_weights()
         path = self._permanent.insert([token_ids])[0]
         missing = [node for node, _ in path if node.start is None]
         for node in missing:
-            node.start = self._arena.allocate(len(node))
+            node.start = self.arena.allocate(len(node))
             if node.start is None:
                 raise OutOfMemory(
-                    f"the KV arena of {self._arena.num_tokens} tokens cannot hold the shared prompts; raise "
+                    f"the KV arena of {self.arena.num_tokens} tokens cannot hold the shared prompts; raise "
                     "search.arena_tokens"
                 )
-        compute_nodes(self._parts, self._arena, missing, self._settings.prefill_tokens)
+        compute_nodes(self._runner, missing, self._config.prefill_tokens)
 
-    def answer(self, ask: Ask) -> list[Answer]:
-        """As `request.Engine.answer`."""
-        ((_, answers, _),) = self.run([("", _alone(ask))])
+    def answer(self, requests: Requests) -> list[Answer]:
+        """As `Engine.answer`."""
+
+        def search() -> Search[list[Answer]]:
+            return (yield requests)
+
+        ((_, answers, _),) = self.run([("", search())])
         if isinstance(answers, Exception):
             raise answers
         return answers
 
     def run(
-        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+        self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """As `request.Engine.run`; weights must not change before it ends."""
+        """As `Engine.run`. Weights must not change before it ends."""
         self._check_weights()
-        return self.scheduler.run(searches, memory)
+        return self.scheduler.run(searches, cache)
 
     def _check_weights(self) -> None:
-        """Forget every stored node when a weight or the choice of adapters has changed since it was computed."""
+        """Drop every stored node when a weight or the choice of adapters has changed since it was computed."""
         now = weights_fingerprint(self.model)
         if now == self._weights:
             return
         self._weights = now
-        self.scheduler.wave.forget()
+        self.scheduler.batch.forget_weights()
         for node in self._permanent.nodes:
             if node.start is not None:
-                self._arena.release(node.start, len(node))
-                node.start = None
+                self.arena.drop(node)
 
 
 def _check_device(device: torch.device) -> None:
@@ -121,16 +128,10 @@ def _check_device(device: torch.device) -> None:
         )
 
 
-def _can_record(device: torch.device) -> bool:
-    """Whether steps can become CUDA graphs: `tree_decode` in plain torch reads its plan on the host."""
-    available = available_implementations(device.type)
-    return device.type == "cuda" and resolve_implementation("tree_decode", None, "cuda", available) == "triton"
-
-
 def weights_fingerprint(model: Any) -> str:
     """Changes with any weight that a step of training or a switch of adapters can change.
 
-    Adapters by their bytes; the base by its tensors' identity and their counters of changes in place.
+    Adapters by their bytes. The base by its tensors' identity and their counters of changes in place.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
@@ -142,8 +143,3 @@ def weights_fingerprint(model: Any) -> str:
         if "lora_" in name:
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _alone(ask: Ask) -> Search[list[Answer]]:
-    answers = yield ask
-    return answers

@@ -1,9 +1,9 @@
-"""Rows that generate side by side: one forward gives each of them its next token.
+"""The decode batch: requests that generate side by side, one forward for one token of each.
 
-A row first reads the last token of its prompt, so that its logits come from the same kind of forward as all that follow;
-what stands before is in the trie. Rows stand in depth-first order of their paths, so that every node they share is read
-once for all of them. A row that ends leaves at once, and its place is free for another: a row's tokens depend on its own
-path and request alone, so who is beside it changes nothing.
+A request first reads the last token of its prompt, so that its first logits come from the same kind of forward as all
+that follow. What stands before is in the KV trie. Requests stand in depth-first order of their paths, so that every node
+they share is read once for all of them. A request that has finished leaves at once, and its batch slot is free for
+another. A request's tokens depend on its own path and parameters alone, so who is beside it changes nothing.
 """
 
 from collections.abc import Sequence
@@ -12,144 +12,151 @@ from typing import Any
 
 import torch
 
-from cpo_fast.search.engine.forward_plans import decode_plan, padding_rows
-from cpo_fast.search.engine.kv_arena import Arena, Path
-from cpo_fast.search.engine.requests import Request
+from cpo_fast.search.engine.forward_plans import ModelRunner, decode_plan
+from cpo_fast.search.engine.kv_arena import KVPath
+from cpo_fast.search.engine.requests import SampleRequest
 from cpo_fast.search.engine.sampler import NOT_FINITE, BatchSampler
-from cpo_fast.search.engine.stopping import Stops
+from cpo_fast.search.engine.stopping import StopChecker
 from cpo_fast.tree import Stop
-from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits
-from cpo_kernels.integrations.transformers.model import ModelParts
+from cpo_kernels.device import to_device
+from cpo_kernels.tree_decode import DecodePlan
 
 
 @dataclass(eq=False)
-class Row:
+class RunningRequest:
     """One request that is being generated.
 
     Attributes:
-        request: what is asked. owner, index: whose it is, and which of its items.
-        path: nodes of the prompt without its last token. start: first of `max_new_tokens` private arena rows.
-        generated, logps: ids and raw log-probs so far; stop: why it ended; failed: its logits were not finite.
+        request: what is asked. owner, index: whose it is, and which of the owner's items.
+        path: nodes of the prompt without its last token. first_slot: of the `max_new_tokens` KV slots of its own.
+        generated, logps: ids and raw log-probs so far. stop: why it ended. failed: its logits were not finite.
     """
 
-    request: Request
+    request: SampleRequest
     owner: Any
     index: int
-    path: Path
-    start: int
+    path: KVPath
+    first_slot: int
     generated: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     stop: Stop | None = None
     failed: bool = False
 
     @property
-    def done(self) -> bool:
-        """Whether the row has ended."""
-        return self.failed or self.stop is not None
+    def last_token(self) -> int:
+        """What its next forward reads."""
+        return self.generated[-1] if self.generated else self.request.token_ids[-1]
+
+    @property
+    def first_position(self) -> int:
+        """Position of the prompt's last token, which the first forward reads."""
+        return len(self.request.token_ids) - 1
 
 
 @dataclass(eq=False)
-class WaveCounts:
-    """What a wave has computed: forwards, rows that generated, rows of the forwards, keys read (a shared one once)."""
+class DecodeCounts:
+    """What was computed: decode steps, tokens that requests got, batch slots, keys read (a shared one once)."""
 
     num_steps: int = 0
-    num_rows: int = 0
-    num_places: int = 0
+    num_tokens: int = 0
+    num_slots: int = 0
     num_keys: int = 0
 
-    def add(self, num_rows: int, num_places: int, num_keys: int) -> None:
-        """Count one forward."""
-        self.num_steps += 1
-        self.num_rows += num_rows
-        self.num_places += num_places
-        self.num_keys += num_keys
 
-
-class Wave:
-    """The rows of one forward.
+class DecodeBatch:
+    """Requests that generate side by side.
 
     Args:
-        parts: of a prepared model. arena: where keys and values are. stops: says when a row ends.
-        share, refill: see `Features`.
+        runner: the model. stop_checker: says when a request ends.
+        share: a node that requests share is read once for all of them. False: once for each, for measurements.
+        refill: batch slots of finished requests are filled while others still run. False: when all have ended.
 
     Attributes:
-        rows: in depth-first order.
+        running: in depth-first order.
         counts: of what was computed.
     """
 
-    def __init__(self, parts: ModelParts, arena: Arena, stops: Stops, share: bool = True, refill: bool = True) -> None:
-        self.rows: list[Row] = []
-        self.counts = WaveCounts()
-        self._parts = parts
-        self._arena = arena
-        self._stops = stops
+    def __init__(
+        self, runner: ModelRunner, stop_checker: StopChecker, *, share: bool = True, refill: bool = True
+    ) -> None:
+        self.running: list[RunningRequest] = []
+        self.counts = DecodeCounts()
+        self._runner, self._stop_checker = runner, stop_checker
         self._share, self._refill = share, refill
-        self._device = next(parts.causal_lm.parameters()).device
+        self._in_slots: list[RunningRequest] = []  # as the batch was built last
         self._sampler: BatchSampler | None = None
 
-    def room(self, max_rows: int) -> int:
-        """How many rows may be added now."""
-        return max(0, max_rows - len(self.rows)) if self._refill or not self.rows else 0
+    def num_free(self, max_running: int) -> int:
+        """How many requests may be added now."""
+        return max(0, max_running - len(self.running)) if self._refill or not self.running else 0
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Let more rows take part in the next step."""
-        self.rows = depth_first_rows([*self.rows, *rows])
-        self._sampler = None
+    def add(self, requests: Sequence[RunningRequest]) -> None:
+        """Let more requests take part from the next step on."""
+        # depth first: requests below one node stand together
+        self.running = sorted([*self.running, *requests], key=lambda one: [node.number for node, _ in one.path])
 
-    def forget(self) -> None:
-        """Nothing is kept between runs that a change of weights could spoil."""
+    def drop(self, requests: Sequence[RunningRequest]) -> None:
+        """Leave requests out from the next step on."""
+        gone = set(requests)
+        self.running = [one for one in self.running if one not in gone]
 
-    def drop(self, rows: Sequence[Row]) -> None:
-        """Leave rows out from the next step on."""
-        gone = {id(row) for row in rows}
-        self.rows = [row for row in self.rows if id(row) not in gone]
-        self._sampler = None
+    def forget_weights(self) -> None:
+        """Drop what holds on to weights, because they have changed. Nothing here does."""
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
-        """Generate one token for each row; returns the rows that ended with it, which have left the wave."""
-        padding = padding_rows(len(self.rows), self._device)
-        tokens = [row.generated[-1] if row.generated else row.request.token_ids[-1] for row in self.rows]
-        lengths = [len(row.generated) for row in self.rows]
-        positions = [len(row.request.token_ids) - 1 + length for row, length in zip(self.rows, lengths, strict=True)]
-        plan, num_node_keys = decode_plan(
-            [row.path for row in self.rows],
-            [row.start for row in self.rows],
-            [length + 1 for length in lengths],
-            padding,
-            self._arena.dump_row,
+    def step(self) -> list[RunningRequest]:
+        """Generate one token for each request. Returns those that ended with it, which have left the batch."""
+        if not self.running:
+            return []
+        device = self._runner.device
+        padding = self._runner.num_padding(len(self.running))
+        lengths = [len(one.generated) for one in self.running]
+        positions = [one.first_position + length for one, length in zip(self.running, lengths, strict=True)]
+        plan, num_node_keys = self._plan(padding)
+        self._count_step(len(self.running) + padding, num_node_keys + sum(lengths) + len(lengths))
+        hidden = self._runner.forward(
+            torch.tensor([one.last_token for one in self.running] + [0] * padding, device=device),
+            torch.tensor(positions + [0] * padding, device=device),
+            to_device(plan, device),
+        )
+        if self._sampler is None or self._in_slots != self.running:
+            self._in_slots = self.running
+            self._sampler = self._build_sampler(len(self.running), device)
+        logits = self._runner.logits(hidden[: len(self.running)])
+        tokens, logps = self._sampler.sample(logits, torch.tensor(lengths, device=device))
+        return self._receive(self.running, tokens.tolist(), logps.tolist())
+
+    def _plan(self, num_padding: int) -> tuple[DecodePlan, int]:
+        """The plan of the next step, and how many keys of nodes it reads."""
+        return decode_plan(
+            [one.path for one in self.running],
+            [one.first_slot for one in self.running],
+            [len(one.generated) + 1 for one in self.running],
+            num_padding,
+            self._runner.arena.padding_slot,
             self._share,
         )
-        num_keys = num_node_keys + sum(lengths) + len(lengths)
-        self.counts.add(len(self.rows), len(self.rows) + padding, num_keys)
-        hidden = decode_forward(
-            self._parts,
-            torch.tensor(tokens + [0] * padding, device=self._device),
-            torch.tensor(positions + [0] * padding, device=self._device),
-            plan.to(self._device),
-            self._arena.layers,
-        )
-        logits = next_logits(self._parts, hidden[: len(self.rows)])
-        if self._sampler is None:
-            self._sampler = BatchSampler.build(
-                [row.request for row in self.rows],
-                [row.generated for row in self.rows],
-                len(self.rows),
-                logits.shape[1],
-                self._device,
-            )
-        chosen, logps = self._sampler.sample(logits, torch.tensor(lengths, device=self._device))
-        for row, token, logp in zip(self.rows, chosen.tolist(), logps.tolist(), strict=True):
-            row.failed = token == NOT_FINITE
-            if not row.failed:
-                row.logps.append(logp)
-                row.stop = self._stops.take(token, row.generated, row.request.max_new_tokens)
-        ended = [row for row in self.rows if row.done]
+
+    def _build_sampler(self, num_rows: int, device: torch.device) -> BatchSampler:
+        requests, generated = [one.request for one in self.running], [one.generated for one in self.running]
+        return BatchSampler.build(requests, generated, num_rows, self._runner.vocab_size, device)
+
+    def _count_step(self, num_slots: int, num_keys: int) -> None:
+        self.counts.num_steps += 1
+        self.counts.num_slots += num_slots
+        self.counts.num_keys += num_keys
+
+    def _receive(
+        self, requests: Sequence[RunningRequest], tokens: Sequence[int], logps: Sequence[float]
+    ) -> list[RunningRequest]:
+        """Give requests the token that a step chose for each. Returns those that ended, which leave the batch."""
+        self.counts.num_tokens += len(requests)
+        for one, token, logp in zip(requests, tokens, logps, strict=True):
+            one.failed = token == NOT_FINITE
+            if not one.failed:
+                one.logps.append(logp)
+                one.stop = self._stop_checker.append(token, one.generated, one.request.max_new_tokens)
+        ended = [one for one in requests if one.failed or one.stop is not None]
         if ended:
             self.drop(ended)
         return ended
-
-
-def depth_first_rows(rows: Sequence[Row]) -> list[Row]:
-    """Rows in the order of their paths, so that those below one node stand together."""
-    return sorted(rows, key=lambda row: [node.number for node, _ in row.path])

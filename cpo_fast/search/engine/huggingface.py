@@ -1,15 +1,14 @@
 """The reference engine: a stock Hugging Face model, its own KV cache, batched over the samples of one state.
 
-A state is prefilled once, unpadded, on top of the cached few-shot prefix; its cache is then repeated for the samples,
+A state is prefilled once, unpadded, on top of the cached few-shot prefix. Its cache is then repeated for the samples,
 which decode together until a newline, end-of-sequence or the cap. States never share a forward: with left padding the
-sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens. So a result
-depends on its own request only, as long as the libraries below treat the rows of a batch alike. On a CPU they do in
-float32 where the number of rows is a multiple of `ROW_MULTIPLE` and attention is the plain one (measured: then tokens
-and log-probs are the same bits for any batch and any number of threads); torch's fused CPU attention gives other last
+sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens.
+
+So a result depends on its own request only, as long as the libraries below treat the rows of a batch alike. On a CPU they
+do in float32 where the number of rows is a multiple of `ROW_MULTIPLE` and attention is the plain one: measured, tokens and
+log-probs are then the same bits for any batch and any number of threads. Torch's fused CPU attention gives other last
 bits to the rows of other threads. A GPU library may choose another kernel for another number of rows, and there equal
 results are promised for equal `batch_size` only.
-
-Reading every shared ancestor once, and batching states and questions, is what the arena engine is for.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +20,20 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cpo_fast.search.engine.requests import Answer, Ask, Memory, R, Request, Sample, Scoring, Search, drive_each
+from cpo_fast.search.engine.requests import (
+    Answer,
+    AnswerCache,
+    R,
+    Requests,
+    Sample,
+    SampleRequest,
+    ScoreRequest,
+    Search,
+    check_length,
+    run_searches,
+)
 from cpo_fast.search.engine.sampler import choose_token, log_probs, uniforms
+from cpo_fast.search.engine.stopping import StopChecker
 from cpo_fast.tree import Stop
 
 # a CPU matrix library sums a row in another order where a thread is left with fewer than four rows: measured for float32
@@ -34,45 +45,44 @@ class HuggingFaceEngine:
     """Samples lines and scores labels with a causal language model.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head; set to eval mode here.
+        model: `transformers` or PEFT model with a language-model head. Set to eval mode here.
         tokenizer: its tokenizer.
         batch_size: at most so many samples per forward (filled up to a multiple of `ROW_MULTIPLE`).
+        stop_checker: says when a line ends. None is newline and end-of-sequence.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, stop_checker: StopChecker | None = None) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self._stop_checker = stop_checker or StopChecker(model, tokenizer)
         self._prefixes: list[tuple[tuple[int, ...], Any]] = []
-        self._has_newline: dict[int, bool] = {}
 
     @torch.inference_mode()
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
-        """Prefill these ids once and keep their KV; prompts that start with them, and go on, reuse it."""
+        """Prefill these ids once and keep their KV. Prompts that start with them, and go on, reuse it."""
         prefix = tuple(token_ids)
         if prefix and all(prefix != known for known, _ in self._prefixes):
             self._prefixes.append((prefix, self._forward(self._tensor([prefix]), None)[1]))
             self._prefixes.sort(key=lambda entry: -len(entry[0]))  # the longest that fits is found first
 
-    def answer(self, ask: Ask) -> list[Answer]:
-        """See `request.Engine.answer`. Nothing but the shared prefixes is kept between asks."""
-        samples = iter(self.sample([item for item in ask.items if isinstance(item, Request)]))
+    def answer(self, requests: Requests) -> list[Answer]:
+        """As `Engine.answer`. Nothing but the shared prefixes is kept between calls."""
+        samples = iter(self.sample([item for item in requests.items if isinstance(item, SampleRequest)]))
         return [
-            self.score(item.token_ids, item.continuations) if isinstance(item, Scoring) else next(samples)
-            for item in ask.items
+            self.score(item.token_ids, item.continuations) if isinstance(item, ScoreRequest) else next(samples)
+            for item in requests.items
         ]
 
     def run(
-        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+        self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """See `request.Engine.run`: one search after the other."""
-        return drive_each(self, searches, memory)
+        """As `Engine.run`, one search after the other."""
+        return run_searches(self, searches, cache)
 
     @torch.inference_mode()
-    def sample(self, requests: Sequence[Request]) -> list[Sample]:
-        """One line per request, in order; consecutive requests with the same prompt share its prefill.
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sample]:
+        """One line per request, in order. Consecutive requests with the same prompt share its prefill.
 
         Raises:
             ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
@@ -80,7 +90,7 @@ class HuggingFaceEngine:
         samples: list[Sample] = []
         for prompt, group in groupby(requests, key=lambda request: request.token_ids):
             rows = list(group)
-            self._check_length(len(prompt), max(request.max_new_tokens for request in rows))
+            check_length(len(prompt), max(request.max_new_tokens for request in rows), self.max_positions)
             logits, cache = self._prefill(prompt)
             for start in range(0, len(rows), self.batch_size):
                 samples.extend(self._decode(rows[start : start + self.batch_size], logits[0, -1], cache))
@@ -90,18 +100,18 @@ class HuggingFaceEngine:
     def score(self, token_ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         """Natural log-prob of each whole continuation, float64 sums of float64 log-softmax.
 
-        One forward when every continuation is one token; a second one over the rest of the longer ones otherwise.
+        One forward when every continuation is one token. A second one over the rest of the longer ones otherwise.
 
         Raises:
             ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
         """
         longest = max((len(continuation) for continuation in continuations), default=0)
-        self._check_length(len(token_ids), longest)
+        check_length(len(token_ids), longest, self.max_positions)
         logits, cache = self._prefill(tuple(token_ids))
         first = log_probs(_on_host(logits[0, -1]))
         sums = [first[continuation[0]] if continuation else 0.0 for continuation in continuations]
         if longest > 1:
-            # right padding is invisible to the tokens before it; its own rows are not read
+            # right padding is invisible to the tokens before it. Its own rows are not read
             inputs = [[*item[:-1], *[0] * (longest - 1 - len(item[:-1]))] for item in continuations]
             rest, _ = self._forward(self._tensor(inputs), _repeat(cache, len(inputs)), keep=0)
             for row, continuation in enumerate(continuations):
@@ -116,61 +126,41 @@ class HuggingFaceEngine:
                 return self._forward(self._tensor([prompt[len(prefix) :]]), deepcopy(cache))
         return self._forward(self._tensor([prompt]), None)
 
-    def _decode(self, requests: list[Request], logits: torch.Tensor, cache: Any) -> list[Sample]:
-        """Samples of one state side by side. `logits` [V] after the prompt; `cache` one row, left unchanged."""
+    def _decode(self, requests: list[SampleRequest], logits: torch.Tensor, cache: Any) -> list[Sample]:
+        """Samples of one state side by side. `logits` [V] after the prompt. `cache` one row, left unchanged."""
         lines = [_Line(request) for request in requests]
-        alive = list(range(len(lines)))  # indices into lines, one per row that is still read
+        active = list(range(len(lines)))  # indices into lines, one per row that is still read
         rows = logits.float().expand(len(lines), -1)
         past: Any = None
         num_rows = 0
         for _ in range(max(request.max_new_tokens for request in requests)):
             values = _on_host(rows)
-            for row, index in enumerate(alive):
+            for row, index in enumerate(active):
                 if lines[index].stop is None:
-                    self._take(lines[index], values[row])
-            running = [row for row, index in enumerate(alive) if lines[index].stop is None]
+                    lines[index].append(values[row], self._stop_checker)
+            running = [row for row, index in enumerate(active) if lines[index].stop is None]
             if not running:
                 break
             if past is None or (len(running) <= num_rows // 2 and num_rows > ROW_MULTIPLE):
-                # only running rows go on, filled up with copies of the last; copies are computed and not read
+                # only running rows go on, filled up with copies of the last. Copies are computed and not read
                 picked = running + [running[-1]] * (-len(running) % ROW_MULTIPLE)
                 past = _repeat(cache, len(picked)) if past is None else _select(past, picked)
-                alive = [alive[row] for row in running]
+                active = [active[row] for row in running]
                 num_rows = len(picked)
-            last = [lines[index].token_ids[-1] if lines[index].token_ids else 0 for index in alive]
+            # rows that have finished since go on too, and their logits are ignored
+            last = [lines[index].generated[-1] if lines[index].generated else 0 for index in active]
             last += [last[-1]] * (num_rows - len(last))
             with self._plain_attention():
-                rows = self._forward(self._tensor([[token] for token in last]), past)[0][: len(alive), -1]
+                rows = self._forward(self._tensor([[token] for token in last]), past)[0][: len(active), -1]
+        text = self._stop_checker.text
         return [
-            Sample(tuple(line.token_ids), self._text(line.token_ids), line.stop or "length", tuple(line.logps))
+            Sample(tuple(line.generated), text(line.generated), line.stop or "length", tuple(line.logps))
             for line in lines
         ]
 
     def _plain_attention(self) -> AbstractContextManager[None]:
         on_cpu = self.model.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-
-    def _take(self, line: "_Line", logits: Any) -> None:
-        """Sample a line's next token from float64 `logits` [V], and note whether the line ends with it."""
-        token = line.choose(logits)
-        line.logps.append(float(log_probs(logits)[token]))
-        if token in self._eos_ids:
-            line.stop = "eos"
-            return
-        line.token_ids.append(token)
-        if self._contains_newline(token):
-            line.stop = "newline"
-        elif len(line.token_ids) >= line.request.max_new_tokens:
-            line.stop = "length"
-
-    def _contains_newline(self, token: int) -> bool:
-        if token not in self._has_newline:
-            self._has_newline[token] = "\n" in self._text([token])
-        return self._has_newline[token]
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
 
     def _forward(self, input_ids: torch.Tensor, cache: Any, keep: int = 1) -> tuple[torch.Tensor, Any]:
         """Logits of the last `keep` positions (0: all) and the cache, which grows in place when given."""
@@ -180,38 +170,31 @@ class HuggingFaceEngine:
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self.model.device)
 
-    def _check_length(self, prompt_length: int, num_new_tokens: int) -> None:
-        if prompt_length == 0:
-            raise ValueError("the prompt has no tokens")
-        if self.max_positions is not None and prompt_length + num_new_tokens > self.max_positions:
-            raise ValueError(
-                f"prompt of {prompt_length} tokens and up to {num_new_tokens} new ones exceed the model's "
-                f"{self.max_positions} positions"
-            )
-
 
 class _Line:
     """A line while it is sampled."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.token_ids: list[int] = []
+    def __init__(self, request: SampleRequest) -> None:
+        self.generated: list[int] = []
         self.logps: list[float] = []
         self.stop: Stop | None = None
+        self._request = request
         self._uniforms = uniforms(request.uid, request.max_new_tokens)
 
-    def choose(self, logits: Any) -> int:
-        """The next token from float64 `logits` [V]."""
-        request = self.request
-        uniform = float(self._uniforms[len(self.token_ids)])
-        seen = (*request.token_ids, *self.token_ids) if request.repetition_penalty != 1 else ()
-        return choose_token(
+    def append(self, logits: Any, stop_checker: StopChecker) -> None:
+        """Sample the next token from float64 `logits` [V]."""
+        request = self._request
+        uniform = float(self._uniforms[len(self.generated)])
+        seen = (*request.token_ids, *self.generated) if request.repetition_penalty != 1 else ()
+        token = choose_token(
             logits, uniform, request.temperature, request.top_p, request.top_k, request.repetition_penalty, seen
         )
+        self.logps.append(float(log_probs(logits)[token]))
+        self.stop = stop_checker.append(token, self.generated, request.max_new_tokens)
 
 
 def _select(cache: Any, rows: list[int]) -> Any:
-    """Make row i of `cache` its former row `rows[i]`, in place; any number of rows, repeats allowed."""
+    """Make row i of `cache` its former row `rows[i]`, in place. Any number of rows, repeats allowed."""
     device = next(layer.keys.device for layer in cache.layers if getattr(layer, "keys", None) is not None)
     cache.reorder_cache(torch.tensor(rows, device=device))
     return cache
@@ -225,13 +208,3 @@ def _repeat(cache: Any, count: int) -> Any:
 def _on_host(logits: torch.Tensor) -> Any:
     """[..., V] to float64 in numpy."""
     return logits.double().cpu().numpy()
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a sequence: the tokenizer's, the model's and its generation config's."""
-    found: set[int] = set()
-    configs = (tokenizer, model.config, getattr(model, "generation_config", None))
-    for holder in configs:
-        value = getattr(holder, "eos_token_id", None)
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    return frozenset(found)

@@ -1,11 +1,8 @@
-"""What a search asks of an engine, and what it gets back. Plain token ids; no torch.
+"""What a search asks of an engine, and what it gets back. Plain token ids, no torch.
 
-A search is a generator: it yields an `Ask`, is sent the answers in the order of its items, and returns its result. It
-holds no engine, so that one engine can keep many searches going and put what they ask into common forwards.
-
-One search after the other through `Engine.answer`: the reference for whatever keeps many going at once.
-
-What makes the arena engine fast, each of which a measurement can switch off. None of them changes a result.
+A search is a generator. It yields `Requests`, is sent their answers in order, and returns its result. It holds no
+engine, so one engine can keep many searches going and put what they ask into common forwards. `run_searches` is the
+plain way, one search after the other, and the reference for the engine that keeps many going.
 """
 
 import time
@@ -20,15 +17,15 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One continuation to sample; answered by a `Sample`.
+class SampleRequest:
+    """One continuation to sample. Answered by a `Sample`.
 
     Attributes:
         token_ids: the prompt, special tokens included.
-        uid: names this sample in the whole run (seed, question, state, sample index); decides its random numbers.
+        uid: names this sample in the whole run (seed, question, state, sample index). It decides the random numbers.
         temperature: 0 is greedy. top_p: nucleus mass. max_new_tokens: the cap.
-        top_k: only so many of the likeliest tokens; 0 is all. repetition_penalty: of every token in the prompt or
-            generated so far, as Hugging Face defines it; 1 is none.
+        top_k: only so many of the likeliest tokens. 0 is all. repetition_penalty: of every token in the prompt or
+            generated so far, as Hugging Face defines it. 1 is none.
     """
 
     token_ids: tuple[int, ...]
@@ -41,8 +38,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Whole continuations to score after one prompt; answered by a list of their natural log-probs, in nats.
+class ScoreRequest:
+    """Whole continuations to score after one prompt. Answered by a list of their natural log-probs, in nats.
 
     Attributes:
         token_ids: the prompt, special tokens included.
@@ -51,6 +48,11 @@ class Scoring:
 
     token_ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(map(len, self.continuations), default=0)
 
 
 @dataclass(frozen=True)
@@ -81,124 +83,115 @@ def num_generated(token_ids: Sequence[int], stop: Stop) -> int:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Requests:
     """What a search wants to know before it goes on.
 
     Attributes:
         items: in the order in which their answers are expected.
-        keep: whether the prompts are states that later prompts continue, so that their keys and values are worth
-            keeping: thoughts are, verdicts are not.
+        keep: keep the KV of these prompts after the call: True for thoughts (later prompts extend them), False for
+            verdict prompts.
     """
 
-    items: tuple[Request | Scoring, ...]
+    items: tuple[SampleRequest | ScoreRequest, ...]
     keep: bool
 
 
-# of a Request a Sample, of a Scoring a list of log-probs
-Answer: TypeAlias = Sample | list[float]
-Search: TypeAlias = Generator[Ask, list[Answer], R]
+Answer: TypeAlias = Sample | list[float]  # of a SampleRequest, of a ScoreRequest
+Search: TypeAlias = Generator[Requests, list[Answer], R]
 
 
-class Memory(Protocol):
-    """Answers of an earlier run, and where new ones are noted; `name` is that of the search."""
+class AnswerCache(Protocol):
+    """Answers of an earlier run. `name` is that of the search."""
 
-    def recall(self, name: str, item: Request | Scoring) -> Answer | None:
-        """The answer to an item, if it is known."""
+    def get(self, name: str, item: SampleRequest | ScoreRequest) -> Answer | None:
+        """The answer to a request, if it is known."""
 
-    def note(self, name: str, item: Request | Scoring, answer: Answer) -> None:
-        """Take an answer that was computed, as soon as it is."""
+    def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
+        """Take an answer as soon as it is computed."""
 
 
 class Engine(Protocol):
-    """What the search needs. The answer to an item depends on the item alone, never on its company."""
+    """What a search needs. The answer to a request depends on that request alone, never on those beside it."""
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
-        """Compute these leading ids once; later prompts that start with them reuse the work."""
+        """Compute these leading ids once. Later prompts that start with them reuse the work."""
 
-    def answer(self, ask: Ask) -> list[Answer]:
-        """Answers to one ask, in the order of its items.
+    def answer(self, requests: Requests) -> list[Answer]:
+        """Answers in the order of the items.
 
         Raises:
             ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
         """
 
     def run(
-        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+        self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """Drive named searches until each is done.
+        """Run named searches until each is done.
 
         Args:
             searches: taken from the iterable as there is room for them.
-            memory: what it knows is not computed again, and changes no other answer.
+            cache: what it knows is not computed again, and changes no other answer.
 
         Yields:
             (name, result or the exception that ended the search, seconds in flight) as they end, in any order. What
-            cannot be answered is raised inside the search that asked; it never ends another.
+            cannot be answered is raised inside the search that asked. It never ends another.
         """
 
 
-def drive(engine: Engine, search: Search[R], name: str = "", memory: Memory | None = None) -> R:
-    """The result of one search, alone; `name` is what `memory` knows it by.
+def check_length(num_prompt_tokens: int, num_new_tokens: int, max_positions: int | None) -> None:
+    """Refuse, by a ValueError, an empty prompt, and one that may outgrow the positions a model has (None: no limit)."""
+    if num_prompt_tokens == 0:
+        raise ValueError("the prompt has no tokens")
+    if max_positions is not None and num_prompt_tokens + num_new_tokens > max_positions:
+        raise ValueError(
+            f"prompt of {num_prompt_tokens} tokens and up to {num_new_tokens} new ones exceed the model's "
+            f"{max_positions} positions"
+        )
 
-    An error in `answer` is raised inside the search, at the ask that caused it, as in `Engine.run`.
+
+def run_search(engine: Engine, search: Search[R], name: str = "", cache: AnswerCache | None = None) -> R:
+    """The result of one search, alone. `cache` knows it by `name`.
 
     Raises:
         Exception: whatever ends the search.
     """
-    turn: Callable[[], Ask] = partial(next, search)
+    advance: Callable[[], Requests] = partial(next, search)
     end: StopIteration | None = None
     while end is None:
         try:
-            turn = _next_turn(engine, search, turn(), name, memory)
+            requests = advance()
         except StopIteration as stop:
             end = stop
+            continue
+        try:
+            advance = partial(search.send, _answers(engine, requests, name, cache))
+        except Exception as error:  # raised at the search's `yield`: it decides what it can do without
+            advance = partial(search.throw, error)
     result: R = end.value
     return result
 
 
-def drive_each(
-    engine: Engine, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+def run_searches(
+    engine: Engine, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
 ) -> Iterator[tuple[str, R | Exception, float]]:
     """`Engine.run` for an engine that keeps one search going at a time."""
     for name, search in searches:
         started = time.perf_counter()
         result: R | Exception
         try:
-            result = drive(engine, search, name, memory)
+            result = run_search(engine, search, name, cache)
         except Exception as error:
             result = error
         yield name, result, time.perf_counter() - started
 
 
-def _next_turn(engine: Engine, search: Search[R], ask: Ask, name: str, memory: Memory | None) -> Callable[[], Ask]:
-    try:
-        return partial(search.send, _answers(engine, ask, name, memory))
-    except Exception as error:  # the search decides what it can do without
-        return partial(search.throw, error)
-
-
-def _answers(engine: Engine, ask: Ask, name: str, memory: Memory | None) -> list[Answer]:
-    if memory is None:
-        return engine.answer(ask)
-    known = [memory.recall(name, item) for item in ask.items]
-    missing = [item for item, answer in zip(ask.items, known, strict=True) if answer is None]
-    computed = engine.answer(Ask(tuple(missing), ask.keep)) if missing else []
+def _answers(engine: Engine, requests: Requests, name: str, cache: AnswerCache | None) -> list[Answer]:
+    if cache is None:
+        return engine.answer(requests)
+    known = [cache.get(name, item) for item in requests.items]
+    missing = [item for item, answer in zip(requests.items, known, strict=True) if answer is None]
+    computed = engine.answer(Requests(tuple(missing), requests.keep)) if missing else []
     for item, answer in zip(missing, computed, strict=True):
-        memory.note(name, item, answer)
+        cache.put(name, item, answer)
     new = iter(computed)
     return [next(new) if answer is None else answer for answer in known]
-
-
-@dataclass(frozen=True)
-class Features:
-    """Switches of one engine.
-
-    Attributes:
-        share: a node that rows share is read once for all of them; off: once for each row.
-        refill: places of finished rows are filled while others still run; off: when all have ended.
-        graphs: steps of generation are recorded and replayed, and read back one step late. Needs CUDA.
-    """
-
-    share: bool = True
-    refill: bool = True
-    graphs: bool = False

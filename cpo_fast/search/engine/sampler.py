@@ -4,15 +4,12 @@
     token     = min { t : sum_{s <= t} p_s > u * sum_s p_s },   p = processed distribution, s in vocabulary order
 
 The logits are processed in the order and by the rules of Hugging Face's processors: repetition penalty, temperature,
-top-k, top-p. The generator is counter-based and keyed by the request's name, so a sample depends neither on the rows
-beside it, nor on the batch size, nor on what was sampled before it: a restarted run continues with the same numbers. A
-row is always processed alone, as one vector of the vocabulary's length, so its sums round the same way in every batch.
+top-k, top-p. The generator is counter-based and keyed by the request's name. So a sample depends neither on the rows
+beside it, nor on the batch size, nor on what was sampled before it, and a restarted run continues with the same numbers.
 
-Tokens of many rows at once, on the device that holds the logits: the rule of `sampler.choose_token`, row by row.
-
-Hugging Face's order: repetition penalty, temperature, top-k, top-p; then the inverse CDF at the row's own uniform, in
-float64. Nothing here draws a random number or waits for the device, so a step of generation can be recorded as a graph.
-What no row of a wave asks for is left out of its step.
+`choose_token` is the rule for one row in numpy, which the Hugging Face engine uses. `BatchSampler` is the same rule for
+many rows on the device that holds the logits. It draws no random number and never waits for the device, so a decode step
+can be recorded as a CUDA graph.
 """
 
 import hashlib
@@ -24,14 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cpo_fast.search.engine.requests import Request
+from cpo_fast.search.engine.requests import SampleRequest
 
 Float64Array = npt.NDArray[np.float64]
+NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or +inf, or exclude every token
+NOT_FINITE_MESSAGE = "the model's logits are not finite; check the weights and the dtype"
 
 
-@lru_cache(maxsize=4096)  # a wave asks again for the rows that stay in it
+@lru_cache(maxsize=4096)  # a decode batch that is rebuilt asks again for the requests that stay in it
 def uniforms(uid: str, count: int) -> Float64Array:
-    """The first `count` numbers in [0, 1) of a request's stream; float64 [count], read-only. A longer table starts the
+    """The first `count` numbers in [0, 1) of a request's stream. Float64 [count], read-only. A longer table starts the
     same."""
     key = int.from_bytes(hashlib.sha256(uid.encode("utf-8", "surrogatepass")).digest()[:16], "little")
     numbers = np.random.Generator(np.random.Philox(key=key)).random(count)
@@ -51,14 +50,14 @@ def choose_token(
     """Token id for one row.
 
     Args:
-        logits: [V] float64, unprocessed; -inf excludes a token. Left as they are.
-        uniform: in [0, 1); unused when greedy.
-        temperature: logits are divided by it; 0 takes the largest logit, the smallest id on a tie.
-        top_p: tokens in order of falling probability are kept while the mass before them is below it; equals stand in
+        logits: [V] float64, unprocessed. -inf excludes a token. Left as they are.
+        uniform: in [0, 1). Unused when greedy.
+        temperature: logits are divided by it. 0 takes the largest logit, the smallest id on a tie.
+        top_p: tokens in order of falling probability are kept while the mass before them is below it. Equals stand in
             the order of their ids, which Hugging Face leaves to an unstable sort.
-        top_k: so many of the largest logits are kept, and all that equal the last of them; 0 keeps every token.
-        repetition_penalty: divides a positive logit of a seen token and multiplies a negative one; 1 changes nothing.
-        seen: ids of the prompt and of what was generated after it, repeats allowed; read with a penalty only.
+        top_k: so many of the largest logits are kept, and all that equal the last of them. 0 keeps every token.
+        repetition_penalty: divides a positive logit of a seen token and multiplies a negative one. 1 changes nothing.
+        seen: ids of the prompt and of what was generated after it, repeats allowed. Read with a penalty only.
 
     Raises:
         ValueError: the logits hold NaN or +inf, or exclude every token.
@@ -94,7 +93,7 @@ def log_probs(logits: Float64Array) -> Float64Array:
 def check_finite(logits: Float64Array) -> None:
     """Refuse a row [V] that holds NaN or +inf, or excludes every token, by a ValueError."""
     if not np.isfinite(logits.max()):
-        raise ValueError("the model's logits are not finite; check the weights and the dtype")
+        raise ValueError(NOT_FINITE_MESSAGE)
 
 
 def _penalised(logits: Float64Array, seen: Sequence[int] | npt.NDArray[np.int64], penalty: float) -> Float64Array:
@@ -115,18 +114,16 @@ def _nucleus(probabilities: Float64Array, top_p: float) -> Float64Array:
     return nucleus
 
 
-NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or +inf, or exclude every token
-
-
 @dataclass(eq=False)
 class BatchSampler:
     """Parameters of B rows, on one device.
 
     Attributes:
-        uniforms: [B, S] float64, the numbers of each row's stream; S is the largest cap.
-        temperature: [B] float64; 0 is greedy. top_p: [B] float64.
-        top_k: [B] int64, V where it is off. None where no row asks for it, as the next two.
-        penalty: [B] float64 repetition penalty. seen: [B, V] bool, ids of prompt and generated tokens.
+        uniforms: [B, S] float64, the numbers of each row's stream. S is the largest cap.
+        temperature: [B] float64. 0 is greedy.
+        top_p: [B] float64. top_k: [B] int64, V where a row has none. penalty: [B] float64 repetition penalty.
+        seen: [B, V] bool, ids of prompt and generated tokens. Goes with `penalty`. All four are None, and cost nothing,
+            where no row asks for them.
         all_greedy: no row draws at all.
     """
 
@@ -141,13 +138,16 @@ class BatchSampler:
     @classmethod
     def build(
         cls,
-        requests: Sequence[Request],
+        requests: Sequence[SampleRequest],
         generated: Sequence[Sequence[int]],
         num_rows: int,
         vocab_size: int,
         device: torch.device,
     ) -> "BatchSampler":
-        """Parameters of rows that have generated these ids so far; rows beyond the requests are greedy and free."""
+        """Parameters of requests that have generated these ids so far.
+
+        Padding rows, up to `num_rows`, sample greedily and cost nothing. Their tokens are ignored.
+        """
         padding = num_rows - len(requests)
         longest = max((request.max_new_tokens for request in requests), default=1)
         table = np.zeros((num_rows, longest))
@@ -183,7 +183,7 @@ class BatchSampler:
 
         Args:
             logits: [B, V] float32, unprocessed.
-            step: [B] int64, how many tokens the row has generated; picks its uniform.
+            step: [B] int64, how many tokens the row has generated. Picks its uniform.
 
         Returns:
             tokens [B] int64, `NOT_FINITE` where the logits are not usable, and raw log-probs [B] float64: natural,
@@ -202,7 +202,7 @@ class BatchSampler:
         tokens = torch.where(scores == largest, ids, logits.shape[1] - 1).amin(dim=1)
         if not self.all_greedy:
             tokens = torch.where(self.temperature > 0, self._draw(scores, largest, step), tokens)
-        # NaN has no place in an order; such rows are marked below
+        # NaN has no place in an order. Such rows are marked below
         tokens = tokens.clamp(0, logits.shape[1] - 1)
         log_normaliser = (raw - raw_max).exp_().sum(dim=1).log()
         logps = raw.gather(1, tokens.unsqueeze(1)).squeeze(1) - raw_max.squeeze(1) - log_normaliser
@@ -231,7 +231,7 @@ class BatchSampler:
 
 
 def _first_above(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """First place whose cumulative mass exceeds `wanted`; where none does, the first that reaches the whole mass."""
+    """First place whose cumulative mass exceeds `wanted`. Where none does, the first that reaches the whole mass."""
     place = torch.searchsorted(cumulative, wanted, right=True)
     # u just below 1 can round up to the whole mass: then the last token that has any
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)

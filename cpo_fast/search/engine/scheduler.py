@@ -1,46 +1,60 @@
-"""Many searches at once: what they ask is put into common prefills and a common wave.
+"""Many searches at once: what they ask is put into common prefills and one decode batch.
 
-A round admits what fits, in the order of the searches: nodes that are missing are computed in one packed prefill, which
-also answers the scorings; requests become rows of the wave; the wave makes one step. A search that has all its answers
-goes on at once, and what it asks next fills the places that are free. An item is admitted only when the arena has all
-the rows that it can ever need, so nothing that runs is ever taken back half way. When the arena is full, stored states
-of searches that are not being read are dropped, to be computed again as they were; when even that is not enough, fewer
-items run together; when not even one fits, the run ends with a sentence that names the option.
+`Scheduler.step` is one round: it admits what fits, computes the prompts that are missing in one packed prefill, answers
+the score requests from it, and takes one decode step for every running request. A search that has all its answers goes
+on at once, and what it asks next fills the free batch slots.
+
+A request is admitted only when the arena has every KV slot that it can ever need, so nothing that runs is taken back half
+way. When the arena is full, stored states of searches that nothing reads are dropped, to be computed again as they were.
+When that is not enough, fewer requests run together. When not even one fits, the run ends with a sentence that names the
+option.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from itertools import chain
+from typing import Any
 
+from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine.cuda_graph_batch import GraphWave
-from cpo_fast.search.engine.decode_batch import Row, Wave
-from cpo_fast.search.engine.forward_plans import Read, compute_nodes
-from cpo_fast.search.engine.kv_arena import Arena, Node, Path, Trie
-from cpo_fast.search.engine.requests import Answer, Ask, Features, Memory, R, Request, Sample, Scoring, Search
-from cpo_fast.search.engine.stopping import Stops
-from cpo_kernels.integrations.transformers.model import ModelParts, check_forward
+from cpo_fast.search.engine.decode_batch import DecodeBatch, RunningRequest
+from cpo_fast.search.engine.forward_plans import ModelRunner, Read, compute_nodes
+from cpo_fast.search.engine.kv_arena import KVNode, KVPath, KVTrie
+from cpo_fast.search.engine.requests import (
+    Answer,
+    AnswerCache,
+    R,
+    Requests,
+    Sample,
+    SampleRequest,
+    ScoreRequest,
+    Search,
+    check_length,
+)
+from cpo_fast.search.engine.sampler import NOT_FINITE_MESSAGE
+from cpo_fast.search.engine.stopping import StopChecker
+from cpo_kernels.integrations.transformers.model import check_forward
 
 
 @dataclass(eq=False)
-class Job(Generic[R]):
+class ActiveSearch:
     """One search in flight.
 
     Attributes:
-        states: the trie of the prompts that it continues. trie: of the present ask, `states` or one of its own.
-        paths: of each item of the ask, one; of a scoring, one for each continuation.
-        pending: items not yet admitted. num_open: items without an answer.
+        states: the trie of the prompts that it continues. trie: of the present requests, `states` or one of its own.
+        paths: of each request, one. Of a score request, one for each continuation.
+        pending: requests not yet admitted. num_open: requests without an answer.
     """
 
     name: str
-    search: Search[R]
-    states: Trie
+    search: Search[Any]
+    states: KVTrie
+    trie: KVTrie
     started: float
-    trie: Trie
-    ask: Ask = field(default_factory=lambda: Ask((), False))
-    paths: list[list[Path]] = field(default_factory=list)
-    answers: list[Any] = field(default_factory=list)
+    requests: Requests = field(init=False)
+    paths: list[list[KVPath]] = field(default_factory=list)
+    answers: Any = None  # `send(None)` starts a generator
     pending: list[int] = field(default_factory=list)
     num_open: int = 0
     error: Exception | None = None
@@ -48,285 +62,268 @@ class Job(Generic[R]):
     done: bool = False
 
 
+# a score request that is computed: whose it is, which of the owner's items, what is read for each continuation
+Scored = tuple[ActiveSearch, int, list[list[Read]]]
+
+
 class Scheduler:
-    """Answers the asks of searches.
+    """Answers what searches ask.
 
     Args:
-        parts: of a prepared model. arena, permanent: storage, and the trie of prompts that stay.
-        stops: says when a row ends.
-        max_rows: of the wave. max_searches: in flight. prefill_tokens: of one forward.
-        features: what may be done.
+        runner: the model and its arena. permanent: the trie of prompts that stay.
+        batch: generates. stop_checker: gives the text of what was generated.
+        config: `batch_size`, `questions_in_flight` and `prefill_tokens`.
 
     Attributes:
-        wave: its counts say what was read. num_prefilled: tokens computed into nodes.
+        batch: its counts say what was read. num_prefilled: tokens computed into nodes.
     """
 
     def __init__(
         self,
-        parts: ModelParts,
-        arena: Arena,
-        permanent: Trie,
-        stops: Stops,
-        max_rows: int,
-        max_searches: int,
-        prefill_tokens: int,
-        features: Features,
+        runner: ModelRunner,
+        permanent: KVTrie,
+        batch: DecodeBatch,
+        stop_checker: StopChecker,
+        config: SearchConfig,
     ) -> None:
-        self.wave: Wave | GraphWave = (
-            GraphWave(parts, arena, stops, features.share, features.refill)
-            if features.graphs
-            else Wave(parts, arena, stops, features.share, features.refill)
-        )
+        self.batch = batch
         self.num_prefilled = 0
-        self._parts = parts
-        self._arena = arena
-        self._permanent = permanent
-        self._stops = stops
-        self._max_rows = max_rows
-        self._max_searches = max_searches
-        self._prefill_tokens = prefill_tokens
-        self._jobs: list[Job[Any]] = []
-        self._memory: Memory | None = None
+        self._runner, self._arena, self._permanent = runner, runner.arena, permanent
+        self._stop_checker = stop_checker
+        self._config = config
+        self._active: list[ActiveSearch] = []
+        self._cache: AnswerCache | None = None
 
     def run(
-        self, searches: Iterable[tuple[str, Search[R]]], memory: Memory | None = None
+        self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """As `request.Engine.run`."""
-        coming = iter(searches)
-        self._memory = memory
+        """As `Engine.run`."""
+        waiting = iter(searches)
+        self._cache = cache
         try:
-            self._take(coming)
-            while self._jobs:
-                if any(not job.done for job in self._jobs):
-                    self._round()
-                for job in [job for job in self._jobs if not job.done and job.num_open == 0]:
-                    self._go_on(job)
-                for job in [job for job in self._jobs if job.done]:
-                    self._jobs.remove(job)
-                    self._drop(job.states)
-                    yield job.name, job.result, time.perf_counter() - job.started
-                self._take(coming)
+            self._start(waiting)
+            while self._active:
+                if not all(active.done for active in self._active):
+                    self.step()
+                for active in [active for active in self._active if not active.done and active.num_open == 0]:
+                    self._resume(active)
+                for active in [active for active in self._active if active.done]:
+                    self._active.remove(active)
+                    self._drop_unused(active.states)
+                    yield active.name, active.result, time.perf_counter() - active.started
+                self._start(waiting)
         finally:
             self._abandon()
 
-    def _take(self, coming: Iterator[tuple[str, Search[Any]]]) -> None:
+    def step(self) -> None:
+        """One round: admit, prefill, answer score requests, decode one token for each running request."""
+        nodes, running, scored = self._admit()
+        reads = [read for _, _, continuations in scored for read in chain(*continuations)]
+        logps = compute_nodes(self._runner, nodes, self._config.prefill_tokens, reads)
+        self.num_prefilled += sum(map(len, nodes))
+        for active, index, continuations in scored:
+            self._finish_scores(active, index, continuations, logps)
+        self.batch.add(running)
+        for ended in self.batch.step():
+            self._finish_sample(ended)
+
+    def _start(self, waiting: Iterator[tuple[str, Search[Any]]]) -> None:
         """Begin searches as long as there is room for them."""
-        while len(self._jobs) < self._max_searches and (entry := next(coming, None)) is not None:
-            trie = Trie(base=self._permanent)
-            job: Job[Any] = Job(entry[0], entry[1], trie, time.perf_counter(), trie)
-            self._jobs.append(job)
-            self._go_on(job, first=True)
+        while len(self._active) < self._config.questions_in_flight and (entry := next(waiting, None)) is not None:
+            states = KVTrie(base=self._permanent)
+            active = ActiveSearch(*entry, states, states, time.perf_counter())
+            self._active.append(active)
+            self._resume(active)
 
-    def _go_on(self, job: Job[Any], first: bool = False) -> None:
-        """Give a search its answers, or its error, and take its next ask."""
-        if job.trie is not job.states:
-            self._drop(job.trie)
+    def _resume(self, active: ActiveSearch) -> None:
+        """Give a search its answers, or its error, until it asks for something that must be computed."""
+        if active.trie is not active.states:
+            self._drop_unused(active.trie)
         try:
-            ask = next(job.search) if first else self._send(job)
-            while not self._accept(job, ask):
-                ask = self._send(job)
+            while not active.pending:
+                refused, active.error = active.error, None
+                search = active.search
+                self._accept(active, search.throw(refused) if refused else search.send(active.answers))
         except StopIteration as stop:
-            job.done, job.result = True, stop.value
+            active.done, active.result = True, stop.value
         except Exception as error:
-            job.done, job.result = True, error
+            active.done, active.result = True, error
 
-    @staticmethod
-    def _send(job: Job[Any]) -> Ask:
-        error, job.error = job.error, None
-        return job.search.throw(error) if error is not None else job.search.send(job.answers)
-
-    def _accept(self, job: Job[Any], ask: Ask) -> bool:
-        """Lay the prompts of an ask out in the trie; False where it needs no work, or cannot be answered."""
-        memory = self._memory
-        job.ask, job.answers = ask, [memory and memory.recall(job.name, item) for item in ask.items]
-        job.pending = [index for index, answer in enumerate(job.answers) if answer is None]
-        job.num_open = len(job.pending)
-        job.trie = job.states if ask.keep else Trie(base=self._permanent)
+    def _accept(self, active: ActiveSearch, requests: Requests) -> None:
+        """Lay the prompts of new requests out in the trie. None is pending when all are known, or one is refused."""
+        cache = self._cache
+        active.requests = requests
+        active.answers = [None if cache is None else cache.get(active.name, item) for item in requests.items]
+        active.trie = active.states if requests.keep else KVTrie(base=self._permanent)
         try:
-            for item in ask.items:
+            for item in requests.items:
                 self._check(item)
         except ValueError as error:
-            job.error, job.pending, job.num_open = error, [], 0
-            return False
-        prompts: list[tuple[int, ...]] = []
-        limits: list[int] = []
-        for item in ask.items:
-            for prompt, limit in _sequences(item):
-                prompts.append(prompt)
-                limits.append(limit)
-        found = iter(job.trie.insert(prompts, limits))
-        job.paths = [[next(found) for _ in _sequences(item)] for item in ask.items]
-        for paths, answer in zip(job.paths, job.answers, strict=True):
-            if answer is not None:  # its nodes were computed once, so later prompts must not cut them now either
-                for node in (node for path in paths for node, _ in path):
+            active.error = error
+            return
+        # what a score request reads must be computed with it, so only the prompt's tokens before the last may be there
+        prompts = [prompt for item in requests.items for prompt in _prompts(item)]
+        limits = [len(item.token_ids) - 1 for item in requests.items for _ in _prompts(item)]
+        paths = iter(active.trie.insert(prompts, limits))
+        active.paths = [[next(paths) for _ in _prompts(item)] for item in requests.items]
+        for item_paths, answer in zip(active.paths, active.answers, strict=True):
+            if answer is not None:  # its nodes were computed once, so later prompts must not split them now either
+                for node in (node for path in item_paths for node, _ in path):
                     node.fixed = True
-        return bool(job.pending)
+        active.pending = [index for index, answer in enumerate(active.answers) if answer is None]
+        active.num_open = len(active.pending)
 
-    def _check(self, item: Request | Scoring) -> None:
-        longest = item.max_new_tokens if isinstance(item, Request) else max(map(len, item.continuations), default=0)
-        if not item.token_ids:
-            raise ValueError("the prompt has no tokens")
-        total = len(item.token_ids) + longest
-        limit = getattr(self._parts.config, "max_position_embeddings", None)
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"prompt of {len(item.token_ids)} tokens and up to {longest} new ones exceed the model's {limit} positions"
-            )
-        check_forward(self._parts.causal_lm, self._parts, total)
+    def _check(self, item: SampleRequest | ScoreRequest) -> None:
+        parts, num_tokens = self._runner.parts, len(item.token_ids)
+        check_length(num_tokens, item.max_new_tokens, getattr(parts.config, "max_position_embeddings", None))
+        check_forward(parts.causal_lm, parts, num_tokens + item.max_new_tokens)
 
-    def _round(self) -> None:
-        """Admit, prefill, score, and one step of the wave."""
-        missing: dict[int, Node] = {}
-        reads: list[Read] = []
-        scored: list[tuple[Job[Any], int]] = []
-        rows: list[Row] = []
-        room = self.wave.room(self._max_rows)
-        for job in self._jobs:
-            while job.pending:
-                index = job.pending[0]
-                item = job.ask.items[index]
-                if isinstance(item, Request) and len(rows) >= room:
+    def _admit(self) -> tuple[list[KVNode], list[RunningRequest], list[Scored]]:
+        """Take pending requests, in the order of the searches, as far as KV slots and batch slots go.
+
+        Returns:
+            Nodes to compute, sample requests that join the decode batch, and score requests.
+        """
+        nodes: list[KVNode] = []
+        running: list[RunningRequest] = []
+        scored: list[Scored] = []
+        num_free = self.batch.num_free(self._config.batch_size)
+        for active in self._active:
+            while active.pending:
+                index = active.pending[0]
+                item, paths = active.requests.items[index], active.paths[index]
+                num_own = item.max_new_tokens if isinstance(item, SampleRequest) else 0
+                if isinstance(item, SampleRequest) and len(running) >= num_free:
                     break
-                nodes = [node for path in job.paths[index] for node, _ in path]
-                start = self._reserve(nodes, item.max_new_tokens if isinstance(item, Request) else 0, missing)
-                if start is None:
+                first_slot = self._reserve([node for path in paths for node, _ in path], num_own, nodes)
+                if first_slot is None:
                     break
-                job.pending.pop(0)
-                if isinstance(item, Request):
-                    rows.append(Row(item, job, index, job.paths[index][0], start))
+                active.pending.pop(0)
+                if isinstance(item, SampleRequest):
+                    running.append(RunningRequest(item, active, index, paths[0], first_slot))
                 else:
-                    scored.append((job, index))
-                    reads.extend(_reads(item, job.paths[index]))
-        if not rows and not scored and not self.wave.rows and any(job.pending for job in self._jobs):
+                    scored.append((active, index, _reads(item, paths)))
+        is_stuck = not (running or scored or self.batch.running)
+        if is_stuck and any(active.pending for active in self._active):
             raise OutOfMemory(
                 f"the KV arena of {self._arena.num_tokens} tokens cannot hold one prompt and its longest continuation; "
                 "raise search.arena_tokens, or lower search.max_thought_tokens"
             )
-        found = compute_nodes(self._parts, self._arena, list(missing.values()), self._prefill_tokens, reads)
-        self.num_prefilled += sum(len(node) for node in missing.values())
-        for job, index in scored:
-            self._answer_scoring(job, index, found)
-        if rows:
-            self.wave.add(rows)
-        if self.wave.rows:
-            for row in self.wave.step():
-                self._retire(row)
+        return nodes, running, scored
 
-    def _reserve(self, nodes: list[Node], num_private: int, missing: dict[int, Node]) -> int | None:
-        """Arena rows for nodes that have none (added to `missing`) and for a row's own tokens; None: nothing was kept."""
+    def _reserve(self, nodes: list[KVNode], num_own: int, to_compute: list[KVNode]) -> int | None:
+        """KV slots for nodes that have none, which join `to_compute`, and for a request's own tokens.
+
+        Returns:
+            The first of the request's own slots. None where not all fit, and then nothing is kept.
+        """
         for node in nodes:
-            node.num_users += 1
-        taken: list[Node] = []
+            node.num_users += 1  # before anything is dropped to make room
+        placed: list[KVNode] = []
+        first_slot: int | None = None
         for node in nodes:
             if node.start is None:
                 node.start = self._allocate(len(node))
                 if node.start is None:
                     break
-                taken.append(node)
-        start: int | None
-        if all(node.start is not None for node in nodes):
-            start = self._allocate(num_private) if num_private else 0
-            if start is not None:
-                missing.update((node.number, node) for node in taken)
-                return start
-        for node in taken:
-            self._release(node)
-        for node in nodes:
-            node.num_users -= 1
-        return None
+                placed.append(node)
+        else:
+            first_slot = self._allocate(num_own) if num_own else 0
+        if first_slot is None:
+            for node in placed:
+                self._arena.drop(node)
+            _stop_using(nodes)
+        else:
+            to_compute += placed
+        return first_slot
 
     def _allocate(self, count: int) -> int | None:
+        """As `KVArena.allocate`, after dropping stored states that nothing reads where that makes room."""
         start = self._arena.allocate(count)
         if start is not None:
             return start
-        for job in reversed(self._jobs):
-            for node in reversed(job.states.nodes):
+        for active in reversed(self._active):
+            for node in reversed(active.states.nodes):
                 if node.start is not None and node.num_users == 0:
-                    self._release(node)
+                    self._arena.drop(node)
                     start = self._arena.allocate(count)
                     if start is not None:
                         return start
         return None
 
-    def _answer_scoring(self, job: Job[Any], index: int, found: dict[tuple[int, int, int], float]) -> None:
-        item = job.ask.items[index]
-        assert isinstance(item, Scoring)
-        paths = job.paths[index]
+    def _finish_scores(
+        self, active: ActiveSearch, index: int, continuations: list[list[Read]], logps: dict[Read, float]
+    ) -> None:
         values: list[float] = []
-        for continuation, path in zip(item.continuations, paths, strict=True):
+        for continuation in continuations:
             total = 0.0
-            for place, token in enumerate(continuation):
-                node, offset = _locate(path, len(item.token_ids) - 1 + place)
-                total += found[node.number, offset, token]
+            for read in continuation:
+                total += logps[read]
             values.append(total)
-        if any(value != value or value == float("inf") for value in values):
-            job.error = ValueError("the model's logits are not finite; check the weights and the dtype")
-        self._take_answer(job, index, values)
-        for path in paths:
-            for node, _ in path:
-                node.num_users -= 1
-        if job.trie is not job.states and job.pending:
-            # a later scoring of this ask reads its own tokens, so they must be computed with it
-            self._drop(job.trie)
+        is_finite = not any(value != value or value == float("inf") for value in values)  # -inf is a log-prob
+        self._finish(active, index, values, is_finite)
+        _stop_using([node for path in active.paths[index] for node, _ in path])
+        if active.trie is not active.states and active.pending:
+            # a later score request of this search reads its own tokens, so they must be computed with it
+            self._drop_unused(active.trie)
 
-    def _retire(self, row: Row) -> None:
-        job: Job[Any] = row.owner
-        self._free_row(row)
-        if row.failed:
-            job.error = ValueError("the model's logits are not finite; check the weights and the dtype")
-        text = self._stops.text(row.generated)
-        self._take_answer(job, row.index, Sample(tuple(row.generated), text, row.stop or "length", tuple(row.logps)))
+    def _finish_sample(self, running: RunningRequest) -> None:
+        self._release(running)
+        text = self._stop_checker.text(running.generated)
+        sample = Sample(tuple(running.generated), text, running.stop or "length", tuple(running.logps))
+        self._finish(running.owner, running.index, sample, not running.failed)
 
-    def _take_answer(self, job: Job[Any], index: int, answer: Answer) -> None:
-        job.answers[index] = answer
-        job.num_open -= 1
-        if self._memory is not None and job.error is None:
-            self._memory.note(job.name, job.ask.items[index], answer)
+    def _finish(self, active: ActiveSearch, index: int, answer: Answer, is_finite: bool) -> None:
+        active.answers[index] = answer
+        active.num_open -= 1
+        if not is_finite:
+            active.error = ValueError(NOT_FINITE_MESSAGE)
+        if self._cache is not None and active.error is None:
+            self._cache.put(active.name, active.requests.items[index], answer)
 
-    def _free_row(self, row: Row) -> None:
-        self._arena.release(row.start, row.request.max_new_tokens)
-        for node, _ in row.path:
-            node.num_users -= 1
+    def _release(self, running: RunningRequest) -> None:
+        self._arena.release(running.first_slot, running.request.max_new_tokens)
+        _stop_using([node for node, _ in running.path])
 
-    def _drop(self, trie: Trie) -> None:
+    def _drop_unused(self, trie: KVTrie) -> None:
         for node in trie.nodes:
             if node.start is not None and node.num_users == 0:
-                self._release(node)
-
-    def _release(self, node: Node) -> None:
-        assert node.start is not None
-        self._arena.release(node.start, len(node))
-        node.start = None
+                self._arena.drop(node)
 
     def _abandon(self) -> None:
-        """Give everything back; only permanent nodes stay."""
-        for row in self.wave.rows:
-            self._free_row(row)
-        self.wave.drop(self.wave.rows)
-        for job in self._jobs:
-            for trie in (job.trie, job.states):
-                self._drop(trie)
-            job.search.close()
-        self._jobs = []
+        """Give everything back. Only permanent nodes stay."""
+        for running in self.batch.running:
+            self._release(running)
+        self.batch.drop(self.batch.running)
+        for active in self._active:
+            for trie in (active.trie, active.states):
+                self._drop_unused(trie)
+            active.search.close()
+        self._active = []
 
 
-def _sequences(item: Request | Scoring) -> list[tuple[tuple[int, ...], int]]:
-    """What an item needs in the trie, and how many leading tokens of it may be there already."""
-    if isinstance(item, Request):
-        return [(item.token_ids[:-1], len(item.token_ids) - 1)]
-    return [((*item.token_ids, *continuation[:-1]), len(item.token_ids) - 1) for continuation in item.continuations]
+def _stop_using(nodes: Iterable[KVNode]) -> None:
+    for node in nodes:
+        node.num_users -= 1
 
 
-def _reads(item: Scoring, paths: list[Path]) -> list[Read]:
+def _prompts(item: SampleRequest | ScoreRequest) -> list[tuple[int, ...]]:
+    """What a request needs in the trie: what stands before the first token it generates, or each token it scores."""
+    if isinstance(item, SampleRequest):
+        return [item.token_ids[:-1]]
+    return [(*item.token_ids, *continuation[:-1]) for continuation in item.continuations]
+
+
+def _reads(item: ScoreRequest, paths: list[KVPath]) -> list[list[Read]]:
+    """For each continuation and each of its tokens, the token before it and its id."""
     first = len(item.token_ids) - 1
     return [
-        (*_locate(path, first + place), token)
+        [(*_locate(path, position), token) for position, token in enumerate(continuation, first)]
         for continuation, path in zip(item.continuations, paths, strict=True)
-        for place, token in enumerate(continuation)
     ]
 
 
-def _locate(path: Path, position: int) -> tuple[Node, int]:
+def _locate(path: KVPath, position: int) -> tuple[KVNode, int]:
     """The token of a path at a position: its node, and which of the node's tokens it is."""
     for node, used in path:
         if node.position <= position < node.position + used:

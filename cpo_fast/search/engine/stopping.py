@@ -5,8 +5,8 @@ from typing import Any
 from cpo_fast.tree import Stop
 
 
-class Stops:
-    """Ends of lines for one model and tokenizer.
+class StopChecker:
+    """Ends lines for one model and tokenizer: at a newline, at end-of-sequence, at the cap.
 
     Args:
         model: gives the end-of-sequence ids of its configuration and its generation configuration.
@@ -18,12 +18,14 @@ class Stops:
         self._eos_ids = _eos_ids(model, tokenizer)
         self._has_newline: dict[int, bool] = {}
 
-    def take(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
-        """Append a token to its row, unless it is end-of-sequence, and say whether the row ends with it."""
+    def append(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
+        """Append a token to a line, unless it is end-of-sequence. Why the line ends with it, or None."""
         if token in self._eos_ids:
             return "eos"
         generated.append(token)
-        if self._contains_newline(token):
+        if token not in self._has_newline:
+            self._has_newline[token] = "\n" in self.text([token])
+        if self._has_newline[token]:
             return "newline"
         return "length" if len(generated) >= max_new_tokens else None
 
@@ -31,11 +33,6 @@ class Stops:
         """The ids as text, special tokens kept, nothing cleaned up."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
-
-    def _contains_newline(self, token: int) -> bool:
-        if token not in self._has_newline:
-            self._has_newline[token] = "\n" in self.text([token])
-        return self._has_newline[token]
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
