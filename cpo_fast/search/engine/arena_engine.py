@@ -21,10 +21,10 @@ from cpo_fast.search.engine.kv_arena import KVArena, KVTrie, default_num_tokens
 from cpo_fast.search.engine.requests import Answer, AnswerCache, R, Requests, Search
 from cpo_fast.search.engine.scheduler import Scheduler
 from cpo_fast.search.engine.stopping import StopChecker
-from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
+from cpo_kernels.tree_decode import resolve_tree_decode
 
 
 class ArenaEngine:
@@ -58,8 +58,7 @@ class ArenaEngine:
         device, dtype = next(parts.causal_lm.parameters()).device, parts.causal_lm.dtype
         _check_device(device)
         check_kernels(parts, ("tree_decode",))
-        # decided here for all layers of all forwards
-        impl = resolve_implementation("tree_decode", None, device.type, available_implementations(device.type))
+        impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
         num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
         self.arena = KVArena(parts.config, num_tokens, dtype, device)
         self._permanent = KVTrie()
