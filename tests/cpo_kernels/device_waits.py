@@ -38,6 +38,21 @@ class DeviceWaits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class LargestTensor(DeviceWaits):
+    """Remembers the most elements that any result of an operator has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator and look at its results."""
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            # bytes are copies by Triton's interpreter
+            if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
 def waits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, plan: LogprobPlan, impl: str) -> list[str]:
     """Operators that wait, forward and backward, with a reference and every output."""
     with DeviceWaits() as mode:

@@ -7,7 +7,8 @@ import torch
 
 from cpo_kernels.linear_logprob import triton as dispatch
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CAPABILITY = {"sm80": (8, 0), "sm90": (9, 0), "other": (7, 5)}
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_decides_by_architecture_width_and_rows(
     arch: str, width: int, num_rows: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "architecture", lambda device: arch)
-    assert dispatch.choose_path(CPU, width, num_rows) == path
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY[arch])
+    assert dispatch.choose_path(GPU, width, num_rows) == path
 
 
 def test_every_architecture_has_an_entry_for_any_width() -> None:
@@ -51,10 +52,10 @@ def test_environment_overrides_the_table(path: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm80")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY["sm80"])
     with caplog.at_level(logging.INFO, logger=dispatch.logger.name):
         for num_rows in (10, 11, 5000, 12, 6000):
-            dispatch.choose_path(CPU, 4096, num_rows)
+            dispatch.choose_path(GPU, 4096, num_rows)
     assert [record.getMessage().split(" by ")[0] for record in caplog.records] == [
         "linear_logprob: path fused",
         "linear_logprob: path chunk",

@@ -11,8 +11,8 @@ import torch
 
 from cpo_kernels import LogprobPlan, LogprobResult, linear_logprob
 from cpo_kernels.linear_logprob import results as head_module
-from tests.cpo_kernels.device_waits import DeviceWaits, waits
-from tests.cpo_kernels.test_linear_logprob import Case, make_case, measured, oracle
+from tests.cpo_kernels.device_waits import DeviceWaits, LargestTensor, waits
+from tests.cpo_kernels.logprob_oracle import Case, make_case, measured, oracle
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
@@ -103,22 +103,6 @@ def test_gradients_of_a_16_bit_head_are_summed_in_float32(dtype: torch.dtype, mo
         scale = float(want[name].abs().max())
         assert got[name].dtype == dtype
         assert float((got[name].double() - want[name]).abs().max()) <= 0.51 * torch.finfo(dtype).eps * scale
-
-
-class LargestTensor(DeviceWaits):
-    """Remembers the most elements that any result of an operator has."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and look at its results."""
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if (
-                isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8
-            ):  # bytes: copies by Triton's interpreter
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("train_head", [False, True])

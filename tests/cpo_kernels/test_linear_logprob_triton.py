@@ -20,7 +20,7 @@ from cpo_kernels import LogprobPlan, linear_logprob
 from cpo_kernels.tolerances import kernel_bound
 from tests.cpo_kernels.confident_tokens import ConfidentTokens
 from tests.cpo_kernels.device_waits import waits
-from tests.cpo_kernels.test_linear_logprob import Case, full_logits, huge, make_case, oracle, shifted, upstream
+from tests.cpo_kernels.logprob_oracle import Case, full_logits, huge, make_case, oracle, shifted, upstream
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpo_kernels import linear_logprob
-from tests.cpo_kernels.test_linear_logprob import oracle, upstream
+from tests.cpo_kernels.logprob_oracle import oracle, upstream
 from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
     DEVICE,
     DTYPES,

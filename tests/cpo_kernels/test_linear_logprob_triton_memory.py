@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cpo_kernels import linear_logprob
-from tests.cpo_kernels.test_linear_logprob import make_case
-from tests.cpo_kernels.test_linear_logprob_op import LargestTensor
+from tests.cpo_kernels.device_waits import LargestTensor
+from tests.cpo_kernels.logprob_oracle import make_case
 from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
     DEVICE,
     OUTPUTS,

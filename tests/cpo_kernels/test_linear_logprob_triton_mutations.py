@@ -5,6 +5,7 @@ Run as `test_linear_logprob_triton` says.
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def targets_left_in(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_bias(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda products, bias, *others: original(products, None, *others)
+    return lambda products, head, *others: original(products, replace(head, bias=None), *others)
 
 
 def with_scores(**changes: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:

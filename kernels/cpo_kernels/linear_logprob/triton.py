@@ -113,9 +113,9 @@ def score(
     nothing = rows.new_empty(0, dtype=torch.float32)
     slopes = rest = expected = target_weights = normalizer = nothing
     if mode == "none" and num_rows and (path or choose_path(rows.device, rows.shape[1], num_rows)) == "fused":
-        logps, stats, is_top1 = fused_scores(rows, head.weight, head.bias, transform, plan, asked)
+        logps, stats, is_top1 = fused_scores(rows, head, plan, asked)
     else:
-        picked, logps, stats, expected = _through_chunks(rows, head, transform, plan, asked, mode == "expected")
+        picked, logps, stats, expected = _through_chunks(rows, head, plan, asked, mode == "expected")
         is_top1 = picked >= stats[ROW_MAX][plan.pair_row]
         if mode in GRADED:
             slopes, rest = torch.full_like(picked, transform.slope), stats[REST].clone()
@@ -139,7 +139,7 @@ def score(
 
 
 def _through_chunks(
-    rows: torch.Tensor, head: Head, transform: Transform, plan: LogprobPlan, with_outputs: bool, with_expected: bool
+    rows: torch.Tensor, head: Head, plan: LogprobPlan, with_outputs: bool, with_expected: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits and log-probs [U], `stats` [NUM_STATS, R], expected embedding [R, E] ([0] unless asked)."""
     picked, logps = (rows.new_empty(plan.pair_row.shape, dtype=torch.float32) for _ in range(2))
@@ -148,9 +148,9 @@ def _through_chunks(
     for first in range(0, rows.shape[0], head.chunk_rows):
         chunk = slice(first, first + head.chunk_rows)
         products = matmul_accumulated(rows[chunk], head.weight.t())
-        chunk_scores(products, head.bias, transform, plan, first, picked, logps, stats, with_outputs)
+        chunk_scores(products, head, plan, first, picked, logps, stats, with_outputs)
         if with_expected:
-            probabilities = conditional_probabilities(products, head.bias, transform, stats[:, chunk], rows.dtype)
-            scale = stats[REST, chunk] * (transform.slope / PROBABILITY_SCALE)
+            probabilities = conditional_probabilities(products, head, stats[:, chunk])
+            scale = stats[REST, chunk] * (Transform.of(head).slope / PROBABILITY_SCALE)
             expected[chunk] = matmul_accumulated(probabilities, head.weight).mul_(scale.unsqueeze(1))
     return picked, logps, stats, expected

@@ -35,10 +35,8 @@ def _row_gradients(
     slopes,  # [U] fp32
     row_offsets,  # [R + 1] int64
     grad_rows,  # [R, E]
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """One row, one block of E."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -73,14 +71,9 @@ def _product_gradients(
     scale,  # [1] fp32
     grad_products,  # [C, V]
     vocab,
-    slope,
-    inner,
-    cap,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    slope, inner, cap,  # `Transform`
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """scale times -G p f, as if no column were a target."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -97,12 +90,10 @@ def _put_targets(
     target,  # [U] int64
     row_offsets,  # [R + 1] int64
     scale,  # [1] fp32
-    grad_products,  # [C, V]; written at targets
-    first_row,
-    vocab,
-    BLOCK_U: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    grad_products,  # [C, V], written at targets
+    first_row, vocab,
+    BLOCK_U: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """scale times the gradient at targets. It is a kernel of its own because the end of the one before is the barrier."""
     row = tl.program_id(0).to(tl.int64)
     first, last = tl.load(row_offsets + first_row + row), tl.load(row_offsets + first_row + row + 1)
@@ -142,45 +133,42 @@ def head_gradients(
     The gradient of a chunk's logits is made in float32, targets included, scaled to the size of the upstream gradients (on
     the device, so float16 keeps small ones too) and rounded once, for products of 16-bit operands.
     """
-    head, transform, rows = head.contiguous(), Transform.of(head), rows.contiguous()
+    head, rows = head.contiguous(), rows.contiguous()
     gradients = HeadGradients(rows, head, needs)
     if rows.shape[0] == 0:
         return gradients.rounded()
     coefficient, row_grad = pair_coefficients(grad, scores, plan)
     coefficient, row_grad = (coefficient * scores.slopes).float(), row_grad.float()
-    size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(transform.slope)).clamp_min(SMALLEST_SIZE)
+    size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(Transform.of(head).slope)).clamp_min(SMALLEST_SIZE)
     scale = PROBABILITY_SCALE / size
     for first in range(0, rows.shape[0], head.chunk_rows):
         chunk = slice(first, first + head.chunk_rows)
         products = matmul_accumulated(rows[chunk], head.weight.t())
         grad_products = product_gradients(
-            products, head.bias, transform, scores.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first,
-            scale, rows.dtype,
-        )  # fmt: skip
+            products, head, scores.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first, scale
+        )
         gradients.add(grad_products, chunk)
     return gradients.rounded(scale)
 
 
 def product_gradients(
     products: torch.Tensor,  # [C, V] float32, h W^T of rows [first_row, first_row + C)
-    bias: torch.Tensor | None,  # [V]
-    transform: Transform,
+    head: Head,
     normalizer: torch.Tensor,  # [2, C] float32 of these rows: p = exp(z - normalizer[0]) / normalizer[1]
     row_grad: torch.Tensor,  # [C] float32, sum of upstream gradients of these rows
     coefficients: torch.Tensor,  # [U] float32, gradient of the product at each pair
     plan: LogprobPlan,
     first_row: int,
     scale: torch.Tensor,  # [1] float32, on the device
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[C, V] in `dtype`: `scale` times the gradient of the products."""
+    """[C, V] in the dtype of the head: `scale` times the gradient of the products."""
     num_rows, vocab = products.shape
-    grad_products = torch.empty_like(products, dtype=dtype)
+    transform, bias = Transform.of(head), products if head.bias is None else head.bias
+    grad_products = torch.empty_like(products, dtype=head.weight.dtype)
     with torch.cuda.device_of(products):
         _product_gradients[(num_rows, triton.cdiv(vocab, BLOCK_LOGITS))](
-            products, products if bias is None else bias, normalizer[0], normalizer[1], row_grad, scale,
-            grad_products, vocab, *transform,
-            HAS_BIAS=bias is not None, CAPPED=transform.capped, BLOCK_V=BLOCK_LOGITS, INTERPRETED=INTERPRETED,
+            products, bias, normalizer[0], normalizer[1], row_grad, scale, grad_products, vocab, *transform,
+            HAS_BIAS=head.bias is not None, CAPPED=transform.capped, BLOCK_V=BLOCK_LOGITS, INTERPRETED=INTERPRETED,
         )  # fmt: skip
         _put_targets[(num_rows,)](
             coefficients, plan.pair_target, plan.row_offsets, scale, grad_products, first_row, vocab,

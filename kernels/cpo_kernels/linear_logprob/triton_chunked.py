@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cpo_kernels.linear_logprob.results import Head
 from cpo_kernels.linear_logprob.triton_sums import (
     PART_MAX,
     PART_SUM,
@@ -33,20 +34,15 @@ PROBABILITY_SCALE = 1024.0
 
 @triton.jit(do_not_specialize=["first_row"])
 def _take_targets(
-    products,  # [C, V] fp32; -inf is written at every target
+    products,  # [C, V] fp32, -inf is written at every target
     bias,  # [V] or unused
     target,  # [U] int64
     row_offsets,  # [R + 1] int64
     picked,  # [U] fp32 logits
-    first_row,
-    vocab,
-    slope,
-    inner,
-    cap,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
+    first_row, vocab,
+    slope, inner, cap,  # `Transform`
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
     """Move a row's targets out of a chunk. It is a kernel of its own because its end is the barrier for the next."""
     row = tl.program_id(0).to(tl.int64)
     first, last = tl.load(row_offsets + first_row + row), tl.load(row_offsets + first_row + row + 1)
@@ -69,12 +65,9 @@ def chunk_logits(
     row: tl.tensor,
     column: tl.tensor,  # [V] block
     vocab: tl.tensor,
-    slope: tl.tensor,
-    inner: tl.tensor,
-    cap: tl.tensor,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-) -> tl.tensor:
+    slope: tl.tensor, inner: tl.tensor, cap: tl.tensor,  # `Transform`
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Logits of a row's columns, -inf where a target was taken out and beyond the vocabulary."""
     mask = column < vocab
     x = tl.load(products + row * vocab + column, mask=mask, other=float("-inf"))
@@ -89,19 +82,11 @@ def chunk_logits(
 def _logit_partials(
     products,  # [C, V] fp32, -inf at targets
     bias,  # [V] or unused
-    partials,  # [2 or 5, C, splits] fp32; the fifth stays unused
-    num_rows,
-    vocab,
-    num_splits,
-    tiles_per_split,
-    slope,
-    inner,
-    cap,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    WITH_OUTPUTS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    partials,  # [2 or 5, C, splits] fp32, of which the fifth stays unused
+    num_rows, vocab, num_splits, tiles_per_split,
+    slope, inner, cap,  # `Transform`
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WITH_OUTPUTS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """Partial sums of one row over one split of stored products."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -134,15 +119,10 @@ def _conditional(
     columns_sum,  # [C] fp32
     probabilities,  # [C, V] dtype of the head
     vocab,
-    slope,
-    inner,
-    cap,
+    slope, inner, cap,  # `Transform`
     scale,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """scale f exp(z - m) / s: the row's distribution over the columns that are no target, 0 at those that are."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -157,29 +137,28 @@ def _conditional(
 
 
 def chunk_scores(
-    products: torch.Tensor,  # [C, V] float32, h W^T of rows [first_row, first_row + C); targets become -inf
-    bias: torch.Tensor | None,  # [V]
-    transform: Transform,
+    products: torch.Tensor,  # [C, V] float32, h W^T of rows [first_row, first_row + C). Targets become -inf
+    head: Head,
     plan: LogprobPlan,
     first_row: int,
     picked: torch.Tensor,  # [U] float32, written at the chunk's targets
     logps: torch.Tensor,  # [U] float32, written at the chunk's targets
-    stats: torch.Tensor,  # [NUM_STATS, R] float32, written at the chunk's rows; see `triton_sums`
+    stats: torch.Tensor,  # [NUM_STATS, R] float32 of `triton_sums`, written at the chunk's rows
     with_outputs: bool,
 ) -> None:
     """Logits and log-probs of a chunk's targets, and what `stats` keeps of its rows."""
     num_rows, vocab = products.shape
     num_splits, tiles_per_split = splits(triton.cdiv(vocab, BLOCK_LOGITS), num_rows)
     partials = products.new_empty(5 if with_outputs else 2, num_rows, num_splits)
-    some_bias = products if bias is None else bias
-    constants = {"HAS_BIAS": bias is not None, "CAPPED": transform.capped}
+    transform, bias = Transform.of(head), products if head.bias is None else head.bias
+    constants = {"HAS_BIAS": head.bias is not None, "CAPPED": transform.capped}
     with torch.cuda.device_of(products):
         _take_targets[(num_rows,)](
-            products, some_bias, plan.pair_target, plan.row_offsets, picked, first_row, vocab, *transform,
+            products, bias, plan.pair_target, plan.row_offsets, picked, first_row, vocab, *transform,
             BLOCK_U=BLOCK_TARGETS, num_warps=1, **constants,
         )  # fmt: skip
         _logit_partials[(num_rows, num_splits)](
-            products, some_bias, partials, num_rows, vocab, num_splits, tiles_per_split, *transform,
+            products, bias, partials, num_rows, vocab, num_splits, tiles_per_split, *transform,
             WITH_OUTPUTS=with_outputs, BLOCK_V=BLOCK_LOGITS, **constants,
         )  # fmt: skip
         merge(partials, picked, plan.row_offsets, logps, stats, None, first_row, vocab)
@@ -187,18 +166,16 @@ def chunk_scores(
 
 def conditional_probabilities(
     products: torch.Tensor,  # [C, V] float32 as `chunk_scores` left them
-    bias: torch.Tensor | None,  # [V]
-    transform: Transform,
+    head: Head,
     stats: torch.Tensor,  # [NUM_STATS, C] float32 of these rows
-    dtype: torch.dtype,
 ) -> torch.Tensor:
     """[C, V] PROBABILITY_SCALE times the distribution over the columns that are no target, 0 at targets."""
     num_rows, vocab = products.shape
-    probabilities = torch.empty_like(products, dtype=dtype)
+    transform, bias = Transform.of(head), products if head.bias is None else head.bias
+    probabilities = torch.empty_like(products, dtype=head.weight.dtype)
     with torch.cuda.device_of(products):
         _conditional[(num_rows, triton.cdiv(vocab, BLOCK_LOGITS))](
-            products, products if bias is None else bias, stats[PART_MAX], stats[PART_SUM], probabilities, vocab,
-            *transform, PROBABILITY_SCALE, HAS_BIAS=bias is not None, CAPPED=transform.capped, BLOCK_V=BLOCK_LOGITS,
-            INTERPRETED=INTERPRETED,
+            products, bias, stats[PART_MAX], stats[PART_SUM], probabilities, vocab, *transform, PROBABILITY_SCALE,
+            HAS_BIAS=head.bias is not None, CAPPED=transform.capped, BLOCK_V=BLOCK_LOGITS, INTERPRETED=INTERPRETED,
         )  # fmt: skip
     return probabilities

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cpo_kernels.linear_logprob.results import Head
 from cpo_kernels.linear_logprob.triton_sums import NUM_STATS, Transform, accumulate, final_logits, merge, splits
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED
@@ -31,23 +32,12 @@ def _product_partials(
     weight,  # [V, E]
     bias,  # [V] or unused
     partials,  # [2 or 5, R, splits] fp32
-    num_rows,
-    vocab,
-    num_splits,
-    tiles_per_split,
-    slope,
-    inner,
-    cap,
+    num_rows, vocab, num_splits, tiles_per_split,
+    slope, inner, cap,  # `Transform`
     WIDTH: tl.constexpr,  # E is fixed by the model: a constant bound lets the loop over it be pipelined
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    WITH_OUTPUTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WITH_OUTPUTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Partial sums of one row tile over one split. Row tiles of a group are neighbours, so a W tile is read once."""
     num_row_tiles = tl.cdiv(num_rows, BLOCK_R)
     group_programs = GROUP * num_splits
@@ -111,15 +101,9 @@ def _target_logits(
     pair_row,  # [U] int64, or unused: pair u is of row u
     target,  # [U] int64
     picked,  # [U] fp32
-    slope,
-    inner,
-    cap,
-    WIDTH: tl.constexpr,
-    ONE_A_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    slope, inner, cap,  # `Transform`
+    WIDTH: tl.constexpr, ONE_A_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """The logit of one target as a dot product."""
     u = tl.program_id(0).to(tl.int64)
     row = u
@@ -139,18 +123,14 @@ def _target_logits(
 
 
 def fused_scores(
-    rows: torch.Tensor,  # [R, E], R > 0
-    weight: torch.Tensor,  # [V, E]
-    bias: torch.Tensor | None,  # [V]
-    transform: Transform,
+    rows: torch.Tensor,  # [R, E], R > 0, contiguous
+    head: Head,  # contiguous
     plan: LogprobPlan,
     with_outputs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs [U] float32 of the plan's pairs, `stats` [NUM_STATS, R] of `triton_sums`, and is_top1 [U] bool if asked.
-
-    Rows and weight are contiguous.
-    """
-    (num_rows, width), vocab, target = rows.shape, weight.shape[0], plan.pair_target
+    """Log-probs [U] float32 of the plan's pairs, `stats` [NUM_STATS, R] of `triton_sums`, and is_top1 [U] bool if asked."""
+    (num_rows, width), weight, target, transform = rows.shape, head.weight, plan.pair_target, Transform.of(head)
+    vocab, bias = weight.shape[0], weight if head.bias is None else head.bias
     picked, logps = (rows.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
     table = TILES_32_BIT if rows.dtype == torch.float32 else TILES_16_BIT
     limit_and_tile = next(entry for entry in table if entry[0] is None or num_rows <= entry[0])
@@ -160,18 +140,15 @@ def fused_scores(
     partials = rows.new_empty(5 if with_outputs else 2, num_rows, num_splits, dtype=torch.float32)
     stats = rows.new_empty(NUM_STATS, num_rows, dtype=torch.float32)
     top = plan.unique_rows.new_empty(num_rows)
-    some_bias, constants = (
-        weight if bias is None else bias,
-        {"WIDTH": width, "HAS_BIAS": bias is not None, "CAPPED": transform.capped},
-    )
+    constants = {"WIDTH": width, "HAS_BIAS": head.bias is not None, "CAPPED": transform.capped}
     with torch.cuda.device_of(rows):
         _product_partials[(row_tiles * num_splits,)](
-            rows, weight, some_bias, partials, num_rows, vocab, num_splits, tiles_per_split, *transform,
+            rows, weight, bias, partials, num_rows, vocab, num_splits, tiles_per_split, *transform,
             WITH_OUTPUTS=with_outputs, BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_E=block_e, GROUP=GROUP_ROWS,
             UPCAST=INTERPRETED, num_warps=warps, num_stages=stages, **constants,
         )  # fmt: skip
         _target_logits[(target.shape[0],)](
-            rows, weight, some_bias, plan.pair_row, target, picked, *transform,
+            rows, weight, bias, plan.pair_row, target, picked, *transform,
             ONE_A_ROW=False, BLOCK_E=BLOCK_WIDTH, **constants,
         )  # fmt: skip
         merge(partials, picked, plan.row_offsets, logps, stats, top, 0, vocab)
@@ -179,7 +156,7 @@ def fused_scores(
             return logps, stats, plan.pair_row.new_empty(0, dtype=torch.bool)
         best = stats.new_empty(num_rows)
         _target_logits[(num_rows,)](
-            rows, weight, some_bias, plan.pair_row, top, best, *transform,
+            rows, weight, bias, plan.pair_row, top, best, *transform,
             ONE_A_ROW=True, BLOCK_E=BLOCK_WIDTH, **constants,
         )  # fmt: skip
     is_top1 = (target == top[plan.pair_row]) | (picked >= best[plan.pair_row])

@@ -54,11 +54,9 @@ class Transform(NamedTuple):
 @triton.jit
 def final_logits(
     x: tl.tensor,  # [...] fp32 products h W^T + b
-    slope: tl.tensor,
-    inner: tl.tensor,
-    cap: tl.tensor,
+    slope: tl.tensor, inner: tl.tensor, cap: tl.tensor,  # `Transform`
     CAPPED: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """Products to logits. tanh by its series near 0, where 1 - 2 / (exp(2x) + 1) has no digits (Cephes `tanhf`)."""
     if CAPPED:
         y = inner * x
@@ -116,21 +114,19 @@ def accumulate(
 
 @triton.jit(do_not_specialize=["first_row", "num_rows", "plane", "num_splits", "vocab"])
 def _merge(
-    partials,  # [5, C, splits] fp32; see the module for the planes
+    partials,  # [5, C, splits] fp32, whose planes are named above
     picked,  # [U] fp32 logits of targets
     row_offsets,  # [R + 1] int64, targets [row_offsets[r], row_offsets[r + 1]) are of row r
     logps,  # [U] fp32
     stats,  # [7, R] fp32
-    top,  # [R] int64 column of the largest logit; written only where targets are in the partial sums
+    top,  # [R] int64 column of the largest logit, written only where targets are in the partial sums
     first_row,  # of the chunk
     num_rows,  # C
     plane,  # R
-    num_splits,
-    vocab,
+    num_splits, vocab,
     TARGETS_APART: tl.constexpr,  # the partial sums leave the targets out
-    WITH_OUTPUTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    WITH_OUTPUTS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """Merge a row's partial sums, and its targets where they are apart, to the log-probs of its targets."""
     in_chunk = tl.program_id(0).to(tl.int64)
     row = in_chunk + first_row
@@ -191,7 +187,7 @@ def merge(
     row_offsets: torch.Tensor,  # [R + 1] int64
     logps: torch.Tensor,  # [U] float32, written at the chunk's targets
     stats: torch.Tensor,  # [NUM_STATS, R] float32, written at the chunk's rows
-    top: torch.Tensor | None,  # [R] int64; None where the partial sums leave the targets out
+    top: torch.Tensor | None,  # [R] int64, None where the partial sums leave the targets out
     first_row: int,
     vocab: int,
 ) -> None:
