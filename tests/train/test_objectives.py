@@ -1,5 +1,6 @@
 """Each training objective against code that shares nothing with it: padded rows, Hugging Face's loss, TRL's loss."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.examples import Example
-from cpo_fast.train.objective import MicroBatch, MicroBatchResult, Objective
+from cpo_fast.errors import DataError
+from cpo_fast.train.objective import MicroBatch, MicroBatchResult, Objective, split_examples
 from cpo_kernels.integrations.transformers import prepare
 from tests.cpo_kernels.padded_oracle import padded_step, trained_gradients, worst_gradient_error
 from tests.tiny import random_pairs, tiny_llama, with_lora
@@ -143,3 +145,14 @@ def test_nll_weight_adds_the_mean_negative_log_likelihood_of_the_chosen() -> Non
     lengths = torch.tensor([len(pair.responses[0]) for pair in pairs])
     expected = plain.loss_sum - 0.7 * (plain.columns["chosen_logps"] / lengths).sum()
     assert abs(float(with_nll.loss_sum - expected)) < 1e-5
+
+
+def test_the_first_example_too_large_for_a_micro_batch_is_named_with_its_tokens() -> None:
+    """The first as they were given, though pairs are visited in the order of their prompts."""
+    rows: list[Any] = [([9, 9], [1], [2]), ([5, 6, 7], [1, 2, 3], [1, 4]), ([1, 1, 1], [2, 2, 2], [3, 3, 3])]
+    pairs = [replace(pair, source=f"file:{line}") for line, pair in enumerate(as_examples(rows), start=1)]
+    with pytest.raises(DataError, match=r"^file:2: the pair alone has 7 tokens, more than train\.max_tokens=6; raise"):
+        split_examples(pairs, 6)
+    assert split_examples(pairs[:2], 7) == [[pairs[1]], [pairs[0]]]
+    with pytest.raises(DataError, match=r"^row: the row has 4 tokens, more than train\.max_tokens=3; raise"):
+        split_examples(as_examples([([1, 2], [3, 4])]), 3)
