@@ -10,5 +10,5 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", "from cpo_fast.cli import main; main()", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
     )

@@ -92,7 +92,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=600)
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)", done.stdout + done.stderr)
     if found is None:
         raise ValueError(f"cuobjdump: expected REG and STACK, got {done.stdout!r}")

@@ -1,28 +1,19 @@
 """A dense masked softmax in fp64 beside the Triton kernels of tree_attention, and how far apart the two may be.
 
-T rows, H query heads, Hkv key heads, D head size. The kernels run on a GPU, else in Triton's interpreter.
+T rows, H query heads, Hkv key heads, D head size. Where the kernels run is said in `kernel_device`.
 """
 
-import os
 from collections.abc import Callable
 
-import pytest
 import torch
 
 from cpo_kernels import TreeSchedule, tree_attention, tree_schedule
 from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_attention.reference import visible
+from tests.cpo_kernels.kernel_device import DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 NAMES = ("out", "dq", "dk", "dv")
 SCALE = 0.3
-
-runs_kernels = (
-    pytest.mark.gpu
-    if DEVICE == "cuda"
-    else pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_hold_in_the_interpreter")
-)
 
 
 def random_heads(

@@ -3,7 +3,6 @@
 The bad kernels are shipped ones, compiled for other extents, warps or stages than what is shipped.
 """
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from tests.cpo_kernels import test_aot_linear_logprob as logprob
 from tests.cpo_kernels import test_aot_tree_attention as attention
 from tests.cpo_kernels import test_aot_tree_decode as decode
 from tests.cpo_kernels.aot import MAX_SHARED_BYTES, Compiled, assert_fits, assert_matrix_instructions
+from tests.cpo_kernels.kernel_device import not_interpreted
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are not compiled there")
+pytestmark = not_interpreted
 
 FORWARD = attention.Case("_forward_kernel", 128, "bf16")
 FOLDER = Path(cpo_kernels.__file__).parent
@@ -29,8 +29,8 @@ def shipped() -> dict[int, Compiled]:
 
 
 def test_registers_spilled_to_the_stack_fail() -> None:
-    """Two warps hold a tile that is shipped with eight."""
-    spilled = attention.compiled(FORWARD, 80, num_warps=2)
+    """One warp holds a tile that is shipped with four."""
+    spilled = attention.compiled(attention.Case("_sum_parts_kernel", 256, "fp32"), 80, num_warps=1)
     with pytest.raises(AssertionError, match="bytes of stack"):
         assert_fits(spilled, 80, attention.MAX_STACK_BYTES)
 
@@ -74,19 +74,16 @@ def test_every_kernel_that_is_launched_meets_the_gate() -> None:
         for kernel in re.findall(r"^\s+(_\w+)\[\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     gated = {("linear_logprob", name.split(".")[1]) for name in (*logprob.KERNELS, "fused._product_partials")}
-    gated |= {("tree_attention", case.kernel) for case in attention.CASES}
-    gated |= {("tree_decode", name) for name, _, _ in decode.CASES}
+    gated |= {("tree_attention", case.kernel) for case, _ in attention.BINARIES}
+    gated |= {("tree_decode", name) for name, *_ in decode.BINARIES}
     assert launched == gated
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("name", ["_partial_kernel", "_merge_kernel"])
-def test_other_groups_of_tree_decode_fit_the_card(
-    name: str, group: int, arch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decode, "GROUP", group)
-    binary = decode.compiled(name, 128, "bf16", arch)
+def test_other_groups_of_tree_decode_fit_the_card(name: str, group: int, arch: int) -> None:
+    binary = decode.compiled(name, 128, "bf16", arch, group)
     assert_fits(binary, arch, decode.MAX_STACK_BYTES)
     products = name == "_partial_kernel"
     assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)

@@ -5,13 +5,13 @@ registers, a product without the card's matrix instructions.
 """
 
 import importlib
-import os
 
 import pytest
 
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
+from tests.cpo_kernels.kernel_device import not_interpreted
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = not_interpreted
 
 MAX_STACK_BYTES = 16  # four registers a thread: the assembler parks that many to reach the next step of occupancy
 WIDTH = 4096

@@ -1,16 +1,11 @@
-"""The Triton kernels of linear_logprob against full logits in fp64, in Triton's interpreter or on a GPU.
+"""The Triton kernels of linear_logprob against full logits in fp64; where they run is said in `kernel_device`.
 
-A kernel is interpreted only where TRITON_INTERPRET is set before Triton is imported, and a process that interprets cannot
-compile. So one test runs this file, and those whose names begin like it, in a process of its own; in that process, or with
-a GPU under `-m gpu`, every claim is tested. T rows, E hidden, V vocabulary, U distinct (row, target) pairs.
+In the interpreter each shape and dtype runs where it takes a way of its own through a kernel; a GPU runs them all.
+T rows, E hidden, V vocabulary, U distinct (row, target) pairs.
 """
 
-import os
-import re
-import subprocess
-import sys
+import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,40 +15,14 @@ from cpo_kernels import LogprobPlan, linear_logprob
 from cpo_kernels.tolerances import kernel_bound
 from tests.cpo_kernels.confident_tokens import ConfidentTokens
 from tests.cpo_kernels.device_waits import waits
+from tests.cpo_kernels.kernel_device import DEVICE, INTERPRETED, gpu_alone_unless, not_interpreted, runs_kernels
 from tests.cpo_kernels.logprob_oracle import Case, full_logits, huge, make_case, oracle, shifted, upstream
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
-def claim(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that needs the kernels to run."""
-    if INTERPRETED:
-        return test
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the interpreter or a GPU")
-    return pytest.mark.gpu(without(test))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_every_claim_holds_in_the_interpreter() -> None:
-    root, files = Path(__file__).resolve().parents[2], Path(__file__).parent.glob("test_linear_logprob_triton*.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(map(str, files))],
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|skipped)", done.stdout))
-    assert (int(counts["passed"]) > 40, counts["skipped"]) == (True, "2"), done.stdout[-500:]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="here a CPU can run them")
+@not_interpreted
 def test_cpu_tensors_without_the_interpreter_are_refused() -> None:
     case = make_case()
     with pytest.raises(ValueError, match="'triton' cannot run on cpu"):
@@ -76,16 +45,27 @@ def rounded(case: Case, dtype: torch.dtype) -> Case:
     return case
 
 
-def crowded(vocab: int, width: int = 24, num_rows: int = 9, **options: Any) -> Case:
-    """1 to 8 targets a row, at 0, V - 1 and both sides of every tile and split edge, and each row's first one twice."""
+TARGETS_OF_ROW = (1, 2, 8, 19, 3)  # of row r mod 5; the kernels step over a row's targets by 16
+
+
+def crowded(vocab: int, width: int = 24, num_rows: int = 5, **options: Any) -> Case:
+    """1 to 19 targets a row, at 0, V - 1 and both sides of every tile and split edge, and each row's first one twice."""
     case = make_case(vocab, width, num_rows, seed=vocab, **options)
     edges = [edge + side for edge in (64, 128, 1024, 2048) for side in (-1, 0) if edge + side < vocab]
     marks = [0, vocab - 1, *edges, *range(1, vocab, 1 + vocab // 17)]
-    case.rows = [row for row in range(num_rows) for _ in range(1 + row % 8)]
+    case.rows = [row for row in range(num_rows) for _ in range(TARGETS_OF_ROW[row % 5])]
     case.targets = [marks[i % len(marks)] for i in range(len(case.rows))]
     case.targets += [case.targets[case.rows.index(row)] for row in range(num_rows)]
     case.rows += list(range(num_rows))
     case.segments = [i % 2 * 3 for i in range(len(case.rows))]
+    return case
+
+
+def one_target_a_row(num_rows: int) -> Case:
+    """As many tokens as rows, in a vocabulary of a tile and one column."""
+    case = make_case(129, 8, num_rows, seed=num_rows)
+    case.rows, case.segments = list(range(num_rows)), [row % 6 for row in range(num_rows)]
+    case.targets = [row * 7 % 129 for row in range(num_rows)]
     return case
 
 
@@ -121,11 +101,16 @@ def truths(case: Case) -> dict[str, torch.Tensor]:
     return want | outputs | {"ref_tokens": want["tokens"], "is_top1": logits.argmax(-1) == torch.tensor(case.targets)}
 
 
-def excess(case: Case, dtype: torch.dtype, train_head: bool = False) -> dict[str, float]:
-    """Error of every quantity against fp64 over what is allowed: twice the eager error and a rounding band."""
+def excess(
+    case: Case, dtype: torch.dtype, train_head: bool = False, got: dict[str, torch.Tensor] | None = None
+) -> dict[str, float]:
+    """Error of every quantity against fp64 over what is allowed: twice the eager error and a rounding band.
+
+    `got` is what was measured of the case already; None measures it.
+    """
     case = rounded(case, dtype)
-    want = truths(case)
-    eager, got = (measured(case, impl, dtype, train_head) for impl in ("eager", "triton"))
+    want, eager = truths(case), measured(case, "eager", dtype, train_head)
+    got = measured(case, "triton", dtype, train_head) if got is None else got
     logit_size = float(full_logits(case.hidden, case.weight, case.bias, case.options).abs().max())
     ratios = {}
     for name, value in got.items():
@@ -145,47 +130,70 @@ def excess(case: Case, dtype: torch.dtype, train_head: bool = False) -> dict[str
     return ratios
 
 
-@claim
+@functools.cache
+def measured_once(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A vocabulary of many tiles, the last ragged: several claims look at one run."""
+    return measured(rounded(crowded(1003), dtype), "triton", dtype)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [129, 1003])
-def test_values_and_gradient_stay_within_twice_the_eager_error(vocab: int, dtype: torch.dtype) -> None:
-    ratios = excess(crowded(vocab), dtype)
+def test_values_and_gradient_stay_within_twice_the_eager_error(dtype: torch.dtype) -> None:
+    ratios = excess(crowded(1003), dtype, got=measured_once(dtype))
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@runs_kernels
+def test_a_vocabulary_of_one_column_more_than_a_tile() -> None:
+    ratios = excess(crowded(129), torch.float32)
+    assert max(ratios.values()) <= 1, ratios
+
+
+EVERYTHING = {"softcap": 200.0, "bias": True, "logit_scale": -0.8, "temperature": 1.3}
+
+
+@runs_kernels
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {"bias": True},
-        {"temperature": 0.7},
-        {"softcap": 3.0},
-        {"softcap": 200.0, "bias": True, "logit_scale": -0.8, "temperature": 1.3},
+        *((options, torch.float32) for options in ({"bias": True}, {"temperature": 0.7}, {"softcap": 3.0}, EVERYTHING)),
+        (EVERYTHING, torch.bfloat16),
     ],
     ids=str,
 )
 def test_head_transform_is_applied(options: dict[str, Any], dtype: torch.dtype) -> None:
-    ratios = excess(make_case(seed=2, **options), dtype)
+    ratios = excess(make_case(seed=2, num_rows=5, **options), dtype)
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("change", [huge, lambda case: shifted(case, -500.0)], ids=["huge", "all negative"])
+@runs_kernels
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(huge, torch.float32), (huge, torch.bfloat16), (lambda case: shifted(case, -500.0), torch.float32)],
+    ids=["huge", "huge in bfloat16", "all negative"],
+)
 def test_extreme_logits_stay_within_twice_the_eager_error(change: Callable[[Case], Case], dtype: torch.dtype) -> None:
-    ratios = excess(change(make_case(seed=3)), dtype)
+    ratios = excess(change(make_case(seed=3, num_rows=5)), dtype)
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
-@pytest.mark.parametrize("width", [8, 33, 576])
-def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int) -> None:
-    ratios = excess(crowded(2500 if width < 576 else 300, width, num_rows=5), torch.float32)
+@runs_kernels
+@pytest.mark.parametrize(("width", "vocab"), [(8, 2500), (33, 300), (576, 300)])
+def test_targets_on_both_sides_of_tile_and_split_edges_are_found(
+    width: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths below a step of the products, of a ragged one, and of more than one step of a target's dot.
+
+    The gradient of a row is made in several blocks, as it is of a real model.
+    """
+    from cpo_kernels.linear_logprob import backward
+
+    monkeypatch.setattr(backward, "BLOCK_WIDTH", 32 if width < 64 else 256)
+    ratios = excess(crowded(vocab, width), torch.float32)
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
+@runs_kernels
 def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies of tests are so small that every tile would be a split of its own."""
     from cpo_kernels.linear_logprob import triton_sums
@@ -195,30 +203,31 @@ def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.Monke
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
+@runs_kernels
 def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten row tiles in groups of eight, and 150 rows in tiles of 16."""
+    """Three row tiles in groups of two, and 40 rows in tiles of 16."""
     from cpo_kernels.linear_logprob import triton_fused as fused
 
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
+    monkeypatch.setattr(fused, "GROUP_ROWS", 2)
     monkeypatch.setattr(fused, "TILES_32_BIT", ((None, 16, 64, 32, 4, 2),))
-    case = rounded(crowded(129, num_rows=150), torch.float32)
+    case = rounded(one_target_a_row(40), torch.float32)
     hidden, weight = case.hidden.to(DEVICE, torch.float32), case.weight.to(DEVICE, torch.float32)
     got = linear_logprob(hidden, weight, case.plan(), impl="triton").token_logps.cpu().double()
     torch.testing.assert_close(got, oracle(case)["tokens"], rtol=1e-5, atol=1e-5)
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpo_kernels.linear_logprob import results as head
 
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 129 * 5)
-    ratios = excess(crowded(129, num_rows=13), dtype)
+    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 129 * 2)
+    ratios = excess(crowded(129), dtype)
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
+@runs_kernels
 def test_a_row_whose_targets_are_the_whole_vocabulary_has_no_rest() -> None:
     case = make_case(vocab=5, num_rows=2, num_tokens=10)
     case.rows, case.targets, case.segments = [0] * 5 + [1] * 5, list(range(5)) * 2, [0] * 10
@@ -226,19 +235,19 @@ def test_a_row_whose_targets_are_the_whole_vocabulary_has_no_rest() -> None:
     assert max(ratios.values()) <= 1, ratios
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_hidden_gives_bitwise_equal_reference(dtype: torch.dtype) -> None:
-    got = measured(crowded(1003), "triton", dtype)
+    got = measured_once(dtype)
     for path in ("with gradient", "chunk", "fused"):
         assert torch.equal(got[f"tokens, {path}"], got[f"ref_tokens, {path}"]), path
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
-    first, second = (measured(crowded(1003), "triton", dtype) for _ in range(2))
-    for name, value in first.items():
+    second = measured(rounded(crowded(1003), dtype), "triton", dtype)
+    for name, value in measured_once(dtype).items():
         assert torch.equal(value, second[name]), name
 
 
@@ -250,7 +259,7 @@ def confident_error(dtype: torch.dtype = torch.bfloat16) -> float:
     return case.error(leaf.grad)
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_gradient_of_confident_tokens_survives(dtype: torch.dtype) -> None:
     """Not float16: such a gradient lies below its smallest number, whoever computes it."""
@@ -265,7 +274,7 @@ def shared_row_case() -> Case:
     return rounded(case, torch.float32)
 
 
-@claim
+@runs_kernels
 def test_confident_token_beside_unlikely_targets_of_the_same_row() -> None:
     case = shared_row_case()
     want = oracle(case)
@@ -274,7 +283,7 @@ def test_confident_token_beside_unlikely_targets_of_the_same_row() -> None:
     torch.testing.assert_close(got, want["d_hidden"], rtol=1e-5, atol=1e-5)
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_empty_plan_gives_zeros_and_a_zero_gradient(requires_grad: bool) -> None:
     hidden = torch.randn(4, 8, device=DEVICE, requires_grad=requires_grad)
@@ -288,7 +297,7 @@ def test_empty_plan_gives_zeros_and_a_zero_gradient(requires_grad: bool) -> None
         assert hidden.grad.tolist() == [[0.0] * 8] * 4
 
 
-@claim
+@runs_kernels
 def test_backward_twice_gives_the_same_gradient_and_reads_no_head() -> None:
     case = crowded(129)
     hidden, weight = case.hidden.to(DEVICE, torch.float32).requires_grad_(), case.weight.to(DEVICE, torch.float32)
@@ -299,7 +308,7 @@ def test_backward_twice_gives_the_same_gradient_and_reads_no_head() -> None:
     assert torch.equal(first, second)
 
 
-@claim
+@runs_kernels
 def test_fused_rows_make_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     from cpo_kernels.linear_logprob import triton as triton_scores
 
@@ -324,7 +333,7 @@ def test_fused_rows_make_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         linear_logprob(hidden.detach(), weight, case.plan(), impl="triton")
 
 
-@claim
+@runs_kernels
 def test_strided_inputs_and_rows_outside_the_plan_do_not_matter() -> None:
     case = crowded(129)
     want = measured(case, "triton", torch.float32)
@@ -339,26 +348,26 @@ def test_strided_inputs_and_rows_outside_the_plan_do_not_matter() -> None:
         assert torch.equal(got[name], value), name
 
 
-@claim
+@runs_kernels
 def test_float64_is_refused() -> None:
     case = make_case()
     with pytest.raises(ValueError, match="float64"):
         linear_logprob(case.hidden.to(DEVICE), case.weight.to(DEVICE), case.plan(), impl="triton")
 
 
-@claim
-@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 127, 129, 1000])
+@runs_kernels
+@pytest.mark.parametrize(
+    "num_rows",
+    [pytest.param(rows, marks=gpu_alone_unless(rows in (1, 64, 65, 129))) for rows in (1, 63, 64, 65, 127, 129, 1000)],
+)
 def test_any_number_of_rows_is_complete(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "fused")
-    case = make_case(129, 8, num_rows, seed=num_rows)
-    case.rows, case.segments = list(range(num_rows)), [row % 6 for row in range(num_rows)]
-    case.targets = [row * 7 % 129 for row in range(num_rows)]
-    case = rounded(case, torch.float32)
+    case = rounded(one_target_a_row(num_rows), torch.float32)
     want, plan = oracle(case), case.plan()
     hidden, weight = case.hidden.to(DEVICE, torch.float32).requires_grad_(), case.weight.to(DEVICE, torch.float32)
     fused = linear_logprob(hidden.detach(), weight, plan, impl="triton")
     got = {"tokens": fused.token_logps, "segments": fused.segment_logps}
-    if num_rows < 1000 or not INTERPRETED:  # there a program a row takes long, and it has no tile of rows to get wrong
+    if num_rows == 1 or DEVICE == "cuda":  # the other way is a program a row, which has no tile of rows to get wrong
         result = linear_logprob(hidden, weight, plan, impl="triton")
         token_weight, segment_weight = (w.to(DEVICE, torch.float32) for w in upstream(case))
         ((result.token_logps * token_weight).sum() + (result.segment_logps * segment_weight).sum()).backward()
@@ -368,7 +377,7 @@ def test_any_number_of_rows_is_complete(num_rows: int, monkeypatch: pytest.Monke
         torch.testing.assert_close(value.detach().cpu().double(), want[name], rtol=1e-5, atol=1e-5)
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("path", ["chunk", "fused"])
 def test_equal_largest_logits_are_all_top(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", path)
@@ -379,7 +388,7 @@ def test_equal_largest_logits_are_all_top(path: str, monkeypatch: pytest.MonkeyP
     assert linear_logprob(hidden, weight, plan, outputs=OUTPUTS, impl="triton").is_top1.tolist() == [True, True, False]
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("train_head", [False, True])
 def test_scoring_never_waits_for_the_device(train_head: bool) -> None:
     case = crowded(300, bias=True)

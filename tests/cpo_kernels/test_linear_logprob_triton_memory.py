@@ -1,7 +1,4 @@
-"""What the Triton path of linear_logprob makes: bounded logits, and no expected embedding that nobody asked for.
-
-Run as `test_linear_logprob_triton` says.
-"""
+"""What the Triton path of linear_logprob makes: bounded logits, and no expected embedding that nobody asked for."""
 
 from typing import Any
 
@@ -10,32 +7,31 @@ import torch
 
 from cpo_kernels import linear_logprob
 from tests.cpo_kernels.device_waits import LargestTensor
+from tests.cpo_kernels.kernel_device import DEVICE, runs_kernels
 from tests.cpo_kernels.logprob_oracle import make_case
 from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
-    DEVICE,
     OUTPUTS,
     _poisoned_memory,
-    claim,
 )
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from cpo_kernels.linear_logprob import results as head
 
     monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 500 * 7)
-    case = make_case(vocab=500, width=5, num_rows=20, num_tokens=30, bias=True)
+    case = make_case(vocab=500, width=5, num_rows=15, num_tokens=30, bias=True)
     hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_()
     weight, bias = (x.to(DEVICE, torch.float32).requires_grad_(train_head) for x in (case.weight, case.bias))
     plan = case.plan().to(DEVICE)
     with LargestTensor() as mode:
         result = linear_logprob(hidden, weight, plan, hidden.detach(), bias=bias, outputs=OUTPUTS, impl="triton")
         result.segment_logps.sum().backward()
-    assert mode.largest == 500 * 7  # all rows at once would be 500 * 20
+    assert mode.largest == 500 * 7  # all rows at once would be 500 * 15
 
 
-@claim
+@runs_kernels
 @pytest.mark.parametrize(("asks", "num_made"), [("gradient", 1), ("no gradient", 0), ("gradient of the head", 0)])
 def test_expected_embedding_is_made_for_a_gradient_under_a_frozen_head_alone(
     asks: str, num_made: int, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from torch import nn
 
 from cpo_kernels import Forest, LogprobPlan, build_forest, preference_loss
 from cpo_kernels.integrations.transformers import packed_logps, prepare
+from tests.cpo_kernels.model_copies import copies
 from tests.cpo_kernels.padded_oracle import (
     PaddedStep,
     padded_step,
@@ -29,11 +30,8 @@ from tests.tiny import Pair, random_pairs, tiny_llama, with_exact_norms, with_lo
 WIDE = 1e-3
 
 
-def exact_model() -> nn.Module:
-    """fp64 throughout, so that right code agrees to 1e-12."""
-    return with_lora(with_exact_norms(tiny_llama(dtype=torch.float64)))
-
-
+# fp64 throughout, so that right code agrees to 1e-12
+exact_model = copies(lambda: with_lora(with_exact_norms(tiny_llama(dtype=torch.float64))))
 PAIRS = random_pairs(seed=1, num_questions=2)
 
 

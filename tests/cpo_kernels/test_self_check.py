@@ -5,7 +5,6 @@ the kernels themselves.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +18,10 @@ from cpo_kernels.kernel_check import KernelCheckError, check_once, run_check
 from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import CHECKS, OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import resolve_tree_attention
+from tests.cpo_kernels.kernel_device import not_interpreted
 from tests.cpo_kernels.small_checks import CPU, SHAPE, checked_ops, posed_check, shrink
 from tests.tiny import tiny_llama
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALL = ("reference", "eager", "triton")
 PART_OF = {"tree_attention": "out", "linear_logprob": "logps", "tree_decode": "out"}
 
@@ -135,7 +134,7 @@ def test_cuda_defaults_to_triton_and_the_cpu_to_eager() -> None:
     assert "triton" in available_implementations("cuda")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter has triton on the CPU")
+@not_interpreted
 def test_each_op_is_resolved_by_itself_and_what_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Implementations.of("eager") == Implementations("eager", "eager")
     assert Implementations.of(Implementations(None, "eager")) == Implementations(None, "eager")

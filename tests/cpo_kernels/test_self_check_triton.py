@@ -1,14 +1,10 @@
 """The self-check on the Triton kernels: right ones pass, and one that does nothing is refused, whichever it is.
 
-The kernels run in Triton's interpreter, which must be chosen before Triton is imported: the tests run in a process with
-TRITON_INTERPRET=1.
+The kernels run in Triton's interpreter, as `kernel_device` says.
 """
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,42 +20,18 @@ from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import check as attention_check
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
+from tests.cpo_kernels.kernel_device import interpreted
 from tests.cpo_kernels.small_checks import CPU, checked_ops, shrink
 from tests.tiny import tiny_llama
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TINY_SHAPE = ModelShape(torch.bfloat16, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=24)
 KERNELS_FOLDER = Path(kernel_check.__file__).parent
-
-runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="run by test_check_holds_in_the_interpreter")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is this process")
-@pytest.mark.slow
-def test_check_holds_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", __file__],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
     shrink(monkeypatch)
-
-
-@runs_kernels
-def test_right_kernels_pass(small: None) -> None:
-    shape = ModelShape(torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, hidden_size=96)
-    self_check("cpu", shape, OPS)
-    assert checked_ops() == set(OPS)
 
 
 # op, module, kernel, and the constants that the variant which does nothing has, if not all do nothing
@@ -125,15 +97,18 @@ class DoesNothing:
 
 @pytest.fixture
 def tiny(small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fewer rows yet, the tiles of the fused product to match, and NaN in memory that is allocated and not written."""
+    """Fewer rows yet, the tiles of the fused product to match, and NaN in memory that is allocated and not written.
+
+    A forest has two query blocks, into which ranges are cut.
+    """
     from cpo_kernels.linear_logprob import triton_fused as fused
 
+    monkeypatch.setattr(attention_check, "NUM_ROWS", 150)
     for name, size in {"MANY_ROWS": 9, "MEDIUM_ROWS": 6, "FEW_ROWS": 3, "VOCAB_SIZE": 67}.items():
         monkeypatch.setattr(logprob_check, name, size)
-    tiles = fused.TILES_16_BIT
-    monkeypatch.setattr(
-        fused, "TILES_16_BIT", tuple((n, *tile[1:]) for n, tile in zip((3, 4, None), tiles, strict=True))
-    )
+    for name, limits in {"TILES_16_BIT": (3, 4, None), "TILES_32_BIT": (3, None)}.items():
+        tiles = [(limit, *tile[1:]) for limit, tile in zip(limits, getattr(fused, name), strict=True)]
+        monkeypatch.setattr(fused, name, tuple(tiles))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -147,19 +122,26 @@ def plant(monkeypatch: pytest.MonkeyPatch, op: str, module: str, kernel: str, co
     return fault
 
 
-@runs_kernels
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_right_kernels_pass(tiny: None, op: str) -> None:
+    """In the very sizes in which those that do nothing are refused."""
+    self_check("cpu", TINY_SHAPE, (op,))
+    assert checked_ops() == {op}
+
+
+@interpreted
 @pytest.mark.parametrize(("op", "module", "kernel", "constants"), FAULTS)
 def test_a_kernel_that_does_nothing_is_refused_by_the_name_of_its_op(
     tiny: None, monkeypatch: pytest.MonkeyPatch, op: str, module: str, kernel: str, constants: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(attention_check, "NUM_ROWS", 150)  # two query blocks, into which ranges are cut
     fault = plant(monkeypatch, op, module, kernel, constants)
     with pytest.raises(KernelCheckError, match=f"^{op}: its Triton kernels are wrong"):
         self_check("cpu", TINY_SHAPE, (op,))
     assert fault.num_skipped > 0
 
 
-@runs_kernels
+@interpreted
 @pytest.mark.parametrize(
     ("path", "module", "kernel"),
     [("chunk", "triton_fused", "_target_logits"), ("fused", "triton_chunked", "_take_targets")],
@@ -175,7 +157,7 @@ def test_rows_without_a_gradient_go_by_both_paths_whatever_the_environment_says(
             assert (ratio <= 1) == (f"path {path}" in name), name
 
 
-@runs_kernels
+@interpreted
 def test_each_op_checks_its_own_kernels_before_they_are_the_default(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +176,7 @@ def test_each_op_checks_its_own_kernels_before_they_are_the_default(
         tree_attention(q, q, q, ends)
 
 
-@runs_kernels
+@interpreted
 def test_prepare_checks_kernels_by_default_in_the_shapes_of_the_model(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

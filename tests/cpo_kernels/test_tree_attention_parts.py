@@ -1,7 +1,7 @@
 """Claims about key blocks whose query range is cut into parts: bounded, equal to the whole, added in one order.
 
-The parts run where the kernels of tree_attention run: on a GPU, else in the interpreter, started by
-`test_kernels_hold_in_the_interpreter`.
+The schedule cuts ranges of hundreds of rows. The kernels are given short lines, cut here by the same rules, and one line
+that the schedule has cut.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 
 from cpo_kernels import TreeSchedule, tree_schedule
 from cpo_kernels.tolerances import random_subtree_end
-from tests.cpo_kernels.attention_oracle import NAMES, excess, random_heads, runs_kernels, triton_results
+from tests.cpo_kernels.attention_oracle import NAMES, excess, random_heads, triton_results
+from tests.cpo_kernels.kernel_device import runs_kernels
 
 MIN_PART_BLOCKS = 16
 MAX_PARTS = 127  # fewer than twice the 64th share of the work
@@ -27,18 +28,24 @@ def prompt_and_thoughts(num_rows: int, prompt: int, thought: int) -> torch.Tenso
     return torch.tensor(ends, dtype=torch.int32)
 
 
-def whole(schedule: TreeSchedule) -> TreeSchedule:
-    """The same schedule with every query range in one piece."""
-    blocks = torch.arange(len(schedule.kv_query_start), dtype=torch.int32)
+def cut(schedule: TreeSchedule, num_cut: int, rows: int) -> TreeSchedule:
+    """The same schedule with the query ranges of the first `num_cut` key blocks in parts of `rows` rows."""
+    work: list[tuple[int, int, int, int]] = []  # block, start, stop, part
+    offsets = [0]
+    for block, (start, stop) in enumerate(zip(schedule.kv_query_start, schedule.kv_query_stop, strict=True)):
+        if block >= num_cut:
+            work.append((block, int(start), int(stop), -1))
+            continue
+        for first in range(int(start), int(stop), rows):
+            work.append((block, first, min(first + rows, int(stop)), offsets[-1] + (first - int(start)) // rows))
+        offsets.append(work[-1][3] + 1)
+    columns = torch.tensor(work, dtype=torch.int32).T.contiguous()
     return replace(
         schedule,
-        work_block=blocks,
-        work_start=schedule.kv_query_start,
-        work_stop=schedule.kv_query_stop,
-        work_part=torch.full_like(blocks, -1),
-        split_block=blocks[:0],
-        split_offsets=torch.zeros(1, dtype=torch.int32),
-        num_parts=0,
+        **dict(zip(("work_block", "work_start", "work_stop", "work_part"), columns, strict=True)),
+        split_block=torch.arange(num_cut, dtype=torch.int32),
+        split_offsets=torch.tensor(offsets, dtype=torch.int32),
+        num_parts=offsets[-1],
     )
 
 
@@ -88,39 +95,43 @@ def test_only_ranges_beyond_the_limit_are_cut() -> None:
     assert tree_schedule(prompt_and_thoughts(65536, 512, 40), 128, 64).num_parts > 16
 
 
+SHORT = prompt_and_thoughts(100, 30, 23)  # seven query blocks see the first key block, six the second
 PROMPT = prompt_and_thoughts(529, 30, 23)  # 34 query blocks see the first key block: three parts, the last ragged
 
 
-@pytest.fixture(scope="module")
-def uncut() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs of two query heads on one key head, and the results with every range in one piece."""
-    inputs = random_heads(len(PROMPT), 2, 1, 16, torch.float32)
-    return inputs, triton_results(inputs, PROMPT, whole(tree_schedule(PROMPT, 16, 16)))
+def short_in_parts(block_kv: int = 16) -> TreeSchedule:
+    """Three parts of the first key block, the last ragged; of blocks of 16 keys two of the second."""
+    return cut(tree_schedule(SHORT, 16, block_kv), 2 if block_kv == 16 else 1, 48)
 
 
 @runs_kernels
-def test_parts_add_up_to_the_whole_and_two_runs_are_bitwise_equal(
-    uncut: tuple[list[torch.Tensor], list[torch.Tensor]],
-) -> None:
-    inputs, wanted = uncut
-    schedule = tree_schedule(PROMPT, 16, 16)
-    assert schedule.split_offsets.tolist() == [0, 3, 6]
-    parts = triton_results(inputs, PROMPT, schedule)
-    assert max(excess(parts, inputs, PROMPT).values()) <= 1.0
-    for name, got, want in zip(NAMES, parts, wanted, strict=True):
+def test_parts_add_up_to_the_whole_and_two_runs_are_bitwise_equal() -> None:
+    """Two query heads on one key head."""
+    inputs, schedule = random_heads(len(SHORT), 2, 1, 16, torch.float32), short_in_parts()
+    assert schedule.split_offsets.tolist() == [0, 3, 5]
+    parts = triton_results(inputs, SHORT, schedule)
+    assert max(excess(parts, inputs, SHORT).values()) <= 1.0
+    for name, got, want in zip(NAMES, parts, triton_results(inputs, SHORT), strict=True):
         first = 32 if name in ("dk", "dv") else 0  # the keys of the two blocks that are cut
         assert torch.equal(got[first:], want[first:]), name
-    for first_run, second_run in zip(parts, triton_results(inputs, PROMPT, schedule), strict=True):
+    for first_run, second_run in zip(parts, triton_results(inputs, SHORT, schedule), strict=True):
         assert torch.equal(first_run, second_run)
+
+
+@runs_kernels
+def test_parts_that_the_schedule_makes_add_up() -> None:
+    inputs, schedule = random_heads(len(PROMPT), 1, 1, 16, torch.float32), tree_schedule(PROMPT, 16, 16)
+    assert schedule.split_offsets.tolist() == [0, 3, 6]
+    assert max(excess(triton_results(inputs, PROMPT, schedule), inputs, PROMPT).values()) <= 1.0
 
 
 @runs_kernels
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.bfloat16), (96, torch.float32)])
 def test_parts_of_several_tiles(head_dim: int, dtype: torch.dtype) -> None:
     """Blocks of 64 keys are four tiles of a float32 head of 96; its columns are padded to 128."""
-    inputs = random_heads(len(PROMPT), 1, 1, head_dim, dtype)
-    got = triton_results(inputs, PROMPT, tree_schedule(PROMPT, 16, 64))
-    assert max(excess(got, inputs, PROMPT).values()) <= 1.0
+    inputs = random_heads(len(SHORT), 1, 1, head_dim, dtype)
+    got = triton_results(inputs, SHORT, short_in_parts(block_kv=64))
+    assert max(excess(got, inputs, SHORT).values()) <= 1.0
 
 
 def dropped_part(right: TreeSchedule) -> TreeSchedule:
@@ -140,22 +151,22 @@ def parts_of_the_next_block(right: TreeSchedule) -> TreeSchedule:
 @runs_kernels
 @pytest.mark.parametrize("mutation", [dropped_part, part_added_twice, parts_of_the_next_block])
 def test_a_wrong_cut_gives_wrong_gradients(mutation: Callable[[TreeSchedule], TreeSchedule]) -> None:
-    inputs = random_heads(len(PROMPT), 1, 1, 16, torch.float32)
-    ratios = excess(triton_results(inputs, PROMPT, mutation(tree_schedule(PROMPT, 16, 16))), inputs, PROMPT)
+    inputs = random_heads(len(SHORT), 1, 1, 16, torch.float32)
+    ratios = excess(triton_results(inputs, SHORT, mutation(short_in_parts())), inputs, SHORT)
     assert min(ratios["dk"], ratios["dv"]) > 100, ratios
 
 
 @runs_kernels
 def test_parts_are_added_in_the_order_of_the_schedule() -> None:
     """Reversed they give the same gradient to rounding and other bits, so a sum in arrival order would be seen."""
-    right = tree_schedule(PROMPT, 16, 16)
+    right = short_in_parts()
     last = right.split_offsets[1:] - 1
     first = right.split_offsets[:-1]
     owner = torch.bucketize(right.work_part, right.split_offsets, right=True) - 1
     turned = torch.where(right.work_part < 0, right.work_part, (first + last)[owner.clamp(min=0)] - right.work_part)
-    inputs = random_heads(len(PROMPT), 1, 1, 16, torch.float32)
-    got = triton_results(inputs, PROMPT, replace(right, work_part=turned.int()))
-    assert max(excess(got, inputs, PROMPT).values()) <= 1.0
-    want = triton_results(inputs, PROMPT, right)
+    inputs = random_heads(len(SHORT), 1, 1, 16, torch.float32)
+    got = triton_results(inputs, SHORT, replace(right, work_part=turned.int()))
+    assert max(excess(got, inputs, SHORT).values()) <= 1.0
+    want = triton_results(inputs, SHORT, right)
     assert not torch.equal(got[2], want[2])
     assert not torch.equal(got[3], want[3])

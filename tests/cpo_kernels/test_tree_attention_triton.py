@@ -1,17 +1,12 @@
-"""The Triton kernels of tree_attention against a dense masked softmax in fp64: on a GPU, else in Triton's interpreter.
+"""The Triton kernels of tree_attention against a dense masked softmax in fp64; where they run is said in `kernel_device`.
 
-The interpreter must be chosen before a kernel is defined, and processes that compile for a GPU must not have it: without
-a GPU, `test_kernels_hold_in_the_interpreter` runs this file and that of the parts once more in a process with
-TRITON_INTERPRET=1, and the other tests are left to that process. There the schedule's blocks are 16 or 64 rows, which
-bounds the tiles; the tiles that a GPU gets are run once.
+In the interpreter the schedule's blocks are 16 or 64 rows, which bounds the tiles; the tiles that a GPU gets are run once.
+There each size and variant runs where it takes a way of its own through a kernel, and a GPU runs them all.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,37 +14,29 @@ import torch
 from cpo_kernels import TreeSchedule, build_forest, tree_attention, tree_schedule
 from cpo_kernels.tolerances import random_subtree_end
 from tests.cpo_kernels.attention_oracle import (
-    DEVICE,
-    INTERPRETED,
     NAMES,
     SCALE,
     dense_results,
     excess,
     random_heads,
-    runs_kernels,
     triton_results,
 )
+from tests.cpo_kernels.kernel_device import DEVICE, gpu_alone_unless, not_interpreted, runs_kernels
 from tests.cpo_kernels.random_forests import random_sequences
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
-SIZES = [(length, group) for length in LENGTHS for group in (1, 4, 8) if DEVICE == "cuda" or length * group <= 1032]
-DTYPES = (torch.float32, torch.bfloat16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED_FILES = (Path(__file__), Path(__file__).with_name("test_tree_attention_parts.py"))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is this process")
-@pytest.mark.slow
-def test_kernels_hold_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=500", *INTERPRETED_FILES],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
+# rows, group: one row, both sides of a block's edge, a third block, each size of a group
+INTERPRETED_SIZES = {
+    torch.float32: {(1, 1), (63, 4), (64, 1), (65, 8), (129, 1)},
+    torch.bfloat16: {(65, 4), (129, 1)},
+    torch.float16: set(),
+}
+# head sizes: one padded to 128, one in a single loop over the queries; those of 16 elsewhere fill their columns
+INTERPRETED_HEADS = {torch.float32: {80, 256}, torch.bfloat16: {80, 256}, torch.float16: set()}
+# blocks of the schedule, the default first: it is larger than a float32 tile
+BLOCKS = ((128, 64), (16, 64), (64, 16))
+INTERPRETED_BLOCKS = {torch.float32: set(BLOCKS), torch.bfloat16: {BLOCKS[0]}, torch.float16: {BLOCKS[0]}}
 
 
 def assert_right(inputs: list[torch.Tensor], subtree_end: torch.Tensor, **options: int) -> None:
@@ -58,8 +45,16 @@ def assert_right(inputs: list[torch.Tensor], subtree_end: torch.Tensor, **option
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "group"), SIZES)
+@pytest.mark.parametrize(
+    ("num_rows", "group", "dtype"),
+    [
+        pytest.param(rows, group, dtype, marks=gpu_alone_unless((rows, group) in INTERPRETED_SIZES[dtype]))
+        for dtype in DTYPES
+        for rows in LENGTHS
+        for group in (1, 4, 8)
+    ],
+    ids=str,
+)
 def test_error_is_within_twice_the_same_dtype_error(num_rows: int, group: int, dtype: torch.dtype) -> None:
     kv_heads = 2 if group == 1 else 1
     subtree_end = random_subtree_end(num_rows + group, num_rows, num_padding=0 if num_rows < 8 else 5)
@@ -67,7 +62,9 @@ def test_error_is_within_twice_the_same_dtype_error(num_rows: int, group: int, d
 
 
 @runs_kernels
-@pytest.mark.parametrize("first", range(16))
+@pytest.mark.parametrize(
+    "first", [pytest.param(first, marks=gpu_alone_unless(first in (0, 1, 15))) for first in range(16)]
+)
 def test_a_node_may_start_at_every_offset_of_a_tile(first: int) -> None:
     """Siblings of 13, 1 and 20 rows under a run that ends at the offset; then a second tree and padding."""
     stem, tail = 16 + first, 70 + first
@@ -77,44 +74,65 @@ def test_a_node_may_start_at_every_offset_of_a_tile(first: int) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=gpu_alone_unless(seed == 0)) for seed in range(3)])
 def test_packed_sequences(seed: int) -> None:
     forest = build_forest(random_sequences(seed)[0], pad_to_multiple_of=16)
     assert_right(random_heads(len(forest.tokens), 4, 2, 16, torch.float32, seed), forest.subtree_end)
 
 
 @runs_kernels
-@pytest.mark.parametrize("blocks", [(128, 64), (16, 64), (64, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("blocks", "dtype"),
+    [
+        pytest.param(blocks, dtype, marks=gpu_alone_unless(blocks in INTERPRETED_BLOCKS[dtype]))
+        for dtype in DTYPES
+        for blocks in BLOCKS
+    ],
+    ids=str,
+)
 def test_blocks_of_the_schedule_do_not_change_the_result(blocks: tuple[int, int], dtype: torch.dtype) -> None:
-    """The first are the default, larger than a float32 tile."""
-    subtree_end = random_subtree_end(11, 200, num_padding=5)
-    inputs = random_heads(200, 2, 1, 16, dtype)
+    """More rows than the largest block, a trunk that fills blocks of any size, and a ragged end."""
+    subtree_end = torch.tensor([150] * 130 + [140] * 10 + [150] * 10, dtype=torch.int32)
+    inputs = random_heads(150, 2, 1, 16, dtype)
     schedule = tree_schedule(subtree_end, *blocks)
+    assert len(schedule.full_blocks) > 0
     ratios = excess(triton_results(inputs, subtree_end, schedule), inputs, subtree_end)
     assert max(ratios.values()) <= 1.0, ratios
 
 
 @runs_kernels
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        pytest.param(head_dim, dtype, marks=gpu_alone_unless(head_dim in INTERPRETED_HEADS[dtype]))
+        for dtype in DTYPES
+        for head_dim in (64, 80, 96, 128, 256)
+    ],
+    ids=str,
+)
 def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
-    """80 and 96 are padded to 128."""
-    assert_right(random_heads(129, 2, 1, head_dim, dtype), random_subtree_end(5, 129, num_padding=3), block=64)
+    """80 and 96 are padded to 128; a trunk fills blocks, two branches and padding do not."""
+    block = 64 if DEVICE == "cuda" else 16
+    trunk, first, second = 2 * block + 8, block - 3, block // 2
+    live = trunk + first + second
+    ends = [live] * trunk + [trunk + first] * first + [live] * second + list(range(live + 1, live + 4))
+    subtree_end = torch.tensor(ends, dtype=torch.int32)
+    assert len(tree_schedule(subtree_end, block, block).full_blocks) > 0
+    assert_right(random_heads(len(ends), 2, 1, head_dim, dtype), subtree_end, block=block)
 
 
 @runs_kernels
-@pytest.mark.parametrize("ends", [[130] * 130, [130] * 65 + list(range(66, 131))], ids=["chain", "comb"])
+@pytest.mark.parametrize("ends", [[70] * 70, [70] * 35 + list(range(36, 71))], ids=["chain", "comb"])
 def test_chain_and_comb(ends: list[int]) -> None:
     """Everything below the diagonal is full; single-row siblings under one run."""
-    assert_right(random_heads(130, 2, 1, 16, torch.float32), torch.tensor(ends, dtype=torch.int32))
+    assert_right(random_heads(len(ends), 2, 1, 16, torch.float32), torch.tensor(ends, dtype=torch.int32))
 
 
 @runs_kernels
 def test_rows_that_see_only_themselves_return_their_values() -> None:
     """The gradients of q and k are exactly 0: what is left is dp - delta, two sums of about 20, rounded, times 4."""
-    inputs = random_heads(130, 2, 1, 16, torch.float32)
-    out, dq, dk, dv = triton_results(inputs, torch.arange(1, 131, dtype=torch.int32))
+    inputs = random_heads(70, 2, 1, 16, torch.float32)
+    out, dq, dk, dv = triton_results(inputs, torch.arange(1, 71, dtype=torch.int32))
     torch.testing.assert_close(out, inputs[2].expand(-1, 2, -1), rtol=1e-6, atol=0)
     torch.testing.assert_close(dv, inputs[3].sum(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
     assert max(float(dq.abs().max()), float(dk.abs().max())) < 5e-5
@@ -135,16 +153,16 @@ def test_scores_of_ten_thousand_do_not_overflow() -> None:
 
 @runs_kernels
 def test_two_runs_are_bitwise_equal() -> None:
-    subtree_end = random_subtree_end(17, 129, num_padding=3)
-    inputs = random_heads(129, 4, 1, 16, torch.bfloat16)
+    subtree_end = random_subtree_end(17, 70, num_padding=3)
+    inputs = random_heads(70, 2, 1, 16, torch.bfloat16)
     for first, second in zip(triton_results(inputs, subtree_end), triton_results(inputs, subtree_end), strict=True):
         assert torch.equal(first, second)
 
 
 @runs_kernels
 def test_a_graph_may_be_used_twice_and_forward_alone_asks_for_no_gradient() -> None:
-    subtree_end = random_subtree_end(19, 65).to(DEVICE)
-    inputs = random_heads(65, 2, 1, 16, torch.float32)
+    subtree_end = random_subtree_end(19, 40).to(DEVICE)
+    inputs = random_heads(40, 2, 1, 16, torch.float32)
     schedule = tree_schedule(subtree_end, 16, 16)
     leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
     out = tree_attention(*leaves, subtree_end, schedule=schedule, impl="triton")
@@ -157,30 +175,45 @@ def test_a_graph_may_be_used_twice_and_forward_alone_asks_for_no_gradient() -> N
     assert torch.equal(alone, out)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Inputs and all three gradients."""
+
+    subtree_end: torch.Tensor
+    inputs: list[torch.Tensor]
+    full: list[torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def gradients_of_all() -> Gradients:
+    subtree_end, inputs = random_subtree_end(29, 40), random_heads(40, 2, 1, 16, torch.float32)
+    return Gradients(subtree_end, inputs, triton_results(inputs, subtree_end)[1:])
+
+
 @runs_kernels
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=["q", "k", "v", "q, k", "k, v"])
-def test_what_needs_no_gradient_is_not_made(monkeypatch: pytest.MonkeyPatch, wanted: tuple[int, ...]) -> None:
+def test_what_needs_no_gradient_is_not_made(
+    gradients_of_all: Gradients, monkeypatch: pytest.MonkeyPatch, wanted: tuple[int, ...]
+) -> None:
     """What is made has the same bits; the kernel of dq, and that of dk and dv, runs only where it is asked for."""
-    subtree_end = random_subtree_end(29, 65)
-    inputs = random_heads(65, 2, 1, 16, torch.float32)
-    full = triton_results(inputs, subtree_end)[1:]
+    inputs = gradients_of_all.inputs
     backward = sys.modules["cpo_kernels.tree_attention.triton_backward"]
     unasked = [name for name, uses in (("launch_grad_q", {0}), ("launch_grad_kv", {1, 2})) if not uses & set(wanted)]
     for name in unasked:
         monkeypatch.setattr(backward, name, None)
-    schedule = tree_schedule(subtree_end, 16, 16).to(DEVICE)
+    schedule = tree_schedule(gradients_of_all.subtree_end, 16, 16).to(DEVICE)
     leaves = [tensor.detach().requires_grad_(place in wanted) for place, tensor in enumerate(inputs[:3])]
     out = tree_attention(*leaves, schedule.subtree_end, schedule=schedule, scale=SCALE, impl="triton")
     gradients = torch.autograd.grad(out, [leaves[place] for place in wanted], inputs[3])
     for place, gradient in zip(wanted, gradients, strict=True):
-        assert torch.equal(gradient, full[place])
+        assert torch.equal(gradient, gradients_of_all.full[place])
 
 
 @runs_kernels
 def test_strided_inputs_give_the_same_bits() -> None:
     """Heads before rows, as a model hands them over; rows apart; a column apart; an expanded gradient."""
-    subtree_end = random_subtree_end(23, 65)
-    inputs = random_heads(65, 4, 2, 16, torch.float32)
+    subtree_end = random_subtree_end(23, 40)
+    inputs = random_heads(40, 4, 2, 16, torch.float32)
     inputs[3] = torch.ones_like(inputs[3])
     strided = [
         inputs[0].transpose(0, 1).contiguous().transpose(0, 1),
@@ -196,13 +229,13 @@ def test_strided_inputs_give_the_same_bits() -> None:
 @runs_kernels
 def test_rows_of_other_trees_are_not_read() -> None:
     """NaN in every row of one tree stays in it: its blocks are skipped, not multiplied by zero."""
-    subtree_end = torch.tensor([64] * 64 + [128] * 64, dtype=torch.int32)
-    clean = random_heads(128, 2, 1, 16, torch.float32)
+    subtree_end = torch.tensor([32] * 32 + [64] * 32, dtype=torch.int32)
+    clean = random_heads(64, 2, 1, 16, torch.float32)
     poisoned = [tensor.clone() for tensor in clean]
     for tensor in poisoned:
-        tensor[:64] = float("nan")
+        tensor[:32] = float("nan")
     for want, got in zip(triton_results(clean, subtree_end), triton_results(poisoned, subtree_end), strict=True):
-        assert torch.equal(want[64:], got[64:])
+        assert torch.equal(want[32:], got[32:])
 
 
 def cut_schedule(subtree_end: torch.Tensor, block: int, skip_slack: int, full_slack: int) -> TreeSchedule:
@@ -272,7 +305,7 @@ def test_a_wrong_schedule_gives_wrong_results(
     mutation: Callable[[TreeSchedule], TreeSchedule], wrong: set[str]
 ) -> None:
     """Each mistake is seen at least in the results that it touches, by a factor of a hundred."""
-    inputs = random_heads(len(EDGES), 2, 1, 16, torch.float32)
+    inputs = random_heads(len(EDGES), 1, 1, 16, torch.float32)
     schedule = mutation(tree_schedule(EDGES, 16, 16))
     ratios = excess(triton_results(inputs, EDGES, schedule), inputs, EDGES)
     assert all(ratios[name] > 100 for name in wrong), ratios
@@ -298,7 +331,7 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     assert "head_dim" in refused(*(torch.zeros(40, 1, 257, device=DEVICE) for _ in range(3)))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernels on a CPU")
+@not_interpreted
 def test_a_cpu_without_the_interpreter_is_refused() -> None:
     q = torch.zeros(4, 1, 16)
     with pytest.raises(ValueError, match="'triton' cannot run on cpu"):

@@ -1,14 +1,9 @@
-"""The Triton kernels of tree_decode against SDPA in fp64: on a GPU, else in Triton's interpreter.
+"""The Triton kernels of tree_decode against SDPA in fp64; where they run is said in `kernel_device`.
 
-As for tree_attention, without a GPU `test_kernels_hold_in_the_interpreter` runs this file once more in a process with
-TRITON_INTERPRET=1, which must be chosen before a kernel is defined.
+In the interpreter each shape and dtype runs where it takes a way of its own through a kernel; a GPU runs them all.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,31 +11,12 @@ import torch
 from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
 from tests.cpo_kernels.decode_oracle import Frontier, Inputs, dense_attention, random_frontier, random_inputs
+from tests.cpo_kernels.kernel_device import DEVICE, gpu_alone_unless, runs_kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 SCALE = 0.3
-
-runs_kernels = (
-    pytest.mark.gpu
-    if DEVICE == "cuda"
-    else pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_hold_in_the_interpreter")
-)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is this process")
-@pytest.mark.slow
-def test_kernels_hold_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", __file__],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert "passed" in result.stdout
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MHA, GQA, MQA = (2, 2), (6, 2), (4, 1)  # query heads, key heads
+INTERPRETED_GROUPS = {torch.float32: {MHA, GQA}, torch.bfloat16: {GQA}, torch.float16: {MQA}}
 
 
 def run(inputs: Inputs, plan: DecodePlan) -> torch.Tensor:
@@ -69,15 +45,22 @@ def case(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, **tree: i
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype"),
+    [
+        pytest.param(*heads, dtype, marks=gpu_alone_unless(heads in INTERPRETED_GROUPS[dtype]))
+        for dtype in DTYPES
+        for heads in (MHA, GQA, MQA)
+    ],
+    ids=str,
+)
 def test_every_row_equals_sdpa_over_its_own_keys(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     frontier, inputs = case(heads, kv_heads, 16, dtype)
     assert excess(run(inputs, frontier.plan(split=16)), frontier, inputs) <= 1.0
 
 
 @runs_kernels
-@pytest.mark.parametrize(("depth", "seed"), [(1, 6), (3, 4), (5, 13)])
+@pytest.mark.parametrize(("depth", "seed"), [(1, 6), (3, 4), pytest.param(5, 13, marks=gpu_alone_unless(False))])
 def test_ragged_trees_of_any_depth(depth: int, seed: int) -> None:
     """Items, suffixes and the prefilled node are longer than a tile; nodes of one key and states of one row occur."""
     frontier, inputs = case(2, 1, 16, torch.float32, seed=seed, depth=depth, max_node=40, num_prefilled=40)
@@ -87,8 +70,11 @@ def test_ragged_trees_of_any_depth(depth: int, seed: int) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "head_dim",
+    [pytest.param(head_dim, marks=gpu_alone_unless(head_dim in (80, 256))) for head_dim in (32, 64, 80, 96, 128, 256)],
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
     """80 and 96 are padded to 128."""
     frontier, inputs = case(2, 1, head_dim, dtype, depth=1, max_node=70, num_prefilled=3)
@@ -97,10 +83,10 @@ def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
 
 @runs_kernels
 def test_items_of_more_queries_and_keys_than_a_tile() -> None:
-    """80 queries of a group of 4 are two items of several tiles; 80 rows of a prefilled node see 40 keys each before it."""
-    suffixes = [(300 + 2 * row, 1 + row % 2) for row in range(80)]
-    frontier = Frontier([[(0, 290)]] * 80, suffixes, [(10, 40)], (470, 70), num_arena_rows=540)
-    inputs = random_inputs(frontier, 4, 1, 16, torch.float32, DEVICE)
+    """70 queries of a group of 2 are two items of several tiles; 35 rows of a prefilled node see 40 keys each before it."""
+    suffixes = [(300 + 2 * row, 1 + row % 2) for row in range(70)]
+    frontier = Frontier([[(0, 290)]] * 70, suffixes, [(10, 40)], (470, 35), num_arena_rows=505)
+    inputs = random_inputs(frontier, 2, 1, 16, torch.float32, DEVICE)
     plan = frontier.plan()
     assert int(plan.items[:, 1].max()) == 64
     assert excess(run(inputs, plan), frontier, inputs) <= 1.0
@@ -128,7 +114,7 @@ def test_scores_of_ten_thousand_do_not_overflow() -> None:
 
 @runs_kernels
 def test_order_of_items_padding_and_repetition_change_no_bit() -> None:
-    frontier, inputs = case(4, 2, 16, torch.bfloat16)
+    frontier, inputs = case(2, 1, 16, torch.bfloat16)
     plan = frontier.plan(split=16)
     order = torch.randperm(len(plan.items), generator=torch.Generator().manual_seed(7))
     padded = plan.padded(len(plan.items) + 3, plan.num_partials + 11)

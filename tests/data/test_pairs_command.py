@@ -86,7 +86,7 @@ def test_any_script_is_written_under_an_ascii_terminal(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             encoding="ascii",
-            timeout=60,
+            timeout=600,
             cwd=tmp_path,
             env=environment,
         )
