@@ -125,7 +125,10 @@ def test_missing_library_exits_5_with_the_line_that_installs_it(
     code = f"import sys; sys.modules['{library}'] = None; from cpo_fast.cli import main; main()"
     arguments = [f"model.path={tiny_model_folder}", f"data.path={rows}", f"run={config_path.parent}/run"]
     result = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config_path), *arguments], capture_output=True, text=True, timeout=3000
+        [sys.executable, "-c", code, "train", str(config_path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert result.returncode == 5, result.stderr
     assert "pip install 'cpo-fast[train]'" in result.stderr

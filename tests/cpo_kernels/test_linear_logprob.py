@@ -147,6 +147,15 @@ def test_outputs_and_reference_are_right_and_carry_no_gradient(impl: str) -> Non
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_takes_a_gradient_where_the_reference_alone_would(impl: str) -> None:
+    case = make_case(seed=14)
+    ref_hidden = case.hidden.clone().requires_grad_()
+    result = linear_logprob(case.hidden, case.weight, case.plan(), ref_hidden, impl=impl)
+    for tensor in (result.token_logps, result.segment_logps, result.ref_token_logps, result.ref_segment_logps):
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_is_top1_finds_the_likeliest_target(impl: str) -> None:
     """Random targets are almost never the likeliest, so one is placed there on every row."""
     case = make_case(seed=15)

@@ -96,7 +96,9 @@ def linear_logprob(
     if torch.is_grad_enabled():
         mode = "recompute" if head.trainable else "expected" if hidden.requires_grad else "none"
     names, transform = tuple(name for name in OUTPUTS if name in outputs), (logit_scale, softcap, temperature)
-    return LogprobResult(*_LinearLogprob.apply(hidden, weight, bias, ref_hidden, plan, transform, names, mode, chosen))
+    # detached: an input that takes a gradient would give one to every result
+    frozen = None if ref_hidden is None else ref_hidden.detach()
+    return LogprobResult(*_LinearLogprob.apply(hidden, weight, bias, frozen, plan, transform, names, mode, chosen))
 
 
 def resolve_linear_logprob(impl: str | None, device_type: str) -> str:
@@ -155,7 +157,7 @@ class _LinearLogprob(torch.autograd.Function):
         scores: PairScores = module.score(hidden.index_select(0, plan.unique_rows), head, plan, outputs, mode)
         token_logps, ref_logps, ref_sums = scores.logps[plan.pair_index], None, None
         if ref_hidden is not None:
-            # The kernels of the policy, variant for variant, so that equal hidden states give equal bits.
+            # the kernels of the policy, variant for variant, so that equal hidden states give equal bits
             ref_outputs, ref_mode = () if impl == "eager" else outputs, "none" if mode == "none" else "reference"
             ref_rows = ref_hidden.index_select(0, plan.unique_rows)
             ref_logps = module.score(ref_rows, head, plan, ref_outputs, ref_mode).logps[plan.pair_index]
