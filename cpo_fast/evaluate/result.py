@@ -93,7 +93,8 @@ class Evaluation(RunIdentity):
         num_failed: those of them that could not be asked; `detail` in their lines says why.
         accuracy: num_correct / num_graded, None when nothing is graded.
         interval: its Wilson 95 % interval.
-        metrics: mean of each of the task's metrics over the graded questions.
+        metrics: mean of each of the task's metrics over the graded questions that it is for (`numeric`: those whose reference
+            answer is a number).
         seconds: wall time per question. tokens: generated tokens per question.
         setup_seconds: paid once, no question's: filling the cache of the shared prompts and a first forward.
         stops: how many questions ended for which reason.
@@ -153,13 +154,17 @@ def summarise(
         num_failed=sum(result.stop == "failed" for result in results),
         accuracy=num_correct / len(graded) if graded else None,
         interval=wilson_interval(num_correct, len(graded)) if graded else None,
-        metrics={name: sum(result.scores[name] for result in graded) / len(graded) for name in names},
+        metrics={name: _mean([result.scores[name] for result in graded if name in result.scores]) for name in names},
         seconds=spread([result.seconds for result in results]),
         tokens=spread([result.num_tokens for result in results]),
         setup_seconds=setup_seconds,
         stops=dict(sorted(Counter(result.stop for result in results).items())),
         results=tuple(results),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def read_evaluation(path: str | Path) -> Evaluation:

@@ -4,7 +4,8 @@ import pytest
 
 from cpo_fast.errors import DataError
 from cpo_fast.evaluate import compare, mcnemar_exact, paired_bootstrap
-from tests.evaluate.scripted import made_evaluation
+from cpo_fast.evaluate.result import QuestionResult, summarise
+from tests.evaluate.scripted import IDENTITY, made_evaluation
 
 FIRST = [True, True, False, False, None, True]
 SECOND = [True, False, True, True, None, True]
@@ -73,3 +74,16 @@ def test_nothing_graded_still_compares_costs() -> None:
     assert (comparison.num_graded, comparison.mcnemar_p, comparison.metrics) == (0, None, {})
     assert (comparison.seconds_ratio, comparison.tokens_ratio) == (3.0, 0.0)
     assert compare(second, first, ("a", "b")).tokens_ratio is None
+
+
+def test_a_metric_of_some_questions_is_averaged_over_those() -> None:
+    """`numeric` is for questions whose reference answer is a number."""
+    results = [
+        QuestionResult(name, "", gold, gold, True, scores, 1, 0, 1.0, "answer", "")
+        for name, gold, scores in (
+            ("a", "Paris", {"exact": 1.0}),
+            ("b", "7", {"exact": 0.0, "numeric": 1.0}),
+            ("c", "8", {"exact": 1.0, "numeric": 0.0}),
+        )
+    ]
+    assert summarise("base", "cot", "hotpotqa", IDENTITY, results, 0.0).metrics == {"exact": 2 / 3, "numeric": 0.5}

@@ -30,8 +30,8 @@ ATEN = {
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 HOST_STAGE = "_pack"  # everything there happens before anything is on the device
 DECLARED_READ = "read"
-# runs of keys of the eager attention, cut on the host from lists of the schedule; the Triton kernels have none
-HOST_LISTS = "key_runs"
+# lists that the eager ops read of a plan's copy on the host: runs of keys, and chunks of rows; the Triton kernels have none
+HOST_LISTS = {"key_runs", "_chunks"}
 
 
 class Waits:
@@ -54,7 +54,7 @@ class Waits:
             return
         if DECLARED_READ in names and call in ("cpu", "numpy"):
             self.num_reads += call == "cpu"
-        elif not {HOST_STAGE, HOST_LISTS} & set(names):
+        elif not {HOST_STAGE, *HOST_LISTS} & set(names):
             self.undeclared[(names[0] if names else "?", call)] += 1
 
 
