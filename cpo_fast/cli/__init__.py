@@ -37,7 +37,6 @@ class LazyGroup(click.Group):
     """Lists commands without importing them, and suggests the nearest name for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Command names in the order of the pipeline."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

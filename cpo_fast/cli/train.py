@@ -126,7 +126,6 @@ class TrainingScreen:
             self.progress.stop()
 
     def update(self, values: dict[str, Any], num_steps: int) -> None:
-        """Show one step."""
         text = "  ".join(
             f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None
         )
@@ -158,7 +157,6 @@ class TrainingScreen:
         self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)
 
     def _profile(self, result: Any) -> None:
-        """Where the profiled steps' time went."""
         on_device = any(total.device_seconds is not None for total in result.profile)
         table = Table(title=f"{result.profile[0].count} profiled steps")
         table.add_column("range")

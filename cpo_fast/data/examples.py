@@ -49,7 +49,6 @@ class Example:
 
     @property
     def sequences(self) -> tuple[Ids, ...]:
-        """The prompt with each response."""
         return tuple(self.prompt_ids + response for response in self.responses)
 
 

@@ -53,7 +53,6 @@ class TreeExample:
 
     @property
     def node_ids(self) -> tuple[int, ...]:
-        """Ids of `last`, which name the example in its tree."""
         return tuple(node.id for node in self.last)
 
 

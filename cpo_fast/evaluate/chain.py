@@ -94,12 +94,10 @@ class ChainReader:
             self.stop = "max_new_tokens"
 
     def end_sequence(self) -> None:
-        """The model generated an end-of-sequence."""
         assert self.stop is None, "an end-of-sequence after the end of its chain"
         self.stop = "eos"
 
     def chain(self, seconds: float) -> Chain:
-        """The finished chain, which took `seconds`."""
         assert self.stop is not None, "the chain has not ended"
         text = self._decode(self.token_ids)
         if self.stop in ("answer", "question", "max_steps"):

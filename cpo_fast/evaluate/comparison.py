@@ -99,7 +99,6 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """num_agree / num_voted."""
         return self.num_agree / self.num_voted
 
 

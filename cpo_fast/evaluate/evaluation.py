@@ -140,7 +140,6 @@ class _Asker:
         self._engine_and_setup: tuple[Engine, float] | None = None
 
     def ask_all(self, method: Method) -> Iterator[QuestionResult]:
-        """One result per question, in order."""
         answers = self._batched_chains() if self._is_batched(method) else self._one_by_one(method)
         for question, answer in zip(self._questions, answers, strict=True):
             yield self._result(question, answer)

@@ -41,7 +41,6 @@ class Overview:
         }
 
     def write(self, run: Path) -> None:
-        """Write `eval.json`, `eval.md` and `eval.csv` into the folder `run`."""
         write_atomic(run / "eval.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_atomic(run / "eval.md", markdown_text(self.evaluations, self.comparisons, self.agreements, self.notes))
         write_atomic(run / "eval.csv", csv_text(self.evaluations))

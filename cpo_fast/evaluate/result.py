@@ -93,8 +93,8 @@ class Evaluation(RunIdentity):
         num_failed: those of them that could not be asked; `detail` in their lines says why.
         accuracy: num_correct / num_graded, None when nothing is graded.
         interval: its Wilson 95 % interval.
-        metrics: mean of each of the task's metrics over the graded questions that it is for (`numeric`: those whose reference
-            answer is a number).
+        metrics: mean of each of the task's metrics over the graded questions that it is for. `numeric` is for those whose
+            reference answer is a number.
         seconds: wall time per question. tokens: generated tokens per question.
         setup_seconds: paid once, no question's: filling the cache of the shared prompts and a first forward.
         stops: how many questions ended for which reason.
@@ -125,7 +125,6 @@ class Evaluation(RunIdentity):
         return {"schema_version": SCHEMA_VERSION, **values}
 
     def write(self, run: Path) -> None:
-        """Write both files into the folder `run`."""
         write_jsonl(run / f"eval-{self.label}.jsonl", (asdict(result) for result in self.results))
         write_atomic(run / f"eval-{self.label}.json", json.dumps(self.summary(), indent=2) + "\n")
 

@@ -55,7 +55,6 @@ class ImportResult:
     dropped_candidates: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return asdict(self)
 
 

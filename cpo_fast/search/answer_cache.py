@@ -41,7 +41,6 @@ class AnswerFiles:
         return self._known[name].get(item_digest(item))
 
     def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
-        """Append an answer."""
         value: Any = answer if isinstance(answer, list) else vars(answer)
         try:
             line = canonical_json({"item": item_digest(item), "answer": value})
@@ -52,7 +51,6 @@ class AnswerFiles:
         os.write(self._open[name], f"{line}\n".encode())
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove the answers of questions whose trees are on disk."""
         for name in names:
             self._known.pop(name, None)
             if name in self._open:
@@ -62,7 +60,6 @@ class AnswerFiles:
             self._folder.rmdir()
 
     def close(self) -> None:
-        """Close the files; they stay."""
         while self._open:
             os.close(self._open.popitem()[1])
 

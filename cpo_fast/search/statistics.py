@@ -69,7 +69,6 @@ class TreeStatistics:
     depths: tuple[DepthStatistics, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: a line of `statistics.jsonl`."""
         return asdict(self)
 
 
@@ -157,7 +156,6 @@ class CollectResult:
         return self.num_correct / self.num_gold if self.num_gold else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, `vote_accuracy` included."""
         return {**asdict(self), "vote_accuracy": self.vote_accuracy}
 
 

@@ -103,7 +103,6 @@ class Worker:
 
     @property
     def name(self) -> str:
-        """What its files are called by."""
         return f"worker-{self.index}-of-{self.count}"
 
     def file(self, path: Path) -> Path:

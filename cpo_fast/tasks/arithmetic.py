@@ -129,7 +129,6 @@ class ArithmeticTask(Task):
         return normalise_number(text.removeprefix(ANSWER_MARK))
 
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
-        """`numeric`: equality of the normal forms."""
         number = None if answer is None else normalise_number(answer)
         return {"numeric": float(number is not None and number == normalise_number(gold))}
 

@@ -128,7 +128,6 @@ class FactVerificationTask(Task):
         return parse_label(text.removeprefix(ANSWER_MARK))
 
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
-        """`exact`: equality of labels."""
         label = None if answer is None else parse_label(answer)
         return {"exact": float(label is not None and label == parse_label(gold))}
 

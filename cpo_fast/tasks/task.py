@@ -39,7 +39,6 @@ class Demonstrations:
         return "".join(f"{block}\n\n" for block in (self.instruction, *self.ordered(seed)))
 
     def ordered(self, seed: int | None) -> tuple[str, ...]:
-        """The examples in the order of the seed."""
         if seed is None:
             return self.examples
         # hashes, not a random generator: equal seeds give equal prompts on every version and machine
@@ -174,7 +173,6 @@ class Task(ABC):
         return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
 
     def is_answer_line(self, line: str) -> bool:
-        """Whether a thought is the last line of a chain."""
         return line.strip().startswith(ANSWER_MARK)
 
     def leaves_question(self, line: str) -> bool:

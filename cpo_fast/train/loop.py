@@ -198,7 +198,6 @@ class Trainer:
             parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
 
     def batches(self, epoch: int, order: Any = None) -> list[list[Example]]:
-        """Examples of each step of an epoch."""
         train = self.config.train
         indices = epoch_batches(self.groups, train.batch_pairs, order or train.batch_order, self.config.seed, epoch)
         return [[self.examples[index] for index in batch] for batch in indices]

@@ -30,7 +30,6 @@ class Metrics:
         self._host: dict[str, np.ndarray] | None = None
 
     def add(self, batch: MicroBatch, result: MicroBatchResult) -> None:
-        """Add one micro-batch and what the objective made of it."""
         self.results.append(result)
         self.examples.extend(batch.examples)
 

@@ -57,7 +57,6 @@ class StepProfiler:
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """Start before the first profiled step (steps count from 1)."""
         if step == WARM_UP_STEPS + 1:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             # without it every profile writes two notes into the middle of the screen
@@ -66,7 +65,6 @@ class StepProfiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        """Stop and write after the last profiled step."""
         if step == self.last_step:
             self.finish()
 

@@ -45,7 +45,6 @@ class Validator:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to validate on."""
         return bool(self.held_out) or self._questions is not None
 
     @property

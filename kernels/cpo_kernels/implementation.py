@@ -33,7 +33,6 @@ class Implementations:
 
     @classmethod
     def of(cls, impl: str | Implementations | None) -> Implementations:
-        """One name for every op, or what is given already."""
         return impl if isinstance(impl, Implementations) else cls(impl, impl)
 
 

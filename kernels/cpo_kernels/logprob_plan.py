@@ -98,7 +98,6 @@ class LogprobPlan:
 
     @property
     def num_segments(self) -> int:
-        """How many sums there are."""
         return self.segment_lengths.shape[0]
 
     def to(self, device: torch.device | str) -> LogprobPlan:

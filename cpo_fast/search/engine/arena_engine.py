@@ -89,7 +89,6 @@ class ArenaEngine:
         compute_nodes(self._runner, missing, self._config.prefill_tokens)
 
     def answer(self, requests: Requests) -> list[Answer]:
-        """As `Engine.answer`."""
 
         def search() -> Search[list[Answer]]:
             return (yield requests)

@@ -158,7 +158,6 @@ class CudaGraphBatch(DecodeBatch):
         self._pending: deque[_Pending] = deque()
 
     def num_free(self, max_running: int) -> int:
-        """How many requests may be added now."""
         # the slots stay as they are between rebuilds
         if self.running and self._age < REFILL_STEPS and not self._is_sparse():
             return 0

@@ -87,7 +87,6 @@ class DecodeBatch:
         self._sampler: BatchSampler | None = None
 
     def num_free(self, max_running: int) -> int:
-        """How many requests may be added now."""
         return max(0, max_running - len(self.running)) if self._refill or not self.running else 0
 
     def add(self, requests: Sequence[RunningRequest]) -> None:
@@ -96,7 +95,6 @@ class DecodeBatch:
         self.running = sorted([*self.running, *requests], key=lambda one: [node.number for node, _ in one.path])
 
     def drop(self, requests: Sequence[RunningRequest]) -> None:
-        """Leave requests out from the next step on."""
         gone = set(requests)
         self.running = [one for one in self.running if one not in gone]
 

@@ -70,7 +70,6 @@ class KVArena:
         return None
 
     def release(self, start: int, count: int) -> None:
-        """Give back an interval that `allocate` returned."""
         stop = start + count
         index = next((i for i, (first, _) in enumerate(self._free) if first >= stop), len(self._free))
         if index < len(self._free) and self._free[index][0] == stop:

@@ -51,7 +51,6 @@ class ScoreRequest:
 
     @property
     def max_new_tokens(self) -> int:
-        """Tokens of the longest continuation."""
         return max(map(len, self.continuations), default=0)
 
 

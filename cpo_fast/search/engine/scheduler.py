@@ -97,7 +97,6 @@ class Scheduler:
     def run(
         self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """As `Engine.run`."""
         waiting = iter(searches)
         self._cache = cache
         try:

@@ -40,13 +40,11 @@ class RecastLinear(torch.nn.Linear):
 
     @classmethod
     def of(cls, linear: torch.nn.Linear) -> "RecastLinear":
-        """The same layer: its parameter is taken over, not copied."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight = linear.weight
         return layer.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # [..., E] -> [..., r]
-        """As `torch.nn.Linear` on the input cast to the weight's dtype."""
         if input.dtype == self.weight.dtype:
             return super().forward(input)
         output: torch.Tensor = _CastLinear.apply(input, self.weight)

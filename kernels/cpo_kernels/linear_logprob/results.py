@@ -43,7 +43,6 @@ class Head:
 
     @property
     def trainable(self) -> bool:
-        """Whether the weight or the bias takes a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     @property

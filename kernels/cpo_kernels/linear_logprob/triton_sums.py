@@ -47,7 +47,6 @@ class Transform(NamedTuple):
 
     @property
     def capped(self) -> bool:
-        """Whether there is a soft-cap."""
         return self.cap != 0.0
 
 

@@ -71,7 +71,6 @@ class EagerTreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: KeyRuns, scale: float
     ) -> torch.Tensor:
-        """Online softmax over the runs."""
         grouped_q, grouped_k, grouped_v = (_grouped(x, k.shape[1]) for x in (q, k, v))
         grouped_q = grouped_q * scale  # once per query rather than once per score
         out = torch.zeros_like(grouped_q)  # [Hkv, G, T, D]

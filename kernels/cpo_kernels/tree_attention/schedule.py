@@ -58,12 +58,10 @@ class TreeSchedule:
 
     @property
     def num_rows(self) -> int:
-        """T."""
         return self.subtree_end.shape[0]
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Query rows and keys of a block."""
         return self.block_q, self.block_kv
 
     def to(self, device: torch.device | str, subtree_end: torch.Tensor | None = None) -> TreeSchedule:

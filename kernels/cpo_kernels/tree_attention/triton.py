@@ -26,7 +26,6 @@ class TritonTreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dq, dk, dv by the schedule of the forward."""
         q, k, v, out, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = tree_attention_backward(grad_outputs[0], q, k, v, out, lse, ctx.schedule, ctx.scale, needs)
