@@ -186,7 +186,7 @@ def test_targets_on_both_sides_of_tile_and_split_edges_are_found(
 
     The gradient of a row is made in several blocks, as it is of a real model.
     """
-    from cpo_kernels.linear_logprob import backward
+    from cpo_kernels.linear_logprob import triton_backward as backward
 
     monkeypatch.setattr(backward, "BLOCK_WIDTH", 32 if width < 64 else 256)
     ratios = excess(crowded(vocab, width), torch.float32)

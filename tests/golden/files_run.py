@@ -40,7 +40,7 @@ PACKAGES = {"cpo_fast": "cpo_fast", "cpo_kernels": "kernels/cpo_kernels"}
 
 # what is measured -> (module, qualified name of its function)
 ENTRIES = {
-    "train step": ("cpo_fast.train.loop", "_Trainer._step"),
+    "train step": ("cpo_fast.train.loop", "Trainer.step"),
     "decode step": ("cpo_fast.search.engine.decode_batch", "DecodeBatch.step"),
     "scheduler round": ("cpo_fast.search.engine.scheduler", "Scheduler.step"),
     "proof": ("cpo_kernels.integrations.transformers.prepare", "prepare"),
@@ -188,7 +188,10 @@ def _of_calls(calls: list[set[str]]) -> Measured:
 
 
 def closure(tree: Path, module: str) -> set[str]:
-    """The product files that importing a module, and calling whatever it holds, may import."""
+    """The product files that a module names in its imports, those inside functions too, and those that they name.
+
+    A package's face (`cpo_kernels/__init__`), which Python runs before any module in it, counts where it is named.
+    """
     waiting, reached = [module], set()
     while waiting:
         path = _path_of(tree, waiting.pop())
@@ -196,7 +199,6 @@ def closure(tree: Path, module: str) -> set[str]:
             continue
         reached.add(path)
         name = _module_of(path)
-        waiting += [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
         syntax = ast.parse((tree / path).read_text(encoding="utf-8"))
         targets = (target for target, _ in imports(name, syntax, path.endswith("__init__.py")))
         waiting += [target for target in targets if _path_of(tree, target)]
