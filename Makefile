@@ -33,6 +33,8 @@ GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-c
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 2
+# beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
+test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test soak lint aot bench gpu $(GPU_PARTS) clean
 .DELETE_ON_ERROR:
