@@ -1,6 +1,6 @@
 """Adapters: found and named, loaded onto a base, saved, copied, and merged into the base weights for a search.
 
-    W' = round(W + sum_a s_a B_a A_a)      a: the active adapters; float32, rounded once to the dtype of W
+    W' = round(W + sum_a s_a B_a A_a)      a: the active adapters. Float32, rounded once to the dtype of W
 
 A live adapter costs two small products in every layer that it changes, for every token. A merged one costs none.
 `merged_adapter` keeps the original weights in host memory and copies them back, because subtracting the update again would
@@ -43,7 +43,7 @@ def adapter_folder(path: str) -> Path:
 
 
 def adapter_hash(path: str | Path | None) -> str:
-    """16 hex digits that name a PEFT adapter by its weights and settings; the empty string when there is none.
+    """16 hex digits that name a PEFT adapter by its weights and settings. The empty string when there is none.
 
     The base model's path inside adapter_config.json does not count: the same adapter trained elsewhere is the same.
 
@@ -160,7 +160,7 @@ class _Target:
 
 @contextmanager
 def merged_adapter(model: Any) -> Iterator[None]:
-    """Merge the active LoRA adapters of a PEFT model for the length of a `with`; no live product is computed in it.
+    """Merge the active LoRA adapters of a PEFT model for the length of a `with`. No live product is computed in it.
 
     However the block ends, every weight is then as it was, bit for bit, and the adapters are live again. Each way a
     weight's counter of changes moves on and PEFT's `merged_adapters` differ, so an engine drops what it had stored.
@@ -208,7 +208,7 @@ def _sum(target: _Target) -> "torch.Tensor":
 
 
 def _targets(model: Any) -> list[_Target]:
-    """Every layer that an active adapter changes; refuses what a sum of weights would not compute exactly."""
+    """Every layer that an active adapter changes. Refuses what a sum of weights would not compute exactly."""
     if not getattr(model, "peft_config", None):
         raise ConfigError(
             f"{OPTION}: the model has no adapter to merge; set model.adapter to its folder, or {OPTION}=false"

@@ -2,7 +2,7 @@
 
 bfloat16 halves the memory of a model, and on a GPU its time. A CPU without bf16 instructions emulates the products: with
 AVX2 alone that of a gradient takes thirty times as long as in float32. So `auto` is bfloat16 except on a CPU that does not
-gain by it. Here a dtype is only chosen; `models` casts the weights to it.
+gain by it. Here a dtype is only chosen. `models` casts the weights to it.
 
 torch is imported inside the functions: this module is cheap to import.
 """
@@ -34,8 +34,8 @@ def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
     Args:
         name: `auto`, `float32` or `bfloat16`. `auto` is bfloat16, except on a CPU: there it is float32, unless the
             processor has bf16 instructions and products measured in this process are at least as fast with them. A name
-            is obeyed; where bfloat16 is slow on the CPU, one line a process says so.
-        device: where the model will be; only its type counts, so a CUDA device need not be there.
+            is obeyed. Where bfloat16 is slow on the CPU, one line a process says so.
+        device: where the model will be. Only its type counts, so a CUDA device need not be there.
     """
     import torch
 
@@ -65,7 +65,7 @@ def _warn_if_bfloat16_is_slow() -> None:
 
 
 def _may_have_bfloat16_instructions() -> bool:
-    """Whether this processor could have them; True where torch cannot tell (an unknown processor)."""
+    """Whether this processor could have them. True where torch cannot tell (an unknown processor)."""
     import torch
 
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -75,7 +75,7 @@ def _may_have_bfloat16_instructions() -> bool:
 
 @functools.cache
 def _bfloat16_ratio() -> float:
-    """CPU seconds of matrix products in bfloat16 over those in float32, on this CPU; measured once, in about 0.05 s."""
+    """CPU seconds of matrix products in bfloat16 over those in float32, on this CPU. Measured once, in about 0.05 s."""
     import torch
 
     num_threads = torch.get_num_threads()

@@ -51,7 +51,7 @@ class OutOfMemory(CpoFastError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, at most 240 characters without a full stop; its class if it is empty."""
+    """The first line of a library's message, at most 240 characters without a full stop, or the error's class if empty."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:240].rstrip(".")
 

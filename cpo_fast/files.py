@@ -1,6 +1,6 @@
 """Reading and writing JSON lines: every bad line is named by file:line, every file is whole or absent.
 
-`write_atomic` writes beside the target and renames; `append_line` is one `write` of one line followed by `fsync`, so a
+`write_atomic` writes beside the target and renames. `append_line` is one `write` of one line followed by `fsync`, so a
 killed process leaves at most a last line without a newline, which `read_jsonl(drop_torn_tail=True)` recognises.
 """
 
@@ -18,7 +18,7 @@ from cpo_fast.errors import DataError
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal bytes. Raises ValueError on NaN or infinity.
 
-    Text stays readable in any script; a value with a lone surrogate, which UTF-8 cannot hold, is escaped to ASCII.
+    Text stays readable in any script. A value with a lone surrogate, which UTF-8 cannot hold, is escaped to ASCII.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     try:
@@ -36,7 +36,7 @@ def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple
         drop_torn_tail: ignore a last line without a newline, as a killed writer leaves it.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or a line is not a JSON object; names file:line.
+        DataError: the file cannot be read, is not UTF-8, or a line is not a JSON object. Names file:line.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -83,7 +83,7 @@ def aside_of(path: Path) -> Path:
 
 
 def short_hash(content: str | bytes) -> str:
-    """First 16 hex digits of the SHA-256 of `content`. Text is UTF-8; half a surrogate pair has bytes too."""
+    """First 16 hex digits of the SHA-256 of `content`. Text is encoded as UTF-8, half a surrogate pair included."""
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return hashlib.sha256(raw).hexdigest()[:16]
 

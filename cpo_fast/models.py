@@ -50,7 +50,7 @@ _remote_code_allowed = False
 
 
 def allow_remote_code() -> None:
-    """Let models of this process run the Python code in their folder; only the command-line flag calls this."""
+    """Let models of this process run the Python code in their folder. Only the command-line flag calls this."""
     global _remote_code_allowed
     _remote_code_allowed = True
 
@@ -133,11 +133,11 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
 
     Args:
-        config: path, dtype, device and, if set, the adapter. The base takes the dtype that `resolve_dtype` gives;
-            adapter weights are fp32.
+        config: path, dtype, device and, if set, the adapter. The base takes the dtype that `resolve_dtype` gives.
+            Adapter weights are fp32.
 
     Returns:
-        (PreTrainedModel or, with an adapter, PeftModel; its tokenizer). The model's generation config keeps only its
+        (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The model's generation config keeps only its
         end, begin and padding ids.
 
     Raises:
@@ -195,7 +195,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
 def model_hash(path: str | Path) -> str:
     """16 hex digits that name a model: SHA-256 over the names and contents of its config, weight and tokenizer files.
 
-    A copy in another folder has the same hash; one changed bit in a weight has another. File digests are kept in
+    A copy in another folder has the same hash. One changed bit in a weight has another. File digests are kept in
     memory by path, size and modification time, so that a second call reads nothing.
 
     Raises:
@@ -237,15 +237,15 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
     """Write `config.model.path` with `config.model.adapter` merged in to `target`.
 
     Args:
-        config: section `model`; a dtype that it names is the dtype of the merged weights, `auto` keeps that of the base
+        config: section `model`. A dtype that it names is the dtype of the merged weights, `auto` keeps that of the base
             model's files.
         target: folder that must not hold a model yet.
-        texts: prompts on which the two models are compared; the first 16 are used.
+        texts: prompts on which the two models are compared. The first 16 are used.
         max_mean_kl: limit on the mean divergence, in nats.
 
     Raises:
         ConfigError: no adapter is set, the target exists, or the base's files have no dtype that can be kept.
-        CheckpointError: the merged model differs by more than the limit; nothing is written.
+        CheckpointError: the merged model differs by more than the limit. Nothing is written.
     """
     import torch
 
@@ -283,7 +283,7 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
 
 
 def _download(path: str) -> Path:
-    """The local snapshot of hub id `path`; ConfigError when it is neither cached nor reachable, or is no hub id."""
+    """The local snapshot of hub id `path`. ConfigError when it is neither cached nor reachable, or is no hub id."""
     if path.startswith((".", "~", os.sep)) or path.count("/") > 1:
         raise ConfigError(f"model.path: there is no folder {path}; check the path")
     hub = require_library("huggingface_hub")

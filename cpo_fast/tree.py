@@ -1,13 +1,13 @@
 """The search tree: what a search found for one question, and the line of `trees.jsonl` that keeps it.
 
-A node is one thought under its parent; the root state (the question itself) is not a node and has id -1. The tokens
+A node is one thought under its parent. The root state (the question itself) is not a node and has id -1. The tokens
 of a state are
 
     prompt.token_ids[:num_shared_tokens] + question_token_ids + the token_ids of the nodes on its path
 
 exactly as the model read and generated them. The few-shot prompt is the same for every question of a task, so it is
 stored once, in `prompts/<hash>.json` beside the trees. Lines are canonical JSON without times, hosts or ranks: the same
-search gives the same bytes. Gold answers ride along for information; nothing here uses them.
+search gives the same bytes. Gold answers ride along for information and nothing here uses them.
 """
 
 import re
@@ -35,7 +35,7 @@ LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
 
 
 def rounded_logps(logps: Iterable[float]) -> tuple[float, ...]:
-    """Log-probs as `Node.logps` holds them; never -0.0, so that equal values are equal bytes."""
+    """Log-probs as `Node.logps` holds them. Never -0.0, so that equal values are equal bytes."""
     return tuple(round(logp, LOGP_DECIMALS) + 0.0 for logp in logps)
 
 
@@ -48,9 +48,9 @@ class Node:
             before their children.
         parent: id of the parent node, or -1 under the root state.
         depth: step in the chain, from 1.
-        text: the thought as decoded, its newline included; for people, evaluators and answers.
-        token_ids: the ids as generated; what is trained and scored.
-        value: verdict of the evaluator, larger is better; None when every sampled verdict was unparseable.
+        text: the thought as decoded, its newline included, which people, evaluators and answers read.
+        token_ids: the ids as generated, which are trained and scored.
+        value: verdict of the evaluator, larger is better. None when every sampled verdict was unparseable.
         evaluations: what `value` was made from: {"likely": log-prob, "impossible": log-prob}, or one
             {"label": "likely" | "impossible" | None, "text": str} a sampled verdict, or one {"imported": value} for
             each candidate of another program's search that is merged here.
@@ -89,7 +89,7 @@ class SearchTree:
         prompt_hash: names the few-shot prompt, `prompts/<prompt_hash>.json`.
         num_shared_tokens: how many leading ids of that prompt the tokenised question prompt shares.
         question_token_ids: the rest of the tokenised question prompt.
-        question_prompt: its text after that of the few-shot prompt, template included; `Prompt.text` + this + the
+        question_prompt: its text after that of the few-shot prompt, template included. `Prompt.text` + this + the
             thoughts is what the model read.
         nodes: every generated thought that is not empty, losers included.
         winning_nodes: ids of the complete nodes in the winning answer group, ascending.
@@ -127,7 +127,7 @@ class SearchTree:
         return [node for node in self.nodes if node.parent == node_id]
 
     def path(self, node_id: int) -> list[Node]:
-        """The nodes from the first thought down to `node_id`; empty for the root state."""
+        """The nodes from the first thought down to `node_id`. Empty for the root state."""
         return path_to(self.nodes, node_id)
 
     def path_ids(self, node_id: int) -> list[int]:
@@ -145,7 +145,7 @@ class SearchTree:
         return [*prompt.token_ids[: self.num_shared_tokens], *self.question_token_ids]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
+        """Plain JSON values. `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
         return asdict(self)
 
     @classmethod
@@ -182,7 +182,7 @@ def comparable(value: float | None) -> float:
 
 
 def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
-    """The nodes from the first thought down to `node_id`, each named by its place; empty for the root state."""
+    """The nodes from the first thought down to `node_id`, each named by its place. Empty for the root state."""
     path: list[Node] = []
     while node_id != ROOT:
         path.append(nodes[node_id])
@@ -192,7 +192,7 @@ def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's few-shot text and its token ids, tokenised alone; `hash` names both."""
+    """A task's few-shot text and its token ids, tokenised alone. `hash` names both."""
 
     hash: str
     text: str
@@ -205,7 +205,7 @@ class Prompt:
         return cls(short_hash(content), text, tuple(token_ids))
 
     def save(self, trees_path: str | Path) -> Path:
-        """Write `prompts/<hash>.json` beside `trees_path`, atomically; return its path."""
+        """Write `prompts/<hash>.json` beside `trees_path`, atomically. Return its path."""
         path = Path(trees_path).parent / "prompts" / f"{self.hash}.json"
         write_atomic(path, canonical_json(asdict(self)) + "\n")
         return path
@@ -239,7 +239,7 @@ def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTre
         drop_torn_tail: ignore a last line without a newline, as a killed `collect` leaves it.
 
     Raises:
-        DataError: a line is not a search tree, or an id appears twice; names file:line.
+        DataError: a line is not a search tree, or an id appears twice. Names file:line.
     """
     trees: list[SearchTree] = []
     first_line: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """The `cpo-fast` command: a click group whose commands are imported only when they run.
 
 Every command module holds one click command named like the file. Errors a user can mend (`CpoFastError`) print as one
-line and set the exit code; `--debug` shows their traceback.
+line and set the exit code. `--debug` shows their traceback.
 """
 
 import difflib
@@ -40,7 +40,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import `cpo_fast.cli.<cmd_name>` and return its click command; None when there is none."""
+        """Import `cpo_fast.cli.<cmd_name>` and return its click command. None when there is none."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"cpo_fast.cli.{cmd_name}"), f"{cmd_name}_command")
@@ -49,7 +49,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; an unknown one is a usage error that names the nearest."""
+        """Find the command. An unknown one is a usage error that names the nearest."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"the commands are {', '.join(COMMANDS)}"

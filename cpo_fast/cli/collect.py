@@ -115,7 +115,7 @@ def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
 
 
 def _print_line(number: int, total: int, tree: Any, seconds: float) -> None:
-    """One plain line a question on stderr, for logs; stdout stays for the summary."""
+    """One plain line a question on stderr, for logs. Stdout stays for the summary."""
     reason = f" ({_shown(tree.detail, 300)})" if tree.detail else ""
     answer = None if tree.answer is None else _shown(tree.answer)
     click.echo(

@@ -1,7 +1,7 @@
 """`cpo-fast demo`: the whole line once on this machine, with a small real model and word problems that are shipped.
 
 Model, search, pairs, training, evaluation of base and adapter, one table. The sizes are set so that two CPU cores need
-minutes; what takes long on a CPU is generating tokens one at a time.
+minutes. What takes long on a CPU is generating tokens one at a time.
 """
 
 import logging

@@ -35,7 +35,7 @@ def eval_command(
 
     eval.method says how: cot (one greedy chain, the default), tot (tree of thought and its vote) or both. Writes
     eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or adapter, with
-    -tot for trees; then eval.json, eval.md and eval.csv, which put all of them side by side and compare them in pairs.
+    -tot for trees. Then eval.json, eval.md and eval.csv, which put all of them side by side and compare them in pairs.
     """
     if compared is not None:
         if config is not None:
@@ -87,7 +87,7 @@ def _compare(paths: tuple[str, str], as_json: bool) -> None:
 
 
 def evaluation_table(evaluations: "Sequence[Evaluation]") -> "Table":
-    """One column per evaluation; a batch's seconds, divided by its questions, say so."""
+    """One column per evaluation. A batch's seconds, divided by its questions, say so."""
     return _table("Evaluation", [evaluation.label for evaluation in evaluations], evaluations)
 
 

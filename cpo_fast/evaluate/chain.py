@@ -36,8 +36,8 @@ class Chain:
     Attributes:
         text: the generated text, without what a token holds past the last newline when a newline ended the chain.
         token_ids: the generated ids, an end-of-sequence left out.
-        stop: why generation ended; see the module's docstring.
-        seconds: wall time; for a row of a batch, the batch's divided by the rows in it.
+        stop: why generation ended. See the module's docstring.
+        seconds: wall time. For a row of a batch, the batch's divided by the rows in it.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Chain:
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens; an end-of-sequence was generated too and counts."""
+        """Generated tokens. An end-of-sequence was generated too and counts."""
         return len(self.token_ids) + (self.stop == "eos")
 
     def answer(self, task: Task) -> str | None:
@@ -131,7 +131,7 @@ def engine_chain(
         max_steps: cap on its lines, the answer line included.
 
     Raises:
-        ValueError: a cap is below 1; from the engine, a prompt that does not fit the model, or logits not finite.
+        ValueError: a cap is below 1. From the engine, a prompt that does not fit the model, or logits not finite.
     """
     if min(max_new_tokens, max_steps) < 1:
         raise ValueError(f"expected caps >= 1, got {max_new_tokens=}, {max_steps=}")
@@ -158,7 +158,7 @@ class ChainEnd(StoppingCriteria):
         self._eos_ids = eos_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Read the newest column of `input_ids` [B, L] int64; return which rows are done, [B] bool."""
+        """Read the newest column of `input_ids` [B, L] int64. Return which rows are done, [B] bool."""
         for reader, token in zip(self._readers, input_ids[:, -1].tolist(), strict=True):
             if reader.stop is None and token in self._eos_ids:
                 reader.end_sequence()

@@ -54,11 +54,11 @@ class Comparison:
 
     Attributes:
         first, second: their names.
-        num_questions: questions in both. num_graded: those with a reference answer; the tests are over them.
+        num_questions: questions in both. num_graded: those with a reference answer. The tests are over them.
         num_both, num_only_first, num_only_second, num_neither: graded questions by who is right.
-        mcnemar_p: exact two-sided p-value; None when nothing is graded.
+        mcnemar_p: exact two-sided p-value. None when nothing is graded.
         metrics: `accuracy` (the task's own verdict) and each metric that both have.
-        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions; None over zero.
+        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions. None over zero.
         num_resamples, confidence, seed: of the bootstrap.
         stated: a sentence for each thing that differs besides the answers.
     """
@@ -105,10 +105,10 @@ class Agreement:
 def compare(
     first: Evaluation, second: Evaluation, names: tuple[str, str], seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> Comparison:
-    """Compare two evaluations; `names` are what messages and tables call them.
+    """Compare two evaluations. `names` are what messages and tables call them.
 
     Raises:
-        DataError: they are not about the same questions; names the first that differs.
+        DataError: they are not about the same questions. Names the first that differs.
     """
     pairs = _paired(first, second, names)
     graded = [(one, other) for one, other in pairs if one.correct is not None]
@@ -138,7 +138,7 @@ def compare(
 def _paired(
     first: Evaluation, second: Evaluation, names: tuple[str, str]
 ) -> list[tuple[QuestionResult, QuestionResult]]:
-    """The results of each question side by side, in the order of the first; see `compare` for what is refused."""
+    """The results of each question side by side, in the order of the first. See `compare` for what is refused."""
     ours, theirs = ({result.id: result for result in each.results} for each in (first, second))
     for identity in chain(ours, theirs):
         if identity not in ours or identity not in theirs:

@@ -59,7 +59,7 @@ def evaluate(
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
             lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
-        model: the model that `config.model` names, already loaded; None loads it. Give its tokenizer too.
+        model: the model that `config.model` names, already loaded. None loads it. Give its tokenizer too.
         tokenizer: see `model`.
         on_question: called with (questions done, questions in all) after each.
         make_engine: gives what answers chains that are asked one at a time, and searches.
@@ -114,7 +114,7 @@ def _finished(config: Config, task: Task, asker: "_Asker", method: Method, resul
 
 @dataclass(frozen=True)
 class QuestionAnswer:
-    """What either method gives back for one question; fields as in `QuestionResult`."""
+    """What either method gives back for one question. Fields as in `QuestionResult`."""
 
     answer: str | None
     num_tokens: int
@@ -240,7 +240,7 @@ class _Asker:
 
     @property
     def _engine(self) -> "tuple[Engine, float]":
-        """The search engine with every shared prompt in its cache, and the seconds that took; made when first used."""
+        """The search engine with every shared prompt in its cache, and the seconds that took. Made when first used."""
         if self._engine_and_setup is None:
             from cpo_fast.search.engine import Requests, SampleRequest
 
@@ -257,7 +257,7 @@ class _Asker:
 def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> QuestionAnswer:
     """Search one question alone and vote. Arguments as for `tree_search.search_question`.
 
-    The text is the winning path whose last thought has the largest value; empty without a winner.
+    The text is the winning path whose last thought has the largest value, and empty without a winner.
     """
     start = time.perf_counter()
     tree = run_search(engine, search_question(config, prompts, question))

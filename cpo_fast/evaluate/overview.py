@@ -1,6 +1,6 @@
 """Everything that was evaluated in one run's folder, side by side: written as `eval.json`, `eval.md` and `eval.csv`.
 
-Evaluations on the same questions are compared in pairs; a pair on different questions is named and left out. Where a
+Evaluations on the same questions are compared in pairs. A pair on different questions is named and left out. Where a
 tree has answered a question that a chain was asked (in `trees.jsonl`, or by tree of thought), the two answers are held
 against each other: agreement with the vote is what training moves first, and it needs no reference answer.
 """

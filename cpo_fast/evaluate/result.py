@@ -1,6 +1,6 @@
 """What an evaluation says: one record a question, one summary, and the two files that keep them.
 
-`eval-<label>.jsonl` holds a question a line, in the order they were asked; `eval-<label>.json` the summary. Labels are
+`eval-<label>.jsonl` holds a question a line, in the order they were asked, and `eval-<label>.json` the summary. Labels are
 `base` and `adapter` for greedy chains, `base-tot` and `adapter-tot` for tree of thought.
 """
 
@@ -30,13 +30,13 @@ class QuestionResult:
         id: the question's id. question: its text.
         gold: reference answer, None when the file has none.
         answer: normalised answer, None when none could be read.
-        correct: the task's own verdict on it; None without a reference answer.
-        scores: every metric of the task, by name; empty without a reference answer.
-        num_tokens: generated tokens; of a tree, all of them: see `evaluation`.
+        correct: the task's own verdict on it. None without a reference answer.
+        scores: every metric of the task, by name. Empty without a reference answer.
+        num_tokens: generated tokens, of a tree all of them: see `evaluation`.
         num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
-        seconds: wall time; with a batch size above 1, the batch's time divided by its questions.
+        seconds: wall time. With a batch size above 1, the batch's time divided by its questions.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
-        chain: the generated text; of a tree, its best winning path.
+        chain: the generated text or, of a tree, its best winning path.
         detail: the reason of a failure, else "".
     """
 
@@ -62,9 +62,9 @@ class RunIdentity:
         model: what model.path says. model_hash: names its files. adapter_hash: the adapter's, "" without one.
         dtype: precision of the base weights. device: where it ran.
         task_hash: hash of the task section. prompt_hash: of the prompt's ids around a fixed question.
-        settings_hash: of the caps of a chain; of the search section and the seed for a tree.
+        settings_hash: of the caps of a chain or, for a tree, of the search section and the seed.
         engine: the search engine that chains and trees went through (`arena` or `hf`), or `generate` for padded batches.
-        batch_size: questions per forward pass; latency is quoted at 1.
+        batch_size: questions per forward pass. Latency is quoted at 1.
     """
 
     model: str
@@ -87,10 +87,10 @@ class Evaluation(RunIdentity):
         label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
         task: name of the task.
         num_questions: questions asked.
-        num_graded: those with a reference answer; accuracy and metrics are over them.
+        num_graded: those with a reference answer, over which accuracy and metrics are means.
         num_correct: graded and right.
-        num_unanswered: questions without a readable answer; wrong when graded.
-        num_failed: those of them that could not be asked; `detail` in their lines says why.
+        num_unanswered: questions without a readable answer. Wrong when graded.
+        num_failed: those of them that could not be asked. `detail` in their lines says why.
         accuracy: num_correct / num_graded, None when nothing is graded.
         interval: its Wilson 95 % interval.
         metrics: mean of each of the task's metrics over the graded questions that it is for. `numeric` is for those whose

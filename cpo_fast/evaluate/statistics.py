@@ -86,7 +86,7 @@ def mcnemar_exact(num_only_first: int, num_only_second: int) -> float:
         num_only_second: c, questions that only the second answers right.
 
     Returns:
-        p in (0, 1]; 1 when there is no discordant question.
+        p in (0, 1]. 1 when there is no discordant question.
 
     Raises:
         ValueError: a count is negative.

@@ -1,6 +1,6 @@
 """Evaluations and comparisons as text: the cells that the terminal and Markdown show, and CSV for spreadsheets.
 
-Cells are for people and rounded; CSV and JSON hold the numbers as they are. Seconds never stand without the batch size
+Cells are for people and rounded. CSV and JSON hold the numbers as they are. Seconds never stand without the batch size
 they were measured at.
 """
 
@@ -96,7 +96,7 @@ def markdown_text(
 
 
 def csv_text(evaluations: Sequence[Evaluation]) -> str:
-    """The contents of `eval.csv`: one row an evaluation, one column a number; metrics as `metric_<name>`."""
+    """The contents of `eval.csv`: one row an evaluation, one column a number, metrics as `metric_<name>`."""
     rows = [_flat(evaluation) for evaluation in evaluations]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     target = io.StringIO()
@@ -107,7 +107,7 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
 
 
 def merged_headings(columns: Sequence[dict[str, str]]) -> list[str]:
-    """Every heading of any column, each where it first stands; columns of other tasks have other metrics."""
+    """Every heading of any column, each where it first stands. Columns of other tasks have other metrics."""
     return list(dict.fromkeys(heading for column in columns for heading in column))
 
 

@@ -8,7 +8,7 @@ place on disk:
 
 The few-shot prompt is this task's own, not the program's: what is trained is what will be asked. Token ids are those of
 the configured model's tokenizer, each line tokenised in its context, because the file holds text only. Values are the
-program's (a sum of verdicts); the model that searched, its seed and its token counts are not in the file.
+program's (a sum of verdicts). The model that searched, its seed and its token counts are not in the file.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class ImportResult:
 
     Attributes:
         trees_path, dropped_path: the files written.
-        num_entries: searches in the file, damaged parts included; num_trees of them became trees.
+        num_entries: searches in the file, damaged parts included, of which num_trees became trees.
         statuses: how many trees per status.
         num_candidates: chains in those trees' entries. num_thoughts: nodes, duplicates merged.
         num_winning_paths: over all trees.
@@ -63,9 +63,9 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
 
     Args:
         config: `run`, `seed`, `model`, `task` and `data.max_drop` are used. With `task.path` set, entries are matched
-            to its questions (whitespace aside) and take their ids and reference answers; else an id is a hash.
+            to its questions (whitespace aside) and take their ids and reference answers. Without it an id is a hash.
         path: the file.
-        tokenizer: already loaded; None loads that of `config.model`.
+        tokenizer: already loaded. None loads that of `config.model`.
 
     Raises:
         ConfigError: no model is configured, or its tokenizer cannot be loaded.

@@ -10,8 +10,8 @@ here writes them, so that search, training and evaluation share one format:
     step 4, the answer (arabic numerals) is <x>  ->  Answer: <x>
 
 The words themselves stay as they are in the file, lower-cased as it has them. A thought with an answer in the middle of
-its prose is neither a step nor an answer line and is left out; so is whatever continues no candidate or has no mark;
-each is reported with its reason.
+its prose is neither a step nor an answer line and is left out, as is whatever continues no candidate or has no mark.
+Each is reported with its reason.
 """
 
 import re
@@ -66,7 +66,7 @@ def build_nodes(
 
     Returns:
         (nodes, ids of the winning ones, dropped candidates, recorded winners that are no complete node here). The
-        winning answer is that of the first recorded winner that is complete here; every complete node with it wins.
+        winning answer is that of the first recorded winner that is complete here. Every complete node with it wins.
     """
     drafts: dict[tuple[int, str], _Draft] = {}  # by parent and line; the place of each is its node's id
     dropped: list[Dropped] = []

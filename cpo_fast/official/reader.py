@@ -1,12 +1,12 @@
 """The raw tree file of the CPO paper's own program (github.com/sail-sg/CPO), read as it really is.
 
-Each search was appended as one JSON object and a comma, without an opening bracket and often without the closing one;
-several runs may stand in one file, and a killed one ends in the middle of an object:
+Each search was appended as one JSON object and a comma, without an opening bracket and often without the closing one.
+Several runs may stand in one file, and a killed one ends in the middle of an object:
 
     {"<question>": {"0": {"candiate": [<chain>, ...], "values": [<number>, ...]}, "1": {...}, ..., "correct": [<chain>]}},
 
 (the key is spelt so). A candidate is the whole chain down to its level, lower-cased, and its value the sum of its
-verdicts. `correct` holds the chains that won that program's vote; no gold answer is in the file. What is not such an
+verdicts. `correct` holds the chains that won that program's vote. No gold answer is in the file. What is not such an
 object comes out as a `BadEntry` with file and line, never silently. What an entry means is for `nodes` and `importer`.
 """
 

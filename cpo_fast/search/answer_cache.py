@@ -25,7 +25,7 @@ class AnswerFiles:
     """`AnswerCache` in a folder.
 
     Args:
-        folder: need not exist. provenance: of the trees; answers of another one are forgotten.
+        folder: need not exist. provenance: of the trees. Answers of another one are forgotten.
     """
 
     def __init__(self, folder: Path, provenance: Provenance) -> None:

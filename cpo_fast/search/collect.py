@@ -36,7 +36,7 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
     """Model and tokenizer that `config.model` names.
 
     Raises:
-        ConfigError: an adapter is to be merged and none is set; as `load_model` besides.
+        ConfigError: an adapter is to be merged and none is set. Those of `load_model` besides.
     """
     if config.search.merge_adapter and config.model.adapter is None:
         raise ConfigError(
@@ -49,7 +49,7 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
 
 
 def searched_weights(model: Any, config: SearchConfig) -> AbstractContextManager[None]:
-    """The weights that `config` wants searched, for the length of a `with`; build the engine inside it."""
+    """The weights that `config` wants searched, for the length of a `with`. Build the engine inside it."""
     if not config.merge_adapter:
         return nullcontext()
     from cpo_fast.adapters import merged_adapter
@@ -114,14 +114,14 @@ def collect(
 
     Args:
         config: `run`, `seed`, `model`, `task` and `search` are used.
-        model, tokenizer: an already loaded pair; None loads `config.model`.
+        model, tokenizer: an already loaded pair. None loads `config.model`.
         progress: called after each question that was searched.
         worker: this process among several that collect together, each of which searches its own questions.
         make_engine: gives what answers the searches.
 
     Raises:
         ConfigError: no question file or no model is configured, or `search.merge_adapter` cannot be done exactly.
-        DataError: the question file or the existing trees are not usable; see `tree_store`.
+        DataError: the question file or the existing trees are not usable. See `tree_store`.
         EnvironmentProblem: another process collects as the same worker.
     """
     task, questions = load_questions(config)

@@ -18,7 +18,7 @@ from cpo_fast.tree import Node, comparable
 
 
 def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False) -> list[int]:
-    """Indices of the best `num_kept` values, best first; None ranks last.
+    """Indices of the best `num_kept` values, best first. None ranks last.
 
     Args:
         values: in order of (parent rank, sample index), which decides ties.
@@ -33,10 +33,10 @@ def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False)
 
 
 def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tuple[str | None, list[int]]:
-    """The winning answer and the ids of its complete nodes, ascending; (None, []) when nothing is complete.
+    """The winning answer and the ids of its complete nodes, ascending. (None, []) when nothing is complete.
 
     Args:
-        nodes: of one tree; those that are not complete have no vote.
+        nodes: of one tree. Those that are not complete have no vote.
         by: what a path adds to its answer: its value (a path without a readable verdict adds 0), or one.
     """
     groups: dict[str, list[Node]] = {}

@@ -43,7 +43,7 @@ class Evaluator:
         run_name: seed and question, part of the uid of sampled verdicts.
 
     Attributes:
-        num_tokens: tokens generated for verdicts so far; 0 with `evaluator: logits`, which generates none.
+        num_tokens: tokens generated for verdicts so far. 0 with `evaluator: logits`, which generates none.
     """
 
     def __init__(self, config: SearchConfig, prompts: Prompts, question: Question, run_name: str) -> None:

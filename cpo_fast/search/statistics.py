@@ -1,7 +1,7 @@
 """What a search cost and what it brought, a tree at a time: thoughts, values by depth, tokens generated and useful.
 
 A token is useful when its thought lies on a winning path. Those are what a chain that found the answer at once would have
-cost; everything else that was generated (losers, duplicates, empty samples, verdicts) is the price of the search. The
+cost. Everything else that was generated (losers, duplicates, empty samples, verdicts) is the price of the search. The
 numbers of a tree are a pure function of it, and those of a run of `collect` are sums over its trees.
 """
 
@@ -23,7 +23,7 @@ class DepthStatistics:
 
     Attributes:
         num_thoughts: unique thoughts. num_kept: of them expanded or complete.
-        num_judged: of them with a value; the next three are over those, None without any.
+        num_judged: of them with a value. The next three are over those, None without any.
         mean_value, min_value, max_value: of the evaluator's values.
     """
 
@@ -118,7 +118,7 @@ class CollectResult:
 
     Attributes:
         trees_path: the file, or this worker's part of it while other workers' questions are missing.
-        num_questions: how many were asked; num_resumed of them were found finished.
+        num_questions: how many were asked, of which num_resumed were found finished.
         num_missing: of them not finished yet: other workers'. 0 in the file that all are in.
         statuses: how many trees per status.
         num_thoughts: nodes, duplicates merged. num_samples: generated thoughts, duplicates and empty ones counted.
@@ -126,7 +126,7 @@ class CollectResult:
         num_winning_paths: over all trees.
         num_generated_tokens: of all samples and sampled verdicts. num_useful_tokens: of the thoughts on winning paths.
         num_verdicts, num_unparseable: sampled verdicts on distinct thoughts, and those that could not be read.
-        num_gold: questions with a reference answer. num_correct: whose vote equals it; for information only.
+        num_gold: questions with a reference answer. num_correct: whose vote equals it, for information only.
         first_failure: reason of the first failed question, or "".
         seconds: wall time of this call's searches, loading left out.
     """
@@ -152,7 +152,7 @@ class CollectResult:
 
     @property
     def vote_accuracy(self) -> float | None:
-        """Share of the questions with a reference answer whose vote equals it; None without any."""
+        """Share of the questions with a reference answer whose vote equals it. None without any."""
         return self.num_correct / self.num_gold if self.num_gold else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def summarise(
     num_resumed: int,
     seconds: float,
 ) -> CollectResult:
-    """Sum up `trees` and their statistics `counted`; other arguments as the fields of `CollectResult`."""
+    """Sum up `trees` and their statistics `counted`. Other arguments as the fields of `CollectResult`."""
     nodes = [node for tree in trees for node in tree.nodes]
     with_gold = [(tree, tree.gold) for tree in trees if tree.gold is not None]
     return CollectResult(

@@ -1,6 +1,6 @@
 """The search of one question: which states are expanded, what becomes of their samples, and which answer wins.
 
-    expand     k thoughts are sampled under a state; equal ones become one node with a count; the evaluator judges each
+    expand     k thoughts are sampled under a state. Equal ones become one node with a count. The evaluator judges each
     bfs        the paper's search, level by level: the n best open states of a level are expanded
     dfs        the best child of a state first, to the end of its chain, then the next best
     vote       over the complete chains, see `selection`
@@ -36,10 +36,10 @@ def search_question(
     """Grow the tree of one question and let its complete chains vote.
 
     Args:
-        config: `search` and `seed` are used; the seed and the question's id name every random number.
+        config: `search` and `seed` are used. The seed and the question's id name every random number.
         prompts: of the question's task.
         question: what is asked.
-        provenance: written into the tree; None for a tree that is not kept.
+        provenance: written into the tree. None for a tree that is not kept.
 
     Returns:
         The tree. Where anything raises, it has the status `failed`, the reason, and what is known of the prompt.
@@ -96,7 +96,7 @@ class TreeBuilder:
     Attributes:
         config: the search section.
         evaluator: judges thoughts.
-        nodes: the thoughts so far; the id of a node is its place.
+        nodes: the thoughts so far. The id of a node is its place.
         num_empty: samples dropped because they were only whitespace.
         num_thought_tokens: tokens generated for thoughts, duplicates and empty samples included.
     """
@@ -127,7 +127,7 @@ class TreeBuilder:
         Asks the engine twice: for all thoughts, then for all verdicts.
 
         Args:
-            parents: the states, best first; those beyond `budget` are left out.
+            parents: the states, best first. Those beyond `budget` are left out.
 
         Returns:
             The new nodes, by parent and sample index.
@@ -176,7 +176,7 @@ class TreeBuilder:
         ]
 
     def _merge(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """Samples that are equal after whitespace is collapsed, by first appearance; letters keep their case."""
+        """Samples that are equal after whitespace is collapsed, by first appearance. Letters keep their case."""
         equal: dict[str, list[Sample]] = {}
         for sample in samples:
             equal.setdefault(" ".join(sample.text.split()), []).append(sample)

@@ -1,6 +1,6 @@
 """The trees of a run on disk, and the processes that write them: `trees.jsonl` grows by one append a question.
 
-A run may be killed at any moment and have any number of workers. A worker alone appends to `trees.jsonl`; each of
+A run may be killed at any moment and have any number of workers. A worker alone appends to `trees.jsonl`. Each of
 several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to `timings.worker-I-of-N.jsonl`. Whoever finishes and
 finds every question somewhere writes all trees to `trees.jsonl`, in question order and in one step, and removes the
 parts: the same bytes for any number of workers. A restart, with the same N or another, finds what is finished in
@@ -143,16 +143,16 @@ def _worker(index: str, count: str, source: str) -> Worker:
 
 
 def _place(path: Path) -> tuple[int, ...]:
-    """(N, I) of a worker's file; empty for another."""
+    """(N, I) of a worker's file. Empty for another."""
     match = re.search(r"\.worker-([0-9]+)-of-([0-9]+)$", path.stem)
     return (int(match[2]), int(match[1])) if match else ()
 
 
 class TreeStore:
-    """`trees.jsonl` of a run and its parts, as one worker sees them; made by `open_trees`.
+    """`trees.jsonl` of a run and its parts, as one worker sees them. Made by `open_trees`.
 
     Attributes:
-        path: the whole file; it need not exist.
+        path: the whole file. It need not exist.
         own_path: where this worker appends.
         trees: what is finished, by question id.
     """
@@ -174,7 +174,7 @@ class TreeStore:
             self._read()
 
     def append(self, tree: SearchTree, seconds: float) -> None:
-        """Add one finished question; after return it survives a crash."""
+        """Add one finished question. After return it survives a crash."""
         with self._lock:
             self._read_file(self.own_path)  # to a worker alone, others may have joined all their trees meanwhile
             if tree.id not in self.trees:
@@ -185,10 +185,10 @@ class TreeStore:
                 self.trees[tree.id] = tree
 
     def finish(self) -> bool:
-        """Write every tree to `path` in question order, if none is missing; trees of other questions follow.
+        """Write every tree to `path` in question order, if none is missing. Trees of other questions follow.
 
         Returns:
-            Whether `path` holds every question now; else those of other workers are not finished yet. `trees` is as on
+            Whether `path` holds every question now. If not, other workers are not finished yet. `trees` is as on
             disk.
         """
         with self._lock:
@@ -208,7 +208,7 @@ class TreeStore:
         return True
 
     def _read(self) -> None:
-        """Take the trees of the whole file and of all parts that are not known; the first of several with one id counts."""
+        """Take the trees of the whole file and of all parts that are not known. The first of several with one id counts."""
         for path in (self.path, *worker_files(self.path)):
             self._read_file(path)
 
@@ -224,7 +224,7 @@ class TreeStore:
         self._ids[path], self._versions[path] = [tree.id for tree in trees], version
 
     def _merge_timings(self, ids: Sequence[str]) -> None:
-        """Join the workers' seconds, in the order of the trees; those of one worker alone stay as they are."""
+        """Join the workers' seconds, in the order of the trees. Those of one worker alone stay as they are."""
         parts = worker_files(self._timings_path)
         if not parts:
             return
@@ -268,9 +268,9 @@ def open_trees(
     """The trees of a run, for one worker and no other process of its number.
 
     Args:
-        path: `trees.jsonl`; neither it nor its folder need exist.
+        path: `trees.jsonl`. Neither it nor its folder need exist.
         provenance: what the trees in it must have been made with.
-        questions: the questions of this run, of all workers; a tree with the id of one must be about the same text.
+        questions: the questions of this run, of all workers. A tree with the id of one must be about the same text.
         worker: this process.
 
     Raises:
@@ -289,7 +289,7 @@ def open_trees(
 
 
 def _worker_lock(own_path: Path) -> FileLock:
-    """The lock of the worker that appends to `own_path`, be it trees or timings; Timeout where it is held."""
+    """The lock of the worker that appends to `own_path`, be it trees or timings. Timeout where it is held."""
     _, _, name = own_path.stem.partition(".")
     return FileLock(own_path.with_name(f".collect.{name or ALONE.name}.lock"), blocking=False)
 

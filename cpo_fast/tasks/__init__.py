@@ -25,8 +25,8 @@ def get_task(name: str, demonstration_seed: int | None = None, evaluator_seed: i
 
     Args:
         name: a data set.
-        demonstration_seed: order of the chain-of-thought demonstrations; None keeps the written one.
-        evaluator_seed: order of the demonstrations of verdicts; None keeps the written one.
+        demonstration_seed: order of the chain-of-thought demonstrations. None keeps the written one.
+        evaluator_seed: order of the demonstrations of verdicts. None keeps the written one.
 
     Raises:
         ConfigError: there is no task of that name.

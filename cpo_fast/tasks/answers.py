@@ -1,7 +1,7 @@
 """Answers in text: which number is meant, and when short answers in words are equal.
 
-Equal numbers have one normal form: `$1,250.00` and `1250 dollars` are "1250"; `0.5`, `1/2` and `2/4` are "0.5"; `1 1/2` is
-"1.5"; `1/3` stays "1/3"; a unit or a percent sign is dropped. Text in which it is not clear which number is meant has
+Equal numbers have one normal form: `$1,250.00` and `1250 dollars` are "1250". `0.5`, `1/2` and `2/4` are "0.5". `1 1/2` is
+"1.5". `1/3` stays "1/3". A unit or a percent sign is dropped. Text in which it is not clear which number is meant has
 none. A minus belongs to a number if it touches it and no word or number touches the minus, or if it opens the text:
 "-20" and "x = - 20" are negative, "10-20", "COVID-19" and "the rest - 20" are not. Digits inside a name (km2, A4) are no
 number. Text with equals signs is read from the last part that has a number.
@@ -10,7 +10,7 @@ Short answers in words have a normal form too, and three measures:
 
     normal form   lower case, ASCII punctuation and the articles a, an, the removed, whitespace collapsed (SQuAD)
     exact         equal normal forms
-    F1            2 P R / (P + R) over the multiset of common words; yes, no and noanswer match only themselves (HotpotQA)
+    F1            over the multiset of common words (HotpotQA). `yes`, `no`, `noanswer` match themselves alone
     containment   the words of the reference stand in the answer, next to each other and in order
 
 Two departures from those scripts, both where they are wrong. A word that is a number with a sign, a decimal point or

@@ -1,7 +1,7 @@
 """Arithmetic word problems with one number as the answer: SVAMP, GSM8K.
 
 Released files: SVAMP is a JSON list of (ID, Body, Question, Equation, Answer, Type), where body and question are joined
-with a space; GSM8K is JSON lines of (question, answer), the answer being a solution whose last line is `#### 42`, and
+with a space. GSM8K is JSON lines of (question, answer), the answer being a solution whose last line is `#### 42`, and
 has no ids. An answer is a rational number in the normal form of `cpo_fast.tasks.answers`: a line with no number, or with
 several and no equals sign before the last one, has no readable answer, because guessing which was meant would put
 wrong chains among the winners.
@@ -97,7 +97,7 @@ Answer: 48
 
 
 class ArithmeticTask(Task):
-    """Word problems with one number as the answer; the vote sums values, the metric is numeric equality."""
+    """Word problems with one number as the answer. The vote sums values, the metric is numeric equality."""
 
     main_metric: ClassVar[str] = "numeric"
     demonstrations: ClassVar[Demonstrations] = DEMONSTRATIONS
@@ -122,7 +122,7 @@ class ArithmeticTask(Task):
         return GSM8K_MARK in str(row.get("answer"))
 
     def parse_answer(self, line: str) -> str | None:
-        """The number of an `Answer: ...` line in normal form, or None; see the module's docstring."""
+        """The number of an `Answer: ...` line in normal form, or None. See the module's docstring."""
         text = line.strip()
         if not text.startswith(ANSWER_MARK):
             return None

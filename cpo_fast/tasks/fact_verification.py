@@ -1,7 +1,7 @@
 """Claims to be judged from the model's own knowledge: FEVER, FEVEROUS, VitaminC.
 
-Released files, all JSON lines: FEVER (id, verifiable, label, claim, evidence); FEVEROUS (id, claim, label, evidence,
-annotator_operations, challenge, ...), whose first line may be a header with an empty claim; VitaminC (unique_id,
+Released files, all JSON lines: FEVER (id, verifiable, label, claim, evidence). FEVEROUS (id, claim, label, evidence,
+annotator_operations, challenge, ...), whose first line may be a header with an empty claim. VitaminC (unique_id,
 case_id, claim, evidence, label, page, ...), where claims come back with other evidence under other ids. Test sets may
 have no label. Evidence is not shown to the model: claims are judged closed-book, as the CPO paper does. An answer is
 one of three labels, so a tree's vote counts paths.
@@ -100,7 +100,7 @@ _LABEL = re.compile(r"\b(?:supports|supported|refutes|refuted|not enough info(?:
 
 
 class FactVerificationTask(Task):
-    """Claims with one of three labels; the vote counts complete paths, the metric is equality of labels."""
+    """Claims with one of three labels. The vote counts complete paths, the metric is equality of labels."""
 
     question_mark: ClassVar[str] = CLAIM_MARK
     vote_by: ClassVar[Literal["value", "count"]] = "count"
@@ -121,7 +121,7 @@ class FactVerificationTask(Task):
         return any(key.startswith("evidence") for key in row)
 
     def parse_answer(self, line: str) -> str | None:
-        """The label that an `Answer: ...` line opens with; None without one, or if its sentence names another too."""
+        """The label that an `Answer: ...` line opens with. None without one, or if its sentence names another too."""
         text = line.strip()
         if not text.startswith(ANSWER_MARK):
             return None

@@ -1,6 +1,6 @@
 """Questions that need two facts, answered in a few words from the model's own knowledge: Bamboogle, 2Wiki, HotpotQA.
 
-Released files: Bamboogle is a CSV of (Question, Answer) without ids; 2WikiMultiHopQA and HotpotQA are JSON lists of
+Released files: Bamboogle is a CSV of (Question, Answer) without ids. 2WikiMultiHopQA and HotpotQA are JSON lists of
 (_id, question, answer, type, supporting_facts, context, ...), test sets without the answer. Context is not shown to the
 model: the questions are asked closed-book, as the CPO paper does. Aliases of an answer are left out.
 """
@@ -84,7 +84,7 @@ Answer: 1945
 
 
 class MultiHopQATask(Task):
-    """Questions with a short answer; the vote sums values, the metric is containment, the accuracy of the paper."""
+    """Questions with a short answer. The vote sums values, the metric is containment, the accuracy of the paper."""
 
     main_metric: ClassVar[str] = "containment"
     demonstrations: ClassVar[Demonstrations] = DEMONSTRATIONS
@@ -92,7 +92,7 @@ class MultiHopQATask(Task):
     conclusion_verdicts: ClassVar[Demonstrations] = CONCLUSION_VERDICTS
 
     def read_row(self, row: dict[str, Any], place: str) -> Question:
-        """A row of any of the three sets, or of `question[, answer][, id]`; the reference answer stays as written."""
+        """A row of any of the three sets, or of `question[, answer][, id]`. The reference answer stays as written."""
         text = row_text(row, ("question", "Question"), place)
         return Question(row_id(row, text, place), text, _gold(first_value(row, ("answer", "Answer")), place))
 
@@ -104,7 +104,7 @@ class MultiHopQATask(Task):
         return normalise_words(text.removeprefix(ANSWER_MARK)) or None
 
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
-        """`exact`, `f1` and `containment`; also `numeric` where the reference is a number."""
+        """`exact`, `f1` and `containment`. Also `numeric` where the reference is a number."""
         said = answer or ""
         scores = {
             "exact": float(exact_match(said, gold)),

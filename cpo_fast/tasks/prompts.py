@@ -76,7 +76,7 @@ class Prompts:
         return self.encode_text(self.text(question) + lines)
 
     def verdict_text(self, question: Question, lines: Sequence[str]) -> str:
-        """The prompt that ` likely` or ` impossible` follows; ends in `VERDICT_CUE`. `lines` are the state's thoughts.
+        """The prompt that ` likely` or ` impossible` follows. Ends in `VERDICT_CUE`. `lines` are the state's thoughts.
 
         With chat the cue opens the assistant's turn, so that the label is the next thing the model says.
         """
@@ -84,7 +84,7 @@ class Prompts:
         return self._user_turn(prompt.removesuffix(VERDICT_CUE)) + VERDICT_CUE if self.chat else prompt
 
     def labels(self, verdict_text: str) -> tuple[list[int], list[list[int]]]:
-        """Ids of an evaluator prompt and of its two labels (likely, impossible; leading space included).
+        """Ids of an evaluator prompt and of its two labels (likely, impossible, with the leading space).
 
         The labels are tokenised together with the prompt, so that tokenizers which join or split at the boundary are
         scored on the ids they would really produce.

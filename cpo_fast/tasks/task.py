@@ -1,6 +1,6 @@
 """What every task family gives: questions, the text of prompts for thoughts and verdicts, and the meaning of an answer.
 
-A chain is lines, `Step 1: ...` and so on, the last one `Answer: ...`; a thought is one line including its newline. A
+A chain is lines, `Step 1: ...` and so on, the last one `Answer: ...`. A thought is one line including its newline. A
 family is one file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
 """
 
@@ -35,7 +35,7 @@ class Demonstrations:
     examples: tuple[str, ...]
 
     def text(self, seed: int | None = None) -> str:
-        """Instruction and examples, a blank line after each; `seed` None keeps the written order."""
+        """Instruction and examples, a blank line after each. `seed` None keeps the written order."""
         return "".join(f"{block}\n\n" for block in (self.instruction, *self.ordered(seed)))
 
     def ordered(self, seed: int | None) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Task(ABC):
 
     Attributes:
         name: what `task.name` says.
-        demonstration_seed: draws the order of the chain-of-thought demonstrations; None keeps the written order.
+        demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written order.
         evaluator_seed: the same for the demonstrations of verdicts.
         question_mark: what stands before a question.
         vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
@@ -83,15 +83,15 @@ class Task(ABC):
 
     @abstractmethod
     def read_row(self, row: dict[str, Any], place: str) -> Question | None:
-        """The question of one row; None for a row that is no data (a header). Raises DataError naming `place`."""
+        """The question of one row. None for a row that is no data (a header). Raises DataError naming `place`."""
 
     @abstractmethod
     def parse_answer(self, line: str) -> str | None:
-        """The normalised answer of an `Answer: ...` line; None if it is not one or holds no readable answer."""
+        """The normalised answer of an `Answer: ...` line. None if it is not one or holds no readable answer."""
 
     @abstractmethod
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
-        """Every metric that applies, each from 0 to 1; both sides are normalised first. None scores 0 everywhere."""
+        """Every metric that applies, each from 0 to 1. Both sides are normalised first. None scores 0 everywhere."""
 
     def may_repeat(self, row: dict[str, Any]) -> bool:
         """Whether the format of `row` gives one question in several rows, or no ids to tell equal questions apart."""
@@ -101,14 +101,14 @@ class Task(ABC):
         """Questions in file order, without the first `skip`, at most `limit`.
 
         The whole file is checked, whatever part is used. A row without an id is named by a hash of its text. Rows that
-        repeat a question word for word are merged (and counted in the log) where the data set's own format does that;
-        elsewhere they are an error.
+        repeat a question word for word are merged (and counted in the log) where the data set's own format does that.
+        Elsewhere they are an error.
 
         Args:
             path: the data set's released file, a JSONL of `question[, answer][, id]`, or `hub:org/name[:config][:split]`.
 
         Raises:
-            DataError: the source cannot be read, a row is bad, or an id appears twice; names file:line, the row of a
+            DataError: the source cannot be read, a row is bad, or an id appears twice. Names file:line, the row of a
                 JSON list, or the row of a hub data set.
             EnvironmentProblem: a hub id is given and `datasets` is missing.
         """
@@ -141,25 +141,25 @@ class Task(ABC):
 
     @property
     def few_shot(self) -> str:
-        """The demonstrations, shared by every question; ends with a blank line."""
+        """The demonstrations, shared by every question. Ends with a blank line."""
         return self.demonstrations.text(self.demonstration_seed)
 
     @property
     def few_shot_evaluator(self) -> str:
-        """The verdicts on steps, shared by every state that ends in a step; ends with a blank line."""
+        """The verdicts on steps, shared by every state that ends in a step. Ends with a blank line."""
         return self.step_verdicts.text(self.evaluator_seed)
 
     @property
     def few_shot_conclusion_evaluator(self) -> str:
-        """The verdicts on answers, shared by every state that ends in an answer line; ends with a blank line."""
+        """The verdicts on answers, shared by every state that ends in an answer line. Ends with a blank line."""
         return self.conclusion_verdicts.text(self.evaluator_seed)
 
     def prompt(self, question: Question) -> str:
-        """Few-shot text and the question; ends in a newline, and the first thought follows."""
+        """Few-shot text and the question. Ends in a newline, and the first thought follows."""
         return f"{self.few_shot}{self.question_mark} {question.text}\n"
 
     def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
-        """Few-shot verdicts and the state to judge; ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
+        """Few-shot verdicts and the state to judge. Ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
 
         Args:
             question: the question.

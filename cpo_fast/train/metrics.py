@@ -123,7 +123,7 @@ class OverOptimisationAlarm:
         self._margins: deque[float] = deque(maxlen=2 * WINDOW)
 
     def update(self, step: int, chosen_drift: float, margin: float) -> str | None:
-        """Add one step; returns the sentence to show when the alarm is raised, once.
+        """Add one step. Returns the sentence to show when the alarm is raised, once.
 
         Args:
             step: optimizer step, for the message.

@@ -5,7 +5,7 @@
 
 Requests keep their batch slots from step to step, so that all a step needs is what the step before left on the device:
 
-    step:   read token, attend, sample -> token;   position, KV slot and length grow by one
+    step:   read token, attend, sample -> token.   Position, KV slot and length grow by one
 
 A finished request is masked at once. The batch is rebuilt every 8 steps if requests wait, or when under 75 % of its slots
 are active. Between rebuilds one CUDA graph is replayed: the host plans nothing and waits for nothing.
