@@ -10,7 +10,8 @@ Short answers in words have a normal form too, and three measures:
 
     normal form   lower case, ASCII punctuation and the articles a, an, the removed, whitespace collapsed (SQuAD)
     exact         equal normal forms
-    F1            over the multiset of common words (HotpotQA). `yes`, `no`, `noanswer` match themselves alone
+    F1            2 P R / (P + R) over the multiset of common words (HotpotQA)
+                  `yes`, `no` and `noanswer` match only themselves
     containment   the words of the reference stand in the answer, next to each other and in order
 
 Two departures from those scripts, both where they are wrong. A word that is a number with a sign, a decimal point or
