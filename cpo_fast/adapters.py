@@ -94,7 +94,7 @@ def load_adapter(model: Any, path: str) -> Any:
     return wrapped
 
 
-def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
+def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` beside `folder`, check them, then rename.
 
     Raises:
@@ -103,13 +103,15 @@ def save_adapter(model: Any, folder: Path, zero_stage: int) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with _gathered(model, zero_stage):
+    with _gathered(model, zero_stage):  # every rank takes part, whether it writes or not
         state = {
             key: value.detach().to("cpu", copy=True)
             for key, value in get_peft_model_state_dict(
                 model, adapter_name=ADAPTER, save_embedding_layers=False
             ).items()
         }
+    if not writes:
+        return
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=state, save_embedding_layers=False)
@@ -129,7 +131,7 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 
 def _replace(aside: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = aside_of(folder).with_suffix(".old")
     if folder.exists():
         os.replace(folder, old)
     os.replace(aside, folder)

@@ -44,6 +44,14 @@ class NonFiniteError(CpoFastError):
     exit_code = 7
 
 
+class Interrupted(CpoFastError):
+    """A signal ended a run, which has saved its state (exit code 143, or 130 for an interrupt)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class OutOfMemory(CpoFastError):
     """Something does not fit into memory that the configuration can change (exit code 6)."""
 

@@ -7,6 +7,7 @@ killed process leaves at most a last line without a newline, which `read_jsonl(d
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,8 +79,11 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def aside_of(path: Path) -> Path:
-    """Where this process writes what is to be renamed to `path`: hidden, in the same folder."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where this process writes what is to be renamed to `path`: hidden, in the same folder.
+
+    Two hosts that share the folder may have equal process numbers.
+    """
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def short_hash(content: str | bytes) -> str:

@@ -30,6 +30,7 @@ from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import file_digest, files_hash
+from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,8 @@ def resolve_device(name: str) -> "torch.device":
     """The torch device that `model.device` means.
 
     Args:
-        name: `auto` (this process's CUDA device, by LOCAL_RANK or Slurm's SLURM_LOCALID under a launcher, if there is
-            one, else cpu), or `cpu`, `cuda`, `cuda:N`.
+        name: `auto` (this process's CUDA device, by its place on the host under a launcher, if there is one, else
+            cpu), or `cpu`, `cuda`, `cuda:N`.
 
     Raises:
         ConfigError: torch does not know such a device.
@@ -68,7 +69,10 @@ def resolve_device(name: str) -> "torch.device":
     """
     torch = require_library("torch")
     if name == "auto":
-        name = f"cuda:{_local_rank(torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
+        ranks, num_devices = find_ranks(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # Slurm may show each task one device only, whatever its place on the host
+        local = ranks.local_rank % max(1, num_devices) if ranks.launcher == "slurm" else ranks.local_rank
+        name = f"cuda:{local}" if num_devices else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -94,12 +98,6 @@ def free_device_bytes(device: "torch.device") -> int:
     import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
 
     return int(psutil.virtual_memory().available)
-
-
-def _local_rank(num_devices: int) -> str:
-    """This process's place on its node. Slurm may show each task one device only, whatever its place."""
-    slurm = str(int(os.environ.get("SLURM_LOCALID", "0")) % max(1, num_devices))
-    return os.environ.get("LOCAL_RANK", slurm)
 
 
 def model_folder(path: str) -> Path:

@@ -10,9 +10,11 @@ import torch
 
 from cpo_fast.config import Config, validate_config
 from cpo_fast.data.load import load_examples
+from cpo_fast.ranks import SINGLE
 from cpo_fast.search.collect import collect
+from cpo_fast.train.communication import Communicator
 from cpo_fast.train.policy import Policy, build_policy
-from cpo_fast.train.reference import reference_logps, scored_sequences
+from cpo_fast.train.reference import ReferenceCache, scored_sequences
 from cpo_fast.tree import LOGP_DECIMALS, Node, read_prompt, read_trees
 from cpo_kernels.integrations.transformers import packed_logps
 from tests.search.tiny_llama import build_model, build_tokenizer
@@ -127,8 +129,9 @@ def test_the_reference_of_the_next_round_is_what_collection_recorded(collected: 
         for node, (ids, at) in collected.thoughts
     }
     assert collected.policy.reference != "adapter_off"
-    cached = reference_logps(collected.config, collected.policy, pairs, tmp_path)
-    assert cached is not None
+    policy = collected.policy
+    cache = ReferenceCache(collected.config, "base", policy.model.dtype, pairs, tmp_path)
+    cached = cache.logps(policy.model, policy, Communicator(SINGLE, torch.device("cpu")))
     wanted = scored_sequences(pairs)
     assert len(wanted) > 10
     assert set(cached) == set(wanted) <= set(recorded)

@@ -169,15 +169,16 @@ def test_devices_resolve_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert resolve_device("auto") == torch.device("cuda:1")
     with pytest.raises(EnvironmentProblem, match="does not exist"):
         resolve_device("cuda:2")
 
 
 def test_slurm_tasks_take_turns_on_the_devices_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv("SLURM_LOCALID", "3")
+    for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for num_devices, index in ((4, 3), (2, 1), (1, 0)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=num_devices: count)

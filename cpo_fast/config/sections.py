@@ -253,7 +253,28 @@ class TrainConfig(Section):
         description="recast saves memory on a 16-bit base by keeping an adapted layer's input once; peft keeps a float32 "
         "copy; same result, bit for bit",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage: what it partitions to save memory")
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="DeepSpeed ZeRO stage: 0 keeps the base on every GPU, 3 cuts it over all of them; auto: 0 unless the "
+        "base takes more than 0.7 of a GPU",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what waits in host memory: nothing, the optimizer's state (stages 1 to 3), or the base too (stage 3)",
+    )
+    deepspeed: str | None = Field(
+        None, description="your own DeepSpeed JSON, merged into ours; a value that differs from ours is an error"
+    )
+    collective_timeout: float = Field(
+        600.0, gt=0, description="seconds after which ranks that wait for a silent one give up"
+    )
+    save_every: int = Field(100, ge=1, description="save a checkpoint every so many steps, and after the last")
+    keep_last: int = Field(2, ge=1, description="checkpoints to keep, beside that of the best step")
+    grace: float = Field(
+        25.0,
+        gt=0,
+        description="seconds that a run may take to save after SIGTERM, SIGINT or SIGUSR1 before it just ends",
+    )
     impl: Literal["eager", "triton"] | None = Field(
         None, description="kernels: triton on a GPU, eager anywhere; null: the fastest that the device has"
     )

@@ -31,6 +31,7 @@ from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import append_line, canonical_json, read_jsonl, short_hash, write_jsonl
+from cpo_fast.ranks import find_ranks
 from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tree import SearchTree, read_trees
 
@@ -85,10 +86,6 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
     return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash)
 
 
-# a launcher's rank and number of processes: torchrun and deepspeed, then Slurm
-_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-
-
 @dataclass(frozen=True)
 class Worker:
     """Number `index`, from 0, of `count` workers."""
@@ -120,7 +117,7 @@ def worker_files(path: Path) -> list[Path]:
 
 
 def find_worker(option: str | None, environment: Mapping[str, str]) -> Worker:
-    """This process's worker: by the option `I/N`, else by a launcher's variables, else the only one.
+    """This process's worker: by the option `I/N`, else by a launcher's variables (see `find_ranks`), else the only one.
 
     Raises:
         ConfigError: what names it is not a pair of whole numbers 0 <= I < N.
@@ -128,11 +125,8 @@ def find_worker(option: str | None, environment: Mapping[str, str]) -> Worker:
     if option is not None:
         index, _, count = option.partition("/")
         return _worker(index, count, f"--worker {option}")
-    for rank, size in _LAUNCHERS:
-        if rank in environment:
-            index, count = environment[rank], environment.get(size, "1")
-            return _worker(index, count, f"{rank}={index} and {size}={count} of the environment")
-    return ALONE
+    ranks = find_ranks(environment)
+    return Worker(ranks.rank, ranks.world_size)
 
 
 def _worker(index: str, count: str, source: str) -> Worker:

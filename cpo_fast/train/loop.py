@@ -8,13 +8,18 @@ whatever the token budget, so micro-batches never change the result. `train` set
 
 import logging
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from signal import Signals
+from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from torch.profiler import record_function
 from transformers import get_scheduler
 
@@ -23,21 +28,37 @@ from cpo_fast.config import Config, TrainConfig, dump_config
 from cpo_fast.data.batches import epoch_batches, split_by_question, weigh
 from cpo_fast.data.examples import Example
 from cpo_fast.data.load import load_examples
-from cpo_fast.errors import DataError, NonFiniteError
+from cpo_fast.dtype import dtype_name, resolve_dtype
+from cpo_fast.errors import DataError, EnvironmentProblem, Interrupted, NonFiniteError
 from cpo_fast.files import append_line, write_atomic
+from cpo_fast.models import resolve_device
+from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
-from cpo_fast.train.deepspeed_engine import adamw, initialize_engine
-from cpo_fast.train.memory import choose_checkpointing
+from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore, Tensors
+from cpo_fast.train.communication import Communicator, connect
+from cpo_fast.train.dealing import deal
+from cpo_fast.train.deepspeed_engine import (
+    adamw,
+    initialize_engine,
+    partition,
+    read_adapter,
+    read_moments,
+    restore_optimizer,
+)
+from cpo_fast.train.memory import choose_checkpointing, choose_stage, free_rank_bytes
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm, rounded
-from cpo_fast.train.objective import Objective
-from cpo_fast.train.policy import Policy, build_policy, checkpoint_layers
+from cpo_fast.train.objective import MicroBatch, Objective
+from cpo_fast.train.policy import Policy, base_hash, checkpoint_layers, load_policy, prepare_policy, put_adapter
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
-from cpo_fast.train.reference import reference_logps
+from cpo_fast.train.reference import ReferenceCache, is_cached
+from cpo_fast.train.resume import check_same_training, training_identity
+from cpo_fast.train.signals import EndSignals, exit_code_of
 from cpo_fast.train.validation import Validator
 from cpo_kernels import build_forest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
 MakeOptimizer = Callable[[TrainConfig, list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -74,8 +95,12 @@ def train(
     progress: Progress | None = None,
     profile_steps: int | None = None,
     make_optimizer: MakeOptimizer = adamw,
+    allow_mismatch: Collection[str] = (),
 ) -> TrainResult:
     """Train an adapter on `config.data` and write it to `<run>/adapter`, metrics to `<run>/metrics.jsonl`.
+
+    A run folder with a checkpoint of the same training is gone on with. Under a launcher every rank calls this, and rank 0
+    writes.
 
     Args:
         config: sections model, pairs, data, lora and train, the run folder and the seed.
@@ -83,44 +108,104 @@ def train(
         progress: called after every step with its metrics and the total number of steps.
         profile_steps: profile so many steps after the first, into `<run>/profile` (see `cpo_fast.train.profiler`).
         make_optimizer: gets section train and the adapter's parameters. With SGD a step is the gradient itself.
+        allow_mismatch: keys in which the checkpoint's training may differ (see `cpo_fast.train.resume`).
 
     Raises:
         CpoFastError: a subclass for what the user can mend (configuration, data, environment, non-finite loss).
     """
     started = time.perf_counter()
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.yaml", dump_config(config))
+    run, ranks = Path(config.run), find_ranks()
+    with _run_lock(run) if ranks.rank == 0 else nullcontext(), EndSignals(config.train.grace) as signals:
+        return _train(
+            config, model, tokenizer, progress, profile_steps, make_optimizer, allow_mismatch, signals, started
+        )
+
+
+def _train(
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress | None,
+    profile_steps: int | None,
+    make_optimizer: MakeOptimizer,
+    allow_mismatch: Collection[str],
+    signals: EndSignals,
+    started: float,
+) -> TrainResult:
+    run, ranks = Path(config.run), find_ranks()
+    device = model.device if model is not None else resolve_device(config.model.device)
+    stage = choose_stage(config, device, ranks)
     _check_readable(config)
-    policy = build_policy(config, model, tokenizer)
-    everything = load_examples(config, policy.tokenizer, run / "dropped.jsonl").examples
+    policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)
+    # before the ranks are connected: a long preparation is no silence that others would give up on
+    everything = load_examples(config, policy.tokenizer, run / "dropped.jsonl" if ranks.rank == 0 else None).examples
     parts = split_by_question(everything, config.data.held_out, config.seed)
     # after the split, because weights average to 1 over what is trained
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
     _check_vocabulary(everything, policy)
-    ref_logps = reference_logps(config, policy, everything, run / "reference")
-    objective = Objective(policy.model, config.train, policy.reference, policy.impl, ref_logps)
-    validator = Validator(config, policy, objective, held_out, run)
-    trainer = Trainer(config, policy, objective, examples, validator, make_optimizer)
-    profiler = StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps else None
-    # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
-    objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
+    base, dtype = base_hash(config, policy) if ranks.rank == 0 else "", policy.model.get_base_model().dtype
+    communicator = connect(device, config.train.collective_timeout, ranks)
+    store = CheckpointStore(run / "checkpoints", config.train.keep_last)
+    identity = training_identity(config, base, dtype_name(dtype), everything)
+    saved = communicator.from_first(lambda: _saved(store, identity, allow_mismatch, run))
+    if saved is not None:
+        put_adapter(policy.model, saved.adapter)
+    if communicator.writes:
+        write_atomic(run / "config.yaml", dump_config(config))
+    objective = Objective(policy.model, config.train, policy.reference)
+    trainer = Trainer(config, policy, objective, examples, communicator, stage, make_optimizer)
+    with torch.no_grad():
+        policy = trainer.with_whole_weights(partial(prepare_policy, policy=policy, config=config))
+        assert policy.impl is not None
+        objective.impl = policy.impl
+        if is_cached(config, stage):
+            reference = ReferenceCache(config, base, dtype, everything, run / "reference")
+            logps = partial(reference.logps, policy=policy, communicator=communicator)
+            objective.ref_logps = trainer.with_whole_weights(logps)
+    trainer.engine.train()
+    trainer.validator = validator = Validator(config, policy, objective, held_out, run, communicator, stage)
+    profiler = (
+        StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps and ranks.rank == 0 else None
+    )
     metrics_path = run / "metrics.jsonl"
-    metrics_path.unlink(missing_ok=True)
-    first: dict[str, Any] = {}
-    last: dict[str, Any] = {}
-    for values in trainer.steps(profiler):
+    if saved is None:
+        # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
+        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
+        if communicator.writes:
+            metrics_path.unlink(missing_ok=True)
+    else:
+        trainer.restore(saved)
+        if communicator.writes:
+            _cut(metrics_path, saved.state["metrics_bytes"])
+    first, last = trainer.first, trainer.last
+    for values in trainer.steps(profiler, signals):
         first, last = first or values, values
-        if values["step"] % config.train.log_every == 0 or values["step"] == trainer.num_steps or "eval_loss" in values:
+        step, is_last = values["step"], values["step"] == trainer.num_steps or validator.exhausted
+        logged = step % config.train.log_every == 0 or step == trainer.num_steps or "eval_loss" in values
+        if logged and communicator.writes:
             append_line(metrics_path, rounded(values))
-        if progress is not None:
+        if progress is not None and communicator.writes:
             progress(values, trainer.num_steps)
+        if step % config.train.save_every == 0 or is_last or trainer.signal:
+            trainer.first, trainer.last = first, last
+            checkpoint = trainer.checkpoint()  # under ZeRO every rank takes part
+            if communicator.writes:
+                size = metrics_path.stat().st_size if metrics_path.exists() else 0
+                state = {**checkpoint.state, "identity": identity, "metrics_bytes": size}
+                store.save(replace(checkpoint, state=state), validator.best_step)
+        if trainer.signal and not is_last:
+            raise Interrupted(
+                f"{Signals(trainer.signal).name} after step {step} of {trainer.num_steps}, which is saved in "
+                f"{store.folder}; the same command goes on from there",
+                exit_code_of(trainer.signal),
+            )
     if profiler is not None:
         profiler.finish()
-    save_adapter(policy.model, run / "adapter", config.train.zero_stage)
-    if validator.best is not None and validator.best_step != last["step"]:
+    save_adapter(policy.model, run / "adapter", stage, communicator.writes)
+    if validator.best is not None and validator.best_step != last["step"] and communicator.writes:
         copy_adapter(run / "adapter", run / "adapter-last")
         copy_adapter(validator.folder, run / "adapter")
+    communicator.barrier()
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
@@ -129,13 +214,48 @@ def train(
         num_steps=last["step"],
         best_step=validator.best_step or last["step"],
         stopped_early=validator.exhausted,
-        alarm=trainer.alarm_text,
+        alarm=trainer.alarm.text,
         first=first,
         last=last,
         seconds=time.perf_counter() - started,
         profile=() if profiler is None else profiler.ranges,
         profile_path=None if profiler is None else profiler.folder,
     )
+
+
+@contextmanager
+def _run_lock(run: Path) -> Iterator[None]:
+    """Hold the run folder, which two trainings would mix up."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".train.lock", blocking=False):
+            yield
+    except Timeout:
+        raise EnvironmentProblem(
+            f"{run} is being trained by another process; wait for it, or choose another run folder"
+        ) from None
+
+
+def _saved(
+    store: CheckpointStore, identity: dict[str, Any], allow_mismatch: Collection[str], run: Path
+) -> Checkpoint | None:
+    """The checkpoint to go on from, which has to be one of this training."""
+    store.clean()
+    saved = store.newest()
+    if saved is not None:
+        check_same_training(saved.state["identity"], identity, allow_mismatch, str(run))
+        logger.info("going on after step %d, from %s", saved.step, store.folder / saved.name)
+    return saved
+
+
+def _cut(path: Path, size: int) -> None:
+    """Take back the lines of steps that will be taken again."""
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
+
+
+def _numpy(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
 
 
 def _check_readable(config: Config) -> None:
@@ -159,8 +279,16 @@ def _check_vocabulary(examples: Sequence[Example], policy: Policy) -> None:
             )
 
 
+def _on_cpu(config: Config, device: torch.device) -> Config:
+    """The model is loaded in host memory, mapped from its files, with the dtype it will have on the device."""
+    dtype = dtype_name(resolve_dtype(config.model.dtype, device))
+    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu", "dtype": dtype})})
+
+
 class Trainer:
-    """The engine and the examples of one run."""
+    """The engine and the examples of one run, as one rank sees them."""
+
+    validator: Validator  # set once the engine is there
 
     def __init__(
         self,
@@ -168,19 +296,24 @@ class Trainer:
         policy: Policy,
         objective: Objective,
         examples: Sequence[Example],
-        validator: Validator,
+        communicator: Communicator,
+        stage: int,
         make_optimizer: MakeOptimizer = adamw,
     ) -> None:
-        self.config, self.objective, self.examples, self.validator = config, objective, examples, validator
-        self.implementations = {f"impl/{op}": name for op, name in asdict(policy.impl).items()}
+        """Under ZeRO `stage` 3 the weights are cut over the ranks here."""
+        self.config, self.objective, self.examples = config, objective, examples
+        self.communicator, self.stage = communicator, stage
         self.groups = [example.group for example in examples]
         per_epoch = math.ceil(len(examples) / config.train.batch_pairs)
         num_steps = per_epoch * config.train.num_epochs
         self.num_steps = min(num_steps, config.train.max_steps or num_steps)
         self.eval_every = config.train.eval_every or per_epoch
-        self.trainable = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+        self.parameters = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
+        self.trainable = list(self.parameters.values())
         if self._checkpointing(policy) != "off":
             checkpoint_layers(policy.model)
+        if stage == 3:
+            partition(policy.model, config.train, communicator.device)
         optimizer = make_optimizer(config.train, self.trainable)
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
@@ -188,14 +321,22 @@ class Trainer:
             num_warmup_steps=math.ceil(config.train.warmup_ratio * self.num_steps),
             num_training_steps=self.num_steps,
         )
-        self.engine = initialize_engine(objective, optimizer, scheduler, config.train)
-        self.engine.train()
+        self.engine = initialize_engine(objective, optimizer, scheduler, config.train, stage, communicator.device)
         self.alarm = OverOptimisationAlarm(config.train.alarm_nats)
-        self.alarm_text = ""
         self.rows_seen = 0
-        self.gradients_finite = torch.ones((), dtype=torch.bool, device=self.trainable[0].device)
+        self.num_done = 0  # steps taken, before this process too
+        self.signal = 0  # the one that some rank has received
+        self.first: dict[str, Any] = {}  # metrics of the first and of the newest step
+        self.last: dict[str, Any] = {}
+        self.gradients_finite = torch.ones((), dtype=torch.bool, device=communicator.device)
         for parameter in self.trainable:
             parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
+
+    def with_whole_weights(self, function: Callable[[torch.nn.Module], T]) -> T:
+        """Call `function` with the model inside the engine's forward, where ZeRO 3 gathers weights as they are used."""
+        results: list[T] = []
+        self.engine(lambda model: results.append(function(model)))
+        return results[0]
 
     def batches(self, epoch: int, order: Any = None) -> list[list[Example]]:
         train = self.config.train
@@ -213,9 +354,39 @@ class Trainer:
             largest = max(largest, build_forest(sequences).num_tokens)
             if largest >= budget:
                 break
-        return choose_checkpointing(policy.model, min(largest, budget), self.config.train.zero_stage)
+        free = free_rank_bytes(policy.model, self.communicator.device, self.communicator.ranks, self.stage)
+        chosen = choose_checkpointing(policy.model, min(largest, budget), self.stage, free)
+        # ranks with less free memory decide for all: under ZeRO 3 recomputation gathers weights, which takes every rank
+        return "non_reentrant" if self.communicator.max(int(chosen != "off")) else "off"
 
-    def steps(self, profiler: StepProfiler | None = None) -> Iterator[dict[str, Any]]:
+    def checkpoint(self) -> Checkpoint:
+        """The state after the newest step. Under ZeRO every rank has to call."""
+        state = {
+            "first": self.first,
+            "last": self.last,
+            "rows_seen": self.rows_seen,
+            "alarm": self.alarm.state(),
+            "validator": self.validator.state(),
+            "world_size": self.communicator.world_size,
+            "stage": self.stage,
+        }
+        adapter = read_adapter(self.parameters, self.stage)
+        moments = read_moments(self.engine, self.parameters, self.stage)
+        return Checkpoint(self.num_done, _numpy(adapter), _numpy(moments), state)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on after a checkpoint, whose adapter is in the model already."""
+        state = saved.state
+        self.first, self.last = state["first"], state["last"]
+        self.rows_seen, self.num_done = state["rows_seen"], saved.step
+        self.alarm.restore(state["alarm"])
+        self.validator.restore(state["validator"])
+        moments = {name: torch.from_numpy(value) for name, value in saved.optimizer.items()}
+        restore_optimizer(self.engine, self.parameters, moments, saved.step, self.stage)
+
+    def steps(
+        self, profiler: StepProfiler | None = None, signals: EndSignals | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Metrics of one optimizer step after the other, until the epochs, `train.max_steps` or the patience are done."""
         step = 0
         for epoch in range(self.config.train.num_epochs):
@@ -224,11 +395,14 @@ class Trainer:
                 if step == self.num_steps or self.validator.exhausted:
                     return
                 step += 1
+                if step <= self.num_done:
+                    continue
                 if profiler is not None:
                     profiler.before(step)
                 started = time.perf_counter()
                 with record_function("step"):
-                    values = self.step(batch)
+                    values = self.step(batch, 0 if signals is None else signals.received)
+                self.num_done = step
                 values.update(
                     step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started
                 )
@@ -239,28 +413,36 @@ class Trainer:
                     values.update(self.validator.run(self.engine, step))
                 yield values
 
-    def step(self, batch: Sequence[Example]) -> dict[str, Any]:
-        """Take one optimizer step and return its metrics.
+    def step(self, batch: Sequence[Example], signal: int = 0) -> dict[str, Any]:
+        """Take one optimizer step and return its metrics. `signal` is what this rank was asked to end by, or 0.
 
         Raises:
             NonFiniteError: a loss or the gradient is not finite. The weights were not updated.
         """
-        metrics = Metrics(self.config.train.beta)
+        parts = deal(batch, self.communicator.world_size)
+        metrics = Metrics(self.config.train, batch, self.communicator, max(map(len, parts)))
         normaliser = self.objective.normaliser(batch)
-        for micro_batch in self.objective.micro_batches(batch):
+        # ZeRO takes the mean of the ranks' gradients, and the step's gradient is their sum
+        factor = self.communicator.world_size if self.stage > 0 else 1
+        for micro_batch, counts in self._micro_batches(batch, parts[self.communicator.rank]):
             result = self.engine(micro_batch)
             with record_function("backward"):
                 # not DeepSpeed's mean over a fixed number of micro-batches: the normaliser is that of the whole step
-                self.engine.backward(result.loss_sum / normaliser, scale_wrt_gas=False)
-            metrics.add(micro_batch, result)
+                self.engine.backward(result.loss_sum * (factor * counts) / normaliser, scale_wrt_gas=False)
+            if counts:
+                metrics.add(micro_batch, result)
+        if self.stage == 0:
+            self._sum_gradients()
         with record_function("read"):
-            finite, gradient_norm = metrics.read(self.gradients_finite, self._local_gradient_norm())
-        self._refuse_nonfinite(metrics.nonfinite(), bool(finite), batch)
+            found = metrics.read(self.gradients_finite, self._gradient_norm(), signal=signal)
+        self.signal = int(found[:, 2].max())
+        self._refuse_nonfinite(metrics.nonfinite(), bool(found[:, 0].all()), batch)
         learning_rate = self.engine.get_lr()[0]
         with record_function("optimizer"):
             self.engine.step()
-        if self.config.train.zero_stage > 0:
-            gradient_norm = float(self.engine.get_global_grad_norm())
+        if self.engine.skipped_steps:
+            raise RuntimeError(f"DeepSpeed left out the update of step {self.engine.global_steps}")
+        gradient_norm = float(self.engine.get_global_grad_norm()) if self.stage > 0 else float(found[0, 1])
         values: dict[str, Any] = metrics.summary()
         self.rows_seen += int(values["tokens/rows"])
         return {
@@ -268,22 +450,48 @@ class Trainer:
             "grad_norm": gradient_norm,
             "learning_rate": learning_rate,
             "num_tokens": self.rows_seen,
-            **self.implementations,
+            **{f"impl/{op}": name for op, name in asdict(self.objective.impl).items()},
         }
+
+    def _micro_batches(self, batch: Sequence[Example], places: Sequence[int]) -> list[tuple[MicroBatch, int]]:
+        """This rank's micro-batches, which count 1, and small ones that count 0, for the collectives they take part in.
+
+        ZeRO 2 reduces gradients in every backward and ZeRO 3 gathers weights too, so ranks need equally many. ZeRO 1
+        reduces once, but of gradients that some backward made.
+        """
+        own = [(micro_batch, 1) for micro_batch in self.objective.micro_batches(batch, places)]
+        num_padding = self.communicator.max(len(own)) - len(own) if self.stage > 1 else 0
+        if self.stage == 1 and not own:
+            num_padding = 1
+        if num_padding:
+            shortest = min(range(len(batch)), key=lambda place: sum(map(len, batch[place].sequences)))
+            (padding,) = self.objective.micro_batches(batch, [shortest])
+            own += [(padding, 0)] * num_padding
+        return own
+
+    def _sum_gradients(self) -> None:
+        """Sum the ranks' gradients in one tensor. A rank without examples has zeros."""
+        if self.communicator.world_size == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.trainable]
+        total = self.communicator.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = total.split([parameter.numel() for parameter in self.trainable])
+        for parameter, part in zip(self.trainable, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._watch(total)
 
     def _watch_collapse(self, step: int, values: dict[str, Any]) -> None:
         if "logps/chosen_drift" not in values:
             return
         text = self.alarm.update(step, values["logps/chosen_drift"], values["rewards/margins"])
         if text is not None:
-            self.alarm_text = text
             logger.warning("%s", text)
         values["alarm"] = self.alarm.raised_at is not None
 
-    def _local_gradient_norm(self) -> torch.Tensor:
+    def _gradient_norm(self) -> torch.Tensor:
         """Global norm before clipping, or 0 under ZeRO, which keeps gradients in its own buffers until its step."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
-        if self.config.train.zero_stage > 0 or not gradients:
+        if self.stage > 0 or not gradients:
             return torch.zeros((), device=self.gradients_finite.device)
         return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
 

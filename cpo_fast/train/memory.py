@@ -16,13 +16,18 @@ for one of them. What other processes take later is not known here.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from cpo_fast.models import free_device_bytes
+from cpo_fast.config import Config, ModelConfig
+from cpo_fast.dtype import resolve_dtype
+from cpo_fast.models import free_device_bytes, model_folder
+from cpo_fast.ranks import Ranks
 from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
 from cpo_kernels.linear_logprob.results import MAX_CHUNK_LOGITS
 
@@ -30,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # share of the free memory that a step may take: the rest is for what an allocator cannot give back in one piece
 USABLE_SHARE = 0.8
+BASE_SHARE = 0.7  # of a card that a whole base may take: activations and adapters need the rest
 WORKSPACE_BYTES = 256 << 20  # tiles of attention and the libraries' own buffers
 GIB = 1 << 30
 # linear layers of one decoder layer that read the same tensor, while a name that is not here reads one of its own
@@ -113,14 +119,61 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     )
 
 
+def choose_stage(config: Config, device: torch.device, ranks: Ranks) -> int:
+    """ZeRO's stage: as asked, where `auto` is 3 if the base takes more than 0.7 of this rank's device, else 0.
+
+    One rank has nobody to share with and stays at 0. The answer depends on the files and on the device's size, so it is
+    the same on equal cards.
+    """
+    if config.train.zero_stage != "auto":
+        return config.train.zero_stage
+    if ranks.world_size == 1 or not config.model.path:
+        return 0
+    base, room = (
+        base_bytes(config.model, device),
+        device_bytes(device) / (ranks.local_world_size if device.type == "cpu" else 1),
+    )
+    stage = 3 if base > BASE_SHARE * room else 0
+    logger.info("ZeRO stage %d: the base takes %.2f GiB of %.2f GiB", stage, base / GIB, room / GIB)
+    return stage
+
+
+def base_bytes(config: ModelConfig, device: torch.device) -> int:
+    """Bytes of the base's weights in the dtype they will have, from the headers of its files."""
+    size = resolve_dtype(config.dtype, device).itemsize
+    numbers = 0
+    for file in model_folder(config.path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            numbers += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return numbers * size
+
+
+def free_rank_bytes(model: Any, device: torch.device, ranks: Ranks, zero_stage: int) -> int:
+    """What this rank can still allocate on its device: ranks of one host share a CPU's memory, and ZeRO 3 still has to
+    put this rank's part of the model there."""
+    free = free_device_bytes(device) // (ranks.local_world_size if device.type == "cpu" else 1)
+    if zero_stage == 3 and next(model.parameters()).device != device:
+        free -= sum(parameter.nbytes for parameter in model.parameters()) // ranks.world_size
+    return free
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device, or of the host for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
+
+    return int(psutil.virtual_memory().total)
+
+
 def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_bytes: int | None = None) -> str:
     """`off` where a micro-batch of `num_tokens` fits the device's free memory, else `non_reentrant`. Logs the numbers.
 
     Args:
-        model: a prepared `PeftModel` on its device.
+        model: a `PeftModel`.
         num_tokens: tokens of the largest micro-batch.
         zero_stage: DeepSpeed's ZeRO stage.
-        free_bytes: free memory, or None to ask the device.
+        free_bytes: free memory of this rank, or None to ask the model's device.
     """
     memory = predict_step_memory(model, num_tokens, zero_stage=zero_stage)
     free = free_device_bytes(next(model.parameters()).device) if free_bytes is None else free_bytes

@@ -1,71 +1,109 @@
 """Step statistics under TRL's names, plus accuracy per reasoning step, drift per token and the tokens that sharing saved.
 
-Results stay on the device over a step's micro-batches and come to the host in one transfer, `Metrics.read`, together with
-whatever else the step must know (gradient norm, finiteness). It is the one place at which a step waits for the device.
-All arithmetic after it is the host's.
+Results stay on the device over a step's micro-batches. `Metrics.read` gathers those of all ranks and brings them to the
+host in one transfer, together with whatever else the step must know (gradient norm, finiteness). It is the one place at
+which a step waits for the device or for other ranks. All arithmetic after it is the host's, the same on every rank.
 
 `OverOptimisationAlarm` watches them for a model that collapses: a preference loss only sees the margin, which can widen by
 pushing both responses down, until the model has forgotten how to write either. The loss looks best just then.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 
+from cpo_fast.config import TrainConfig
 from cpo_fast.data.examples import Example
-from cpo_fast.train.objective import MicroBatch, MicroBatchResult
+from cpo_fast.train.communication import Communicator
+from cpo_fast.train.objective import EXAMPLE_COLUMNS, SUM_COLUMNS, MicroBatch, MicroBatchResult
+from cpo_kernels.device import to_device
 
 
 class Metrics:
-    """Collects the micro-batches of one optimizer step or one validation."""
+    """Collects the micro-batches of one optimizer step or one validation, of all ranks."""
 
-    def __init__(self, beta: float) -> None:
-        """`beta` turns rewards back into log-ratios."""
-        self.beta = beta
+    def __init__(
+        self, config: TrainConfig, examples: Sequence[Example], communicator: Communicator, capacity: int | None = None
+    ) -> None:
+        """`examples` are those of all ranks, and `capacity` the most that one rank has of them (None: all)."""
+        self.config, self.examples, self.communicator = config, examples, communicator
+        self.capacity = len(examples) if capacity is None else capacity
         self.results: list[MicroBatchResult] = []
-        self.examples: list[Example] = []
-        self._host: dict[str, np.ndarray] | None = None
+        self.places: list[int] = []
+        self._columns: dict[str, np.ndarray] = {}  # by name: values of `examples`
+        self._sums: dict[str, float] = {}
 
     def add(self, batch: MicroBatch, result: MicroBatchResult) -> None:
         self.results.append(result)
-        self.examples.extend(batch.examples)
+        self.places.extend(batch.places)
 
-    def read(self, *scalars: torch.Tensor) -> list[float]:
-        """Bring everything to the host in one transfer. Returns the values of `scalars`, which travel along."""
-        names = list(self.results[0].columns)
-        parts = [[result.columns[name].detach().reshape(-1) for result in self.results] for name in names]
-        parts.append([scalar.detach().reshape(1) for scalar in scalars])
-        sizes = [sum(part.shape[0] for part in column) for column in parts]
+    def read(self, *scalars: torch.Tensor, signal: int = 0) -> np.ndarray:
+        """Bring everything of every rank to the host in one transfer.
+
+        Returns:
+            The ranks' `scalars` and `signal`, [ranks, scalars + 1].
+        """
+        method, device = self.config.method, self.communicator.device
+        columns, sums = EXAMPLE_COLUMNS[method], SUM_COLUMNS[method]
+        num_scored = [sum(counts) for counts in zip(*(result.num_scored for result in self.results), strict=True)]
+        counts = {
+            "num_micro_batches": len(self.results),
+            "num_tokens": sum(result.num_tokens for result in self.results),
+            "num_sequence_tokens": sum(result.num_sequence_tokens for result in self.results),
+            "num_first": num_scored[0] if num_scored else 0,  # scored tokens of chosen responses or of completions
+            "num_scored": sum(num_scored),
+        }
+        room = self.capacity - len(self.places)
+        known = [*counts.values(), *self.places, *([-1] * room), signal]
         # float64 holds float32 values and counts exactly
-        host = torch.cat([part.double() for column in parts for part in column]).cpu().numpy()
-        *columns, rest = np.split(host, np.cumsum(sizes)[:-1])
-        self._host = dict(zip(names, columns, strict=True))
-        return [float(value) for value in rest]
+        parts = [to_device(torch.tensor(known, dtype=torch.float64), device)]
+        parts += [scalar.detach().double().reshape(1) for scalar in scalars]
+        parts += [self._joined(name).sum().reshape(1) for name in sums]
+        parts += [torch.nn.functional.pad(self._joined(name), (0, room)) for name in columns]
+        host = self.communicator.gather(torch.cat(parts)).cpu().numpy()
+        sizes = [len(counts), self.capacity, 1 + len(scalars), len(sums), *(self.capacity for _ in columns)]
+        found_counts, places, found_scalars, found_sums, *values = np.split(host, np.cumsum(sizes)[:-1], axis=1)
+        taken = places >= 0
+        order = places[taken].astype(np.int64)
+        if sorted(order) != list(range(len(self.examples))):
+            raise RuntimeError(f"{len(order)} examples were computed of a step's {len(self.examples)}")
+        for name, value in zip(columns, values, strict=True):
+            self._columns[name] = np.empty(len(order))
+            self._columns[name][order] = value[taken]
+        totals = [*found_counts.sum(axis=0), *found_sums.sum(axis=0)]
+        self._sums = dict(zip([*counts, *sums], map(float, totals), strict=True))
+        return np.roll(found_scalars, -1, axis=1)
+
+    def _joined(self, name: str) -> torch.Tensor:
+        found = [result.columns[name].detach().reshape(-1).double() for result in self.results]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=self.communicator.device)
 
     def summary(self) -> dict[str, float]:
-        """Means over examples (loss of pairs, rewards, log-probs) or tokens (everything else), as TRL logs them."""
-        host = self._on_host()
-        num_scored = [sum(counts) for counts in zip(*(result.num_scored for result in self.results), strict=True)]
-        num_first = max(num_scored[0], 1)  # tokens of chosen responses or of completions
-        computed = sum(result.num_tokens for result in self.results)
-        rows = sum(result.num_sequence_tokens for result in self.results)
+        """Means over examples (loss of pairs, rewards, log-probs) or tokens (everything else), as TRL logs them.
+
+        Read first.
+        """
+        sums = self._sums
+        num_first = max(sums["num_first"], 1)
+        computed, rows = int(sums["num_tokens"]), int(sums["num_sequence_tokens"])
         values = {
-            "entropy": float(host["entropy_sum"].sum()) / max(sum(num_scored), 1),
-            "mean_token_accuracy": float(host["num_top1"].sum()) / num_first,
-            "micro_batches": len(self.results),
+            "entropy": sums["entropy_sum"] / max(sums["num_scored"], 1),
+            "mean_token_accuracy": sums["num_top1"] / num_first,
+            "micro_batches": int(sums["num_micro_batches"]),
             "tokens/computed": computed,
             "tokens/rows": rows,
             "tokens/saved": 1 - computed / rows if rows else 0.0,
         }
-        if "chosen_rewards" not in host:
-            loss = float(host["loss_sum"].sum()) / num_first
-            return {"loss": loss, "completions": len(self.examples), **values}
-        return {**self._of_pairs(host, num_first, max(num_scored[1], 1)), **values}
+        if self.config.method == "sft":
+            return {"loss": sums["loss_sum"] / num_first, "completions": len(self.examples), **values}
+        return {**self._of_pairs(num_first, max(sums["num_scored"] - sums["num_first"], 1)), **values}
 
-    def _of_pairs(self, host: dict[str, np.ndarray], num_chosen: int, num_rejected: int) -> dict[str, float]:
+    def _of_pairs(self, num_chosen: float, num_rejected: float) -> dict[str, float]:
+        host = self._columns
         margins = host["chosen_rewards"] - host["rejected_rewards"]
         correct = margins > 0
         by_step: dict[int, list[bool]] = {}
@@ -82,23 +120,17 @@ class Metrics:
             "logps/rejected": float(host["rejected_logps"].mean()),
             "logps/chosen_per_token": float(host["chosen_logps"].sum()) / num_chosen,
             "logps/rejected_per_token": float(host["rejected_logps"].sum()) / num_rejected,
-            "logps/chosen_drift": float(host["chosen_rewards"].sum()) / self.beta / num_chosen,
-            "logits/chosen": float(host["chosen_logit_sum"].sum()) / num_chosen,
-            "logits/rejected": float(host["rejected_logit_sum"].sum()) / num_rejected,
+            "logps/chosen_drift": float(host["chosen_rewards"].sum()) / self.config.beta / num_chosen,
+            "logits/chosen": self._sums["chosen_logit_sum"] / num_chosen,
+            "logits/rejected": self._sums["rejected_logit_sum"] / num_rejected,
             "pairs": len(self.examples),
             **{f"rewards/accuracies/step_{step}": sum(v) / len(v) for step, v in sorted(by_step.items())},
         }
 
     def nonfinite(self) -> list[str]:
-        """Source rows of examples whose loss is not finite."""
-        finite = np.isfinite(self._on_host()["losses"])
+        """Source rows of examples whose loss is not finite. Read first."""
+        finite = np.isfinite(self._columns["losses"])
         return [example.source for example, fine in zip(self.examples, finite, strict=True) if not fine]
-
-    def _on_host(self) -> dict[str, np.ndarray]:
-        if self._host is None:
-            self.read()
-        assert self._host is not None
-        return self._host
 
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +151,7 @@ class OverOptimisationAlarm:
         """`limit_nats`: fall of the chosen log-prob per token against the reference, in nats, that raises the alarm."""
         self.limit_nats = limit_nats
         self.raised_at: int | None = None
+        self.text = ""
         self._chosen: deque[float] = deque(maxlen=WINDOW)
         self._margins: deque[float] = deque(maxlen=2 * WINDOW)
 
@@ -141,8 +174,20 @@ class OverOptimisationAlarm:
         if drift >= -self.limit_nats or not grows:
             return None
         self.raised_at = step
-        return (
+        self.text = (
             f"step {step}: chosen responses have lost {-drift:.2f} nats per token against the reference while margins "
             "grow; the model may be collapsing although the loss falls. Lower train.lr or train.num_epochs, "
             "raise train.beta, or set train.nll_weight"
         )
+        return self.text
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON values."""
+        windows = {"chosen": list(self._chosen), "margins": list(self._margins)}
+        return {"raised_at": self.raised_at, "text": self.text, **windows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as the watch whose `state` it was."""
+        self.raised_at, self.text = state["raised_at"], state["text"]
+        self._chosen.extend(state["chosen"])
+        self._margins.extend(state["margins"])

@@ -14,8 +14,8 @@ into one batch, prompt masked:
 The division is the loop's, by `normaliser`: only a step knows how many pairs or tokens it has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,15 @@ Scored = tuple[Ids, int]  # a sequence and its first scored position
 
 # per-token values that the statistics need, beside the log-probs
 OUTPUTS = {"preference": ("entropy", "mean_logit", "is_top1"), "sft": ("entropy", "is_top1")}
+# columns of a result with a value for each example, and those that are sums over tokens
+EXAMPLE_COLUMNS = {
+    "preference": ("losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"),
+    "sft": ("losses",),
+}
+SUM_COLUMNS = {
+    "preference": ("entropy_sum", "chosen_logit_sum", "rejected_logit_sum", "num_top1"),
+    "sft": ("loss_sum", "entropy_sum", "num_top1"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,12 @@ class MicroBatch:
     Attributes:
         examples: pairs or completions.
         ref_logps: cached reference log-probs of `scored`, or None to compute the reference with the policy.
+        places: where each example stands among those of its step, for `Metrics`.
     """
 
     examples: Sequence[Example]
     ref_logps: Sequence[float] | None = None
+    places: Sequence[int] = ()
 
     @property
     def scored(self) -> list[Scored]:
@@ -102,7 +113,14 @@ class Objective(torch.nn.Module):
         self.model, self.config, self.reference, self.ref_logps = model, config, reference, ref_logps
         self.impl = impl or Implementations.of(config.impl)
 
-    def forward(self, batch: MicroBatch) -> MicroBatchResult:
+    def forward(self, batch: MicroBatch | Callable[[torch.nn.Module], Any]) -> MicroBatchResult | None:
+        """`score` a micro-batch, or call a function with the model, whose weights ZeRO 3 gathers in this forward only."""
+        if isinstance(batch, MicroBatch):
+            return self.score(batch)
+        batch(self.model)
+        return None  # what the function returned is not handed on: DeepSpeed looks into every result
+
+    def score(self, batch: MicroBatch) -> MicroBatchResult:
         """Score every response of the micro-batch on one forest."""
         method = self.config.method
         sequences, starts = zip(*batch.scored, strict=True)
@@ -115,12 +133,19 @@ class Objective(torch.nn.Module):
                 return _completion_loss(packed, lengths)
             return _pair_loss(batch, packed, lengths, self.config)
 
-    def micro_batches(self, examples: Sequence[Example], online: bool = False) -> Iterator[MicroBatch]:
-        """Cut a batch into forests within the token budget. `online` leaves the cached reference out."""
-        for group in split_examples(examples, self.config.max_tokens):
-            batch = MicroBatch(group)
+    def micro_batches(
+        self, examples: Sequence[Example], places: Sequence[int] | None = None, online: bool = False
+    ) -> Iterator[MicroBatch]:
+        """Cut the examples at `places` (None: all) into forests within the token budget.
+
+        `online` leaves the cached reference out.
+        """
+        places = range(len(examples)) if places is None else places
+        for group in split_examples([examples[place] for place in places], self.config.max_tokens):
+            members = [places[index] for index in group]
+            batch = MicroBatch([examples[place] for place in members], places=members)
             if self.ref_logps is not None and not online:
-                batch = MicroBatch(group, [self.ref_logps[entry] for entry in batch.scored])
+                batch = replace(batch, ref_logps=[self.ref_logps[entry] for entry in batch.scored])
             yield batch
 
     def normaliser(self, examples: Sequence[Example]) -> int:
@@ -211,8 +236,8 @@ def _like(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Cut examples into micro-batches whose forests have at most `max_tokens` tokens.
+def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+    """Cut examples into micro-batches, given by places, whose forests have at most `max_tokens` tokens.
 
     Raises:
         DataError: an example alone has more. It names the row and the option.
@@ -220,7 +245,7 @@ def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[Ex
     # a completion is a pair whose two responses are one: equal sequences share every row
     triples = [(example.prompt_ids, example.responses[0], example.responses[-1]) for example in examples]
     try:
-        return [[examples[index] for index in indices] for indices in split_pairs(triples, max_tokens)]
+        return split_pairs(triples, max_tokens)
     except PairTooLarge as error:
         index = min(error.num_tokens)
         what = "the pair alone" if len(examples[index].responses) == 2 else "the row"

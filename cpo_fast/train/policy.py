@@ -5,9 +5,11 @@ step 0: the base with the adapter off, or, when training starts from a saved ada
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -15,8 +17,8 @@ from peft import get_peft_model
 from cpo_fast.adapters import ADAPTER
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
-from cpo_fast.errors import ConfigError, EnvironmentProblem
-from cpo_fast.models import load_model
+from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
+from cpo_fast.models import load_model, model_hash, weights_hash
 from cpo_kernels.implementation import Implementations, available_implementations
 from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
@@ -31,24 +33,35 @@ REFERENCE_ADAPTER = "reference"
 
 @dataclass(frozen=True)
 class Policy:
-    """A prepared `PeftModel`, its tokenizer, the name under which `packed_logps` finds the reference, and its kernels."""
+    """A `PeftModel`, its tokenizer, the name under which `packed_logps` finds the reference, and its kernels.
+
+    `impl` is None until `prepare_policy` has switched the model to forests.
+    """
 
     model: Any
     tokenizer: Any
     reference: str
-    impl: Implementations
+    impl: Implementations | None = None
 
 
 def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Policy:
-    """Load the model, add or load the adapter, check its targets, and prove the forest forward exact (`prepare`).
+    """Load the model, add or load the adapter, check its targets, and prove the forest forward exact.
+
+    This is `load_policy` and `prepare_policy` for a model whose weights are whole.
+    """
+    policy = load_policy(config, model, tokenizer)
+    return prepare_policy(policy.model, policy, config)
+
+
+def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Policy:
+    """Load the model, add or load the adapter and check its targets.
 
     Args:
         config: sections `model`, `lora`, `train` and the seed of the adapter's initialisation are used.
         model, tokenizer: use these instead of loading `config.model`. A `PeftModel` is trained as it is.
 
     Raises:
-        ConfigError: a LoRA target matches no module, the model cannot run on a forest, or `train.impl` not on its device.
-        EnvironmentProblem: the kernels that would run by default are wrong on this device.
+        ConfigError: a LoRA target matches no module.
     """
     if model is None or tokenizer is None:
         model, tokenizer = load_model(config.model)
@@ -64,11 +77,21 @@ def build_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Po
         parameter.requires_grad_(f".{ADAPTER}." in name)
     if config.train.lora_input == "recast":
         keep_input_dtype(model)
-    return Policy(model, tokenizer, reference, _prepared(model, config))
+    return Policy(model, tokenizer, reference)
 
 
-def _prepared(model: Any, config: Config) -> Implementations:
-    """Switch the model to forests and decide, for the whole run, which kernels compute them."""
+def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
+    """Switch the model to forests, prove that exact, and decide, for the whole run, which kernels compute them.
+
+    Args:
+        model: that of the policy. Under ZeRO 3 the engine passes it in, its weights whole for the length of this call.
+        policy: as loaded.
+        config: as it was loaded with.
+
+    Raises:
+        ConfigError: the model cannot run on a forest, or `train.impl` not on its device.
+        EnvironmentProblem: the kernels that would run by default are wrong on this device.
+    """
     device_type, impl = next(model.parameters()).device.type, config.train.impl
     choices = [name for name in available_implementations(device_type) if name != "reference"]
     if impl is not None and impl not in choices:
@@ -82,7 +105,7 @@ def _prepared(model: Any, config: Config) -> Implementations:
         raise ConfigError(f"model.path: {config.model.path} cannot be trained on forests: {error}") from None
     logger.info("base weights: %s on %s", dtype_name(model.get_base_model().dtype), device_type)
     logger.info("kernels: %s", ", ".join(f"{op} {name}" for op, name in asdict(resolved).items()))
-    return resolved
+    return replace(policy, impl=resolved)
 
 
 def _with_new_adapter(model: Any, config: Config) -> Any:
@@ -106,6 +129,29 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     )
     # float32 adapters on a base of any dtype: they are trained directly, without a second master copy
     return get_peft_model(model, lora, adapter_name=ADAPTER, autocast_adapter_dtype=True)
+
+
+def put_adapter(model: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Overwrite the trainable weights by those of a checkpoint, before an engine is made of them.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the model.
+    """
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    shapes = {name: tuple(each.shape) for name, each in parameters.items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise CheckpointError("the checkpoint's adapter has other tensors than the model; it is of another training")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+
+
+def base_hash(config: Config, policy: Policy) -> str:
+    """16 hex digits that name the base: its files, or the weights of a model that came without. They must be whole."""
+    if config.model.path:
+        return model_hash(config.model.path)
+    weights = policy.model.get_base_model().state_dict()
+    return weights_hash({name: value for name, value in weights.items() if "lora_" not in name})
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -17,6 +17,7 @@ from cpo_fast.data.examples import Example
 from cpo_fast.errors import ConfigError
 from cpo_fast.evaluate.chain import greedy_chains
 from cpo_fast.tasks import Prompts, load_questions
+from cpo_fast.train.communication import Communicator
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
@@ -26,17 +27,29 @@ class Validator:
     """Runs validations, keeps the best adapter in `<run>/adapter-best`, and counts those without progress."""
 
     def __init__(
-        self, config: Config, policy: Policy, objective: Objective, held_out: Sequence[Example], run: Path
+        self,
+        config: Config,
+        policy: Policy,
+        objective: Objective,
+        held_out: Sequence[Example],
+        run: Path,
+        communicator: Communicator,
+        stage: int,
     ) -> None:
-        """`held_out` are examples of questions that are not trained."""
+        """`held_out` are examples of questions that are not trained, and `stage` is ZeRO's."""
         self.config, self.policy, self.objective = config, policy, objective
-        self.held_out = list(held_out)
+        self.held_out, self.communicator, self.stage = list(held_out), communicator, stage
         self.folder = run / "adapter-best"
         self.best: float | None = None
         self.best_step = 0
         self.num_without_progress = 0
         self._questions: tuple[Any, list[Any]] | None = None
         if config.train.stop_on == "accuracy":
+            if stage == 3:
+                raise ConfigError(
+                    "train.stop_on=accuracy generates, which ZeRO stage 3 cannot: its ranks would wait for each other's "
+                    "weights at every token; use train.stop_on=held_out_loss or train.zero_stage=0"
+                )
             task, questions = load_questions(config)
             graded = [question for question in questions if question.gold is not None]
             if not graded:
@@ -53,6 +66,15 @@ class Validator:
         patience = self.config.train.patience
         return patience is not None and self.num_without_progress >= patience
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON values. The best adapter lies in its folder."""
+        return {"best": self.best, "best_step": self.best_step, "num_without_progress": self.num_without_progress}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on as the validator whose `state` it was."""
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.num_without_progress = state["num_without_progress"]
+
     def run(self, engine: Any, step: int) -> dict[str, float]:
         """Validate, and save the adapter when it is the best. Returns metrics under `eval_...`."""
         was_training = self.policy.model.training
@@ -64,7 +86,7 @@ class Validator:
         decisive = -values["eval_accuracy"] if self._questions is not None else values["eval_loss"]
         if self.best is None or decisive < self.best:
             self.best, self.best_step, self.num_without_progress = decisive, step, 0
-            save_adapter(self.policy.model, self.folder, self.config.train.zero_stage)
+            save_adapter(self.policy.model, self.folder, self.stage, self.communicator.writes)
         else:
             self.num_without_progress += 1
         return {**values, "eval_best_step": self.best_step}
@@ -73,19 +95,32 @@ class Validator:
         """Metrics of the held-out examples, and accuracy on the questions with reference answers, where there are any."""
         values: dict[str, float] = {}
         if self.held_out:
-            metrics = Metrics(self.config.train.beta)
-            with torch.no_grad():
-                for batch in self.objective.micro_batches(self.held_out):
-                    metrics.add(batch, engine(batch))
-            summary = metrics.summary().items()
+            summary = self._held_out_metrics(engine).summary().items()
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self._questions is not None:
             values["eval_accuracy"] = self._accuracy()
         return values
 
+    def _held_out_metrics(self, engine: Any) -> Metrics:
+        """Forests that do not depend on the number of ranks, which ranks take in turn."""
+        rank, num_ranks = self.communicator.rank, self.communicator.world_size
+        batches = list(self.objective.micro_batches(self.held_out))
+        turns = [batches[first::num_ranks] for first in range(num_ranks)]
+        capacity = max(sum(len(batch.examples) for batch in turn) for turn in turns)
+        metrics = Metrics(self.config.train, self.held_out, self.communicator, capacity)
+        with torch.no_grad():
+            for batch in turns[rank]:
+                metrics.add(batch, engine(batch))
+            if self.stage == 3 and len(turns[rank]) < len(turns[0]):
+                engine(batches[0])  # every rank makes equally many forwards, which gather weights
+        metrics.read()
+        return metrics
+
     def _accuracy(self) -> float:
+        """Share of all questions answered right. The ranks take them in turn."""
         assert self._questions is not None
-        task, questions = self._questions
+        task, everything = self._questions
+        questions = everything[self.communicator.rank :: self.communicator.world_size]
         tokenizer = self.policy.tokenizer
         prompts = Prompts(task, tokenizer, self.config.task.chat)
         chains = greedy_chains(
@@ -97,8 +132,9 @@ class Validator:
             max_steps=self.config.search.max_steps,
             batch_size=self.config.eval.batch_size,
         )
-        right = [
+        right = sum(
             task.is_correct(chain.answer(task), question.gold)
             for question, chain in zip(questions, chains, strict=True)
-        ]
-        return sum(right) / len(right)
+        )
+        total = self.communicator.gather(torch.tensor([right], device=self.communicator.device)).sum()
+        return int(total) / len(everything)

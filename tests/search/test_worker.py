@@ -8,7 +8,9 @@ from cpo_fast.errors import ConfigError
 from cpo_fast.search.tree_store import Worker, find_worker, worker_files
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4"}
-SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}
+SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}
+# a batch script without srun: one process, though Slurm counts the tasks that it could start
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ SLURM = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3"}
         ("0/2", TORCHRUN | SLURM, Worker(0, 2)),
         ("0/1", SLURM, Worker(0, 1)),
         (None, {"SLURM_NTASKS": "8"}, Worker(0, 1)),  # a shell inside an allocation, not one of its tasks
-        (None, {"SLURM_PROCID": "0"}, Worker(0, 1)),  # a batch script that asked for no number of tasks
+        (None, BATCH_SCRIPT, Worker(0, 1)),
     ],
 )
 def test_the_option_wins_over_torchrun_and_that_over_slurm(option, environment, expected):
@@ -40,9 +42,19 @@ def test_a_wrong_option_is_a_configuration_error_in_one_sentence(option):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x"}, {"SLURM_PROCID": "1"}])
-def test_a_wrong_environment_is_named(environment):
-    with pytest.raises(ConfigError, match=f"{next(iter(environment))}=.* of the environment: expected I/N"):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 and WORLD_SIZE=4 .* smaller"),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK=x .* no whole number"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "\u0661"}, "no whole number"),
+    ],
+)
+def test_a_wrong_environment_is_named(environment, message):
+    with pytest.raises(ConfigError, match=message):
         find_worker(None, environment)
 
 

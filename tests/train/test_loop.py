@@ -68,14 +68,14 @@ def test_adapter_does_not_depend_on_micro_batches_or_reference_mode(
 
 def test_mean_of_micro_batch_means_would_be_noticed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = adapter_of(make_config(**CONSTANT_RATE, max_tokens=90), make_optimizer=sgd)
-    forward = Objective.forward
+    score = Objective.score
 
     def mean_instead(self: Objective, batch: Any) -> Any:
-        result = forward(self, batch)
+        result = score(self, batch)
         object.__setattr__(result, "loss_sum", result.loss_sum / len(batch.examples) * 4)
         return result
 
-    monkeypatch.setattr(Objective, "forward", mean_instead)
+    monkeypatch.setattr(Objective, "score", mean_instead)
     wrong = adapter_of(make_config(**CONSTANT_RATE, max_tokens=90), make_optimizer=sgd)
     assert largest_difference(expected, wrong) > 1e-4
 

@@ -145,7 +145,7 @@ def test_a_wait_that_is_put_in_is_seen(
         "bincount": lambda losses: torch.bincount((losses > 0).long()),
         "unique": lambda losses: torch.unique(losses),
     }
-    name = "forward" if where is Objective else "add"
+    name = "score" if where is Objective else "add"
     real = getattr(where, name)
 
     def waiting(self: Any, *args: Any) -> Any:

@@ -1,0 +1,141 @@
+"""What the ranks of a training say to each other: one gather a step, and a few words before and after.
+
+DeepSpeed moves weights and gradients. Everything that a rank decides goes through here, so that all decide from equal
+numbers and none waits in a collective that another never enters.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
+from cpo_fast.ranks import Ranks, find_ranks
+
+T = TypeVar("T")
+# the new name since torch 2.13, where the old one warns
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Communicator:
+    """The ranks of a training. Of one process alone every call is a copy."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files and shows the screen."""
+        return self.ranks.rank == 0
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """The equally long vectors [n] of all ranks, as [ranks, n], on their device."""
+        if self.world_size == 1:
+            return values[None]
+        gathered = values.new_empty(self.world_size * values.numel())
+        _all_gather(gathered, values)
+        return gathered.view(self.world_size, -1)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of equally large tensors, on their device. Overwrites `values`."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' numbers. Waits for the device."""
+        return int(self.gather(torch.tensor([value], device=self.device)).max())
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, which every rank gets. It travels pickled, so only between ranks of one training."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank. An error that a user can mend is raised on every rank too."""
+        found: tuple[Any, CpoFastError | None] = (None, None)
+        if self.writes:
+            try:
+                found = (function(), None)
+            except CpoFastError as error:
+                found = (None, error)
+        value, problem = self.broadcast(found)
+        if problem is not None:
+            raise problem
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def connect(device: torch.device, timeout: float, ranks: Ranks | None = None) -> Communicator:
+    """Join the process group of the launcher, or make one of this process alone.
+
+    Args:
+        device: of the model: NCCL on CUDA, gloo on a CPU.
+        timeout: seconds that a collective may take.
+        ranks: None asks the environment.
+
+    Raises:
+        EnvironmentProblem: the other ranks cannot be reached.
+    """
+    ranks = find_ranks() if ranks is None else ranks
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asserts that a launcher has set it
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if ranks.world_size == 1:
+            # a store inside the process: no port that another run may take, no variables that children would inherit
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            if ranks.launcher == "slurm":
+                _find_slurm_master()
+            try:
+                dist.init_process_group(
+                    backend,
+                    rank=ranks.rank,
+                    world_size=ranks.world_size,
+                    timeout=timedelta(seconds=timeout),
+                    device_id=device if device.type == "cuda" else None,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise EnvironmentProblem(
+                    f"rank {ranks.rank} of {ranks.world_size} cannot reach the others at "
+                    f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} ({first_line(error)}); "
+                    "check MASTER_ADDR, MASTER_PORT and that every rank was started"
+                ) from error
+    return Communicator(ranks, device)
+
+
+def _find_slurm_master() -> None:
+    """MASTER_ADDR is the first host of the job, and MASTER_PORT follows from its number, so that jobs do not meet."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        try:
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
+            )
+            os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            raise EnvironmentProblem(
+                f"the first host of this Slurm job is unknown (scontrol: {first_line(error)}); set MASTER_ADDR to it"
+            ) from None
+    job = re.sub(r"[^0-9]", "", os.environ.get("SLURM_JOB_ID", "0")) or "0"
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))

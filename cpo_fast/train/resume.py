@@ -1,0 +1,93 @@
+"""What makes a training the same one, so that it may go on from a checkpoint.
+
+A checkpoint carries the configuration that decides its results and the hashes of base, adapter and data. A run that
+differs in one of them is another training and is refused with what differs, unless that key is allowed by name. How a
+result is computed (ranks, ZeRO stage, micro-batches, kernels, files written) may change freely.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cpo_fast.adapters import adapter_hash
+from cpo_fast.config import Config
+from cpo_fast.data.examples import Example
+from cpo_fast.errors import CheckpointError, ConfigError
+
+# keys of section train that say how and where to compute, or what to write, and not what to compute
+FREE = frozenset(
+    {
+        "collective_timeout",
+        "deepspeed",
+        "grace",
+        "gradient_checkpointing",
+        "impl",
+        "keep_last",
+        "log_every",
+        "lora_input",
+        "max_tokens",
+        "offload",
+        "save_every",
+        "zero_stage",
+    }
+)
+
+
+def training_identity(config: Config, base: str, dtype: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """Everything that decides a training's results, by key.
+
+    Args:
+        config: sections pairs, data, lora and train, and the seed.
+        base: hash of the base's files or weights. dtype: of its weights.
+        examples: of training and validation, in order.
+    """
+    values: dict[str, Any] = {"seed": config.seed}
+    for section in ("pairs", "data", "lora", "train"):
+        for key, value in getattr(config, section).model_dump(mode="json").items():
+            if not (section == "train" and key in FREE) and (section, key) != ("data", "path"):
+                values[f"{section}.{key}"] = value
+    return values | {
+        "model": base,
+        "model.dtype": dtype,
+        "model.adapter": adapter_hash(config.model.adapter),
+        "data": examples_hash(examples),
+    }
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """16 hex digits that name the token ids, questions and depths of examples, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.group}\0{example.step}".encode("utf-8", "surrogatepass"))
+        for ids in (example.prompt_ids, *example.responses):
+            digest.update(np.array([len(ids), *ids], np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_training(
+    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], folder: str
+) -> None:
+    """Refuse to go on with another training than the one that was saved.
+
+    Args:
+        saved, now: identities. allowed: keys that may differ. folder: of the run, for the message.
+
+    Raises:
+        CheckpointError: other keys differ. ConfigError: an allowed key does not exist.
+    """
+    keys = {*saved, *now}
+    unknown = sorted(set(allowed) - keys)
+    if unknown:
+        raise ConfigError(
+            f"--allow-mismatch {unknown[0]}: there is no such key; the keys are {', '.join(sorted(keys))}"
+        )
+    differing = [key for key in sorted(keys - set(allowed)) if saved.get(key) != now.get(key)]
+    if differing:
+        listed = "; ".join(f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)
+        raise CheckpointError(
+            f"{folder} holds checkpoints of another training ({listed}); choose another run folder, delete "
+            f"{folder}/checkpoints to train anew, or go on all the same with "
+            f"{' '.join(f'--allow-mismatch {key}' for key in differing)}"
+        )

@@ -1,0 +1,81 @@
+"""Signals that ask a training to end: noticed at once, obeyed at the next step boundary, enforced after a grace period.
+
+A Python signal handler runs between two bytecodes of the main thread, which may sit in a collective for minutes. The
+interpreter writes a signal's number to a descriptor as soon as it arrives, and a thread reads it there.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def exit_code_of(number: int) -> int:
+    """130 for an interrupt, and 143 for SIGTERM and for Slurm's early warning SIGUSR1."""
+    return 130 if number == signal.SIGINT else 143
+
+
+class EndSignals:
+    """A context that notes SIGTERM, SIGINT and SIGUSR1 in `received`, 0 until then.
+
+    A second signal, or `grace` seconds after the first, ends the process with `exit_code_of`. Outside the main thread,
+    where Python takes no signals, it notes none.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.received = 0
+        self._finished = threading.Event()
+
+    def __enter__(self) -> "EndSignals":
+        self._active = threading.current_thread() is threading.main_thread()
+        if not self._active:
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._handlers: list[Any] = [signal.signal(number, _noted) for number in SIGNALS]
+        self._thread = threading.Thread(target=self._watch, name="end-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._finished.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in zip(SIGNALS, self._handlers, strict=True):
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _watch(self) -> None:
+        while numbers := self._reader.recv(64):
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if self.received:
+                    self._leave()
+                self.received = number
+                threading.Thread(target=self._enforce, daemon=True).start()
+
+    def _enforce(self) -> None:
+        if not self._finished.wait(self.grace):
+            print(f"error: no step ended within {self.grace:g} s of the signal; leaving at once", file=sys.stderr)
+            self._leave()
+
+    def _leave(self) -> None:
+        sys.stderr.flush()
+        os._exit(exit_code_of(self.received))  # the main thread may never come back from a collective
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The thread does what is to be done."""
