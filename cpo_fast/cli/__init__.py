@@ -12,7 +12,8 @@ import sys
 import click
 
 from cpo_fast import __version__
-from cpo_fast.errors import CpoFastError, EnvironmentProblem
+from cpo_fast.errors import ConfigError, CpoFastError, EnvironmentProblem, Interrupted
+from cpo_fast.ranks import find_ranks
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
 COMMANDS = {
@@ -80,6 +81,15 @@ def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
         allow_remote_code()
 
 
+def _who() -> str:
+    """Which of several ranks speaks."""
+    try:
+        ranks = find_ranks()
+    except ConfigError:
+        return ""
+    return f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+
+
 def main() -> None:
     """Entry point of the console script: run the group, map errors to one line and an exit code."""
     debug = "--debug" in sys.argv[1:]
@@ -94,7 +104,7 @@ def main() -> None:
     except CpoFastError as error:
         if debug:
             raise
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"{_who()}{'' if isinstance(error, Interrupted) else 'error: '}{error}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cpo_fast.config import load_config
+from cpo_fast.ranks import find_ranks
 
 # metric, its label on the progress line, its format
 SHOWN = (
@@ -48,15 +49,36 @@ TRAINING = logging.getLogger("cpo_fast.train")
     metavar="N",
     help="Profile N steps after the first; trace.json and ranges.json go to <run>/profile.",
 )
+@click.option(
+    "--allow-mismatch",
+    "allow_mismatch",
+    multiple=True,
+    metavar="KEY",
+    help="Go on from checkpoints of a training that differs in this key; may be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def train_command(config_path: str, overrides: tuple[str, ...], profile_steps: int | None, as_json: bool) -> None:
-    """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL."""
+def train_command(
+    config_path: str,
+    overrides: tuple[str, ...],
+    profile_steps: int | None,
+    allow_mismatch: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL.
+
+    The same command goes on where an earlier one was stopped. On several GPUs start it with torchrun, deepspeed or srun:
+
+    torchrun --nproc-per-node 8 -m cpo_fast train CONFIG.yaml
+    """
     config = load_config(config_path, overrides)
+    is_first = find_ranks().rank == 0
 
     from cpo_fast.train.loop import train
 
-    with TrainingScreen(quiet=as_json) as screen:
-        result = train(config, progress=screen.update, profile_steps=profile_steps)
+    with TrainingScreen(quiet=as_json or not is_first) as screen:
+        result = train(config, progress=screen.update, profile_steps=profile_steps, allow_mismatch=allow_mismatch)
+    if not is_first:
+        return
     if as_json:
         values: dict[str, Any] = {
             "adapter": str(result.adapter_path),

@@ -225,7 +225,9 @@ def restore_optimizer(
             value = moments[f"{moment}.{name}"].to(flat[0].device)
             if stage == 3:
                 # DeepSpeed's own setter reads past the end where a tensor does not divide by the number of ranks
-                part, _ = zero._get_fp32_opt_state_partition(parameter, optim_state_key=moment)
+                part, _ = zero._get_fp32_opt_state_partition(
+                    parameter, release_swap_buffers=False, optim_state_key=moment
+                )
                 start = parameter.partition_numel() * engine.global_rank  # type: ignore[attr-defined]
                 end = start + part.numel()
                 padded = torch.nn.functional.pad(value.flatten(), (0, max(0, end - value.numel())))

@@ -14,7 +14,7 @@ import torch
 from cpo_fast.adapters import save_adapter
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
-from cpo_fast.errors import ConfigError
+from cpo_fast.errors import ConfigError, NonFiniteError
 from cpo_fast.evaluate.chain import greedy_chains
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.train.communication import Communicator
@@ -114,6 +114,12 @@ class Validator:
             if self.stage == 3 and len(turns[rank]) < len(turns[0]):
                 engine(batches[0])  # every rank makes equally many forwards, which gather weights
         metrics.read()
+        bad = metrics.nonfinite()
+        if bad:
+            raise NonFiniteError(
+                f"the loss of {len(bad)} held-out rows is not finite (rows {', '.join(bad[:5])}); look at these rows, or "
+                "lower train.lr"
+            )
         return metrics
 
     def _accuracy(self) -> float:

@@ -83,7 +83,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     write(folder / "bad.jsonl", bad)
     (folder / "cut-up.json").write_text(json.dumps(CUT_UP))
 
-    def make(name: str, model: str = "model", data: str = "pairs", **train: Any) -> dict[str, Any]:
+    def make(
+        name: str, model: str = "model", data: str = "pairs", held_out: float = 0.2, **train: Any
+    ) -> dict[str, Any]:
         if train.get("method") == "sft":
             data = "completions"
         # steep enough that gradients are clipped, micro-batches small enough that ranks have several
@@ -91,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return {
             "run": str(folder / name),
             "model": {"path": str(folder / model), "dtype": "float32", "device": "cpu"},
-            "data": {"path": str(folder / f"{data}.jsonl"), "held_out": 0.2},
+            "data": {"path": str(folder / f"{data}.jsonl"), "held_out": held_out},
             "lora": {"r": 4, "alpha": 8},
             "train": options
             | {"max_grad_norm": 0.05, "zero_stage": 0, "deepspeed": str(folder / "cut-up.json")}
@@ -113,7 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     of_two += [Run(make(f"tied, {stage}", model="tied", zero_stage=stage)) for stage in (0, 3)]
     of_two += [Run(make(f"gradient, {stage}", zero_stage=stage, **gradient), sgd=True) for stage in STAGES]
     of_two += [Run(make(f"{what} offloaded, {stage}", zero_stage=stage, offload=what)) for stage, what in OFFLOADED]
-    of_two += [Run(make(f"bad, {stage}", "broken", "bad", zero_stage=stage)) for stage in STAGES]
+    of_two += [Run(make(f"bad, {stage}", "broken", "bad", held_out=0.0, zero_stage=stage)) for stage in STAGES]
     for (
         stage
     ) in STAGES:  # interrupted in the middle of an epoch, by a signal that only rank 1 receives, and taken up again

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
-from cpo_fast.errors import DataError
+from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.train.loop import train
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm
 from tests.tiny import tiny_tokenizer
@@ -132,6 +132,12 @@ def test_alarm_reaches_metrics_log_and_result(
     assert "have lost" in result.alarm
     assert sum("may be collapsing" in record.message for record in caplog.records) == 1
     assert lines(result.metrics_path)[-1]["alarm"] is True
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_names_the_rows(make_config: MakeConfig) -> None:
+    """The weights overflow in the step before the validation."""
+    with pytest.raises(NonFiniteError, match=r"the loss of \d+ held-out rows is not finite \(rows .*pairs\.jsonl:\d+"):
+        train(make_config(data={"held_out": 0.25}, lr=1e30, eval_every=1, warmup_ratio=0.0))
 
 
 def test_drift_is_the_mean_log_ratio_per_chosen_token(make_config: MakeConfig) -> None:

@@ -1,0 +1,74 @@
+"""A signal is noticed while the main thread sits in a call that never returns to Python, and obeyed in time."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from cpo_fast.train.signals import EndSignals, exit_code_of
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with EndSignals(grace=1000) as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), number)
+        while not signals.received:
+            time.sleep(0.01)
+        assert signals.received == number
+    assert signal.getsignal(number) == before
+    assert not [each for each in threading.enumerate() if each.name == "end-signals"]
+
+
+def test_outside_the_main_thread_nothing_is_changed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[int] = []
+
+    def run() -> None:
+        with EndSignals(grace=1000) as signals:
+            found.append(signals.received)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [0]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# the main thread waits in C for a lock that nobody releases, as it would in a collective
+STUCK = """
+    import ctypes
+    from cpo_fast.train.signals import EndSignals
+    with EndSignals(grace={grace}) as signals:
+        print("ready", flush=True)
+        library = ctypes.CDLL(None)
+        while True:
+            library.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("grace", "num_signals"), [(0.2, 1), (1000, 2)])
+def test_a_process_that_does_not_come_back_leaves_after_the_grace_or_a_second_signal(
+    number: signal.Signals, code: int, grace: float, num_signals: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(STUCK.format(grace=grace))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(num_signals):
+        process.send_signal(number)
+        time.sleep(0.3)  # two that are pending at once are one
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == code == exit_code_of(number)
+    assert ("no step ended" in errors) == (num_signals == 1)
