@@ -60,7 +60,7 @@ class Task(ABC):
 
     Attributes:
         name: what `task.name` says.
-        demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written order.
+        demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written one.
         evaluator_seed: the same for the demonstrations of verdicts.
         question_mark: what stands before a question.
         vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
@@ -100,9 +100,8 @@ class Task(ABC):
     def load(self, path: str | Path, limit: int | None = None, skip: int = 0) -> list[Question]:
         """Questions in file order, without the first `skip`, at most `limit`.
 
-        The whole file is checked, whatever part is used. A row without an id is named by a hash of its text. Rows that
-        repeat a question word for word are merged (and counted in the log) where the data set's own format does that.
-        Elsewhere they are an error.
+        Rows that repeat a question word for word are merged where the data set's own format does that, and an error
+        elsewhere.
 
         Args:
             path: the data set's released file, a JSONL of `question[, answer][, id]`, or `hub:org/name[:config][:split]`.
@@ -132,6 +131,7 @@ class Task(ABC):
             raise DataError(f"{path}: the file holds no question")
         if num_merged:
             logger.info("%s: %d rows repeat an earlier question and are merged with it", path, num_merged)
+        # cut last, so that the whole file is checked, whatever part is used
         end = None if limit is None else skip + limit
         return list(questions.values())[skip:end]
 
@@ -139,19 +139,20 @@ class Task(ABC):
         """Whether an answer is right by the family's main metric. None is never correct."""
         return answer is not None and self.score_answer(answer, gold)[self.main_metric] == 1.0
 
+    # each of the three ends with a blank line
     @property
     def few_shot(self) -> str:
-        """The demonstrations, shared by every question. Ends with a blank line."""
+        """The demonstrations, shared by every question."""
         return self.demonstrations.text(self.demonstration_seed)
 
     @property
     def few_shot_evaluator(self) -> str:
-        """The verdicts on steps, shared by every state that ends in a step. Ends with a blank line."""
+        """The verdicts on steps, shared by every state that ends in a step."""
         return self.step_verdicts.text(self.evaluator_seed)
 
     @property
     def few_shot_conclusion_evaluator(self) -> str:
-        """The verdicts on answers, shared by every state that ends in an answer line. Ends with a blank line."""
+        """The verdicts on answers, shared by every state that ends in an answer line."""
         return self.conclusion_verdicts.text(self.evaluator_seed)
 
     def prompt(self, question: Question) -> str:
@@ -161,14 +162,11 @@ class Task(ABC):
     def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
         """Few-shot verdicts and the state to judge. Ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
 
-        Args:
-            question: the question.
-            lines: the thoughts of the state, in order. Their surrounding whitespace is not shown: a verdict is about
-                what a line says, and its tokens are not trained. A state whose last line is an answer line is judged
-                with the demonstrations for conclusions.
+        A state whose last line (of `lines`, its thoughts) is an answer line gets the demonstrations for conclusions.
         """
         concludes = bool(lines) and self.is_answer_line(lines[-1])
         few_shot = self.few_shot_conclusion_evaluator if concludes else self.few_shot_evaluator
+        # whitespace around a line aside: a verdict is about what it says, and its tokens are not trained
         state = "".join(f"{line.strip()}\n" for line in lines)
         return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
 
