@@ -17,7 +17,7 @@ from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # of both files; another one is refused
 
 Method = Literal["cot", "tot"]
 
@@ -32,8 +32,8 @@ class QuestionResult:
         answer: normalised answer, None when none could be read.
         correct: the task's own verdict on it. None without a reference answer.
         scores: every metric of the task, by name. Empty without a reference answer.
-        num_tokens: generated tokens, of a tree all of them: see `evaluation`.
-        num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
+        num_tokens: generated tokens, ends of sequences included. Of a tree all of them, losers and verdicts too.
+        num_verdict_tokens: of these, the sampled verdicts of a tree. 0 with `evaluator: logits`, which generates none.
         seconds: wall time. With a batch size above 1, the batch's time divided by its questions.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
         chain: the generated text or, of a tree, its best winning path.
@@ -180,7 +180,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
         if result.id in results:
             raise DataError(f"{path}:{number}: question '{result.id}' appears twice; evaluate again")
         results[result.id] = result
-    if len(results) != summary["num_questions"]:
+    if len(results) != summary["num_questions"]:  # the two are written one after the other
         raise DataError(
             f"{path}: {len(results)} questions, its summary {path.with_suffix('.json').name} counts "
             f"{summary['num_questions']}; the two are of different runs, evaluate again"
