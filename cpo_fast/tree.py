@@ -35,7 +35,8 @@ LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
 
 
 def rounded_logps(logps: Iterable[float]) -> tuple[float, ...]:
-    """Log-probs as `Node.logps` holds them. Never -0.0, so that equal values are equal bytes."""
+    """Log-probs as `Node.logps` holds them."""
+    # adding 0.0 makes 0.0 of -0.0, so that equal values are equal bytes
     return tuple(round(logp, LOGP_DECIMALS) + 0.0 for logp in logps)
 
 
@@ -161,6 +162,8 @@ class SearchTree:
                 f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: another version of cpo_fast wrote "
                 "it; collect again into another folder"
             )
+        # names first: pydantic fills in defaults and drops what it does not know, and an older or a cut line must not pass
+        # for a whole one
         _check_names(cls, row, "tree")
         for position, node in enumerate(row["nodes"] if isinstance(row["nodes"], list) else ()):
             _check_names(Node, node, f"node {position}")
@@ -182,7 +185,7 @@ def comparable(value: float | None) -> float:
 
 
 def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
-    """The nodes from the first thought down to `node_id`, each named by its place. Empty for the root state."""
+    """As `SearchTree.path`, for nodes that are no tree yet: each is named by its place."""
     path: list[Node] = []
     while node_id != ROOT:
         path.append(nodes[node_id])
@@ -205,7 +208,7 @@ class Prompt:
         return cls(short_hash(content), text, tuple(token_ids))
 
     def save(self, trees_path: str | Path) -> Path:
-        """Write `prompts/<hash>.json` beside `trees_path`, atomically. Return its path."""
+        """Write `prompts/<hash>.json` beside `trees_path` and return its path."""
         path = Path(trees_path).parent / "prompts" / f"{self.hash}.json"
         write_atomic(path, canonical_json(asdict(self)) + "\n")
         return path
@@ -266,7 +269,6 @@ _LISTS = {  # what a list holds, for its sentence
 
 
 def _check_names(cls: type, row: Any, what: str) -> None:
-    """Every field stands in the row, those with a default too: an older or a cut line must not pass for a whole one."""
     if not isinstance(row, dict):
         raise ValueError(f"{what} is not an object")
     names = [field.name for field in fields(cls)]
@@ -277,7 +279,7 @@ def _check_names(cls: type, row: Any, what: str) -> None:
 
 
 def _type_sentence(error: ValidationError) -> str:
-    """What is wrong with the first field of a wrong type."""
+    # of the first field of a wrong type
     first = error.errors(include_url=False)[0]
     # ("status",), ("question_token_ids", 3) or, inside a node, ("nodes", 2, "logps", 0)
     where, what = first["loc"], "tree: "
@@ -297,8 +299,8 @@ def _check_node(node: Node, position: int, nodes: Sequence[Node]) -> None:
         raise ValueError(f"node {position}: has id {node.id} and parent {node.parent}; parents come before children")
     if not node.token_ids:
         raise ValueError(f"node {position}: has no tokens")
-    num_generated = len(node.token_ids) + (node.stop == "eos")
-    if len(node.logps) not in (0, num_generated):
+    num_generated = len(node.token_ids) + (node.stop == "eos")  # whose log-prob is kept, and whose id is not
+    if len(node.logps) not in (0, num_generated):  # 0: imported
         raise ValueError(f"node {position}: has {len(node.logps)} logps for {num_generated} generated tokens")
     expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
     if node.depth != expected_depth:
