@@ -126,13 +126,9 @@ def model_folder(path: str) -> Path:
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
     """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
 
-    Args:
-        config: path, dtype, device and, if set, the adapter. The base takes the dtype that `resolve_dtype` gives.
-            Adapter weights are fp32.
-
     Returns:
-        (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The model's generation config keeps only its
-        end, begin and padding ids.
+        (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The base has the dtype that `resolve_dtype`
+        gives, an adapter float32. The model's generation config keeps only its end, begin and padding ids.
 
     Raises:
         ConfigError: the path is wrong, or the folder holds what cannot be loaded (remote code, unknown architecture).
@@ -190,10 +186,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
 def model_hash(path: str | Path) -> str:
     """16 hex digits that name a model: SHA-256 over the names and contents of its config, weight and tokenizer files.
 
-    A copy in another folder has the same hash. One changed bit in a weight has another.
-
-    Raises:
-        ConfigError: as `model_folder`.
+    Raises as `model_folder`.
     """
     folder = model_folder(str(path))
     names = {"config.json", "generation_config.json", *_TOKENIZER_FILES}

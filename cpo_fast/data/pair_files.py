@@ -62,9 +62,8 @@ def write_rows(
 
     Args:
         trees_path, rows_path: from where to where, JSON lines or `*.parquet`.
-        config: default: rule `all`, everything. Of it, method `sft` uses `num_questions`.
-        seed: of the draws.
-        method: as `train.method`.
+        config: default: rule `all`, everything. Method `sft` uses its `num_questions` alone.
+        seed: of the draws. method: as `train.method`.
 
     Raises:
         DataError: the trees are not readable, at file:line. EnvironmentProblem: parquet without pyarrow.

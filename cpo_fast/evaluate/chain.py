@@ -58,10 +58,8 @@ class ChainReader:
     """Takes the tokens of one chain as they are generated.
 
     Args:
-        tokenizer: turns ids into text.
-        task: says what an answer line is.
-        max_steps: cap on the lines, the answer line included.
-        max_new_tokens: cap on the tokens.
+        tokenizer: turns ids into text. task: says what an answer line is.
+        max_steps, max_new_tokens: caps on the lines, the answer line included, and on the tokens.
 
     Attributes:
         token_ids: the ids so far.

@@ -34,13 +34,7 @@ STATED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric, paired.
-
-    Attributes:
-        first, second: means over the graded questions.
-        difference: second - first.
-        interval: its bootstrap interval.
-    """
+    """One metric, paired: means over the graded questions, second - first, and its bootstrap interval."""
 
     first: float
     second: float

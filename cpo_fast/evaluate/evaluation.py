@@ -19,13 +19,7 @@ from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
-from cpo_fast.search.collect import (
-    EngineMaker,
-    build_engine,
-    configured_engine,
-    load_searched_model,
-    searched_weights,
-)
+from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, run_search
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
@@ -50,8 +44,7 @@ def evaluate(
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
             lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
-        model: the model that `config.model` names, already loaded. None loads it. Give its tokenizer too.
-        tokenizer: see `model`.
+        model, tokenizer: those that `config.model` names, already loaded. None loads them.
         on_question: called with (questions done, questions in all) after each.
         make_engine: gives what answers chains that are asked one at a time, and searches.
 
@@ -140,7 +133,6 @@ class _Asker:
         return 0.0 if self._is_batched(method) else self._engine[1]
 
     def identity(self, method: Method) -> RunIdentity:
-        """What the answers of `method` follow from."""
         from cpo_fast.adapters import adapter_hash
         from cpo_fast.models import model_hash
 
@@ -245,10 +237,7 @@ class _Asker:
 
 
 def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> QuestionAnswer:
-    """Search one question alone and vote. Arguments as for `tree_search.search_question`.
-
-    The text is the winning path whose last thought has the largest value, and empty without a winner.
-    """
+    """Search one question alone and vote. The text is the best winning path, and empty without a winner."""
     start = time.perf_counter()
     tree = run_search(engine, search_question(config, prompts, question))
     seconds = time.perf_counter() - start

@@ -41,8 +41,7 @@ def wilson_interval(num_successes: int, num_trials: int, confidence: float = 0.9
     """Two-sided Wilson score interval of a proportion, without continuity correction.
 
     Args:
-        num_successes: between 0 and num_trials.
-        num_trials: at least 1.
+        num_successes: between 0 and `num_trials`, which is at least 1.
         confidence: coverage, between 0 and 1 exclusive.
 
     Returns:

@@ -54,11 +54,7 @@ class Evaluator:
         self._judged: dict[str, Verdict] = {}  # by evaluator prompt: equal states of a question are judged once
 
     def evaluate(self, states: Sequence[Sequence[str]]) -> Search[list[Verdict]]:
-        """One verdict per state, in order. Asks the engine once, unless every state was judged before.
-
-        Args:
-            states: the text of each state's thoughts.
-        """
+        """One verdict per state, in order, given the texts of its thoughts. Asks once, or not if all were judged before."""
         prompts = [self._prompts.verdict_text(self._question, lines) for lines in states]
         # `dict.fromkeys`: two states of a level may ask the same
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._judged]

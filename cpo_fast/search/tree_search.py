@@ -35,7 +35,6 @@ def search_question(
     Args:
         config: `search` and `seed` are used. The seed and the question's id name every random number.
         prompts: of the question's task.
-        question: what is asked.
         provenance: written into the tree. None for a tree that is not kept.
 
     Returns:
@@ -91,8 +90,7 @@ class TreeBuilder:
         root_ids: the question's prompt as the model reads it.
 
     Attributes:
-        config: the search section.
-        evaluator: judges thoughts.
+        config: the search section. evaluator: judges thoughts.
         nodes: the thoughts so far. The id of a node is its place.
         num_empty: samples dropped because they were only whitespace.
         num_thought_tokens: tokens generated for thoughts, duplicates and empty samples included.
@@ -149,7 +147,7 @@ class TreeBuilder:
         return self.nodes[num_before:]
 
     def select(self, children: Sequence[Node]) -> list[int]:
-        """The best `search.num_kept` of the children that the search may continue, best first."""
+        """Ids of the best `search.num_kept` children that the search may continue, best first."""
         # an answer is terminal, so it takes no place among those that go on
         open_nodes = [node for node in children if not node.terminal and node.depth < self.config.max_steps]
         values = [node.value for node in open_nodes]

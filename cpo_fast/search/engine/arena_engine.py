@@ -30,8 +30,7 @@ class ArenaEngine:
     """Answers what searches ask from one KV arena.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head. Prepared and set to eval mode here.
-        tokenizer: its tokenizer.
+        model, tokenizer: `transformers` or PEFT model with a language-model head. Prepared and set to eval mode here.
         config: `batch_size` requests of the decode batch, `questions_in_flight`, `arena_tokens`, `prefill_tokens`.
         make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
             graphs where the device and `config` have them, else plain steps.

@@ -127,7 +127,6 @@ class CudaGraphBatch(DecodeBatch):
     """As `DecodeBatch`, for a device that is faster than the host.
 
     Args:
-        runner, stop_checker, share, refill: as there.
         record: makes a step repeatable. None records CUDA graphs.
 
     Attributes:

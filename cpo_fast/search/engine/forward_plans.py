@@ -29,8 +29,7 @@ class ModelRunner:
     """A prepared model over a KV arena.
 
     Args:
-        parts: of the model. arena: of its keys and values.
-        impl: implementation of `tree_decode`.
+        parts: of the model. arena: of its keys and values. impl: implementation of `tree_decode`.
     """
 
     def __init__(self, parts: ModelParts, arena: KVArena, impl: str) -> None:
@@ -39,7 +38,6 @@ class ModelRunner:
 
     @property
     def vocab_size(self) -> int:
-        """V, how many logits the head gives."""
         weight = self.parts.head.weight
         assert isinstance(weight, torch.Tensor)
         return weight.shape[0]

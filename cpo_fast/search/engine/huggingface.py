@@ -41,8 +41,7 @@ class HuggingFaceEngine:
     """Samples lines and scores labels with a causal language model.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head. Set to eval mode here.
-        tokenizer: its tokenizer.
+        model, tokenizer: `transformers` or PEFT model with a language-model head. Set to eval mode here.
         batch_size: at most so many samples per forward (filled up to a multiple of `ROW_MULTIPLE`).
         stop_checker: says when a line ends. None is newline and end-of-sequence.
     """
@@ -63,7 +62,7 @@ class HuggingFaceEngine:
             self._prefixes.sort(key=lambda entry: -len(entry[0]))  # the longest that fits is found first
 
     def answer(self, requests: Requests) -> list[Answer]:
-        """As `Engine.answer`. Nothing but the shared prefixes is kept between calls."""
+        # nothing but the shared prefixes is kept between calls, whatever `requests.keep` says
         samples = iter(self.sample([item for item in requests.items if isinstance(item, SampleRequest)]))
         return [
             self.score(item.token_ids, item.continuations) if isinstance(item, ScoreRequest) else next(samples)

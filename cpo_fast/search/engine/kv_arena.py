@@ -41,7 +41,6 @@ class KVArena:
         dtype, device: of the storage. Those of the model's keys.
 
     Attributes:
-        num_tokens: as given.
         padding_slot: the slot that padding rows write.
         layers: (keys, values) of each layer, views [C, Hkv, D] of the storage.
         bytes_per_token: over all layers.
