@@ -51,7 +51,7 @@ class Node:
         depth: step in the chain, from 1.
         text: the thought as decoded, its newline included, which people, evaluators and answers read.
         token_ids: the ids as generated, which are trained and scored.
-        value: verdict of the evaluator, larger is better. None when every sampled verdict was unparseable.
+        value: verdict of the evaluator, larger is better, or None when every sampled verdict was unparseable.
         evaluations: what `value` was made from: {"likely": log-prob, "impossible": log-prob}, or one
             {"label": "likely" | "impossible" | None, "text": str} a sampled verdict, or one {"imported": value} for
             each candidate of another program's search that is merged here.

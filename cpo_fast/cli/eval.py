@@ -35,7 +35,7 @@ def eval_command(
 
     eval.method says how: cot (one greedy chain, the default), tot (tree of thought and its vote) or both. Writes
     eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or adapter, with
-    -tot for trees. Then eval.json, eval.md and eval.csv, which put all of them side by side and compare them in pairs.
+    -tot for trees. All of them stand side by side, compared in pairs, in eval.json, eval.md and eval.csv.
     """
     if compared is not None:
         if config is not None:

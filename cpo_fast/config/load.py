@@ -69,7 +69,7 @@ def dump_config(config: Config) -> str:
 
 
 def config_hash(config: BaseModel) -> str:
-    """First 16 hex digits of the SHA-256 of a section's canonical JSON. Names what produced a file."""
+    """First 16 hex digits of the SHA-256 of a section's canonical JSON, which name what produced a file."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

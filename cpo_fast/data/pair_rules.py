@@ -57,7 +57,7 @@ class Selection:
 
 
 def select_pairs(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Selection:
-    """The pairs of one tree, and the couples of winner and loser that became none. Seed and ids are the key of each draw."""
+    """The pairs of one tree, and the couples of winner and loser that became none. Seed and ids key every draw."""
     pairs: list[TreeExample] = []
     unused: list[tuple[TreeExample, str]] = []
     for parent, step, winners, losers in _sibling_groups(tree, whole_paths=config.rule == "fpo"):

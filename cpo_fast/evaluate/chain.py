@@ -34,7 +34,7 @@ class Chain:
         text: the generated text.
         token_ids: the generated ids, an end-of-sequence left out.
         stop: why generation ended, as the module lists it.
-        seconds: wall time. For a row of a batch, the batch's divided by the rows in it.
+        seconds: wall time, of a row of a batch the batch's divided by its rows.
     """
 
     text: str
@@ -143,7 +143,7 @@ class ChainEnd(StoppingCriteria):
         self._eos_ids = eos_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Read the newest column of `input_ids` [B, L] int64. Return which rows are done, [B] bool."""
+        """Read the newest column of `input_ids` [B, L] int64, and return which rows are done, [B] bool."""
         for reader, token in zip(self._readers, input_ids[:, -1].tolist(), strict=True):
             # a row that has ended is padded while others go on
             if reader.stop is None and token in self._eos_ids:

@@ -50,9 +50,9 @@ class Comparison:
         first, second: their names.
         num_questions: questions in both. num_graded: those with a reference answer. The tests are over them.
         num_both, num_only_first, num_only_second, num_neither: graded questions by who is right.
-        mcnemar_p: exact two-sided p-value. None when nothing is graded.
+        mcnemar_p: exact two-sided p-value, or None when nothing is graded.
         metrics: `accuracy` (the task's own verdict) and each metric that both have.
-        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions. None over zero.
+        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions, or None over zero.
         num_resamples, confidence, seed: of the bootstrap.
         stated: a sentence for each thing that differs besides the answers.
     """

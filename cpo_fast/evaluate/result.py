@@ -30,7 +30,7 @@ class QuestionResult:
         id: the question's id. question: its text.
         gold: reference answer, None when the file has none.
         answer: normalised answer, None when none could be read.
-        correct: the task's own verdict on it. None without a reference answer.
+        correct: the task's own verdict on it, or None without a reference answer.
         scores: every metric of the task, by name. Empty without a reference answer.
         num_tokens: generated tokens, ends of sequences included. Of a tree all of them, losers and verdicts too.
         num_verdict_tokens: of these, the sampled verdicts of a tree. 0 with `evaluator: logits`, which generates none.
@@ -89,7 +89,7 @@ class Evaluation(RunIdentity):
         num_questions: questions asked.
         num_graded: those with a reference answer, over which accuracy and metrics are means.
         num_correct: graded and right.
-        num_unanswered: questions without a readable answer. Wrong when graded.
+        num_unanswered: questions without a readable answer, which are wrong when graded.
         num_failed: those of them that could not be asked. `detail` in their lines says why.
         accuracy: num_correct / num_graded, None when nothing is graded.
         interval: its Wilson 95 % interval.

@@ -35,7 +35,7 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
     """Model and tokenizer that `config.model` names.
 
     Raises:
-        ConfigError: an adapter is to be merged and none is set. Those of `load_model` besides.
+        ConfigError: an adapter is to be merged and none is set. Besides, what `load_model` raises.
     """
     if config.search.merge_adapter and config.model.adapter is None:
         raise ConfigError(

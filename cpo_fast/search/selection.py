@@ -31,10 +31,10 @@ def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False)
 
 
 def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tuple[str | None, list[int]]:
-    """The winning answer and the ids of its complete nodes, ascending. (None, []) when nothing is complete.
+    """The winning answer and the ids of its complete nodes, ascending, or (None, []) when nothing is complete.
 
     Args:
-        nodes: of one tree. Those that are not complete have no vote.
+        nodes: of one tree. Only complete ones vote.
         by: what a path adds to its answer: its value (a path without a readable verdict adds 0), or one.
     """
     groups: dict[str, list[Node]] = {}

@@ -23,7 +23,7 @@ class DepthStatistics:
 
     Attributes:
         num_thoughts: unique thoughts. num_kept: of them expanded or complete.
-        num_judged: of them with a value. The next three are over those, None without any.
+        num_judged: of them with a value. The next three are over those, or None without any.
         mean_value, min_value, max_value: of the evaluator's values.
     """
 

@@ -133,7 +133,7 @@ def _worker(index: str, count: str, source: str) -> Worker:
 
 
 def _place(path: Path) -> tuple[int, ...]:
-    """(N, I) of a worker's file. Empty for another."""
+    """(N, I) of a worker's file, or () for another."""
     match = re.search(r"\.worker-([0-9]+)-of-([0-9]+)$", path.stem)
     return (int(match[2]), int(match[1])) if match else ()
 
@@ -178,11 +178,10 @@ class TreeStore:
         """Write every tree to `path` in question order, if none is missing. Trees of other questions follow.
 
         Returns:
-            Whether `path` holds every question now. If not, other workers are not finished yet. `trees` is as on
-            disk.
+            Whether `path` holds every question now. If not, other workers are not finished yet.
         """
         with self._lock:
-            self._read()
+            self._read()  # what other workers have finished
             ids = [question.id for question in self._questions]
             if not all(identity in self.trees for identity in ids):
                 return False
@@ -277,7 +276,7 @@ def open_trees(
 
 
 def _worker_lock(own_path: Path) -> FileLock:
-    """The lock of the worker that appends to `own_path`, be it trees or timings. Timeout where it is held."""
+    """The lock of the worker that appends to `own_path`, be it trees or timings. Raises Timeout where it is held."""
     _, _, name = own_path.stem.partition(".")
     return FileLock(own_path.with_name(f".collect.{name or ALONE.name}.lock"), blocking=False)
 

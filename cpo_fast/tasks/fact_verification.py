@@ -121,7 +121,7 @@ class FactVerificationTask(Task):
         return any(key.startswith("evidence") for key in row)
 
     def parse_answer(self, line: str) -> str | None:
-        """The label that an `Answer: ...` line opens with. None without one, or if its sentence names another too."""
+        """The label that an `Answer: ...` line opens with, or None without one, or if its sentence names another too."""
         text = line.strip()
         if not text.startswith(ANSWER_MARK):
             return None

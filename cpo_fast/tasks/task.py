@@ -35,7 +35,7 @@ class Demonstrations:
     examples: tuple[str, ...]
 
     def text(self, seed: int | None = None) -> str:
-        """Instruction and examples, a blank line after each. `seed` None keeps the written order."""
+        """Instruction and examples, a blank line after each, in written order where `seed` is None."""
         return "".join(f"{block}\n\n" for block in (self.instruction, *self.ordered(seed)))
 
     def ordered(self, seed: int | None) -> tuple[str, ...]:
@@ -83,11 +83,11 @@ class Task(ABC):
 
     @abstractmethod
     def read_row(self, row: dict[str, Any], place: str) -> Question | None:
-        """The question of one row. None for a row that is no data (a header). Raises DataError naming `place`."""
+        """The question of one row, or None for a row that is no data (a header). Raises DataError naming `place`."""
 
     @abstractmethod
     def parse_answer(self, line: str) -> str | None:
-        """The normalised answer of an `Answer: ...` line. None if it is not one or holds no readable answer."""
+        """The normalised answer of an `Answer: ...` line, or None if it is not one or holds no readable answer."""
 
     @abstractmethod
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
@@ -107,8 +107,7 @@ class Task(ABC):
             path: the data set's released file, a JSONL of `question[, answer][, id]`, or `hub:org/name[:config][:split]`.
 
         Raises:
-            DataError: the source cannot be read, a row is bad, or an id appears twice. Names file:line, the row of a
-                JSON list, or the row of a hub data set.
+            DataError: the source cannot be read, a row is bad, or an id appears twice. Names file:line or the row.
             EnvironmentProblem: a hub id is given and `datasets` is missing.
         """
         questions: dict[str, Question] = {}
@@ -136,7 +135,7 @@ class Task(ABC):
         return list(questions.values())[skip:end]
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer is right by the family's main metric. None is never correct."""
+        """Whether an answer is right by the family's main metric, which None never is."""
         return answer is not None and self.score_answer(answer, gold)[self.main_metric] == 1.0
 
     # each of the three ends with a blank line
