@@ -1,8 +1,10 @@
 """Which examples are trained, when, and how much each counts: pure functions of questions, seed and epoch.
 
-split_by_question   training and held-out examples, no question on both sides
-weigh               factors of the pairs' losses
-epoch_batches       the examples of every optimizer step of an epoch
+    split_by_question   training and held-out examples, no question on both sides
+    weigh               factors of the pairs' losses
+    epoch_batches       the examples of every optimizer step of an epoch
+
+There is no sampler state to save or lose.
 """
 
 from collections import Counter
@@ -76,7 +78,6 @@ def epoch_batches(
             questions and keeps each one's examples together, so that a step shares more.
         seed, epoch: key of the counter-based generator (Philox). Equal keys give equal batches.
     """
-    # a function of seed and epoch: there is no sampler state to save or lose
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     if order == "pairs":
         indices = generator.permutation(len(groups)).tolist()

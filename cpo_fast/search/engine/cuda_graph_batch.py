@@ -218,9 +218,7 @@ class CudaGraphBatch(DecodeBatch):
         inputs = (plan.slots, plan.items, plan.partial_index, *vars(sampler).values())
         shape = tuple(value.shape if isinstance(value, torch.Tensor) else value for value in inputs)
         self._step = self._steps.pop(shape, None) or DecodeStep(self._runner, plan, sampler)
-        while (
-            len(self._steps) >= MAX_SHAPES
-        ):  # a dictionary keeps the order of insertion: the first was used longest ago
+        while len(self._steps) >= MAX_SHAPES:  # the first of a dictionary was put in, and so used, longest ago
             del self._steps[next(iter(self._steps))]
         self._steps[shape] = self._step
         self._step.load(self.running, plan, sampler)

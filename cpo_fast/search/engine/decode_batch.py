@@ -99,7 +99,7 @@ class DecodeBatch:
         self.running = [one for one in self.running if one not in gone]
 
     def forget_weights(self) -> None:
-        """Drop what holds on to weights, because they have changed. A plain batch has none."""
+        """Drop what holds on to weights, because they have changed. A plain batch holds nothing."""
 
     @torch.inference_mode()
     def step(self) -> list[RunningRequest]:

@@ -166,9 +166,7 @@ def compute_nodes(
     Returns:
         For each of `reads`: natural log-prob of the id, a float64 log-softmax.
     """
-    wanted: dict[
-        tuple[KVNode, int], dict[int, None]
-    ] = {}  # ids by token read; a dictionary, because sets have no order
+    wanted: dict[tuple[KVNode, int], dict[int, None]] = {}  # ids by token; no set, because sets have no order
     for node, offset, token in reads:
         wanted.setdefault((node, offset), {})[token] = None
     found: dict[Read, float] = {}
