@@ -237,9 +237,7 @@ def read_prompt(trees_path: str | Path, prompt_hash: str) -> Prompt:
 def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTree]:
     """Every tree of a `trees.jsonl`, in file order.
 
-    Args:
-        path: the file.
-        drop_torn_tail: ignore a last line without a newline, as a killed `collect` leaves it.
+    `drop_torn_tail` ignores a last line without a newline, as a killed `collect` leaves it.
 
     Raises:
         DataError: a line is not a search tree, or an id appears twice. Names file:line.

@@ -23,10 +23,8 @@ def split_by_question(examples: Sequence[Example], fraction: float, seed: int) -
     """(training examples, held-out examples), each in the order given.
 
     Args:
-        examples: of all questions.
         fraction: share of the questions to hold out. 0 holds out none, anything above at least one, and one question
             always stays to train on.
-        seed: the run's seed.
 
     Raises:
         ValueError: the fraction is not in [0, 1). DataError: there are not two questions to part.

@@ -166,12 +166,11 @@ class RowSource:
 
 
 class TreeSource:
-    """A data set of search trees."""
+    """A data set of search trees. Raises DataError with file:line."""
 
     implicit_prompt = False
 
     def __init__(self, path: str, config: Config) -> None:
-        """Read the trees. Raises DataError with file:line."""
         self.path, self.config = path, config
         self.reader = TreeFileReader(path)
         self.questions = self.reader.questions

@@ -93,10 +93,9 @@ def write_dropped(path: str | Path, records: list[Row]) -> None:
 
 
 class TreeFileReader:
-    """A `trees.jsonl` with the prompts that stand beside it."""
+    """A `trees.jsonl` with the prompts that stand beside it. Raises DataError with file:line."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read every tree and prompt. Raises DataError with file:line."""
         self.trees = read_trees(path)
         hashes = dict.fromkeys(tree.prompt_hash for tree in self.trees)
         self.prompts = {prompt_hash: read_prompt(path, prompt_hash) for prompt_hash in hashes}

@@ -28,19 +28,12 @@ Stop = Literal["answer", "eos", "question", "max_steps", "max_new_tokens"]
 
 @dataclass(frozen=True)
 class Chain:
-    """One generated chain.
-
-    Attributes:
-        text: the generated text.
-        token_ids: the generated ids, an end-of-sequence left out.
-        stop: why generation ended, as the module lists it.
-        seconds: wall time, of a row of a batch the batch's divided by its rows.
-    """
+    """One generated chain."""
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # as generated, an end-of-sequence left out
     stop: Stop
-    seconds: float
+    seconds: float  # wall time, of a row of a batch the batch's divided by its rows
 
     @property
     def num_tokens(self) -> int:

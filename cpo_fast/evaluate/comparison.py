@@ -77,19 +77,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often a greedy chain gives the answer that a tree has voted for.
+    """How often a greedy chain gives the answer that a tree has voted for."""
 
-    Attributes:
-        label: the evaluation of the chain.
-        source: where the votes are from: the trees' file, or the label of an evaluation.
-        num_voted: questions of the chain with a voted answer there.
-        num_agree: those where the chain's answer is the same after normalisation.
-    """
-
-    label: str
-    source: str
-    num_voted: int
-    num_agree: int
+    label: str  # the evaluation of the chain
+    source: str  # of the votes: the trees' file, or the label of an evaluation
+    num_voted: int  # questions of the chain with a voted answer there
+    num_agree: int  # those where the chain's answer is the same after normalisation
 
     @property
     def share(self) -> float:

@@ -85,14 +85,12 @@ class Evaluation(RunIdentity):
 
     Attributes:
         label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
-        task: name of the task.
-        num_questions: questions asked.
+        task: name of the task. num_questions: questions asked.
         num_graded: those with a reference answer, over which accuracy and metrics are means.
         num_correct: graded and right.
         num_unanswered: questions without a readable answer, which are wrong when graded.
         num_failed: those of them that could not be asked. `detail` in their lines says why.
-        accuracy: num_correct / num_graded, None when nothing is graded.
-        interval: its Wilson 95 % interval.
+        accuracy: num_correct / num_graded, None when nothing is graded. interval: its Wilson 95 % interval.
         metrics: mean of each of the task's metrics over the graded questions that it is for. `numeric` is for those whose
             reference answer is a number.
         seconds: wall time per question. tokens: generated tokens per question.

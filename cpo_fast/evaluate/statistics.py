@@ -108,8 +108,7 @@ def paired_bootstrap(
 
     Args:
         first, second: one score per question, in the same order of questions.
-        num_resamples: B.
-        seed: equal seeds give equal intervals.
+        num_resamples: B. seed: equal seeds give equal intervals.
         confidence: coverage, between 0 and 1 exclusive.
 
     Returns:

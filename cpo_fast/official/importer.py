@@ -34,9 +34,8 @@ class ImportResult:
     Attributes:
         trees_path, dropped_path: the files written.
         num_entries: searches in the file, damaged parts included, of which num_trees became trees.
-        statuses: how many trees per status.
+        statuses: how many trees per status. num_winning_paths: over all of them.
         num_candidates: chains in those trees' entries. num_thoughts: nodes, duplicates merged.
-        num_winning_paths: over all trees.
         num_lost_winners: recorded winners that are no complete node here.
         dropped_entries, dropped_candidates: how many were left out, by reason.
     """
@@ -63,7 +62,6 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     Args:
         config: `run`, `seed`, `model`, `task` and `data.max_drop` are used. With `task.path` set, entries are matched
             to its questions (whitespace aside) and take their ids and reference answers. Without it an id is a hash.
-        path: the file.
         tokenizer: already loaded. None loads that of `config.model`.
 
     Raises:

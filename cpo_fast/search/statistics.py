@@ -44,10 +44,9 @@ class TreeStatistics:
         id, status: as in `tree.SearchTree`.
         num_samples: generated thoughts. num_unique: nodes, duplicates merged. num_duplicates: merged into another.
         num_empty: only whitespace. num_cut: nodes that reached the token cap.
-        max_depth: thoughts of the longest chain. num_complete: chains that voted. num_answers: different answers.
-        num_winning: winning paths.
-        num_generated_tokens: of all samples and all sampled verdicts.
-        num_verdict_tokens: of the verdicts among them.
+        max_depth: thoughts of the longest chain. num_complete: chains that voted, num_winning of them on winning paths.
+        num_answers: different answers.
+        num_generated_tokens: of all samples and sampled verdicts. num_verdict_tokens: of the verdicts among them.
         num_useful_tokens: of the thoughts on winning paths, each once.
         depths: from the first step to the deepest.
     """

@@ -258,7 +258,6 @@ def open_trees(
         path: `trees.jsonl`. Neither it nor its folder need exist.
         provenance: what the trees in it must have been made with.
         questions: the questions of this run, of all workers. A tree with the id of one must be about the same text.
-        worker: this process.
 
     Raises:
         EnvironmentProblem: another process is at work as the same worker.

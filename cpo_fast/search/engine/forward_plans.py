@@ -158,7 +158,6 @@ def compute_nodes(
     """Prefill: compute keys and values of nodes that have their slots.
 
     Args:
-        runner: the model.
         nodes: any order. What lies above them is stored or among them.
         max_tokens: of one forward.
         reads: what is wanted after tokens of these nodes.
