@@ -12,8 +12,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(autouse=True)
 def _no_kernel_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPO_KERNELS_IMPL left in the shell would silently change what every kernel test compares."""
-    monkeypatch.delenv("CPO_KERNELS_IMPL", raising=False)
+    """A variable of the kernels left in the shell would silently change what every kernel test compares."""
+    for name in ("IMPL", "LOGPROB_PATH", "MAX_CHUNK_LOGITS"):
+        monkeypatch.delenv(f"CPO_KERNELS_{name}", raising=False)
 
 
 @pytest.fixture

@@ -220,9 +220,7 @@ def test_groups_of_row_tiles_that_do_not_divide_the_rows_are_complete(monkeypatc
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import results as head
-
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 129 * 2)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(129 * 2))
     ratios = excess(crowded(129), dtype)
     assert max(ratios.values()) <= 1, ratios
 

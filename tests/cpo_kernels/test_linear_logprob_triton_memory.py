@@ -18,9 +18,7 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 @runs_kernels
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import results as head
-
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 500 * 7)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(500 * 7))
     case = make_case(vocab=500, width=5, num_rows=15, num_tokens=30, bias=True)
     hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_()
     weight, bias = (x.to(DEVICE, torch.float32).requires_grad_(train_head) for x in (case.weight, case.bias))
