@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpo_kernels import LogprobPlan, LogprobResult, linear_logprob
-from tests.cpo_kernels.device_waits import DeviceWaits, LargestTensor, waits
+from tests.cpo_kernels.device_waits import DeviceWaits, MadeTensors, waits
 from tests.cpo_kernels.logprob_oracle import Case, make_case, measured, oracle
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
@@ -110,7 +110,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatc
     monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(500 * 7))
     case = make_case(vocab=500, width=5, num_rows=60, num_tokens=120, bias=True)
     given, plan = leaves(case, train_head), case.plan()
-    with LargestTensor() as mode:
+    with MadeTensors() as mode:
         result = linear_logprob(*given[:2], plan, bias=given[2], outputs=OUTPUTS, impl="eager")
         result.segment_logps.sum().backward()
     assert mode.largest == 500 * 7  # all rows at once would be 500 * 60
