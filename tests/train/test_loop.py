@@ -19,6 +19,7 @@ from cpo_fast.train.policy import build_policy
 from cpo_kernels.integrations.lora import RecastLinear
 from cpo_kernels.self_check import KernelCheckError
 from tests.data.hand_made import node, tree, write_trees
+from tests.processor import Processor
 from tests.tiny import randomize_lora
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, id_rows, largest_difference, metrics_of, sgd
 
@@ -233,9 +234,9 @@ def test_every_line_of_the_metrics_names_the_kernels_that_ran(
 
 
 def test_training_says_the_dtype_of_the_base_weights(
-    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, processor: Processor
 ) -> None:
-    monkeypatch.setattr("cpo_fast.dtype._may_have_bfloat16_instructions", lambda: False)
+    processor(bf16_ratio=None)
     with caplog.at_level(logging.INFO, logger="cpo_fast.train"):
         for dtype in ("auto", "bfloat16"):
             build_policy(make_config(model={"dtype": dtype, "device": "cpu"}))
