@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
 _STAMPED_PACKAGES = (
     "torch", "transformers", "peft", "trl", "deepspeed", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn",
 )  # fmt: skip
@@ -203,15 +202,20 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def results_folder() -> Path:
+    """Where records and plots go: `CPO_FAST_RESULTS`, or benchmarks/results."""
+    return Path(os.environ.get("CPO_FAST_RESULTS") or Path(__file__).parent / "results")
+
+
 def record(benchmark: str, command: str, checks: Sequence[Check], results: Mapping[str, Any]) -> Path:
-    """Append one line with results, checks and environment to results/<benchmark>.jsonl; returns the file.
+    """Append one line with results, checks and environment to <benchmark>.jsonl in `results_folder`; returns the file.
 
     Raises:
         InexactError: a check fails; nothing is written.
     """
     gate(checks)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{benchmark}.jsonl"
+    path = results_folder() / f"{benchmark}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     line = {
         "benchmark": benchmark,
         "environment": environment(command),

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import gpu_train_step, linear_logprob, search_model, tree_attention
 from benchmarks.attention_peers import build
 from benchmarks.clock import quiet_profiler
-from benchmarks.harness import RESULTS, record, show
+from benchmarks.harness import record, results_folder, show
 from benchmarks.logprob_case import make_case
 from benchmarks.logprob_peers import contestant
 from benchmarks.search_ours import OURS, play, variants
@@ -102,7 +102,7 @@ def missed() -> list[list[str]]:
 
 
 def _lines(benchmark: str) -> list[dict[str, Any]]:
-    path = RESULTS / f"{benchmark}.jsonl"
+    path = results_folder() / f"{benchmark}.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line)["results"] for line in text.splitlines()]
 

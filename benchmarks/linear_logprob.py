@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import MAX_RUNS, SECONDS_EACH, measure, peak_bytes, reason
-from benchmarks.harness import RESULTS, Check, InexactError, Timing, gate, plot, record, show
+from benchmarks.harness import Check, InexactError, Timing, gate, plot, record, results_folder, show
 from benchmarks.logprob_bars import Verdict, judge
 from benchmarks.logprob_case import LogprobCase, make_case
 from benchmarks.logprob_peers import FLOORS, LAYOUTS, NAMES, OURS, Result, contestant
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 panel = lines.setdefault(f"E {shape[0]}, V {shape[1]}", {})
                 panel.setdefault(row["contestant"], []).append((shape[2], row["seconds"] * 1e3))
     if lines and not arguments.no_record:
-        plot(RESULTS / "linear_logprob.png", "Full step, scored rows gathered", lines, "scored rows")
+        plot(results_folder() / "linear_logprob.png", "Full step, scored rows gathered", lines, "scored rows")
     return 0
 
 

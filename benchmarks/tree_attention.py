@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.attention_peers import NAMES, OURS, AttentionCase, Contestant, build
 from benchmarks.clock import MAX_RUNS, SECONDS_EACH, measure, peak_bytes, reason
-from benchmarks.harness import RESULTS, Check, InexactError, Timing, gate, plot, record, show
+from benchmarks.harness import Check, InexactError, Timing, gate, plot, record, results_folder, show
 from benchmarks.workload import TINY, TreeShape, sequences_of, step_pairs
 from cpo_kernels import build_forest
 from cpo_kernels.tolerances import kernel_bound
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in [row for row in rows if row.get("mode") == "both" and "seconds" in row]:
             panel.setdefault(row["contestant"], []).append((facts["num_sequence_tokens"], row["seconds"] * 1e3))
     if lines and not arguments.no_record:
-        plot(RESULTS / "tree_attention.png", "Forward and backward", lines, "tokens of the sequences")
+        plot(results_folder() / "tree_attention.png", "Forward and backward", lines, "tokens of the sequences")
     return 0
 
 

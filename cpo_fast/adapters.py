@@ -2,11 +2,8 @@
 
     W' = round(W + sum_a s_a B_a A_a)      a: the active adapters. Float32, rounded once to the dtype of W
 
-A live adapter costs two small products in every layer that it changes, for every token. A merged one costs none.
-`merged_adapter` keeps the original weights in host memory and copies them back, because subtracting the update again would
-leave a 16-bit W a little different after every search. The rounding makes a merged adapter another policy than base plus
-live adapter, so `search.merge_adapter` is among the settings that name a search. `models.merge` writes a merged model for
-good.
+A live adapter costs two small products in every layer that it changes, for every token. A merged one costs none, but the
+rounding makes it another policy. `models.merge` writes a merged model for good.
 
 torch and peft are imported inside the functions: this module is cheap to import.
 """
@@ -43,9 +40,7 @@ def adapter_folder(path: str) -> Path:
 
 
 def adapter_hash(path: str | Path | None) -> str:
-    """16 hex digits that name a PEFT adapter by its weights and settings. The empty string when there is none.
-
-    The base model's path inside adapter_config.json does not count: the same adapter trained elsewhere is the same.
+    """16 hex digits that name a PEFT adapter by its weights and settings, or the empty string when there is none.
 
     Raises:
         CheckpointError: the folder is not a PEFT adapter in safetensors.
@@ -57,7 +52,7 @@ def adapter_hash(path: str | Path | None) -> str:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/adapter_config.json cannot be read ({first_line(error)})") from None
-    settings.pop("base_model_name_or_path", None)
+    settings.pop("base_model_name_or_path", None)  # trained elsewhere, the same adapter is the same
     canonical = json.dumps(settings, sort_keys=True).encode()
     return files_hash(
         {
@@ -75,7 +70,7 @@ def load_adapter(model: Any, path: str) -> Any:
         wrapped = peft.PeftModel.from_pretrained(model, str(folder))
         with safetensors.safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"model.adapter: the weights in {path} are damaged ({first_line(error)})") from error
@@ -105,7 +100,7 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
 
     with _gathered(model, zero_stage):  # every rank takes part, whether it writes or not
         state = {
-            key: value.detach().to("cpu", copy=True)
+            key: value.detach().to("cpu", copy=True)  # outlives the gathering
             for key, value in get_peft_model_state_dict(
                 model, adapter_name=ADAPTER, save_embedding_layers=False
             ).items()
@@ -117,6 +112,7 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
     model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=state, save_embedding_layers=False)
     with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
         written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    # a tensor that ZeRO-3 holds in parts and that was not gathered has no elements
     if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
         raise CheckpointError(f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained")
     _replace(aside, folder)
@@ -132,7 +128,7 @@ def copy_adapter(source: Path, target: Path) -> None:
 
 def _replace(aside: Path, folder: Path) -> None:
     old = aside_of(folder).with_suffix(".old")
-    if folder.exists():
+    if folder.exists():  # a folder that is not empty cannot be renamed over
         os.replace(folder, old)
     os.replace(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -144,6 +140,7 @@ def _gathered(model: Any, zero_stage: int) -> AbstractContextManager[Any]:
     import deepspeed
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # no rank changes what is gathered
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trainable, modifier_rank=None)
     return context
 
@@ -164,8 +161,7 @@ class _Target:
 def merged_adapter(model: Any) -> Iterator[None]:
     """Merge the active LoRA adapters of a PEFT model for the length of a `with`. No live product is computed in it.
 
-    However the block ends, every weight is then as it was, bit for bit, and the adapters are live again. Each way a
-    weight's counter of changes moves on and PEFT's `merged_adapters` differ, so an engine drops what it had stored.
+    However the block ends, every weight is then as it was, bit for bit, and the adapters are live again.
 
     Raises:
         ConfigError: there is no active adapter, or one that is no plain sum onto a weight of its own.
@@ -176,20 +172,22 @@ def merged_adapter(model: Any) -> Iterator[None]:
     originals: list[torch.Tensor] = []
     try:
         for target in targets:
+            # kept aside, because subtracting the update again would leave a 16-bit weight a little different
             originals.append(target.weight.detach().to("cpu", copy=True))
             _write(target.weight, _sum(target))
-            target.layer.merged_adapters = list(target.adapters)
+            target.layer.merged_adapters = list(target.adapters)  # PEFT computes no live product for these
         yield
     finally:
+        # where something raised half way, only the first layers have been changed
         for target, original in zip(targets, originals, strict=False):
             _write(target.weight, original)
             target.layer.merged_adapters = []
 
 
 def _write(weight: "torch.Tensor", values: "torch.Tensor") -> None:
-    """Change a weight in place: its address stays, its counter of changes moves on."""
     import torch
 
+    # in place: the address stays, and the counter of changes that moves on lets an engine drop what it had stored
     with torch.no_grad():
         weight.copy_(values)
 
@@ -200,7 +198,7 @@ def _sum(target: _Target) -> "torch.Tensor":
 
     layer, weight = target.layer, target.weight
     with torch.no_grad():
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # float64 stays float64
         total = weight.detach().to(dtype, copy=True)
         for name in target.adapters:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]

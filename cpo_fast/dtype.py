@@ -65,7 +65,7 @@ def _warn_if_bfloat16_is_slow() -> None:
 
 
 def _may_have_bfloat16_instructions() -> bool:
-    """Whether this processor could have them. True where torch cannot tell (an unknown processor)."""
+    """Whether this processor could have them, which is true of an unknown one, where torch cannot tell."""
     import torch
 
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -75,7 +75,7 @@ def _may_have_bfloat16_instructions() -> bool:
 
 @functools.cache
 def _bfloat16_ratio() -> float:
-    """CPU seconds of matrix products in bfloat16 over those in float32, on this CPU. Measured once, in about 0.05 s."""
+    """CPU seconds of matrix products in bfloat16 over those in float32, on this CPU, measured once, in about 0.05 s."""
     import torch
 
     num_threads = torch.get_num_threads()

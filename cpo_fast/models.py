@@ -1,19 +1,12 @@
 """Models: loaded with their tokenizer and an optional adapter, named by the hash of their files, merged for good.
 
-Every command loads models here, so that all of them see the same weights under the same rules: safetensors only (a
-pickle is never opened), code shipped with a model runs only after `allow_remote_code` (the command-line flag), a weight
-the files lack is an error instead of random numbers, and the sampling settings a model recommends are dropped (a
-recommended repetition penalty would change greedy decoding as well as search). Everything that can go wrong becomes one
-sentence with its remedy.
+Every command loads models here, so that all of them see the same weights under the same rules. Code shipped with a model
+runs only after `allow_remote_code` (the command-line flag). Quantised weights and placement over several devices are left
+out. torch and transformers are imported inside the functions: this module is cheap to import.
 
 `merge` writes W' = round(W + (alpha / r) B A), summed in float32 and rounded once. The rounding changes the model, so
 it is compared with base plus adapter, token by token, as KL divergence of their next-token distributions on real
-prompts, and refused above a limit. With `model.dtype: auto` the merged weights have the dtype of the base model's files
-and the comparison is in float32, so that file and verdict are the same on every device. A dtype that is named is the
-one of the merged weights, and both models are compared in it.
-
-torch and transformers are imported inside the functions: this module is cheap to import. Quantised weights and
-placement over several devices are left out.
+prompts, and refused above a limit.
 """
 
 import hashlib
@@ -93,6 +86,7 @@ def free_device_bytes(device: "torch.device") -> int:
     import torch
 
     if device.type == "cuda":
+        # what torch keeps of freed tensors is free to this process, and used to the driver
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
@@ -130,13 +124,9 @@ def model_folder(path: str) -> Path:
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
     """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
 
-    Args:
-        config: path, dtype, device and, if set, the adapter. The base takes the dtype that `resolve_dtype` gives.
-            Adapter weights are fp32.
-
     Returns:
-        (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The model's generation config keeps only its
-        end, begin and padding ids.
+        (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The base has the dtype that `resolve_dtype`
+        gives, an adapter float32. The model's generation config keeps only its end, begin and padding ids.
 
     Raises:
         ConfigError: the path is wrong, or the folder holds what cannot be loaded (remote code, unknown architecture).
@@ -155,12 +145,12 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
             folder,
             dtype=resolve_dtype(config.dtype, device),
             trust_remote_code=_remote_code_allowed,
-            use_safetensors=True,
+            use_safetensors=True,  # a pickle is never opened
             attn_implementation="sdpa",
             output_loading_info=True,
         )
         model.to(device)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
     except ImportError as error:
         raise EnvironmentProblem(f"model.path: {config.path} needs a missing library ({first_line(error)})") from error
@@ -170,7 +160,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _load_problem(config.path, error) from error
-    if loaded["missing_keys"]:
+    if loaded["missing_keys"]:  # transformers warns and fills them with random numbers
         missing = sorted(loaded["missing_keys"])
         raise CheckpointError(
             f"model.path: {config.path} lacks {len(missing)} weight(s) of its architecture, the first {missing[0]}; "
@@ -181,6 +171,7 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
             f"model.path: the tokenizer in {config.path} has {len(tokenizer)} tokens, but the model embeds "
             f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
         )
+    # sampling settings that a model recommends are dropped: a repetition penalty would change greedy decoding too
     stock = model.generation_config
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=stock.eos_token_id, bos_token_id=stock.bos_token_id, pad_token_id=stock.pad_token_id
@@ -193,32 +184,26 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
 def model_hash(path: str | Path) -> str:
     """16 hex digits that name a model: SHA-256 over the names and contents of its config, weight and tokenizer files.
 
-    A copy in another folder has the same hash. One changed bit in a weight has another. File digests are kept in
-    memory by path, size and modification time, so that a second call reads nothing.
-
-    Raises:
-        ConfigError: as `model_folder`.
+    Raises as `model_folder`.
     """
     folder = model_folder(str(path))
     names = {"config.json", "generation_config.json", *_TOKENIZER_FILES}
-    files = [
-        file for file in folder.iterdir() if file.is_file() and (file.name in names or _holds_weights_or_pieces(file))
-    ]
-    return files_hash({file.name: file_digest(file) for file in files})
+    files = [file for file in folder.iterdir() if file.name in names or file.suffix in (".safetensors", ".model")]
+    return files_hash({file.name: file_digest(file) for file in files if file.is_file()})
 
 
 def weights_hash(tensors: "Mapping[str, torch.Tensor]") -> str:
-    """16 hex digits that name weights that are in memory, for a model that came without files: names, types and
-    bytes."""
+    """16 hex digits that name the weights of a model that came without files, by names, types and bytes."""
     torch = require_library("torch")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # as bytes, because numpy has no bfloat16
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-MAX_MERGE_PROMPTS = 16  # texts that are compared; a few thousand positions
+MAX_MERGE_PROMPTS = 16  # texts that are compared: a few thousand positions
 
 
 @dataclass(frozen=True)
@@ -252,13 +237,14 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
     named = config.model.dtype != "auto"
+    # auto compares in float32, whatever the device would gain by: file and verdict are the same everywhere
     exact = config.model.model_copy(update={"dtype": "float32"})
     model, tokenizer = load_model(config.model if named else exact)
     batches = [tokenizer(text, return_tensors="pt").input_ids.to(model.device) for text in texts[:MAX_MERGE_PROMPTS]]
     expected = _log_probs(model, batches)
     compared = model.get_base_model().dtype
     written = compared if named else _dtype_of_files(model_folder(config.model.path))
-    del model
+    del model  # makes room for the second one
     model, _ = load_model(exact)
     # rounded to what is written, then compared in what base plus adapter were computed in: no cast up changes a bit
     merged = _cast(_cast(model.merge_and_unload(), written), compared)
@@ -267,9 +253,9 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
             (left.exp() * (left - right)).sum(dim=-1).flatten()
             for left, right in zip(expected, _log_probs(merged, batches), strict=True)
         ]
-    ).clamp_min(0)
+    ).clamp_min(0)  # rounding may leave a divergence just below 0
     mean_kl, max_kl = float(divergences.mean()), float(divergences.max())
-    if not mean_kl <= max_mean_kl:
+    if not mean_kl <= max_mean_kl:  # NaN is refused too
         raise CheckpointError(
             f"the merged model differs from base plus adapter by {mean_kl:.2e} nats a token on average, more than "
             f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
@@ -281,7 +267,7 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
 
 
 def _download(path: str) -> Path:
-    """The local snapshot of hub id `path`. ConfigError when it is neither cached nor reachable, or is no hub id."""
+    # what no hub id looks like is a mistyped folder
     if path.startswith((".", "~", os.sep)) or path.count("/") > 1:
         raise ConfigError(f"model.path: there is no folder {path}; check the path")
     hub = require_library("huggingface_hub")
@@ -309,16 +295,8 @@ def _load_problem(path: str, error: Exception) -> Exception:
     return ConfigError(f"model.path: {path} cannot be loaded ({first_line(error)}); check the folder's files")
 
 
-def _holds_weights_or_pieces(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".model")
-
-
 def _dtype_of_files(folder: Path) -> "torch.dtype":
-    """The dtype that most numbers of a model's files have.
-
-    Raises:
-        ConfigError: it is none that a sum can be rounded to.
-    """
+    """The dtype that most numbers of a model's files have. ConfigError where a sum cannot be rounded to it."""
     import torch
     from safetensors import safe_open
 
@@ -340,8 +318,7 @@ def _dtype_of_files(folder: Path) -> "torch.dtype":
 
 
 def _cast(model: Any, dtype: "torch.dtype") -> Any:
-    """`model` with parameters in `dtype`. Its buffers stay as loading made them: rotary frequencies are float32."""
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # buffers stay as loading made them: rotary frequencies are float32
         parameter.data = parameter.data.to(dtype)
     return model
 

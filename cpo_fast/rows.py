@@ -9,7 +9,6 @@
 Two readers share all of it. `read_question_rows` is strict: a file of questions is mended, so its first bad row raises.
 `read_rows` counts: in training data a bad row keeps its place and has a reason, so that it is counted with the others.
 Both give every row the place that a message names: file:line, or the row's number where the format has no lines.
-Fields are not interpreted here, except for those that every file of questions has.
 
 pyarrow and datasets are optional, and imported when such a file is met.
 """
@@ -117,12 +116,13 @@ def _list_rows(path: str, content: bytes, strict: bool) -> Iterator[tuple[str, R
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: the file is not valid JSON ({error}); download it again") from None
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(values, start=1):  # json tells no lines of the members
         yield f"{path}: {'row' if strict else 'item'} {number}", _object(value)
 
 
 def _csv_rows(path: str, content: bytes) -> Iterator[tuple[str, Row | BadRow]]:
     try:
+        # newline="": a field in quotes keeps the line ends that it holds
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
     except UnicodeDecodeError:
         raise DataError(f"{path}: the file is not UTF-8; save it as UTF-8") from None
@@ -148,19 +148,19 @@ def _object(value: Any) -> Row | BadRow:
 def _parse(raw: bytes, first: bool) -> Any:
     """The value of one line or file. `first` allows a byte-order mark. Raises BadRow."""
     try:
+        # an integer too long for Python raises a plain ValueError, a key that stands twice BadRow
         return json.loads(raw.decode("utf-8-sig" if first else "utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise BadRow("the line is not UTF-8", f"byte {error.start + 1}") from None
     except RecursionError:
         raise BadRow("the JSON is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
+    except ValueError as error:
         raise BadRow("the line is not valid JSON", str(error)) from None
 
 
 def _unique(members: list[tuple[str, Any]]) -> Row:
-    """A JSON object. A key that stands twice has two values, and neither is the right one."""
     values = dict(members)
-    if len(values) != len(members):
+    if len(values) != len(members):  # of two values under one key neither is the right one
         repeated = [key for key, count in Counter(key for key, _ in members).items() if count > 1]
         raise BadRow("a key appears twice", ", ".join(repeated))
     return values
@@ -228,7 +228,7 @@ def read_hub(path: str) -> Iterator[Row]:
 
     Raises:
         DataError: no hub path, or the data set, configuration or split cannot be read (also: no network and no cached
-            copy), or there are several splits and none is named, for which data is used is never guessed.
+            copy), or there are several splits and none is named.
         EnvironmentProblem: `datasets` is not installed.
     """
     name, config, split = parse_hub_path(path)
@@ -247,7 +247,7 @@ def read_hub(path: str) -> Iterator[Row]:
             "download it while online, or give a file"
         ) from error
     if isinstance(table, dict):
-        if len(table) != 1:
+        if len(table) != 1:  # which data is used is never guessed
             named = f"{HUB_PREFIX}{name}" + (f":{config}" if config else "")
             raise DataError(f"{path}: choose a split, {' or '.join(f'{named}:{key}' for key in table)}")
         table = next(iter(table.values()))
@@ -257,8 +257,7 @@ def read_hub(path: str) -> Iterator[Row]:
 
 
 def _label(value: int | None, names: list[str]) -> str | None:
-    """The name of a class label, which is stored as an integer. -1 marks a hidden one."""
-    return None if value is None or value < 0 else names[value]
+    return None if value is None or value < 0 else names[value]  # -1 marks a hidden label, as in test sets
 
 
 def first_value(row: Row, fields: Sequence[str]) -> Any:

@@ -35,7 +35,8 @@ LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
 
 
 def rounded_logps(logps: Iterable[float]) -> tuple[float, ...]:
-    """Log-probs as `Node.logps` holds them. Never -0.0, so that equal values are equal bytes."""
+    """Log-probs as `Node.logps` holds them."""
+    # adding 0.0 makes 0.0 of -0.0, so that equal values are equal bytes
     return tuple(round(logp, LOGP_DECIMALS) + 0.0 for logp in logps)
 
 
@@ -50,7 +51,7 @@ class Node:
         depth: step in the chain, from 1.
         text: the thought as decoded, its newline included, which people, evaluators and answers read.
         token_ids: the ids as generated, which are trained and scored.
-        value: verdict of the evaluator, larger is better. None when every sampled verdict was unparseable.
+        value: verdict of the evaluator, larger is better, or None when every sampled verdict was unparseable.
         evaluations: what `value` was made from: {"likely": log-prob, "impossible": log-prob}, or one
             {"label": "likely" | "impossible" | None, "text": str} a sampled verdict, or one {"imported": value} for
             each candidate of another program's search that is merged here.
@@ -161,6 +162,8 @@ class SearchTree:
                 f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: another version of cpo_fast wrote "
                 "it; collect again into another folder"
             )
+        # names first: pydantic fills in defaults and drops what it does not know, and an older or a cut line must not pass
+        # for a whole one
         _check_names(cls, row, "tree")
         for position, node in enumerate(row["nodes"] if isinstance(row["nodes"], list) else ()):
             _check_names(Node, node, f"node {position}")
@@ -182,7 +185,7 @@ def comparable(value: float | None) -> float:
 
 
 def path_to(nodes: Sequence[Node], node_id: int) -> list[Node]:
-    """The nodes from the first thought down to `node_id`, each named by its place. Empty for the root state."""
+    """As `SearchTree.path`, for nodes that are no tree yet: each is named by its place."""
     path: list[Node] = []
     while node_id != ROOT:
         path.append(nodes[node_id])
@@ -205,7 +208,7 @@ class Prompt:
         return cls(short_hash(content), text, tuple(token_ids))
 
     def save(self, trees_path: str | Path) -> Path:
-        """Write `prompts/<hash>.json` beside `trees_path`, atomically. Return its path."""
+        """Write `prompts/<hash>.json` beside `trees_path` and return its path."""
         path = Path(trees_path).parent / "prompts" / f"{self.hash}.json"
         write_atomic(path, canonical_json(asdict(self)) + "\n")
         return path
@@ -234,9 +237,7 @@ def read_prompt(trees_path: str | Path, prompt_hash: str) -> Prompt:
 def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTree]:
     """Every tree of a `trees.jsonl`, in file order.
 
-    Args:
-        path: the file.
-        drop_torn_tail: ignore a last line without a newline, as a killed `collect` leaves it.
+    `drop_torn_tail` ignores a last line without a newline, as a killed `collect` leaves it.
 
     Raises:
         DataError: a line is not a search tree, or an id appears twice. Names file:line.
@@ -266,7 +267,6 @@ _LISTS = {  # what a list holds, for its sentence
 
 
 def _check_names(cls: type, row: Any, what: str) -> None:
-    """Every field stands in the row, those with a default too: an older or a cut line must not pass for a whole one."""
     if not isinstance(row, dict):
         raise ValueError(f"{what} is not an object")
     names = [field.name for field in fields(cls)]
@@ -277,7 +277,7 @@ def _check_names(cls: type, row: Any, what: str) -> None:
 
 
 def _type_sentence(error: ValidationError) -> str:
-    """What is wrong with the first field of a wrong type."""
+    # of the first field of a wrong type
     first = error.errors(include_url=False)[0]
     # ("status",), ("question_token_ids", 3) or, inside a node, ("nodes", 2, "logps", 0)
     where, what = first["loc"], "tree: "
@@ -297,8 +297,8 @@ def _check_node(node: Node, position: int, nodes: Sequence[Node]) -> None:
         raise ValueError(f"node {position}: has id {node.id} and parent {node.parent}; parents come before children")
     if not node.token_ids:
         raise ValueError(f"node {position}: has no tokens")
-    num_generated = len(node.token_ids) + (node.stop == "eos")
-    if len(node.logps) not in (0, num_generated):
+    num_generated = len(node.token_ids) + (node.stop == "eos")  # whose log-prob is kept, and whose id is not
+    if len(node.logps) not in (0, num_generated):  # 0: imported
         raise ValueError(f"node {position}: has {len(node.logps)} logps for {num_generated} generated tokens")
     expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
     if node.depth != expected_depth:

@@ -1,8 +1,13 @@
 """Settings every test runs under: no network, quiet tokenizers, a fixed seed and no kernel override from the shell."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.processor import Processor
 
 # Set before any Hugging Face import: the hub client reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,8 +17,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(autouse=True)
 def _no_kernel_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPO_KERNELS_IMPL left in the shell would silently change what every kernel test compares."""
-    monkeypatch.delenv("CPO_KERNELS_IMPL", raising=False)
+    """A variable of the kernels left in the shell would silently change what every kernel test compares."""
+    for name in ("IMPL", "LOGPROB_PATH", "MAX_CHUNK_LOGITS"):
+        monkeypatch.delenv(f"CPO_KERNELS_{name}", raising=False)
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Processor]":
+    """`processor(bf16_ratio=...)`: a CPU whose bfloat16 products take so many times as long; None has no instructions."""
+    from tests.processor import Processor
+
+    made = Processor(monkeypatch)
+    made.forget()
+    yield made
+    made.forget()
 
 
 @pytest.fixture

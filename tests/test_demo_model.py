@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cpo_fast.demo import QUESTIONS, convert_demo_model, find_gguf
-from cpo_fast.demo import model as demo_model
+from cpo_fast.demo.model import cache_folder, converted_once
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.tasks import get_task
 
@@ -23,34 +23,37 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def write_model(folder: Path) -> None:
+def write_model(source: Path, folder: Path) -> None:
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).write_text("x")
 
 
-def test_conversion_happens_once_and_is_named_by_content(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_happens_once_and_is_named_by_content(gguf: Path) -> None:
     calls: list[Path] = []
-    monkeypatch.setattr(demo_model, "_convert", lambda source, folder: (calls.append(source), write_model(folder)))
-    folder = convert_demo_model(gguf)
+
+    def convert(source: Path, folder: Path) -> None:
+        calls.append(source)
+        write_model(source, folder)
+
+    folder = converted_once(gguf, convert)
     assert folder.name == hashlib.sha256(b"weights").hexdigest()[:16]
-    assert convert_demo_model(gguf) == folder
+    assert convert_demo_model(gguf) == converted_once(gguf, convert) == folder
     assert len(calls) == 1
     gguf.write_bytes(b"other weights")
-    assert convert_demo_model(gguf) != folder
+    assert converted_once(gguf, convert) != folder
 
 
-def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_callers_convert_once(gguf: Path) -> None:
     calls: list[Path] = []
 
     def slow(source: Path, folder: Path) -> None:
         calls.append(source)
         time.sleep(0.2)
-        write_model(folder)
+        write_model(source, folder)
 
-    monkeypatch.setattr(demo_model, "_convert", slow)
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(convert_demo_model(gguf))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: folders.append(converted_once(gguf, slow))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -58,32 +61,27 @@ def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyP
     assert (len(calls), len(folders), len(set(folders))) == (1, 4, 1)
 
 
-def test_killed_conversion_leaves_nothing_that_is_taken_for_a_model(
-    gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_conversion_leaves_nothing_that_is_taken_for_a_model(gguf: Path) -> None:
     def killed(source: Path, folder: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("x")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_model, "_convert", killed)
     with pytest.raises(KeyboardInterrupt):
-        convert_demo_model(gguf)
-    folder = demo_model.cache_folder() / hashlib.sha256(b"weights").hexdigest()[:16]
+        converted_once(gguf, killed)
+    folder = cache_folder() / hashlib.sha256(b"weights").hexdigest()[:16]
     assert not folder.exists()
-    monkeypatch.setattr(demo_model, "_convert", lambda source, folder: write_model(folder))
-    assert sorted(file.name for file in convert_demo_model(gguf).iterdir()) == [
+    assert sorted(file.name for file in converted_once(gguf, write_model).iterdir()) == [
         "config.json",
         "model.safetensors",
         "tokenizer.json",
     ]
 
 
-def test_incomplete_cache_is_made_anew(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model, "_convert", lambda source, folder: write_model(folder))
-    folder = convert_demo_model(gguf)
+def test_incomplete_cache_is_made_anew(gguf: Path) -> None:
+    folder = converted_once(gguf, write_model)
     (folder / "model.safetensors").unlink()
-    assert (convert_demo_model(gguf) / "model.safetensors").is_file()
+    assert (converted_once(gguf, write_model) / "model.safetensors").is_file()
 
 
 def test_cache_that_cannot_be_written_is_an_environment_problem(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

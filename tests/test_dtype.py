@@ -1,7 +1,7 @@
 """`model.dtype`: what `auto` is on which device, that a name is obeyed, and what a slow name is told. No real timings."""
 
 import logging
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,10 @@ from cpo_fast import dtype as dtypes
 from cpo_fast.config import ModelConfig, dump_config, validate_config
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.models import load_model
+from tests.processor import X86, Processor
 from tests.tiny import save_tiny_model, tiny_llama, with_lora
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> None:
-    """Nothing measured or said before the test."""
-    dtypes._bfloat16_ratio.cache_clear()
-    dtypes._warn_if_bfloat16_is_slow.cache_clear()
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """`measured(ratio)`: the measurement on a processor with bf16 instructions gives `ratio`."""
-
-    def give(ratio: float) -> None:
-        monkeypatch.setattr(dtypes, "_may_have_bfloat16_instructions", lambda: True)
-        monkeypatch.setattr(dtypes, "_bfloat16_ratio", lambda: ratio)
-
-    return give
-
-
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> float:
-        raise AssertionError("a measurement that decides nothing")
-
-    monkeypatch.setattr(dtypes, "_bfloat16_ratio", fail)
 
 
 def test_auto_is_the_default_and_stays_in_a_dumped_configuration() -> None:
@@ -54,61 +29,66 @@ def test_auto_is_the_default_and_stays_in_a_dumped_configuration() -> None:
     [(45.0, torch.float32), (1.01, torch.float32), (1.0, torch.bfloat16), (0.3, torch.bfloat16)],
 )
 def test_auto_on_a_cpu_is_bfloat16_only_where_that_is_as_fast(
-    ratio: float, expected: torch.dtype, measured: Callable[[float], None], tmp_path: Path
+    ratio: float, expected: torch.dtype, processor: Processor, tmp_path: Path
 ) -> None:
-    measured(ratio)
+    processor(bf16_ratio=ratio)
     assert resolve_dtype("auto", CPU) == expected
     folder = save_tiny_model(tmp_path / "model")
     assert load_model(ModelConfig(path=str(folder), device="cpu"))[0].dtype == expected
 
 
-def test_auto_on_a_gpu_is_bfloat16_without_a_measurement(unmeasured: None) -> None:
+def test_auto_on_a_gpu_is_bfloat16_without_a_measurement(processor: Processor) -> None:
+    processor(bf16_ratio=45.0)
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("auto", torch.device("cuda:3")) == torch.bfloat16
+    assert processor.products == []
 
 
-X86 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx_ne_convert": False}
 ARM = {"architecture": "aarch64", "neon": True, "bf16": False}
 
 
 @pytest.mark.parametrize("told", [X86, ARM])
 def test_a_cpu_without_bf16_instructions_is_float32_without_a_measurement(
-    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, unmeasured: None
+    told: dict[str, Any], processor: Processor
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    processor(bf16_ratio=0.5, told=told)
     assert resolve_dtype("auto", CPU) == torch.float32
+    assert processor.products == []
 
 
 @pytest.mark.parametrize(
     "told", [X86 | {"avx512_bf16": True}, X86 | {"avx_ne_convert": True}, ARM | {"bf16": True}, {}]
 )
 def test_a_cpu_that_may_have_bf16_instructions_is_measured(
-    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    told: dict[str, Any], processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
-    monkeypatch.setattr(dtypes, "_bfloat16_ratio", lambda: 0.5)
+    processor(bf16_ratio=0.5, told=told)
     assert resolve_dtype("auto", CPU) == torch.bfloat16
+    processor.forget()
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # a torch that cannot tell
     assert resolve_dtype("auto", CPU) == torch.bfloat16
+    assert processor.products != []
 
 
-def test_a_name_is_obeyed_whatever_was_measured(measured: Callable[[float], None]) -> None:
+def test_a_name_is_obeyed_whatever_is_measured(processor: Processor) -> None:
     for ratio in (45.0, 0.3):
-        measured(ratio)
+        processor(bf16_ratio=ratio)
         assert resolve_dtype("float32", CPU) == torch.float32
         assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-def test_nothing_is_measured_for_float32_or_for_a_gpu(unmeasured: None) -> None:
+def test_nothing_is_measured_for_float32_or_for_a_gpu(processor: Processor) -> None:
+    processor(bf16_ratio=45.0)
     resolve_dtype("float32", CPU)
     for name in ("float32", "bfloat16"):
         assert dtype_name(resolve_dtype(name, torch.device("cuda"))) == name
+    assert processor.products == []
 
 
 def test_a_slow_name_is_told_so_in_one_line_a_process(
-    measured: Callable[[float], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    processor: Processor, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    measured(44.6)
+    processor(bf16_ratio=44.6)
     folder = save_tiny_model(tmp_path / "model")
     with caplog.at_level(logging.INFO, logger="cpo_fast"):
         resolve_dtype("auto", CPU)
@@ -121,35 +101,32 @@ def test_a_slow_name_is_told_so_in_one_line_a_process(
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_a_name_that_is_not_much_slower_is_told_nothing(
-    measured: Callable[[float], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    measured(1.9)
+def test_a_name_that_is_not_much_slower_is_told_nothing(processor: Processor, caplog: pytest.LogCaptureFixture) -> None:
+    processor(bf16_ratio=1.9)
     resolve_dtype("bfloat16", CPU)
     assert caplog.messages == []
 
 
-def test_the_large_product_decides_unless_the_small_one_is_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {
-        (torch.bfloat16, *dtypes._SMALL_PRODUCT): 1.5,
-        (torch.float32, *dtypes._SMALL_PRODUCT): 1.0,
-        (torch.bfloat16, *dtypes._LARGE_PRODUCT): 4.0,
-        (torch.float32, *dtypes._LARGE_PRODUCT): 10.0,
-    }
-    timed: list[Any] = []
+LARGE = 10_000_000  # multiplications, more than the small product has and fewer than the large one
 
-    def product(*case: Any) -> float:
-        timed.append(case)
-        return seconds[case]
 
-    monkeypatch.setattr(dtypes, "_seconds", product)
-    assert dtypes._bfloat16_ratio() == 0.4
-    assert dtypes._bfloat16_ratio() == 0.4
-    assert len(timed) == 4, "measured once a process"
-    dtypes._bfloat16_ratio.cache_clear()
-    seconds[torch.bfloat16, *dtypes._SMALL_PRODUCT] = 40.0
-    assert dtypes._bfloat16_ratio() == 40.0
-    assert len(timed) == 6, "an emulated large product is never run"
+def test_the_large_product_decides_unless_the_small_one_is_hopeless(processor: Processor) -> None:
+    def seconds(dtype: torch.dtype, size: int) -> float:
+        return small[dtype] if size < LARGE else large[dtype]
+
+    small, large = {torch.bfloat16: 1.5, torch.float32: 1.0}, {torch.bfloat16: 4.0, torch.float32: 10.0}
+    processor(bf16_ratio=1.0)
+    processor.runs(seconds)
+    assert resolve_dtype("auto", CPU) == torch.bfloat16
+    measured = list(processor.products)
+    assert {(dtype, size < LARGE) for dtype, size in measured} == {(d, is_small) for d in small for is_small in (0, 1)}
+    assert resolve_dtype("auto", CPU) == torch.bfloat16
+    assert processor.products == measured, "measured once a process"
+    processor.forget()
+    small[torch.bfloat16] = 40.0
+    assert resolve_dtype("auto", CPU) == torch.float32
+    assert {dtype for dtype, _ in processor.products} == {torch.bfloat16, torch.float32}
+    assert all(size < LARGE for _, size in processor.products), "an emulated large product is never run"
 
 
 @pytest.mark.parametrize(("run", "num_runs", "best"), [(0.5, 4, 0.5), (1e-6, 41, 1e-6), (0.0, 41, 1e-9)])
@@ -164,17 +141,17 @@ def test_a_slow_product_is_run_the_fewest_times_and_the_warm_up_does_not_count(
         taken.append(taken[-1] + (lengths[len(taken) // 2 - 1] if ends else 0.0))
         return taken[-1]
 
-    monkeypatch.setattr("cpo_fast.dtype.time.thread_time", clock)
+    monkeypatch.setattr(time, "thread_time", clock)
     assert dtypes._seconds(torch.float32, 2, 4) == pytest.approx(best)
     assert len(taken) == 1 + 2 * num_runs
 
 
-def test_a_measurement_leaves_threads_and_random_numbers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_leaves_threads_and_random_numbers_as_they_were(processor: Processor) -> None:
     threads: list[int] = []
 
-    def product(*case: Any) -> float:
+    def product(dtype: torch.dtype, size: int) -> float:
         threads.append(torch.get_num_threads())
-        if len(threads) > 2:
+        if size > LARGE:
             raise RuntimeError("out of memory")
         return 1.0
 
@@ -183,10 +160,12 @@ def test_a_measurement_leaves_threads_and_random_numbers_as_they_were(monkeypatc
     state = torch.get_rng_state()
     torch.set_num_threads(2)
     try:
-        assert dtypes._seconds(torch.bfloat16, 2, 4) > 0
-        monkeypatch.setattr(dtypes, "_seconds", product)
+        processor(bf16_ratio=1.0)
+        resolve_dtype("auto", CPU)
+        assert torch.get_num_threads() == 2
+        processor.runs(product)
         with pytest.raises(RuntimeError, match="out of memory"):
-            dtypes._bfloat16_ratio()
+            resolve_dtype("auto", CPU)
         assert torch.get_num_threads() == 2
         assert set(threads) == {1}
     finally:

@@ -187,10 +187,11 @@ def test_slurm_tasks_take_turns_on_the_devices_they_see(monkeypatch: pytest.Monk
 
 def test_the_model_s_device_becomes_the_current_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
-    monkeypatch.setattr("cpo_fast.models.resolve_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
-    load_model(config(folder))
+    load_model(config(folder, device="cuda:1"))
     assert chosen == [torch.device("cuda:1")]
 
 

@@ -25,7 +25,6 @@ COMMANDS = {
     "demo": "collect, pairs, train and eval with a 135M model on shipped word problems",
 }
 
-
 # library -> the extra that brings it
 OPTIONAL_LIBRARIES = {
     **dict.fromkeys(("torch", "transformers", "peft", "safetensors", "deepspeed", "jinja2"), "train"),
@@ -41,7 +40,6 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import `cpo_fast.cli.<cmd_name>` and return its click command. None when there is none."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"cpo_fast.cli.{cmd_name}"), f"{cmd_name}_command")
@@ -50,7 +48,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command. An unknown one is a usage error that names the nearest."""
+        # an option before the command is click's to refuse
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"the commands are {', '.join(COMMANDS)}"
@@ -58,7 +56,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the command table from `COMMANDS`, so that `--help` imports no command."""
+        # click would import every command for its help
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -92,12 +90,12 @@ def _who() -> str:
 
 def main() -> None:
     """Entry point of the console script: run the group, map errors to one line and an exit code."""
-    debug = "--debug" in sys.argv[1:]
+    debug = "--debug" in sys.argv[1:]  # an error leaves no context to read it from
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells say it
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -108,7 +106,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if debug or library not in OPTIONAL_LIBRARIES:
+        if debug or library not in OPTIONAL_LIBRARIES:  # a missing module of ours is a bug, with its traceback
             raise
         extra = OPTIONAL_LIBRARIES[library]
         click.echo(f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'", err=True)

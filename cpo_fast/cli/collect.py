@@ -101,7 +101,7 @@ def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
     )
 
     def show(number: int, total: int, tree: Any, seconds: float) -> None:
-        if tree.status == "failed":
+        if tree.status == "failed":  # the bar would not say why
             _print_line(number, total, tree, seconds)
         bar.update(bar_id, completed=number, total=total)
 
@@ -109,19 +109,20 @@ def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         bar_id = bar.add_task("collect", total=None)
         result = collect(config, progress=show, worker=worker)
+        # with nothing left to search `show` was never called
         num_finished = result.num_questions - result.num_missing
         bar.update(bar_id, completed=num_finished, total=num_finished)
     return result
 
 
 def _print_line(number: int, total: int, tree: Any, seconds: float) -> None:
-    """One plain line a question on stderr, for logs. Stdout stays for the summary."""
+    """One plain line a question, for logs."""
     reason = f" ({_shown(tree.detail, 300)})" if tree.detail else ""
     answer = None if tree.answer is None else _shown(tree.answer)
     click.echo(
         f"{number}/{total} {_shown(tree.id)}: {tree.status}{reason}, {len(tree.nodes)} thoughts, "
         f"{len(tree.winning_nodes)} winning paths, answer {answer}, {seconds:.1f} s",
-        err=True,
+        err=True,  # stdout is for the summary
     )
 
 
@@ -171,5 +172,5 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
     table = Table(show_header=False)
     for name, value in rows:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name), Text(value))  # as plain text: brackets are no markup
     Console().print(table)

@@ -35,7 +35,7 @@ def eval_command(
 
     eval.method says how: cot (one greedy chain, the default), tot (tree of thought and its vote) or both. Writes
     eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or adapter, with
-    -tot for trees. Then eval.json, eval.md and eval.csv, which put all of them side by side and compare them in pairs.
+    -tot for trees. All of them stand side by side, compared in pairs, in eval.json, eval.md and eval.csv.
     """
     if compared is not None:
         if config is not None:
@@ -53,7 +53,7 @@ def _evaluate(settings: Config, as_json: bool) -> None:
 
     from cpo_fast.evaluate import evaluate_methods, run_overview
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:  # stdout is for the result
         bar = progress.add_task("questions", total=None)
         evaluations = evaluate_methods(
             settings, on_question=lambda done, total: progress.update(bar, completed=done, total=total)
@@ -87,7 +87,7 @@ def _compare(paths: tuple[str, str], as_json: bool) -> None:
 
 
 def evaluation_table(evaluations: "Sequence[Evaluation]") -> "Table":
-    """One column per evaluation. A batch's seconds, divided by its questions, say so."""
+    """One column per evaluation."""
     return _table("Evaluation", [evaluation.label for evaluation in evaluations], evaluations)
 
 
@@ -110,7 +110,7 @@ def _show_comparisons(console: "Console", comparisons: "Sequence[Comparison]") -
     for comparison, title in zip(comparisons, titles, strict=True):
         for sentence in comparison.stated:
             click.echo(_printable(f"{title}: {sentence}"))
-    click.echo(bootstrap_line(comparisons[0]))
+    click.echo(bootstrap_line(comparisons[0]))  # all have the same seed and number of resamples
 
 
 def _table(title: str, headers: "Sequence[str]", evaluations: "Sequence[Evaluation]") -> "Table":
@@ -136,5 +136,5 @@ def _cells(title: str, headers: "Sequence[str]", columns: "Sequence[dict[str, st
 
 
 def _printable(text: str) -> str:
-    """Without control characters: an id or a library's message must not steer the terminal."""
+    # an id or a library's message must not steer the terminal
     return "".join(character if character.isprintable() else "?" for character in text)

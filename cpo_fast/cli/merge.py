@@ -21,7 +21,7 @@ def merge_command(config_path: str, overrides: tuple[str, ...], output: str, max
 
     It is saved in the dtype of model.path's files, or in model.dtype where that is no auto.
     """
-    config = load_config(config_path, overrides)
+    config = load_config(config_path, overrides)  # its errors come before torch is loaded
 
     from cpo_fast.models import merge
     from cpo_fast.tasks import get_task

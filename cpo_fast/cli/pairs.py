@@ -102,15 +102,13 @@ def _step_table(steps: "dict[int, StepAudit]", title: str, caption: str) -> "Tab
     from rich.table import Table
 
     table = Table("step", title=title, caption=caption)
-    for name in (
-        *("pairs", "states", "chosen value", "rejected value"),
-        *("chosen tokens", "rejected tokens", "longest row"),
-    ):
+    names = "pairs,states,chosen value,rejected value,chosen tokens,rejected tokens,longest row"
+    for name in names.split(","):
         table.add_column(name, justify="right")
     for step, audit in steps.items():
         values = (audit.chosen_value, audit.rejected_value)
         table.add_row(
-            str(step) if step else "whole",
+            str(step) if step else "whole",  # pairs of whole chains have step 0
             str(audit.num_pairs),
             str(audit.num_states),
             *("-" if value is None else f"{value:.2f}" for value in values),

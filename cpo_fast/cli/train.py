@@ -1,7 +1,6 @@
 """`cpo-fast train CONFIG [section.key=value ...]`: train a LoRA adapter.
 
-It shows a progress line on a terminal, one plain line a step elsewhere, and a final table. Above the steps stand the
-sentences that training logs: which kernels run, whether layers are recomputed, what was scored.
+It shows a progress line on a terminal, one plain line a step elsewhere, and a final table, below what training logs.
 """
 
 import json
@@ -101,7 +100,7 @@ def train_command(
 
 
 class _LogToConsole(logging.Handler):
-    """Prints log lines above the progress line."""
+    """Prints log lines above the progress line: which kernels run, whether layers are recomputed, what was scored."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -132,7 +131,7 @@ class TrainingScreen:
     def __enter__(self) -> "TrainingScreen":
         if not self.console.quiet:
             self.level = TRAINING.level
-            TRAINING.setLevel(logging.INFO)
+            TRAINING.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
             TRAINING.addHandler(self.log_to_console)
         if self.progress is not None:
             self.progress.start()
@@ -141,7 +140,7 @@ class TrainingScreen:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.log_to_console in TRAINING.handlers:
+        if self.log_to_console in TRAINING.handlers:  # not added on a quiet screen
             TRAINING.removeHandler(self.log_to_console)
             TRAINING.setLevel(self.level)
         if self.progress is not None:
@@ -154,7 +153,7 @@ class TrainingScreen:
         if self.progress is None:
             self.console.print(f"step {values['step']}/{num_steps}  {text}  {values['seconds']:.1f} s", highlight=False)
             return
-        if self.task is None:
+        if self.task is None:  # only now the number of steps is known
             self.task = self.progress.add_task(text, total=num_steps)
         self.progress.update(self.task, completed=values["step"], description=text)
 
@@ -170,6 +169,7 @@ class TrainingScreen:
         self.console.print(table)
         if result.profile:
             self._profile(result)
+        # chain accuracy may choose a step without held-out rows
         if result.num_held_out or result.best_step != result.num_steps:
             early = ", stopped early" if result.stopped_early else ""
             self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")

@@ -20,14 +20,14 @@ from cpo_fast.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a mapping with the same key twice (PyYAML keeps the last one silently)."""
+    """A safe loader that refuses a mapping with the same key twice."""
 
 
 def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
-        if key in seen:
+        if key in seen:  # PyYAML keeps the last one silently
             raise ConfigError(
                 f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: key '{key}' appears twice; delete one of them"
             )
@@ -47,13 +47,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: the file is unreadable or not a mapping, a key is unknown or doubled, or a value has a wrong type.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(Path(path))
+    values = {} if path is None else _read_yaml(Path(path))
+    source = "command line" if path is None else str(path)
     for override in overrides:
         _apply_override(values, override)
-    values = _with_preset(values, source=str(path) if path is not None else "command line")
-    return validate_config(values, source=str(path) if path is not None else "command line")
+    # last, so that file and overrides win over it, and an override may name it
+    return validate_config(_with_preset(values, source), source)
 
 
 def validate_config(values: dict[str, Any], source: str = "configuration") -> Config:
@@ -70,7 +69,7 @@ def dump_config(config: Config) -> str:
 
 
 def config_hash(config: BaseModel) -> str:
-    """First 16 hex digits of the SHA-256 of a section's canonical JSON. Names what produced a file."""
+    """First 16 hex digits of the SHA-256 of a section's canonical JSON, which name what produced a file."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -83,7 +82,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the configuration is not UTF-8 text; save it as UTF-8") from None
     loader = _UniqueKeyLoader(text)
-    loader.name = str(path)
+    loader.name = str(path)  # in the marks of errors
     try:
         values = loader.get_single_data()
     except yaml.YAMLError as error:
@@ -105,7 +104,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override '{override}' is not of the form section.key=value, such as train.lr=5e-6")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text)  # YAML 1.1 reads 5e-6 as text, of which pydantic makes a number
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': the value is not valid YAML; quote it") from None
     *sections, last = key.split(".")
@@ -124,10 +123,10 @@ def _with_preset(values: dict[str, Any], source: str) -> dict[str, Any]:
         return values
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{source}: preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    merged = copy.deepcopy(PRESETS[name])
+    merged = copy.deepcopy(PRESETS[name])  # the update below must not reach the preset itself
     for section, given in values.items():
         if isinstance(given, dict) and isinstance(merged.get(section), dict):
-            merged[section].update(given)
+            merged[section].update(given)  # one level: no section holds another
         else:
             merged[section] = given
     return merged
@@ -138,7 +137,7 @@ def _sentence(item: Any, source: str) -> str:
     key = ".".join(location)
     if item["type"] != "extra_forbidden":
         got = f", got {item['input']!r}" if not isinstance(item["input"], dict | BaseModel) else ""
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ")  # what pydantic puts before a validator's own sentence
         return f"{source}: {key or 'configuration'}: {message}{got}"
     nearest = difflib.get_close_matches(key, ["preset", *_known_keys(Config)], n=1, cutoff=0.5)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -322,6 +322,7 @@ class Config(Section):
             raise ValueError("search.value_impossible must be smaller than search.value_likely")
         if self.data.path and self.data.mixture:
             raise ValueError("data.path and data.mixture exclude each other; put the path into the mixture")
+        # accuracy is measured on task.path, which needs nothing held out
         if self.train.patience is not None and not self.data.held_out and self.train.stop_on == "held_out_loss":
             raise ValueError("train.patience needs held-out questions: set data.held_out, such as 0.1")
         return self
@@ -340,10 +341,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "value_impossible": 1.0,
         },
         "pairs": {"rule": "all", "weight": "pair"},
-        "data": {
-            "eos": "final",
-            "held_out": 0.1,
-        },  # the paper splits at random over pairs; a question-level split is ours
+        # the paper splits at random over pairs; a question-level split is ours
+        "data": {"eos": "final", "held_out": 0.1},
         "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]},
         "train": {
             "beta": 0.1,

@@ -4,7 +4,6 @@
     weigh               factors of the pairs' losses
     epoch_batches       the examples of every optimizer step of an epoch
 
-Pairs of one question share its prompt and most of its thoughts, so a split by pair would validate on what was trained.
 There is no sampler state to save or lose.
 """
 
@@ -23,14 +22,9 @@ from cpo_fast.errors import DataError
 def split_by_question(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples), each in the order given.
 
-    Which questions are held out depends on their names and the seed, not on the order of the examples. A larger fraction
-    holds out a superset.
-
     Args:
-        examples: of all questions.
         fraction: share of the questions to hold out. 0 holds out none, anything above at least one, and one question
             always stays to train on.
-        seed: the run's seed.
 
     Raises:
         ValueError: the fraction is not in [0, 1). DataError: there are not two questions to part.
@@ -39,13 +33,14 @@ def split_by_question(examples: Sequence[Example], fraction: float, seed: int) -
         raise ValueError(f"expected a fraction in [0, 1), got {fraction}")
     if fraction == 0:
         return list(examples), []
+    # by question: its pairs share the prompt and most thoughts, so a split by pair would validate on what was trained
     groups = {example.group for example in examples}
     if len(groups) < 2:
         raise DataError(
             f"data.held_out={fraction} needs at least two questions, the data has {len(groups)}; set data.held_out=0"
         )
     count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    names = draw(groups, count, seed, "held_out")
+    names = draw(groups, count, seed, "held_out")  # a larger count holds out a superset
     held_out = [example for example in examples if example.group in names]
     return [example for example in examples if example.group not in names], held_out
 
@@ -88,6 +83,6 @@ def epoch_batches(
         members: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
-        names = list(members)
+        names = list(members)  # in the order of the data
         indices = [index for place in generator.permutation(len(names)) for index in members[names[place]]]
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]

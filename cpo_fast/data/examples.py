@@ -1,14 +1,12 @@
 """The example as training sees it, and how one data row becomes one.
 
 A row gives its ids in `*_token_ids`, which are used as they are, or its text or conversations, which are tokenised as a
-preference trainer of Hugging Face TRL tokenises them. Text is tokenised together with its prompt, as it would stand in one
-sequence. A conversation goes through the tokenizer's chat template: the prompt with the cue for an answer, the prompt
-followed by each response without. Either way
+preference trainer of Hugging Face TRL tokenises them: text together with its prompt, as it would stand in one sequence, a
+conversation through the tokenizer's chat template. Either way
 
     prompt = the longest prefix that the ids of the prompt share with the ids of prompt + response, for every response
 
-so a token that merges across the boundary belongs to the response and is trained. Nothing is cut: a row becomes a whole
-example, or a `BadRow` says why not.
+Nothing is cut: a row becomes a whole example, or a `BadRow` says why not.
 """
 
 import json
@@ -88,10 +86,10 @@ class RowParser:
         if not conversational:  # its template ended a conversation already
             finals = [row.get(f"{name}_final", True) for name in self.names]
             responses = [self._ended(ids, final) for ids, final in zip(responses, finals, strict=True)]
-        if len(set(responses)) < len(responses):
+        if len(set(responses)) < len(responses):  # texts that differ may have the same tokens
             raise BadRow("chosen equals rejected after tokenisation")
         self._check_length(len(prompt), max(len(ids) for ids in responses))
-        step = row.get("step")
+        step = row.get("step")  # data of others may hold no number there
         return Example(prompt, tuple(responses), group, step if type(step) is int else 0, source), merged
 
     def _ended(self, ids: Ids, final: Any) -> Ids:
@@ -112,9 +110,6 @@ class RowParser:
 def with_extracted_prompt(row: Row) -> Row:
     """The row with `prompt` as what `chosen` and `rejected` begin with in common, by character or by message.
 
-    As TRL's `extract_prompt`: where one response begins the other, the last common piece stays with the responses, and a
-    space before the first difference goes to the responses.
-
     Raises:
         BadRow: the two responses are not both text or both conversations.
     """
@@ -129,6 +124,8 @@ def with_extracted_prompt(row: Row) -> Row:
     for name in ("chosen", "rejected"):
         if not isinstance(chosen, list) and not isinstance(row[name], str):
             raise BadRow(f"'{name}' is not text", type(row[name]).__name__)
+    # as TRL's `extract_prompt`: where one response begins the other, the last common piece stays with the responses, and a
+    # space before the first difference goes to the responses
     shorter = min(len(chosen), len(rejected))
     common = next((place for place in range(shorter) if chosen[place] != rejected[place]), max(shorter - 1, 0))
     if isinstance(chosen, str) and 0 < common < shorter and chosen[common] != rejected[common]:
@@ -143,6 +140,7 @@ def prompt_text(row: Row) -> str:
 
 def _token_ids(row: Row, key: str) -> Ids:
     value = row[key]
+    # `type`, because a bool passes isinstance
     if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
         raise BadRow(f"'{key}' is not a list of token ids")
     return tuple(value)
@@ -152,7 +150,7 @@ def _encode(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[Ids, list[I
     """(prompt ids, ids of each response, whether a token merged across the boundary) of text or conversations."""
     for name in ("prompt", *names):
         _check_kind(row, name)
-    try:
+    try:  # JSON lets half a surrogate pair through, which no tokenizer reads
         json.dumps([row[name] for name in ("prompt", *names)], ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow("a text holds a lone surrogate", f"character {error.object[error.start : error.end]!a}") from None
@@ -166,6 +164,7 @@ def _encode(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[Ids, list[I
     else:
         prompt = encode_prompt(tokenizer, row["prompt"])
         sequences = [encode_prompt(tokenizer, row["prompt"] + row[name]) for name in names]
+    # a token that merges across the boundary belongs to the response and is trained
     common = min(common_prefix_length(prompt, ids) for ids in sequences)
     return tuple(sequences[0][:common]), [tuple(ids[common:]) for ids in sequences], common < len(prompt)
 
@@ -206,6 +205,7 @@ def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[l
         raise DataError("the data holds conversations, but the tokenizer has no chat template; use an instruct model")
     try:
         tools = row.get("tools")
+        # TRL takes tools as JSON text too
         options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
         options |= row.get("chat_template_kwargs") or {}
 
@@ -213,6 +213,7 @@ def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[l
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more, **options)
             return list(encoded["input_ids"])
 
+        # the prompt ends in the cue for an answer; in a sequence the template itself opens the response
         return ids(row["prompt"], add_generation_prompt=True), [ids(row["prompt"] + row[name]) for name in names]
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise BadRow("the chat template refuses the conversation", str(error)) from None

@@ -1,18 +1,8 @@
 """Training files to examples: search trees, pairs, completions, or any preference set of others.
 
 `data.path` is one data set, `data.mixture` several with shares of the questions. Trees become rows by the rule of
-section `pairs`, any other file holds its rows already, and `train.method` says which responses a row must have. A row may
-hold them as ids, text or conversations, and leave the prompt out where both responses begin with it (see
-`cpo_fast.data.examples`). Bad rows are counted by reason and written to `dropped.jsonl` with file:line. Above
-`data.max_drop` they end the run.
-
-`pairs.num_questions` draws questions by the seed: among the trees with a winning path, whatever the rule, so that every
-rule and supervised fine-tuning get the same ones. Of a mixture every data set gives
-
-    n_i = w_i * scale,   scale = min(total / sum of w, min over i of size_i / w_i)
-
-questions. The shares are those of the weights, exactly up to rounding. Without a total the mixture is as large as the
-shares allow.
+section `pairs`, any other file holds its rows already, and `train.method` says which responses a row must have. Bad rows
+are counted by reason and written to `dropped.jsonl` with file:line. Above `data.max_drop` they end the run.
 """
 
 import json
@@ -56,7 +46,6 @@ class LoadedExamples:
 
     @property
     def dropped_by_reason(self) -> dict[str, int]:
-        """Counts of dropped rows, most frequent first."""
         return dict(Counter(row["reason"] for row in self.dropped).most_common())
 
 
@@ -81,7 +70,7 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
         for question, place, row in source.rows(questions):
             try:
                 if isinstance(row, BadRow):
-                    raise row
+                    raise row  # counted below, with those that parse to no example
                 group = _group(question, row, source.path, bool(config.data.mixture))
                 example, merged = parser.parse(row, place, group, source.implicit_prompt)
                 ids = (example.prompt_ids, *example.responses)
@@ -89,7 +78,7 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
                     raise BadRow("duplicate", f"of {first_place[ids]}")
             except RecursionError:
                 loaded.dropped.append(_record(place, BadRow("the JSON is nested too deeply"), ""))
-            except BadRow as bad:
+            except BadRow as bad:  # a line that is no object is kept as its text
                 loaded.dropped.append(_record(place, bad, bad.text if bad is row else row))
             else:
                 first_place[ids] = place
@@ -102,7 +91,7 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
 
 
 def _group(question: str, row: Row, path: str, in_mixture: bool) -> str:
-    """The question across data sets: ids of trees are unique in their file only, hashes of prompts everywhere."""
+    # ids of trees are unique in their file only, hashes of prompts everywhere
     if not in_mixture or "tree" not in row:
         return question
     return f"{row.get('task') or path}:{question}"
@@ -129,6 +118,7 @@ def _check_drop_rate(config: Config, loaded: LoadedExamples) -> None:
         else:
             what = f"pair: by pairs.rule={config.pairs.rule} no winning path of its trees has a loser"
         raise DataError(f"{label}: no {what}; look at `cpo-fast pairs`, or collect more questions")
+    # with no example left nothing can be trained, whatever data.max_drop allows
     if not loaded.examples or num_dropped > config.data.max_drop * total:
         raise DataError(
             f"{label}: {num_dropped} of {total} rows are bad, more than data.max_drop={config.data.max_drop} allows: "
@@ -176,18 +166,17 @@ class RowSource:
 
 
 class TreeSource:
-    """A data set of search trees."""
+    """A data set of search trees. Raises DataError with file:line."""
 
     implicit_prompt = False
 
     def __init__(self, path: str, config: Config) -> None:
-        """Read the trees. Raises DataError with file:line."""
         self.path, self.config = path, config
         self.reader = TreeFileReader(path)
         self.questions = self.reader.questions
 
     def rows(self, questions: AbstractSet[str]) -> Iterator[SourceRow]:
-        """The rows that the trees of these questions have in a file. A tree becomes training data in no other way."""
+        """The rows that `cpo-fast pairs` would write of these questions' trees."""
         made = self.reader.rows(self.config.pairs, self.config.seed, questions, self.config.train.method)
         reasons = Counter(record["reason"] for record in made.unused) + Counter(made.trees_without.values())
         if reasons:
@@ -238,6 +227,7 @@ def _open(path: str, config: Config) -> RowSource | TreeSource:
     if not begin:
         raise DataError(f"{path}: the file has no rows; check data.path")
     first = begin[-1][1]
+    # prompts stand in files beside the trees, which a hub data set has not
     if not isinstance(first, BadRow) and "nodes" in first and not is_hub(path):
         return TreeSource(path, config)  # its lines are parsed there, the ones after the first only there
     shaping = {"rule": config.pairs.rule, "rejected_fraction": config.pairs.rejected_fraction}
@@ -251,17 +241,18 @@ def _open(path: str, config: Config) -> RowSource | TreeSource:
 
 
 def apportion(weights: Sequence[float], sizes: Sequence[int], total: int | None) -> list[int]:
-    """Questions to take from each data set.
+    """Questions to take from each data set, in the shares of `weights`, exactly up to rounding:
+
+        n_i = w_i * scale,   scale = min(total / sum of w, min over i of size_i / w_i)
 
     Args:
         weights: relative shares, positive.
         sizes: questions that each data set has.
-        total: questions in all, or None for as many as the shares allow. Where a data set is too small for its share,
-            all give fewer, so that the shares hold.
+        total: questions in all, or None for as many as the shares allow.
     """
     largest = min(size / weight for size, weight in zip(sizes, weights, strict=True))
     wanted = math.inf if total is None else total / sum(weights)
-    if total is None or wanted > largest:
+    if total is None or wanted > largest:  # a data set is too small for its share: all give fewer
         # the data set that sets the limit gives everything, of which floor would lose a question to rounding
         return [min(size, math.floor(weight * largest + 1e-9)) for size, weight in zip(sizes, weights, strict=True)]
     exact = [weight * wanted for weight in weights]
@@ -285,5 +276,5 @@ def _question(row: Row | BadRow, implicit_prompt: bool) -> str:
         else:
             content = prompt_text(with_extracted_prompt(row) if implicit_prompt else row)
     except (BadRow, KeyError, TypeError, RecursionError):
-        return ""
+        return ""  # parsing will say what is wrong
     return short_hash(content)

@@ -2,8 +2,7 @@
 
 A row carries the texts that other libraries read, the exact ids of the search, and where it came from. Rows are written to
 JSON lines, or to parquet where the name ends so, and what was left out beside them, to `<name>.dropped.jsonl`, with the
-reason. Same trees, configuration and seed: same bytes. Training on trees takes the very same rows (`TreeFileReader.rows`),
-so that a file and its trees are one set of training data.
+reason. Training on trees takes the very same rows (`TreeFileReader.rows`). Same trees, configuration and seed: same bytes.
 """
 
 from collections import Counter
@@ -45,12 +44,10 @@ class TreeRows:
 
     @property
     def unused_by_reason(self) -> dict[str, int]:
-        """Counts of the examples that were left out, most frequent first."""
         return dict(Counter(record["reason"] for record in self.unused).most_common())
 
     @property
     def trees_without_by_reason(self) -> dict[str, int]:
-        """Counts of the trees that gave no row, most frequent first."""
         return dict(Counter(self.trees_without.values()).most_common())
 
 
@@ -65,9 +62,8 @@ def write_rows(
 
     Args:
         trees_path, rows_path: from where to where, JSON lines or `*.parquet`.
-        config: default: rule `all`, everything. Of it, method `sft` uses `num_questions`.
-        seed: of the draws.
-        method: as `train.method`.
+        config: default: rule `all`, everything. Method `sft` uses its `num_questions` alone.
+        seed: of the draws. method: as `train.method`.
 
     Raises:
         DataError: the trees are not readable, at file:line. EnvironmentProblem: parquet without pyarrow.
@@ -97,17 +93,17 @@ def write_dropped(path: str | Path, records: list[Row]) -> None:
 
 
 class TreeFileReader:
-    """A `trees.jsonl` with the prompts that stand beside it."""
+    """A `trees.jsonl` with the prompts that stand beside it. Raises DataError with file:line."""
 
     def __init__(self, path: str | Path) -> None:
-        """Read every tree and prompt. Raises DataError with file:line."""
         self.trees = read_trees(path)
         hashes = dict.fromkeys(tree.prompt_hash for tree in self.trees)
         self.prompts = {prompt_hash: read_prompt(path, prompt_hash) for prompt_hash in hashes}
 
     @property
     def questions(self) -> list[str]:
-        """Ids of the trees with a winning path: whatever the rule, the same questions are drawn from these."""
+        """Ids of the trees with a winning path."""
+        # whatever the rule makes of them, so that every rule and supervised fine-tuning draw the same questions
         return [tree.id for tree in self.trees if tree.winning_nodes]
 
     def draw_questions(self, count: int | None, seed: int) -> set[str]:
@@ -117,7 +113,7 @@ class TreeFileReader:
     def rows(self, config: PairsConfig, seed: int, questions: AbstractSet[str], method: str) -> TreeRows:
         """Rows for `train.method` of the trees named in `questions`, each sequence of tokens once."""
         made = TreeRows()
-        seen: set[tuple[Any, ...]] = set()
+        seen: set[tuple[Any, ...]] = set()  # ids of rows: two questions of a file may be the same
         for tree in self.trees:
             if not tree.winning_nodes or tree.id not in questions:
                 made.trees_without[tree.id] = OUTSIDE_QUESTIONS if tree.winning_nodes else tree.status
@@ -145,14 +141,12 @@ class TreeFileReader:
 
 
 def tree_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
-    """One line of `pairs.jsonl` or `sft.jsonl`: the texts that others read, the exact ids, and the provenance.
-
-    The ids are those of the search: root ids as tokenised, thoughts as generated.
-    """
+    """One line of `pairs.jsonl` or `sft.jsonl`: the texts that others read, the exact ids, and the provenance."""
     names = RESPONSES["preference" if len(example.last) == 2 else "sft"]
     responses = {name: response(tree, example.parent, last) for name, last in zip(names, example.last, strict=True)}
     row: Row = {"prompt": state_text(tree, prompt, example.parent)}
     row |= {name: _text(nodes) for name, nodes in responses.items()}
+    # the ids of the search, root as tokenised and thoughts as generated: text tokenised again may give others
     row["prompt_token_ids"] = [*tree.root_ids(prompt), *tree.path_ids(example.parent)]
     row |= {f"{name}_token_ids": [t for node in nodes for t in node.token_ids] for name, nodes in responses.items()}
     row |= {f"{name}_final": ends_chain(nodes[-1]) for name, nodes in responses.items()}
@@ -218,6 +212,7 @@ def _audit(rows: Sequence[Row]) -> StepAudit:
     lengths = zip((len(row["prompt_token_ids"]) for row in rows), chosen, rejected, strict=True)
     return StepAudit(
         num_pairs=len(rows),
+        # trees of two questions may have equal prompts
         num_states=len({(row["tree"], tuple(row["prompt_token_ids"])) for row in rows}),
         chosen_value=_mean([row["chosen_value"] for row in rows if row["chosen_value"] is not None]),
         rejected_value=_mean([row["rejected_value"] for row in rows if row["rejected_value"] is not None]),

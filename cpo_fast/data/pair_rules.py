@@ -10,15 +10,7 @@ the winning paths are never used.
     fpo     each winning path against each other complete path, whole, at most `max_fpo_pairs` a question
 
 A thought without a value (no verdict was readable) ranks below every value, as the search ranks it: it is below any
-winner that has a value, and nothing is below a winner without one. `rejected_fraction` draws among the losers before the
-rule looks at them. Gold answers, times and file order do not enter.
-
-Draws depend on names alone, and there is no generator state:
-
-    uniform(seed, names) = first 53 bits of SHA-256(seed, names) / 2^53
-
-So row order, file order and other questions change nothing, and draws are nested: what a share of 0.2 takes, a share of
-0.3 takes too.
+winner that has a value, and nothing is below a winner without one. Gold answers, times and file order do not enter.
 """
 
 import hashlib
@@ -65,16 +57,11 @@ class Selection:
 
 
 def select_pairs(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Selection:
-    """The pairs of one tree, and the couples of winner and loser that became none.
-
-    Args:
-        tree: the tree.
-        config: rule, rejected_fraction and max_fpo_pairs are used.
-        seed: key of the draws, together with the tree's id and the nodes' ids.
-    """
+    """The pairs of one tree, and the couples of winner and loser that became none. Seed and ids key every draw."""
     pairs: list[TreeExample] = []
     unused: list[tuple[TreeExample, str]] = []
     for parent, step, winners, losers in _sibling_groups(tree, whole_paths=config.rule == "fpo"):
+        # before the rule looks at them; nested, because what a share of 0.2 takes, a share of 0.3 takes too
         drawn = [loser for loser in losers if uniform(seed, "rejected", tree.id, loser.id) < config.rejected_fraction]
         drawn_ids = {loser.id for loser in drawn}
         # min keeps the first of equals, and siblings stand in sample order
@@ -95,7 +82,7 @@ def select_pairs(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Select
                     unused.append((pair, reason))
                 else:
                     pairs.append(pair)
-    if config.rule == "fpo" and len(pairs) > config.max_fpo_pairs:
+    if config.rule == "fpo" and len(pairs) > config.max_fpo_pairs:  # drawn, and left in node order
         order = sorted(pairs, key=lambda pair: uniform(seed, "fpo", tree.id, *pair.node_ids))
         kept = {pair.node_ids for pair in order[: config.max_fpo_pairs]}
         unused += [(pair, OVER_CAP) for pair in pairs if pair.node_ids not in kept]
@@ -117,7 +104,7 @@ def response(tree: SearchTree, parent: int, last: Node) -> list[Node]:
 
 
 def response_ids(tree: SearchTree, parent: int, last: Node) -> list[int]:
-    """Their token ids."""
+    """Token ids of `response`."""
     return [token for node in response(tree, parent, last) for token in node.token_ids]
 
 
@@ -127,7 +114,11 @@ def draw(names: Iterable[str], count: int, seed: int, purpose: str) -> set[str]:
 
 
 def uniform(seed: int, *names: str | int) -> float:
-    """A number in [0, 1) for these names. Different purposes pass different first names."""
+    """A number in [0, 1) for these names: the first 53 bits of SHA-256(seed, names) / 2^53.
+
+    There is no generator state, so row order, file order and other questions change nothing. Different purposes pass
+    different first names.
+    """
     content = canonical_json([seed, *names])
     digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -55,8 +56,12 @@ def convert_demo_model(gguf: Path | None = None) -> Path:
     Raises:
         EnvironmentProblem: the package or a library is missing, or the cache folder cannot be written.
     """
-    gguf = find_gguf() if gguf is None else gguf
-    with open(gguf, "rb") as file:
+    return converted_once(find_gguf() if gguf is None else gguf, _convert)
+
+
+def converted_once(source: Path, convert: Callable[[Path, Path], None]) -> Path:
+    """The folder in the cache that `convert(source, folder)` wrote, now or earlier, for a source of these bytes."""
+    with open(source, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_folder() / name
     if _is_whole(folder):
@@ -65,7 +70,7 @@ def convert_demo_model(gguf: Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")):
             if not _is_whole(folder):  # another process may have converted it while this one waited
-                _convert_into(gguf, folder)
+                _convert_into(source, folder, convert)
     except OSError as error:
         raise EnvironmentProblem(
             f"{folder}: the converted model cannot be stored ({error.strerror or error}); free 300 MB there, or set "
@@ -78,12 +83,12 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _NEEDED_FILES)
 
 
-def _convert_into(gguf: Path, folder: Path) -> None:
+def _convert_into(source: Path, folder: Path, convert: Callable[[Path, Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.partial")
     for stale in (aside, folder):
         if stale.exists():
             shutil.rmtree(stale)
-    _convert(gguf, aside)
+    convert(source, aside)
     for file in aside.iterdir():
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())

@@ -8,12 +8,9 @@ A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
     max_steps       so many lines are complete and none is an answer
     max_new_tokens  so many tokens are generated
 
-`ChainReader` decides that for both ways of generating, so they agree on what a chain is.
-
-`engine_chain` asks the engine that grows the trees, one line at a time. Seconds of a chain and of a tree then compare:
-both read the few-shot prompt from one cache and pay the same for a token. `greedy_chains` calls `model.generate` on
-batches padded on the left. It computes the few-shot prompt anew for every row, and a row's tokens do not depend on its
-batch beyond floating-point noise. This is the way for throughput."""
+`ChainReader` decides that for both ways of generating. `engine_chain` asks the engine that grows the trees, so that
+seconds of a chain and of a tree compare. `greedy_chains` calls `model.generate` on batches, for throughput.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -31,32 +28,21 @@ Stop = Literal["answer", "eos", "question", "max_steps", "max_new_tokens"]
 
 @dataclass(frozen=True)
 class Chain:
-    """One generated chain.
-
-    Attributes:
-        text: the generated text, without what a token holds past the last newline when a newline ended the chain.
-        token_ids: the generated ids, an end-of-sequence left out.
-        stop: why generation ended. See the module's docstring.
-        seconds: wall time. For a row of a batch, the batch's divided by the rows in it.
-    """
+    """One generated chain."""
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # as generated, an end-of-sequence left out
     stop: Stop
-    seconds: float
+    seconds: float  # wall time, of a row of a batch the batch's divided by its rows
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens. An end-of-sequence was generated too and counts."""
-        return len(self.token_ids) + (self.stop == "eos")
+        return len(self.token_ids) + (self.stop == "eos")  # an end-of-sequence was generated too
 
     def answer(self, task: Task) -> str | None:
-        """The normalised answer if the chain reached a complete answer line, else None.
-
-        A chain that a cap cut inside its answer line has none: its number may be half a number.
-        """
+        """The normalised answer if the chain reached a complete answer line, else None."""
         if self.stop not in ("answer", "eos"):
-            return None
+            return None  # a cap may have cut the number in half
         lines = [line for line in self.text.split("\n") if task.is_answer_line(line)]
         return task.parse_answer(lines[0]) if lines else None
 
@@ -65,10 +51,8 @@ class ChainReader:
     """Takes the tokens of one chain as they are generated.
 
     Args:
-        tokenizer: turns ids into text.
-        task: says what an answer line is.
-        max_steps: cap on the lines, the answer line included.
-        max_new_tokens: cap on the tokens.
+        tokenizer: turns ids into text. task: says what an answer line is.
+        max_steps, max_new_tokens: caps on the lines, the answer line included, and on the tokens.
 
     Attributes:
         token_ids: the ids so far.
@@ -87,8 +71,8 @@ class ChainReader:
         """Take one more token, which is no end-of-sequence."""
         assert self.stop is None, "a token after the end of its chain"
         self.token_ids.append(token)
+        # only a token with a newline can complete a line, so the whole text is decoded once per line
         if "\n" in self._decode([token]):
-            # only a token with a newline can complete a line, so the whole text is decoded once per line
             self.stop = self._stop_at_newline()
         if self.stop is None and len(self.token_ids) >= self._max_new_tokens:
             self.stop = "max_new_tokens"
@@ -101,6 +85,7 @@ class ChainReader:
         assert self.stop is not None, "the chain has not ended"
         text = self._decode(self.token_ids)
         if self.stop in ("answer", "question", "max_steps"):
+            # the token that brought the newline may go on after it
             text = text[: text.rindex("\n") + 1]
         return Chain(text, tuple(self.token_ids), self.stop, seconds)
 
@@ -120,15 +105,7 @@ class ChainReader:
 def engine_chain(
     engine: Engine, tokenizer: Any, prompt: Sequence[int], task: Task, max_new_tokens: int, max_steps: int
 ) -> Chain:
-    """One greedy chain.
-
-    Args:
-        engine: continues a prompt by one line, greedily at temperature 0.
-        tokenizer: its tokenizer.
-        prompt: token ids, at least one.
-        task: says what an answer line is.
-        max_new_tokens: cap on the chain.
-        max_steps: cap on its lines, the answer line included.
+    """One greedy chain after `prompt`, at least one token id. The caps are as for `ChainReader`.
 
     Raises:
         ValueError: a cap is below 1. From the engine, a prompt that does not fit the model, or logits not finite.
@@ -137,10 +114,11 @@ def engine_chain(
         raise ValueError(f"expected caps >= 1, got {max_new_tokens=}, {max_steps=}")
     start = time.perf_counter()
     reader = ChainReader(tokenizer, task, max_steps, max_new_tokens)
+    # line by line, because a request to an engine ends at a newline
     while reader.stop is None:
         state = (*prompt, *reader.token_ids)
         num_left = max_new_tokens - len(reader.token_ids)
-        # greedy: no random number is drawn, so the name does not matter
+        # greedy: no random number is drawn, so the name does not matter; kept, because the next line continues it
         (line,) = engine.answer(Requests((SampleRequest(state, "greedy", 0.0, 1.0, num_left),), keep=True))
         assert isinstance(line, Sample), "a request is answered by a sample"
         for token in line.token_ids:
@@ -158,8 +136,9 @@ class ChainEnd(StoppingCriteria):
         self._eos_ids = eos_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Read the newest column of `input_ids` [B, L] int64. Return which rows are done, [B] bool."""
+        """Read the newest column of `input_ids` [B, L] int64, and return which rows are done, [B] bool."""
         for reader, token in zip(self._readers, input_ids[:, -1].tolist(), strict=True):
+            # a row that has ended is padded while others go on
             if reader.stop is None and token in self._eos_ids:
                 reader.end_sequence()
             elif reader.stop is None:
@@ -178,16 +157,13 @@ def greedy_chains(
 ) -> Iterator[Chain]:
     """Yield one greedy chain per prompt, in order, a batch at a time.
 
-    Before the first batch one token is generated and thrown away: what a first call pays once is no question's cost.
+    A row's tokens do not depend on its batch beyond floating-point noise.
 
     Args:
-        model: a causal language model in eval mode, from `load_model`.
-        tokenizer: its tokenizer.
+        model: a causal language model in eval mode, from `load_model`, with its tokenizer.
         prompts: token ids of each prompt, none empty.
-        task: says what an answer line is.
-        max_new_tokens: cap on one chain.
-        max_steps: cap on its lines, the answer line included.
-        batch_size: prompts per call of `generate`.
+        task, max_new_tokens, max_steps: as for `ChainReader`.
+        batch_size: prompts per call of `generate`, which computes the few-shot prompt anew for every one.
 
     Raises:
         ValueError: a cap or the batch size is below 1, or a prompt is empty.
@@ -196,7 +172,7 @@ def greedy_chains(
         raise ValueError(f"expected caps and batch size >= 1, got {max_new_tokens=}, {max_steps=}, {batch_size=}")
     if not all(prompts):
         raise ValueError("expected prompts of at least one token, got an empty one")
-    if prompts:
+    if prompts:  # one token, thrown away: what a first call pays once is no question's cost
         _generate(model, tokenizer, prompts[:1], task, 1, max_steps)
     for start in range(0, len(prompts), batch_size):
         yield from _generate(model, tokenizer, prompts[start : start + batch_size], task, max_new_tokens, max_steps)
@@ -211,6 +187,7 @@ def _generate(
     readers = [ChainReader(tokenizer, task, max_steps, max_new_tokens) for _ in prompts]
     start = time.perf_counter()
     longest = max(map(len, prompts))
+    # padded on the left, so that every row's next token follows its prompt
     input_ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts])  # [B, L] int64
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # [B, L] int64
     model.generate(
@@ -230,7 +207,7 @@ def _generate(
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's end-of-sequence and whatever the model's generation config adds (chat models name several)."""
+    # chat models name several ends in their generation config, and not always the tokenizer's
     named = model.generation_config.eos_token_id
     ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return {token for token in ids if token is not None}

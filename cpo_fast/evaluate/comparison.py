@@ -1,8 +1,7 @@
 """Two evaluations on the same questions: paired tests, what each costs, and what else differed between them.
 
 Every question stands in both, so the tests are paired (`statistics` has their equations). Differences of settings are
-stated as sentences: a comparison of two prompts is legitimate, but the reader must see that it is one. Different sets of
-questions are refused.
+stated as sentences, different sets of questions are refused.
 """
 
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from cpo_fast.errors import DataError
 from cpo_fast.evaluate.result import Evaluation, QuestionResult
 from cpo_fast.evaluate.statistics import mcnemar_exact, paired_bootstrap
 
-NUM_RESAMPLES = 10_000
+NUM_RESAMPLES = 10_000  # of the bootstrap
 CONFIDENCE = 0.95
 
-# what is stated when it differs: field of the summary, and how a sentence names it
+# what is stated when it differs, for a comparison of two prompts, say, is legitimate if the reader sees that it is one:
+# field of the summary, and how a sentence names it
 STATED = {
     "task": "task",
     "method": "method",
@@ -34,13 +34,7 @@ STATED = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric, paired.
-
-    Attributes:
-        first, second: means over the graded questions.
-        difference: second - first.
-        interval: its bootstrap interval.
-    """
+    """One metric, paired: means over the graded questions, second - first, and its bootstrap interval."""
 
     first: float
     second: float
@@ -56,9 +50,9 @@ class Comparison:
         first, second: their names.
         num_questions: questions in both. num_graded: those with a reference answer. The tests are over them.
         num_both, num_only_first, num_only_second, num_neither: graded questions by who is right.
-        mcnemar_p: exact two-sided p-value. None when nothing is graded.
+        mcnemar_p: exact two-sided p-value, or None when nothing is graded.
         metrics: `accuracy` (the task's own verdict) and each metric that both have.
-        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions. None over zero.
+        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions, or None over zero.
         num_resamples, confidence, seed: of the bootstrap.
         stated: a sentence for each thing that differs besides the answers.
     """
@@ -83,19 +77,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often a greedy chain gives the answer that a tree has voted for.
+    """How often a greedy chain gives the answer that a tree has voted for."""
 
-    Attributes:
-        label: the evaluation of the chain.
-        source: where the votes are from: the trees' file, or the label of an evaluation.
-        num_voted: questions of the chain with a voted answer there.
-        num_agree: those where the chain's answer is the same after normalisation.
-    """
-
-    label: str
-    source: str
-    num_voted: int
-    num_agree: int
+    label: str  # the evaluation of the chain
+    source: str  # of the votes: the trees' file, or the label of an evaluation
+    num_voted: int  # questions of the chain with a voted answer there
+    num_agree: int  # those where the chain's answer is the same after normalisation
 
     @property
     def share(self) -> float:
@@ -126,8 +113,8 @@ def compare(
         num_neither=len(graded) - num_both - num_only_first - num_only_second,
         mcnemar_p=mcnemar_exact(num_only_first, num_only_second) if graded else None,
         metrics=_metrics(graded, seed, num_resamples),
-        seconds_ratio=_ratio(second.seconds.mean, first.seconds.mean),
-        tokens_ratio=_ratio(second.tokens.mean, first.tokens.mean),
+        seconds_ratio=second.seconds.mean / first.seconds.mean if first.seconds.mean else None,
+        tokens_ratio=second.tokens.mean / first.tokens.mean if first.tokens.mean else None,
         num_resamples=num_resamples,
         confidence=CONFIDENCE,
         seed=seed,
@@ -138,9 +125,8 @@ def compare(
 def _paired(
     first: Evaluation, second: Evaluation, names: tuple[str, str]
 ) -> list[tuple[QuestionResult, QuestionResult]]:
-    """The results of each question side by side, in the order of the first. See `compare` for what is refused."""
     ours, theirs = ({result.id: result for result in each.results} for each in (first, second))
-    for identity in chain(ours, theirs):
+    for identity in chain(ours, theirs):  # both ways round: either may hold a question that the other lacks
         if identity not in ours or identity not in theirs:
             here, there = names if identity in ours else names[::-1]
             raise DataError(
@@ -162,6 +148,7 @@ def _metrics(
     if not graded:
         return {}
     scores = {"accuracy": [(float(bool(one.correct)), float(bool(other.correct))) for one, other in graded]}
+    # a metric that a part of the questions lacks would be a mean over others than `accuracy`
     for name in sorted(set.intersection(*({*one.scores} & {*other.scores} for one, other in graded))):
         scores[name] = [(one.scores[name], other.scores[name]) for one, other in graded]
     return {name: _difference(pairs, seed, num_resamples) for name, pairs in scores.items()}
@@ -170,12 +157,9 @@ def _metrics(
 def _difference(pairs: Sequence[tuple[float, float]], seed: int, num_resamples: int) -> Difference:
     first, second = [one for one, _ in pairs], [other for _, other in pairs]
     means = sum(first) / len(pairs), sum(second) / len(pairs)
+    # every metric draws the same questions: equal seeds
     interval = paired_bootstrap(first, second, num_resamples, seed, CONFIDENCE)
     return Difference(*means, means[1] - means[0], interval)
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
 
 
 def _stated(first: Evaluation, second: Evaluation, names: tuple[str, str]) -> tuple[str, ...]:

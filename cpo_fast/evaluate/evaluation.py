@@ -3,14 +3,7 @@
 The prompt is the task's own, tokenised as the search tokenises it, so a model is measured on the very format it was
 trained on. With `eval.batch_size: 1` chains run through the search engine, one question at a time, which is what
 latency is quoted at. Larger batches run through `generate`, and a question's seconds are its batch's divided by its
-questions. A tree is always searched alone. Gold answers are read after everything is generated.
-
-A tree of thought answers by the search of `collect` and its vote, and is charged every token that it generated:
-
-    tokens = all thoughts (the losers, duplicates and empty ones included) + all sampled verdicts
-
-End-of-sequence tokens count. With `evaluator: logits` a verdict generates nothing, and its forward shows in the seconds
-alone. The tree itself is not kept: `collect` keeps trees.
+questions. A tree is always searched alone, answers by its vote, and is not kept.
 """
 
 import logging
@@ -26,14 +19,8 @@ from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
-from cpo_fast.search.collect import (
-    EngineMaker,
-    build_engine,
-    configured_engine,
-    load_searched_model,
-    searched_weights,
-)
-from cpo_fast.search.engine import Engine, run_search
+from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
+from cpo_fast.search.engine import Engine, Requests, SampleRequest, run_search
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
@@ -41,8 +28,6 @@ from cpo_fast.tree import ROOT, comparable
 
 if TYPE_CHECKING:
     from cpo_fast.evaluate.chain import Chain
-    from cpo_fast.search.engine import Engine
-
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +44,7 @@ def evaluate(
     Args:
         config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
             lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
-        model: the model that `config.model` names, already loaded. None loads it. Give its tokenizer too.
-        tokenizer: see `model`.
+        model, tokenizer: those that `config.model` names, already loaded. None loads them.
         on_question: called with (questions done, questions in all) after each.
         make_engine: gives what answers chains that are asked one at a time, and searches.
 
@@ -93,7 +77,7 @@ def evaluate_methods(
     evaluations = []
     with searched_weights(model, config.search):
         for number, method in enumerate(methods):
-            results = []
+            results = []  # gold answers are read here, when an answer is generated
             for result in asker.ask_all(method):
                 results.append(result)
                 if on_question is not None:
@@ -149,7 +133,6 @@ class _Asker:
         return 0.0 if self._is_batched(method) else self._engine[1]
 
     def identity(self, method: Method) -> RunIdentity:
-        """What the answers of `method` follow from."""
         from cpo_fast.adapters import adapter_hash
         from cpo_fast.models import model_hash
 
@@ -157,7 +140,7 @@ class _Asker:
         settings: dict[str, Any] = {
             "max_steps": config.search.max_steps,
             "max_new_tokens": config.eval.max_new_tokens,
-            "merge_adapter": config.search.merge_adapter,
+            "merge_adapter": config.search.merge_adapter,  # rounds otherwise than a live adapter
         }
         if method == "tot":
             settings = {"search": config.search.result_settings(), "seed": config.seed}
@@ -169,6 +152,7 @@ class _Asker:
             dtype=dtype_name(self._model.dtype),
             device=str(self._model.device),
             task_hash=config_hash(config.task),
+            # a chain reads no evaluator prompt
             prompt_hash=short_hash(canonical_json(prompts if method == "tot" else prompts[:1])),
             settings_hash=short_hash(canonical_json(settings)),
             engine="generate" if self._is_batched(method) else config.search.engine,
@@ -208,7 +192,7 @@ class _Asker:
                 logger.warning("question %r failed: %s", question.id, answer.detail)
             yield answer
 
-    def _chain(self, engine: "Engine", question: Question) -> QuestionAnswer:
+    def _chain(self, engine: Engine, question: Question) -> QuestionAnswer:
         from cpo_fast.evaluate.chain import engine_chain
 
         caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
@@ -218,7 +202,7 @@ class _Asker:
     def _of_chain(self, chain: "Chain") -> QuestionAnswer:
         return QuestionAnswer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
 
-    def _tree(self, engine: "Engine", question: Question) -> QuestionAnswer:
+    def _tree(self, engine: Engine, question: Question) -> QuestionAnswer:
         return tree_answer(engine, self._config, self._prompts, question)
 
     def _result(self, question: Question, answer: QuestionAnswer) -> QuestionResult:
@@ -239,11 +223,9 @@ class _Asker:
         )
 
     @property
-    def _engine(self) -> "tuple[Engine, float]":
+    def _engine(self) -> tuple[Engine, float]:
         """The search engine with every shared prompt in its cache, and the seconds that took. Made when first used."""
         if self._engine_and_setup is None:
-            from cpo_fast.search.engine import Requests, SampleRequest
-
             start = time.perf_counter()
             engine = build_engine(self._config.search, self._prompts, self._model, self._make_engine)
             # what a first call pays once is no question's cost
@@ -255,10 +237,7 @@ class _Asker:
 
 
 def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> QuestionAnswer:
-    """Search one question alone and vote. Arguments as for `tree_search.search_question`.
-
-    The text is the winning path whose last thought has the largest value, and empty without a winner.
-    """
+    """Search one question alone and vote. The text is the best winning path, and empty without a winner."""
     start = time.perf_counter()
     tree = run_search(engine, search_question(config, prompts, question))
     seconds = time.perf_counter() - start
@@ -266,6 +245,7 @@ def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Ques
     best = max(tree.winning_nodes, key=lambda winner: comparable(tree.nodes[winner].value), default=ROOT)
     return QuestionAnswer(
         answer=tree.answer,
+        # losers, duplicates and empty thoughts included: a tree is charged all that it generated
         num_tokens=tree.num_thought_tokens + tree.num_verdict_tokens,
         seconds=seconds,
         stop=tree.status,

@@ -1,8 +1,7 @@
 """Everything that was evaluated in one run's folder, side by side: written as `eval.json`, `eval.md` and `eval.csv`.
 
 Evaluations on the same questions are compared in pairs. A pair on different questions is named and left out. Where a
-tree has answered a question that a chain was asked (in `trees.jsonl`, or by tree of thought), the two answers are held
-against each other: agreement with the vote is what training moves first, and it needs no reference answer.
+tree has answered a question that a chain was asked, the two answers are held against each other.
 """
 
 import json
@@ -47,11 +46,7 @@ class Overview:
 
 
 def run_overview(run: Path, seed: int) -> Overview:
-    """Read the evaluations that the folder `run` holds and put them side by side.
-
-    Args:
-        run: the folder.
-        seed: of the bootstrap.
+    """Read the evaluations that the folder `run` holds and put them side by side. `seed` is the bootstrap's.
 
     Raises:
         DataError: a file in it is damaged or of another version.
@@ -78,6 +73,7 @@ def run_overview(run: Path, seed: int) -> Overview:
 
 
 def _agreements(run: Path, evaluations: Sequence[Evaluation]) -> tuple[Agreement, ...]:
+    # agreement with the vote is what training moves first, and it needs no reference answer
     # (text of the question, its voted answer) by id; the text, because ids of two files may be alike
     votes: dict[str, dict[str, tuple[str, str | None]]] = {}
     if (run / TREES).exists():
@@ -96,7 +92,7 @@ def _agreements(run: Path, evaluations: Sequence[Evaluation]) -> tuple[Agreement
                     for result in evaluation.results
                     if result.id in voted and voted[result.id][0] == result.question
                 ]
-                pairs = [(answer, vote) for answer, vote in pairs if vote is not None]
+                pairs = [(answer, vote) for answer, vote in pairs if vote is not None]  # a tree may have no winner
                 if pairs:
                     num_agree = sum(answer == vote for answer, vote in pairs)
                     agreements.append(Agreement(evaluation.label, source, len(pairs), num_agree))

@@ -17,7 +17,7 @@ from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # of both files; another one is refused
 
 Method = Literal["cot", "tot"]
 
@@ -30,10 +30,10 @@ class QuestionResult:
         id: the question's id. question: its text.
         gold: reference answer, None when the file has none.
         answer: normalised answer, None when none could be read.
-        correct: the task's own verdict on it. None without a reference answer.
+        correct: the task's own verdict on it, or None without a reference answer.
         scores: every metric of the task, by name. Empty without a reference answer.
-        num_tokens: generated tokens, of a tree all of them: see `evaluation`.
-        num_verdict_tokens: those of them that were verdicts of a tree's evaluator.
+        num_tokens: generated tokens, ends of sequences included. Of a tree all of them, losers and verdicts too.
+        num_verdict_tokens: of these, the sampled verdicts of a tree. 0 with `evaluator: logits`, which generates none.
         seconds: wall time. With a batch size above 1, the batch's time divided by its questions.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
         chain: the generated text or, of a tree, its best winning path.
@@ -85,14 +85,12 @@ class Evaluation(RunIdentity):
 
     Attributes:
         label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
-        task: name of the task.
-        num_questions: questions asked.
+        task: name of the task. num_questions: questions asked.
         num_graded: those with a reference answer, over which accuracy and metrics are means.
         num_correct: graded and right.
-        num_unanswered: questions without a readable answer. Wrong when graded.
+        num_unanswered: questions without a readable answer, which are wrong when graded.
         num_failed: those of them that could not be asked. `detail` in their lines says why.
-        accuracy: num_correct / num_graded, None when nothing is graded.
-        interval: its Wilson 95 % interval.
+        accuracy: num_correct / num_graded, None when nothing is graded. interval: its Wilson 95 % interval.
         metrics: mean of each of the task's metrics over the graded questions that it is for. `numeric` is for those whose
             reference answer is a number.
         seconds: wall time per question. tokens: generated tokens per question.
@@ -180,7 +178,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
         if result.id in results:
             raise DataError(f"{path}:{number}: question '{result.id}' appears twice; evaluate again")
         results[result.id] = result
-    if len(results) != summary["num_questions"]:
+    if len(results) != summary["num_questions"]:  # the two are written one after the other
         raise DataError(
             f"{path}: {len(results)} questions, its summary {path.with_suffix('.json').name} counts "
             f"{summary['num_questions']}; the two are of different runs, evaluate again"

@@ -4,8 +4,8 @@ Wilson, with p = successes / n and z the normal quantile of the confidence:
 
     (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
 
-It stays inside [0, 1] and keeps its coverage at the small n and extreme p of a quick evaluation, where the textbook
-interval p ± z sqrt(p (1 - p) / n) collapses to a point (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
+It keeps its coverage at the small n and extreme p of a quick evaluation, where the textbook interval
+p ± z sqrt(p (1 - p) / n) collapses to a point (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927).
 
 Two models on the same questions need a paired test. The exact McNemar test, with b questions that only the first
 answers right and c that only the second does, n = b + c:
@@ -13,12 +13,12 @@ answers right and c that only the second does, n = b + c:
     p = min(1, 2 sum_{i <= min(b, c)} C(n, i) / 2^n)
 
 the two-sided sign test of "a discordant question is as likely to favour either side". Questions on which both agree say
-nothing about the difference (Q. McNemar, Psychometrika 12, 1947). The sum is made of integers, so it is exact and
-cannot overflow.
+nothing about the difference (Q. McNemar, Psychometrika 12, 1947).
 
 The bootstrap resamples the n questions with replacement, B times, and takes percentiles of the mean difference. It
 needs no model of the scores, so it serves F1 and accuracy alike. With a few dozen questions it is somewhat too narrow,
-as every percentile interval is (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)."""
+as every percentile interval is (B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+"""
 
 import math
 from collections.abc import Sequence
@@ -41,8 +41,7 @@ def wilson_interval(num_successes: int, num_trials: int, confidence: float = 0.9
     """Two-sided Wilson score interval of a proportion, without continuity correction.
 
     Args:
-        num_successes: between 0 and num_trials.
-        num_trials: at least 1.
+        num_successes: between 0 and `num_trials`, which is at least 1.
         confidence: coverage, between 0 and 1 exclusive.
 
     Returns:
@@ -79,14 +78,10 @@ MAX_DRAWN = 1 << 22
 
 
 def mcnemar_exact(num_only_first: int, num_only_second: int) -> float:
-    """Two-sided exact p-value that the two are equally often right.
+    """Two-sided exact p-value in (0, 1] that the two are equally often right. 1 when there is no discordant question.
 
     Args:
-        num_only_first: b, questions that only the first answers right.
-        num_only_second: c, questions that only the second answers right.
-
-    Returns:
-        p in (0, 1]. 1 when there is no discordant question.
+        num_only_first, num_only_second: b and c, questions that only the first or the second answers right.
 
     Raises:
         ValueError: a count is negative.
@@ -94,7 +89,7 @@ def mcnemar_exact(num_only_first: int, num_only_second: int) -> float:
     if num_only_first < 0 or num_only_second < 0:
         raise ValueError(f"expected counts >= 0, got {num_only_first} and {num_only_second}")
     num_discordant = num_only_first + num_only_second
-    ways, total = 1, 0
+    ways, total = 1, 0  # integers: the sum is exact and cannot overflow
     for i in range(min(num_only_first, num_only_second) + 1):
         total += ways
         ways = ways * (num_discordant - i) // (i + 1)  # C(n, i + 1) from C(n, i), always whole
@@ -113,8 +108,7 @@ def paired_bootstrap(
 
     Args:
         first, second: one score per question, in the same order of questions.
-        num_resamples: B.
-        seed: equal seeds give equal intervals.
+        num_resamples: B. seed: equal seeds give equal intervals.
         confidence: coverage, between 0 and 1 exclusive.
 
     Returns:
@@ -130,9 +124,10 @@ def paired_bootstrap(
     differences = numpy.asarray(second, dtype=numpy.float64) - numpy.asarray(first, dtype=numpy.float64)  # [n]
     generator = numpy.random.Generator(numpy.random.Philox(key=seed))
     num_questions = len(differences)
-    rows = max(1, MAX_DRAWN // num_questions)
+    rows = max(1, MAX_DRAWN // num_questions)  # resamples drawn at once
     means = numpy.empty(num_resamples)  # [B]
     for start in range(0, num_resamples, rows):
+        # [rows, n] int64
         drawn = generator.integers(num_questions, size=(min(rows, num_resamples - start), num_questions))
         means[start : start + rows] = differences[drawn].mean(axis=1)
     low, high = numpy.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])

@@ -1,7 +1,6 @@
 """Evaluations and comparisons as text: the cells that the terminal and Markdown show, and CSV for spreadsheets.
 
-Cells are for people and rounded. CSV and JSON hold the numbers as they are. Seconds never stand without the batch size
-they were measured at.
+Cells are for people and rounded. CSV and JSON hold the numbers as they are.
 """
 
 import csv
@@ -20,6 +19,7 @@ def evaluation_cells(evaluation: Evaluation) -> dict[str, str]:
     interval, num_questions = evaluation.interval, evaluation.num_questions
     ungraded = num_questions - evaluation.num_graded
     accuracy = "no reference answers" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
+    # `generate` has no cache to fill beforehand
     setup = f"{evaluation.setup_seconds:.2f}" if evaluation.engine != "generate" else ""
     divided = "" if evaluation.batch_size == 1 else ", divided"
     return {
@@ -27,9 +27,10 @@ def evaluation_cells(evaluation: Evaluation) -> dict[str, str]:
         "correct": f"{evaluation.num_correct} of {evaluation.num_graded}" + (f", {ungraded} ungraded" * bool(ungraded)),
         "accuracy": accuracy,
         "95 % interval (Wilson)": "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
+        # a task names its own metrics
         **{name.replace("_", " "): f"{value:.1%}" for name, value in evaluation.metrics.items()},
         "without a readable answer": f"{evaluation.num_unanswered} of {num_questions}",
-        "batch size": str(evaluation.batch_size),
+        "batch size": str(evaluation.batch_size),  # seconds never stand without it
         "seconds per question": f"{_spread(evaluation.seconds, 2)}{divided}",
         "tokens per question": _spread(evaluation.tokens, 1),
         "seconds once, for shared prompts": setup,
@@ -38,13 +39,12 @@ def evaluation_cells(evaluation: Evaluation) -> dict[str, str]:
 
 def comparison_cells(comparison: Comparison) -> dict[str, str]:
     """Heading to cell, in the order of the table's rows."""
-    b, c = comparison.num_only_first, comparison.num_only_second
     p = comparison.mcnemar_p
     return {
         "questions": f"{comparison.num_questions}, {comparison.num_graded} graded",
         "both right": str(comparison.num_both),
-        "only the first right": str(b),
-        "only the second right": str(c),
+        "only the first right": str(comparison.num_only_first),
+        "only the second right": str(comparison.num_only_second),
         "exact McNemar p": "" if p is None else f"{p:.3g}",
         **{f"{name.replace('_', ' ')} gained": _gain(value) for name, value in comparison.metrics.items()},
         "seconds, second / first": _ratio(comparison.seconds_ratio),
@@ -107,7 +107,8 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
 
 
 def merged_headings(columns: Sequence[dict[str, str]]) -> list[str]:
-    """Every heading of any column, each where it first stands. Columns of other tasks have other metrics."""
+    """Every heading of any column, each where it first stands."""
+    # columns of other tasks have other metrics
     return list(dict.fromkeys(heading for column in columns for heading in column))
 
 
@@ -134,7 +135,7 @@ def _table(headers: Sequence[str], columns: Sequence[dict[str, str]]) -> list[st
 
 
 def _escape(text: str) -> str:
-    """A path or an id inside Markdown: one line, no cell border, no tag."""
+    # a path or an id inside Markdown: one line, no cell border, no tag
     for character, instead in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\r", " "), ("\n", " ")):
         text = text.replace(character, instead)
     return text

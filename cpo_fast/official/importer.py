@@ -6,9 +6,8 @@ place on disk:
     run/trees.jsonl, run/prompts/<hash>.json    as a search writes them, in the order of the file
     run/import-dropped.jsonl                    one line for each entry and each candidate that was left out, with reason
 
-The few-shot prompt is this task's own, not the program's: what is trained is what will be asked. Token ids are those of
-the configured model's tokenizer, each line tokenised in its context, because the file holds text only. Values are the
-program's (a sum of verdicts). The model that searched, its seed and its token counts are not in the file.
+The few-shot prompt is this task's own. Token ids are those of the configured model's tokenizer, because the file holds
+text only. Values are the program's (a sum of verdicts).
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from typing import Any
 from cpo_fast.config import Config
 from cpo_fast.errors import ConfigError, DataError, first_line, require_library
 from cpo_fast.files import canonical_json, short_hash, write_jsonl
-from cpo_fast.official.nodes import Dropped, build_nodes
+from cpo_fast.official.nodes import build_nodes
 from cpo_fast.official.reader import BadEntry, Entry, read_official
 from cpo_fast.search.tree_store import Provenance, open_trees
 from cpo_fast.tasks import Prompts, Question, common_prefix_length, load_questions, load_task
@@ -35,9 +34,8 @@ class ImportResult:
     Attributes:
         trees_path, dropped_path: the files written.
         num_entries: searches in the file, damaged parts included, of which num_trees became trees.
-        statuses: how many trees per status.
+        statuses: how many trees per status. num_winning_paths: over all of them.
         num_candidates: chains in those trees' entries. num_thoughts: nodes, duplicates merged.
-        num_winning_paths: over all trees.
         num_lost_winners: recorded winners that are no complete node here.
         dropped_entries, dropped_candidates: how many were left out, by reason.
     """
@@ -64,7 +62,6 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     Args:
         config: `run`, `seed`, `model`, `task` and `data.max_drop` are used. With `task.path` set, entries are matched
             to its questions (whitespace aside) and take their ids and reference answers. Without it an id is a hash.
-        path: the file.
         tokenizer: already loaded. None loads that of `config.model`.
 
     Raises:
@@ -79,9 +76,12 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     parts = list(read_official(path))
     if tokenizer is None:
         tokenizer = _load_tokenizer(config.model.path)
+    # this task's few-shot prompt, not the program's: what is trained is what will be asked
     prompts = Prompts(task, tokenizer, config.task.chat)
+    # the file stands for the settings of a search: another file does not continue these trees
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     settings = canonical_json({"imported": digest, "chat": config.task.chat})
+    # the model that searched, its seed and its token counts are not in the file: these are of the import
     provenance = Provenance(
         task=task.name,
         prompt_hash=prompts.shared.hash,
@@ -105,7 +105,7 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
         except ValueError as error:
             dropped.append({"what": "entry", "place": part.place, "reason": str(error)})
             continue
-        dropped += [_dropped_row(part, candidate) for candidate in lost]
+        dropped += [{"what": "candidate", "place": part.place, **asdict(candidate)} for candidate in lost]
         num_candidates += sum(len(level.candidates) for level in part.levels)
         num_lost_winners += num_lost
         status: Status = "ok" if winners else "no_answer" if nodes else "no_candidates"
@@ -126,7 +126,7 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
             **asdict(provenance),
         )
     trees_path, dropped_path = Path(config.run) / "trees.jsonl", Path(config.run) / "import-dropped.jsonl"
-    write_jsonl(dropped_path, dropped)
+    write_jsonl(dropped_path, dropped)  # before the refusal below, which names it
     entries = [row for row in dropped if row["what"] == "entry"]
     _check_drop_rate(path, dropped_path, len(parts), entries, config.data.max_drop)
     questions = [Question(tree.id, tree.question) for tree in trees.values()]
@@ -151,7 +151,6 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
 def _question(
     part: Entry | BadEntry, known: dict[str, Question] | None, trees: dict[str, SearchTree]
 ) -> Question | BadEntry:
-    """The question of an entry, or why the entry is left out."""
     if isinstance(part, BadEntry):
         return part
     text = " ".join(part.question.split())
@@ -167,16 +166,12 @@ def _question(
 
 
 def _squeezed(text: str) -> str:
-    """Without whitespace: the program joined SVAMP's two fields without a blank."""
+    # the program joined SVAMP's two fields without a blank
     return "".join(text.split())
 
 
-def _dropped_row(entry: Entry, candidate: Dropped) -> dict[str, Any]:
-    return {"what": "candidate", "place": entry.place, **asdict(candidate)}
-
-
 def _line_tokenizer(prompts: Prompts, question: Question) -> Callable[[str, str], list[int]]:
-    """Tokens of a line after the lines before it."""
+    """What gives the tokens of a line after the lines before it. ValueError where they do not separate."""
 
     def tokenize(before: str, line: str) -> list[int]:
         context, whole = prompts.encode(question, before), prompts.encode(question, before + line)

@@ -1,17 +1,15 @@
 """One search of the CPO paper's own program as nodes: chains cut back into thoughts, thoughts written as lines.
 
 A candidate of that program is a whole chain. Its parent is the longest candidate of the level above that it continues
-and after which the mark of its step stands. Texts are compared without case, whitespace, quotes, hyphens and colons,
-because the program changed those in its last level after it had used them. Only marks are written anew, as every task
-here writes them, so that search, training and evaluation share one format:
+and after which the mark of its step stands. Only marks are written anew, as every task here writes them, so that search,
+training and evaluation share one format:
 
     step 2, <text>                               ->  Step 2: <text>
     step 3, so the final answer is: <text>       ->  Answer: <text>
     step 4, the answer (arabic numerals) is <x>  ->  Answer: <x>
 
-The words themselves stay as they are in the file, lower-cased as it has them. A thought with an answer in the middle of
-its prose is neither a step nor an answer line and is left out, as is whatever continues no candidate or has no mark.
-Each is reported with its reason.
+The words themselves stay as they are in the file, lower-cased as it has them. What becomes no thought is reported with its
+reason.
 """
 
 import re
@@ -23,6 +21,7 @@ from cpo_fast.tasks import Task
 from cpo_fast.tasks.task import ANSWER_MARK
 from cpo_fast.tree import ROOT, Node
 
+# with case and whitespace, what the program changed in its last level after it had used it
 _FOLDED_AWAY = frozenset("\"'-:")
 # quotes and hyphens of the parent's end may stand before the mark: folding does not see them
 _STEP = re.compile(r"[\s\"':-]*(?:answer:\s*)?step\s*(\d{1,3})\s*[,:.]?", re.IGNORECASE)
@@ -39,7 +38,7 @@ class Dropped:
 
 
 class _NoThought(Exception):
-    """A candidate that becomes no node, and why."""
+    """Why a candidate becomes no node."""
 
 
 @dataclass
@@ -72,6 +71,7 @@ def build_nodes(
     dropped: list[Dropped] = []
     above = {"": ROOT}  # folded chains of the level above, and the node each became
     for step, level in enumerate(entry.levels, start=1):
+        # of several candidates above that a chain continues, the longest is tried first
         lengths = sorted({len(chain) for chain in above}, reverse=True)
         chains: dict[str, int] = {}
         for index, (chain, value) in enumerate(zip(level.candidates, level.values, strict=True)):
@@ -96,7 +96,7 @@ def _fold(text: str) -> tuple[str, list[int]]:
     folded: list[str] = []
     ends: list[int] = []
     for position, character in enumerate(text, start=1):
-        for lower in character.lower():
+        for lower in character.lower():  # two characters of a dotted capital I
             if not lower.isspace() and lower not in _FOLDED_AWAY:
                 folded.append(lower)
                 ends.append(position)
@@ -130,7 +130,7 @@ def _line(body: str, step: int, is_last: bool) -> str:
     if conclusion is None:
         return f"Step {step}: {body}\n"
     if conclusion.start() > 0:
-        raise _NoThought("answer in the middle of prose")
+        raise _NoThought("answer in the middle of prose")  # neither a step nor an answer line
     return f"{ANSWER_MARK} {body[conclusion.end() :].strip()}".strip() + "\n"
 
 
@@ -151,7 +151,7 @@ def _nodes(drafts: Sequence[_Draft], task: Task, tokenize: Callable[[str, str], 
                 token_ids=tuple(tokenize(before, draft.text)),
                 value=sum(draft.values) / len(draft.values),
                 evaluations=tuple({"imported": value} for value in draft.values),
-                kept=draft.id in parents or answer is not None,
+                kept=draft.id in parents or answer is not None,  # expanded, or a vote
                 terminal=task.is_answer_line(draft.text),
                 complete=answer is not None,
                 count=len(draft.values),

@@ -5,9 +5,9 @@ Several runs may stand in one file, and a killed one ends in the middle of an ob
 
     {"<question>": {"0": {"candiate": [<chain>, ...], "values": [<number>, ...]}, "1": {...}, ..., "correct": [<chain>]}},
 
-(the key is spelt so). A candidate is the whole chain down to its level, lower-cased, and its value the sum of its
-verdicts. `correct` holds the chains that won that program's vote. No gold answer is in the file. What is not such an
-object comes out as a `BadEntry` with file and line, never silently. What an entry means is for `nodes` and `importer`.
+A candidate is the whole chain down to its level, lower-cased, and its value the sum of its verdicts. `correct` holds the
+chains that won that program's vote. No gold answer is in the file. What is not such an object comes out as a `BadEntry`
+with file and line. What an entry means is for `nodes` and `importer`.
 """
 
 import json
@@ -67,6 +67,7 @@ def read_official(path: str | Path) -> Iterator[Entry | BadEntry]:
     decoder = json.JSONDecoder()
     position, line, counted = 0, 1, 0
     while (position := _end_of_gap(text, position)) < len(text):
+        # newlines are counted from the entry before: from the start of the file, each entry would read it again
         line, counted = line + text.count("\n", counted, position), position
         place = f"{path}:{line}"
         try:
@@ -102,7 +103,7 @@ def _entry(place: str, question: str, search: Any) -> Entry | BadEntry:
     if not _is_text([question, *(chain for level in levels for chain in level.candidates)]):
         return BadEntry(place, "half a surrogate pair, which no tokenizer reads")
     unknown = set(search) - {"correct", *(str(index) for index in range(len(levels)))}
-    if unknown:
+    if unknown:  # a number among them is a level after a missing one
         return BadEntry(place, f"unknown or missing levels beside {', '.join(sorted(unknown))[:80]}")
     winners = search.get("correct", [])
     if not isinstance(winners, list) or not all(isinstance(winner, str) for winner in winners):
@@ -113,7 +114,7 @@ def _entry(place: str, question: str, search: Any) -> Entry | BadEntry:
 def _level(value: Any) -> Level | None:
     if not isinstance(value, dict):
         return None
-    candidates, values = value.get("candiate"), value.get("values")
+    candidates, values = value.get("candiate"), value.get("values")  # the program spells it so
     if not isinstance(candidates, list) or not all(isinstance(candidate, str) for candidate in candidates):
         return None
     if not isinstance(values, list) or len(values) != len(candidates) or not all(map(_is_finite, values)):

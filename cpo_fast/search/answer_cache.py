@@ -2,9 +2,8 @@
 
 `run/answers/<hash of the question's id>.jsonl`, one file for each question in flight: what decides the trees on its first
 line, then an answer a line, in the order they came. The file is removed when the question's tree is on disk. An answer
-follows from its item alone, so a search that is given it again grows the same tree. A line reaches the system with one
-`write` and no `fsync`: it survives the process, and a crash of the machine costs only the work. What cannot be read is
-computed again: half a line, or answers of another search.
+follows from its item alone, so a search that is given it again grows the same tree. What cannot be read is computed again:
+half a line, or answers of another search.
 """
 
 import hashlib
@@ -48,6 +47,7 @@ class AnswerFiles:
             return
         if name not in self._open:
             self._open[name] = self._start(name)
+        # one `write` and no `fsync`: it survives the process, and a crash of the machine costs only the work
         os.write(self._open[name], f"{line}\n".encode())
 
     def discard(self, names: Iterable[str]) -> None:
@@ -67,7 +67,7 @@ class AnswerFiles:
         return self._folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.jsonl"
 
     def _start(self, name: str) -> int:
-        """Open a question's file for appending, anew unless its answers were read from it."""
+        """Open a question's file for appending, emptied unless its answers were read from it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
         is_new = not self._known.get(name)
@@ -75,7 +75,7 @@ class AnswerFiles:
         if is_new:
             os.write(descriptor, f"{canonical_json(self._first_line)}\n".encode())
         else:
-            content = path.read_bytes()
+            content = path.read_bytes()  # a killed run may have left half a line, which the next must not join
             os.ftruncate(descriptor, content.rfind(b"\n") + 1)
         return descriptor
 
@@ -89,7 +89,7 @@ class AnswerFiles:
                 return {}
             return {row["item"]: _answer(row["answer"]) for row in rows[1:]}
         except (DataError, KeyError, TypeError):
-            return {}
+            return {}  # damaged: computed again
 
 
 def item_digest(item: SampleRequest | ScoreRequest) -> str:
@@ -97,6 +97,7 @@ def item_digest(item: SampleRequest | ScoreRequest) -> str:
     digest = hashlib.sha256(array("q", item.token_ids).tobytes())
     if isinstance(item, SampleRequest):
         sampling = (item.temperature, item.top_p, item.max_new_tokens, item.top_k, item.repetition_penalty)
+        # ids come from files, which may hold half a surrogate pair
         digest.update(repr(("request", item.uid, *sampling)).encode("utf-8", "backslashreplace"))
     else:
         digest.update(repr(("scoring", item.continuations)).encode())

@@ -5,10 +5,9 @@
     run/statistics.jsonl       the trees in numbers
     run/timings.jsonl          the seconds from a question's start to its end, which never go into a tree
 
-A killed run loses the lines that were being generated: what was answered for questions in flight is kept until their
-trees are written (see `answer_cache`). A question whose search raises (one that is longer than the model's context, for
-instance) is recorded with status `failed` and its reason, and the run goes on. Questions already in the file, failed
-ones included, are skipped: delete a line to search its question again.
+A killed run loses the lines that were being generated (see `answer_cache`). A question whose search raises is recorded
+with status `failed` and its reason, and the run goes on. Questions already in the file, failed ones included, are skipped:
+delete a line to search its question again.
 """
 
 import time
@@ -36,7 +35,7 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
     """Model and tokenizer that `config.model` names.
 
     Raises:
-        ConfigError: an adapter is to be merged and none is set. Those of `load_model` besides.
+        ConfigError: an adapter is to be merged and none is set. Besides, what `load_model` raises.
     """
     if config.search.merge_adapter and config.model.adapter is None:
         raise ConfigError(
@@ -49,7 +48,7 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
 
 
 def searched_weights(model: Any, config: SearchConfig) -> AbstractContextManager[None]:
-    """The weights that `config` wants searched, for the length of a `with`. Build the engine inside it."""
+    """The weights that `config` wants searched, for the length of a `with`."""
     if not config.merge_adapter:
         return nullcontext()
     from cpo_fast.adapters import merged_adapter
@@ -73,6 +72,7 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
         raise EnvironmentProblem(str(error)) from error
     except ValueError as error:
         raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
+    # else every question would fail by itself
     window = sliding_window(model_parts(model).config)
     num_shared = max(map(len, prompts.prefixes))
     if window is not None and num_shared >= window:
@@ -135,13 +135,15 @@ def collect(
     with open_trees(run / "trees.jsonl", provenance, questions, worker) as store:
         prompts.shared.save(store.path)
         num_resumed = sum(question.id in store.trees for question in questions)
+        # skipped: what is finished, failed ones included
         own = [question for question in questions if worker.owns(question.id)]
         missing = [question for question in own if question.id not in store.trees]
         answers = AnswerFiles(run / "answers", provenance)
-        answers.discard(store.trees)
+        answers.discard(store.trees)  # of a kill between writing a tree and forgetting its answers
         seconds = 0.0
         if missing:
             with searched_weights(model, config.search), closing(answers):
+                # inside, because what the engine stores follows from the merged weights
                 engine = build_engine(config.search, prompts, model, make_engine)
                 started = time.perf_counter()
                 searches = ((each.id, search_question(config, prompts, each, provenance)) for each in missing)
@@ -149,7 +151,7 @@ def collect(
                 for name, tree, tree_seconds in engine.run(searches, answers):
                     assert isinstance(tree, SearchTree), "a search returns its tree, failed or not"
                     store.append(tree, tree_seconds)
-                    answers.discard([name])
+                    answers.discard([name])  # only now that the tree is on disk
                     num_done += 1
                     if progress is not None:
                         progress(num_done, len(own), tree, tree_seconds)

@@ -1,9 +1,7 @@
 """Which states go on, and which answer wins.
 
-States go on in the order (-value, parent rank, sample index), cut at n: no sets, no hash order. Ties end at the cut,
-unless `keep_ties` keeps every state tied with the n-th.
-
-The vote is over the complete paths, grouped by normalised answer:
+States go on in the order (-value, parent rank, sample index), cut at n. The vote is over the complete paths, grouped by
+normalised answer:
 
     value   the largest sum of values, then the larger best value, then the group that came first
     count   the most paths, then the group whose path comes first in the order (-value, node)
@@ -33,10 +31,10 @@ def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False)
 
 
 def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tuple[str | None, list[int]]:
-    """The winning answer and the ids of its complete nodes, ascending. (None, []) when nothing is complete.
+    """The winning answer and the ids of its complete nodes, ascending, or (None, []) when nothing is complete.
 
     Args:
-        nodes: of one tree. Those that are not complete have no vote.
+        nodes: of one tree. Only complete ones vote.
         by: what a path adds to its answer: its value (a path without a readable verdict adds 0), or one.
     """
     groups: dict[str, list[Node]] = {}
@@ -59,4 +57,4 @@ def _summed_values(group: list[Node]) -> tuple[float, ...]:
 def _num_paths(group: list[Node]) -> tuple[float, ...]:
     # two paths of one tree differ: equal siblings are merged
     first = min((-comparable(node.value), node.id) for node in group)
-    return len(group), -first[0], -first[1]
+    return len(group), -first[0], -first[1]  # negated, because the group that comes first is the stronger

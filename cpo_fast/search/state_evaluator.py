@@ -3,10 +3,9 @@
     logits   value = p v_likely + (1 - p) v_impossible,   p = P(" likely") / (P(" likely") + P(" impossible"))
     sample   value = mean over the readable verdicts of v_likely or v_impossible
 
-`logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly: the
-line is one of the two labels and nothing else. What cannot be read is recorded as such and counted. With
-`search.unparseable: drop` it is left out of the mean, and a state without one readable verdict has value None and
-ranks last. With `impossible` it counts as v_impossible.
+`logits` costs one forward and always has a verdict. `sample` writes `num_verdicts` lines and reads each strictly. With
+`search.unparseable: drop` what cannot be read is left out of the mean, and a state without one readable verdict has value
+None and ranks last. With `impossible` it counts as v_impossible.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
 
 
 def state_digest(token_ids: Sequence[int]) -> str:
-    """SHA-256 of a state's ids: it names the state's random numbers, so equal states have equal ones in every search."""
+    """SHA-256 of a state's ids, which names its random numbers: equal states have equal ones in every search."""
     return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()
 
 
@@ -55,16 +54,14 @@ class Evaluator:
         self._judged: dict[str, Verdict] = {}  # by evaluator prompt: equal states of a question are judged once
 
     def evaluate(self, states: Sequence[Sequence[str]]) -> Search[list[Verdict]]:
-        """One verdict per state, in order. Asks the engine once, unless every state was judged before.
-
-        Args:
-            states: the text of each state's thoughts.
-        """
+        """One verdict per state, in order, given the texts of its thoughts. Asks once, or not if all were judged before."""
         prompts = [self._prompts.verdict_text(self._question, lines) for lines in states]
+        # `dict.fromkeys`: two states of a level may ask the same
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._judged]
         if new:
             by_logits = self._config.evaluator == "logits"
             items = [self._scoring(prompt) if by_logits else self._requests(prompt) for prompt in new]
+            # not kept: no later prompt begins with an evaluator prompt
             answers = iter((yield Requests(tuple(item for group in items for item in group), keep=False)))
             for prompt, group in zip(new, items, strict=True):
                 judge = self._by_logits if by_logits else self._by_samples
@@ -109,7 +106,7 @@ class Evaluator:
         config = self._config
         self.num_tokens += sum(sample.num_tokens for sample in samples)
         texts = [sample.text for sample in samples]
-        labels = [parse_verdict(text) for text in texts]
+        labels = [parse_verdict(text) for text in texts]  # None is recorded, and counted
         meaning = {LIKELY: config.value_likely, IMPOSSIBLE: config.value_impossible}
         if config.unparseable == "drop":
             values = [meaning[label] for label in labels if label is not None]

@@ -1,8 +1,8 @@
 """What a search cost and what it brought, a tree at a time: thoughts, values by depth, tokens generated and useful.
 
-A token is useful when its thought lies on a winning path. Those are what a chain that found the answer at once would have
-cost. Everything else that was generated (losers, duplicates, empty samples, verdicts) is the price of the search. The
-numbers of a tree are a pure function of it, and those of a run of `collect` are sums over its trees.
+A token is useful when its thought lies on a winning path: what a chain that found the answer at once would have cost. The
+rest (losers, duplicates, empty samples, verdicts) is the price of the search. The numbers of a tree are a pure function of
+it, and those of a run of `collect` are sums over its trees.
 """
 
 from collections import Counter, defaultdict
@@ -23,7 +23,7 @@ class DepthStatistics:
 
     Attributes:
         num_thoughts: unique thoughts. num_kept: of them expanded or complete.
-        num_judged: of them with a value. The next three are over those, None without any.
+        num_judged: of them with a value. The next three are over those, or None without any.
         mean_value, min_value, max_value: of the evaluator's values.
     """
 
@@ -44,10 +44,9 @@ class TreeStatistics:
         id, status: as in `tree.SearchTree`.
         num_samples: generated thoughts. num_unique: nodes, duplicates merged. num_duplicates: merged into another.
         num_empty: only whitespace. num_cut: nodes that reached the token cap.
-        max_depth: thoughts of the longest chain. num_complete: chains that voted. num_answers: different answers.
-        num_winning: winning paths.
-        num_generated_tokens: of all samples and all sampled verdicts.
-        num_verdict_tokens: of the verdicts among them.
+        max_depth: thoughts of the longest chain. num_complete: chains that voted, num_winning of them on winning paths.
+        num_answers: different answers.
+        num_generated_tokens: of all samples and sampled verdicts. num_verdict_tokens: of the verdicts among them.
         num_useful_tokens: of the thoughts on winning paths, each once.
         depths: from the first step to the deepest.
     """
@@ -77,6 +76,7 @@ def tree_statistics(tree: SearchTree) -> TreeStatistics:
     by_depth: dict[int, list[Node]] = defaultdict(list)
     for node in tree.nodes:
         by_depth[node.depth].append(node)
+    # by id: winning paths share their first thoughts, which were generated once
     useful = {node.id: node for winner in tree.winning_nodes for node in tree.path(winner)}
     num_unique = len(tree.nodes)
     num_samples = sum(node.count for node in tree.nodes) + tree.num_empty
@@ -152,7 +152,7 @@ class CollectResult:
 
     @property
     def vote_accuracy(self) -> float | None:
-        """Share of the questions with a reference answer whose vote equals it. None without any."""
+        """Share of the questions with a reference answer whose vote equals it, or None without any."""
         return self.num_correct / self.num_gold if self.num_gold else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +184,7 @@ def summarise(
         num_winning_paths=sum(one.num_winning for one in counted),
         num_generated_tokens=sum(one.num_generated_tokens for one in counted),
         num_useful_tokens=sum(one.num_useful_tokens for one in counted),
+        # only sampled verdicts have a label
         num_verdicts=sum("label" in record for node in nodes for record in node.evaluations),
         num_unparseable=sum(num_unparseable(node.evaluations) for node in nodes),
         num_gold=len(with_gold),

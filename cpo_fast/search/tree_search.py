@@ -7,11 +7,8 @@
 
 A line `Answer: ...` ends its chain. If its answer can be read and it ended by newline or end-of-sequence, the node is
 complete and votes. A thought that was cut at the token cap, that ended the sequence before an answer, or that starts
-another question ends its chain too, without a vote. Every thought that was generated stays in the tree, followed or
-not: losers are what preference pairs are made of.
-
-A search is a generator that yields what it asks, because one engine serves many searches at once (see `engine`). Order
-is (-value, parent rank, sample index): no sets, no hash order.
+another question ends its chain too, without a vote. Every thought that was generated stays in the tree, followed or not.
+Order is (-value, parent rank, sample index): no sets, no hash order.
 """
 
 import logging
@@ -38,7 +35,6 @@ def search_question(
     Args:
         config: `search` and `seed` are used. The seed and the question's id name every random number.
         prompts: of the question's task.
-        question: what is asked.
         provenance: written into the tree. None for a tree that is not kept.
 
     Returns:
@@ -59,6 +55,7 @@ def search_question(
         **asdict(provenance or Provenance(prompts.task.name, prompts.shared.hash, "", "", config.seed, "")),
     )
     try:
+        # each part as soon as it is known, so that a failed tree has it
         tree = replace(tree, question_prompt=prompts.question_part(question))
         root_ids = prompts.encode(question)
         num_shared_tokens = common_prefix_length(prompts.shared.token_ids, root_ids)
@@ -86,16 +83,14 @@ class TreeBuilder:
     """The tree of one question while a strategy grows it.
 
     A strategy decides which states are expanded, and in which order. A state is named by its last node, the question
-    itself by `ROOT`, and is expanded at most once: its samples have names of their own, so a second time would give the
-    same ones. That, `search.max_steps` and the node budget bound every search.
+    itself by `ROOT`, and is expanded at most once. That, `search.max_steps` and the node budget bound every search.
 
     Args:
         config, prompts, question: as for `search_question`.
         root_ids: the question's prompt as the model reads it.
 
     Attributes:
-        config: the search section.
-        evaluator: judges thoughts.
+        config: the search section. evaluator: judges thoughts.
         nodes: the thoughts so far. The id of a node is its place.
         num_empty: samples dropped because they were only whitespace.
         num_thought_tokens: tokens generated for thoughts, duplicates and empty samples included.
@@ -113,13 +108,11 @@ class TreeBuilder:
 
     @property
     def budget(self) -> int:
-        """How many states may still be expanded before `search.max_nodes` is reached.
-
-        Counted as if every sample were a new thought, so that the answer is known before sampling: a tree never grows
-        past the budget by more than the children of one state.
-        """
+        """How many states may still be expanded before `search.max_nodes` is reached."""
+        # as if every sample were a new thought, which is known before sampling: a tree outgrows the budget by the children
+        # of one state at most
         left = max(self.config.max_nodes - len(self.nodes), 0)
-        return -(-left // self.config.num_candidates)
+        return -(-left // self.config.num_candidates)  # rounded up
 
     def expand(self, parents: Sequence[int]) -> Search[list[Node]]:
         """Sample, merge and judge the children of states, add them to the tree, and mark the states as kept.
@@ -134,6 +127,7 @@ class TreeBuilder:
         """
         parents = parents[: self.budget]
         paths = [path_to(self.nodes, parent) for parent in parents]
+        # the state names its samples, so a second time would give the same ones
         answers = yield Requests(tuple(request for path in paths for request in self._requests(path)), keep=True)
         samples = [answer for answer in answers if isinstance(answer, Sample)]
         assert len(samples) == len(parents) * self.config.num_candidates, "a request is answered by a sample"
@@ -143,7 +137,7 @@ class TreeBuilder:
             start = place * self.config.num_candidates
             thoughts += [(place, equal) for equal in self._merge(samples[start : start + self.config.num_candidates])]
         states = [(*(node.text for node in paths[place]), equal[0].text) for place, equal in thoughts]
-        verdicts = yield from self.evaluator.evaluate(states)
+        verdicts = yield from self.evaluator.evaluate(states)  # of all states, in one batch
         num_before = len(self.nodes)
         for (place, equal), verdict in zip(thoughts, verdicts, strict=True):
             self._add(parents[place], equal, verdict)
@@ -153,7 +147,7 @@ class TreeBuilder:
         return self.nodes[num_before:]
 
     def select(self, children: Sequence[Node]) -> list[int]:
-        """The best `search.num_kept` of the children that the search may continue, best first."""
+        """Ids of the best `search.num_kept` children that the search may continue, best first."""
         # an answer is terminal, so it takes no place among those that go on
         open_nodes = [node for node in children if not node.terminal and node.depth < self.config.max_steps]
         values = [node.value for node in open_nodes]
@@ -181,7 +175,7 @@ class TreeBuilder:
         for sample in samples:
             equal.setdefault(" ".join(sample.text.split()), []).append(sample)
         self.num_empty += len(equal.pop("", []))
-        return list(equal.values())
+        return list(equal.values())  # losers too: preference pairs are made of them
 
     def _add(self, parent: int, equal: Sequence[Sample], verdict: Verdict) -> None:
         """Make a node of equal samples: the first one's text and ids, and their count."""
@@ -228,7 +222,7 @@ def depth_first(builder: TreeBuilder) -> Search[None]:
         children = yield from builder.expand([stack.pop()])
         # a child without a readable verdict is not known to be bad: it is followed, last
         promising = [node for node in children if threshold is None or node.value is None or node.value >= threshold]
-        stack.extend(reversed(builder.select(promising)))
+        stack.extend(reversed(builder.select(promising)))  # the best is popped first
 
 
 # by the name that `search.strategy` gives it; another search is one function and one entry

@@ -4,16 +4,8 @@ A run may be killed at any moment and have any number of workers. A worker alone
 several to `trees.worker-I-of-N.jsonl` beside it, and its seconds to `timings.worker-I-of-N.jsonl`. Whoever finishes and
 finds every question somewhere writes all trees to `trees.jsonl`, in question order and in one step, and removes the
 parts: the same bytes for any number of workers. A restart, with the same N or another, finds what is finished in
-whatever parts there are. A part is removed only after its trees are on disk in the whole, and a question that is in both
-is taken once.
-
-    worker of a question = first 8 bytes of SHA-256(id), little-endian, mod N
-
-So a question's worker depends on its id and on N, never on the other questions or on their order, and workers exchange
-nothing while they search.
-
-A killed writer leaves at most a last line without its newline: readers leave it out, and the next writer cuts it off.
-Trees that another model, configuration, seed or prompt made are refused: a file holds the trees of one search only.
+whatever parts there are. A killed writer leaves at most a last line without its newline: readers leave it out, and the
+next writer cuts it off. Trees that another model, configuration, seed or prompt made are refused.
 """
 
 import hashlib
@@ -62,10 +54,7 @@ _HINTS = {"config_hash": "set both as they were (model.dtype=auto follows the de
 
 
 def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
-    """What the trees of a run follow from. A model without a path is named by its weights.
-
-    The dtype is the loaded model's, so `model.dtype: auto` and the name that it resolves to are the same search.
-    """
+    """What the trees of a run follow from. A model without a path is named by its weights."""
     if config.model.path:
         from cpo_fast.adapters import adapter_hash
         from cpo_fast.models import model_hash
@@ -78,7 +67,7 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
     task = prompts.task
     settings = {
         "search": config.search.result_settings(),
-        "dtype": dtype_name(model.dtype),
+        "dtype": dtype_name(model.dtype),  # the loaded one: auto and the name it resolves to are one search
         "chat": config.task.chat,
         "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
@@ -94,7 +83,8 @@ class Worker:
     count: int = 1
 
     def owns(self, question_id: str) -> bool:
-        """Whether this worker searches the question with this id."""
+        """Whether this worker searches a question: first 8 bytes of SHA-256(id), little-endian, mod `count`."""
+        # by the id alone, never by other questions or their order: workers exchange nothing while they search
         digest = hashlib.sha256(question_id.encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:8], "little") % self.count == self.index
 
@@ -137,7 +127,7 @@ def _worker(index: str, count: str, source: str) -> Worker:
 
 
 def _place(path: Path) -> tuple[int, ...]:
-    """(N, I) of a worker's file. Empty for another."""
+    """(N, I) of a worker's file, or () for another."""
     match = re.search(r"\.worker-([0-9]+)-of-([0-9]+)$", path.stem)
     return (int(match[2]), int(match[1])) if match else ()
 
@@ -182,11 +172,10 @@ class TreeStore:
         """Write every tree to `path` in question order, if none is missing. Trees of other questions follow.
 
         Returns:
-            Whether `path` holds every question now. If not, other workers are not finished yet. `trees` is as on
-            disk.
+            Whether `path` holds every question now. If not, other workers are not finished yet.
         """
         with self._lock:
-            self._read()
+            self._read()  # what other workers have finished
             ids = [question.id for question in self._questions]
             if not all(identity in self.trees for identity in ids):
                 return False
@@ -196,13 +185,12 @@ class TreeStore:
             if parts or self._ids.get(self.path) != ids:  # else a worker alone wrote them in this order
                 write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
                 self._merge_timings(ids)
-                _sync_folder(self.path.parent)
+                _sync_folder(self.path.parent)  # before a part is removed, its trees must be on disk in the whole
                 for part in parts:
                     self._remove(part)
         return True
 
     def _read(self) -> None:
-        """Take the trees of the whole file and of all parts that are not known. The first of several with one id counts."""
         for path in (self.path, *worker_files(self.path)):
             self._read_file(path)
 
@@ -214,14 +202,13 @@ class TreeStore:
         trees = [] if version == _NO_FILE else read_trees(path, drop_torn_tail=True)
         for tree in trees:
             self._check(path, tree, texts)
-            self.trees.setdefault(tree.id, tree)
+            self.trees.setdefault(tree.id, tree)  # a kill while parts were joined leaves a tree in two files
         self._ids[path], self._versions[path] = [tree.id for tree in trees], version
 
     def _merge_timings(self, ids: Sequence[str]) -> None:
-        """Join the workers' seconds, in the order of the trees. Those of one worker alone stay as they are."""
         parts = worker_files(self._timings_path)
         if not parts:
-            return
+            return  # a worker alone has written them where they belong
         rows = {}
         for path in (self._timings_path, *parts):
             for _, row in read_jsonl(path, drop_torn_tail=True) if path.exists() else ():
@@ -229,7 +216,7 @@ class TreeStore:
         write_jsonl(self._timings_path, (rows[identity] for identity in ids if identity in rows))
 
     def _remove(self, part: Path) -> None:
-        """Remove a part whose trees are in the whole, unless its worker is at work."""
+        """Remove a part whose trees are in the whole, unless its worker still writes to it."""
         if part in (self.own_path, self._own_timings_path):
             part.unlink()
             return
@@ -265,7 +252,6 @@ def open_trees(
         path: `trees.jsonl`. Neither it nor its folder need exist.
         provenance: what the trees in it must have been made with.
         questions: the questions of this run, of all workers. A tree with the id of one must be about the same text.
-        worker: this process.
 
     Raises:
         EnvironmentProblem: another process is at work as the same worker.
@@ -283,7 +269,7 @@ def open_trees(
 
 
 def _worker_lock(own_path: Path) -> FileLock:
-    """The lock of the worker that appends to `own_path`, be it trees or timings. Timeout where it is held."""
+    """The lock of the worker that appends to `own_path`, be it trees or timings. Raises Timeout where it is held."""
     _, _, name = own_path.stem.partition(".")
     return FileLock(own_path.with_name(f".collect.{name or ALONE.name}.lock"), blocking=False)
 
@@ -298,7 +284,7 @@ def _version(path: Path) -> tuple[int, ...]:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Drop what follows the last newline: the line of a transaction that did not finish."""
+    # what follows the last newline is the line of a transaction that did not finish
     if not path.exists():
         return
     content = path.read_bytes()
@@ -308,7 +294,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the renames in a folder survive a crash before anything there is removed."""
+    # a rename survives a crash only once its folder is on disk
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,16 +21,7 @@ _FAMILIES: dict[str, type[Task]] = {
 
 
 def get_task(name: str, demonstration_seed: int | None = None, evaluator_seed: int | None = None) -> Task:
-    """The task of a configuration's `task.name`.
-
-    Args:
-        name: a data set.
-        demonstration_seed: order of the chain-of-thought demonstrations. None keeps the written one.
-        evaluator_seed: order of the demonstrations of verdicts. None keeps the written one.
-
-    Raises:
-        ConfigError: there is no task of that name.
-    """
+    """The task that `task.name` names, or ConfigError. The seeds are as in `Task`."""
     if name not in _FAMILIES:
         raise ConfigError(f"task.name: '{name}' is not a task; choose one of {', '.join(sorted(_FAMILIES))}")
     return _FAMILIES[name](name, demonstration_seed, evaluator_seed)
@@ -55,7 +46,7 @@ def load_questions(config: Config) -> tuple[Task, list[Question]]:
     if not config.task.path:
         raise ConfigError("task.path is empty; set it to the question file, such as SVAMP.json or a JSONL of questions")
     questions = task.load(config.task.path, config.task.num_questions, config.task.skip_questions)
-    if not questions:
+    if not questions:  # a file without any was refused by `load`
         raise ConfigError(f"task.skip_questions: {config.task.skip_questions} leaves no question of {config.task.path}")
     return task, questions
 

@@ -2,22 +2,15 @@
 
 Equal numbers have one normal form: `$1,250.00` and `1250 dollars` are "1250". `0.5`, `1/2` and `2/4` are "0.5". `1 1/2` is
 "1.5". `1/3` stays "1/3". A unit or a percent sign is dropped. Text in which it is not clear which number is meant has
-none. A minus belongs to a number if it touches it and no word or number touches the minus, or if it opens the text:
-"-20" and "x = - 20" are negative, "10-20", "COVID-19" and "the rest - 20" are not. Digits inside a name (km2, A4) are no
-number. Text with equals signs is read from the last part that has a number.
+none. Text with equals signs is read from the last part that has a number.
 
 Short answers in words have a normal form too, and three measures:
 
     normal form   lower case, ASCII punctuation and the articles a, an, the removed, whitespace collapsed (SQuAD)
     exact         equal normal forms
     F1            2 P R / (P + R) over the multiset of common words (HotpotQA)
-                  `yes`, `no` and `noanswer` match only themselves
-    containment   the words of the reference stand in the answer, next to each other and in order
-
-Two departures from those scripts, both where they are wrong. A word that is a number with a sign, a decimal point or
-a slash is read as a number before punctuation goes: SQuAD's rule makes 1450 of 145.0 and 20 of -20. And an answer that
-would vanish ("The The", "A") keeps its articles. Containment goes by words, never by characters: "no" is not in
-"Norway". It is the accuracy of the CPO paper made strict, and still accepts a list that holds the reference.
+    containment   the words of the reference stand in the answer, next to each other and in order: the accuracy of
+                  the CPO paper made strict, which still accepts a list that holds the reference
 """
 
 import re
@@ -28,14 +21,14 @@ from fractions import Fraction
 # sign, whole part of a mixed number, digits with or without thousands commas, decimals, denominator; the bounds keep
 # the work on run-on text linear and every integer short enough to convert
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-\u2212])?\$?"
-    r"(?:(?P<whole>\d{1,30})\s+(?=\d{1,30}\s?/\s?\d))?"
+    r"(?P<sign>(?<![\w)])[-\u2212])?\$?"  # the minus of "10-20" or "COVID-19" is no sign
+    r"(?:(?P<whole>\d{1,30})\s+(?=\d{1,30}\s?/\s?\d))?"  # "1 1/2", while "1 12" are two numbers
     r"(?P<number>(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"
     r"(?:\s?/\s?(?P<denominator>\d{1,30}))?",
     re.ASCII,
 )
-_NAME_WITH_DIGITS = re.compile(r"\b[^\W\d_]\w*\d[\w.]*")
-_OPENING_MINUS = re.compile(r"\A[-\u2212]\s+")
+_NAME_WITH_DIGITS = re.compile(r"\b[^\W\d_]\w*\d[\w.]*")  # km2, A4
+_OPENING_MINUS = re.compile(r"\A[-\u2212]\s+")  # "x = - 20" is negative, "the rest - 20" is not
 
 
 def normalise_number(text: str) -> str | None:
@@ -47,6 +40,7 @@ def normalise_number(text: str) -> str | None:
         clean = _OPENING_MINUS.sub("-", _NAME_WITH_DIGITS.sub(" ", part).strip())
         matches = list(_NUMBER.finditer(clean))
         if matches:
+            # of several, guessing which is meant would put wrong chains among the winners
             return _read(matches[0]) if len(matches) == 1 else None
     return None
 
@@ -78,11 +72,12 @@ def _normal_form(value: Fraction) -> str:
     return f"{sign}{digits[:-num_decimals]}.{digits[-num_decimals:]}"
 
 
-# a lone number that SQuAD's removal of punctuation would change; what may surround it is stripped before
+# a number that SQuAD's removal of punctuation would change: it makes 1450 of 145.0 and 20 of -20
 _NUMBER_WORD = re.compile(r"(?=.*[-./])-?\$?-?(?:\d[\d,]{0,30})?(?:\.\d{1,30}|/\d{1,9})?", re.ASCII)
 _AROUND = ".,;:!?%()[]\"'"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# match themselves alone (HotpotQA); each with the word that contradicts it
 _SPECIAL = {"yes": "no", "no": "yes", "noanswer": "noanswer"}
 
 
@@ -90,7 +85,7 @@ def normalise_words(text: str) -> str:
     """The normal form: words separated by single spaces, "" if no letter or digit is left. Applying it twice is once."""
     text = text.lower().replace("\u2212", "-")  # the typographic minus is punctuation as well
     words = [word for raw in text.split() for word in _words(raw)]
-    if not words:
+    if not words:  # SQuAD's rule leaves nothing of "The The" and "A"
         words = text.translate(_NO_PUNCTUATION).split()
     joined = " ".join(words)
     return joined if any(character.isalnum() for character in joined) else ""
@@ -123,6 +118,7 @@ def contains(answer: str, gold: str) -> bool:
         return False
     if len(theirs) == 1 and theirs[0] in _SPECIAL:
         return ours[0] == theirs[0] and _SPECIAL[theirs[0]] not in ours[1:]
+    # by words, never by characters: "no" is not in "Norway"
     return any(ours[start : start + len(theirs)] == theirs for start in range(len(ours) - len(theirs) + 1))
 
 
@@ -132,6 +128,7 @@ def is_number(text: str) -> bool:
 
 
 def _words(raw: str) -> list[str]:
+    # a full stop before the word may open a decimal: .5
     bare = raw.rstrip(_AROUND).lstrip(_AROUND.replace(".", ""))
     number = normalise_number(bare) if _NUMBER_WORD.fullmatch(bare) else None
     if number is not None:

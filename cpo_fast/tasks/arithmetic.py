@@ -2,9 +2,7 @@
 
 Released files: SVAMP is a JSON list of (ID, Body, Question, Equation, Answer, Type), where body and question are joined
 with a space. GSM8K is JSON lines of (question, answer), the answer being a solution whose last line is `#### 42`, and
-has no ids. An answer is a rational number in the normal form of `cpo_fast.tasks.answers`: a line with no number, or with
-several and no equals sign before the last one, has no readable answer, because guessing which was meant would put
-wrong chains among the winners.
+has no ids. An answer is a rational number in the normal form of `cpo_fast.tasks.answers`.
 """
 
 from typing import Any, ClassVar
@@ -106,7 +104,7 @@ class ArithmeticTask(Task):
 
     def read_row(self, row: dict[str, Any], place: str) -> Question:
         """A row of SVAMP, of GSM8K, or of `question[, answer][, id]`."""
-        if "Body" in row:
+        if "Body" in row:  # SVAMP
             body, asked = row["Body"], row.get("Question")
             if not isinstance(body, str) or not isinstance(asked, str):
                 raise DataError(f"{place}: expected text in 'Body' and 'Question'")
@@ -122,7 +120,7 @@ class ArithmeticTask(Task):
         return GSM8K_MARK in str(row.get("answer"))
 
     def parse_answer(self, line: str) -> str | None:
-        """The number of an `Answer: ...` line in normal form, or None. See the module's docstring."""
+        """The number of an `Answer: ...` line in normal form, or None where none or more than one can be meant."""
         text = line.strip()
         if not text.startswith(ANSWER_MARK):
             return None
@@ -136,7 +134,7 @@ class ArithmeticTask(Task):
 def _gold(value: Any, place: str) -> str | None:
     if value is None:
         return None
-    text = str(value).rpartition(GSM8K_MARK)[2]
+    text = str(value).rpartition(GSM8K_MARK)[2]  # all of it where there is no mark
     gold = None if isinstance(value, bool) else normalise_number(text)
     if gold is None:
         raise DataError(f"{place}: the answer {value!r} is not a number; mend it, or leave the answer out")

@@ -2,9 +2,8 @@
 
 Released files, all JSON lines: FEVER (id, verifiable, label, claim, evidence). FEVEROUS (id, claim, label, evidence,
 annotator_operations, challenge, ...), whose first line may be a header with an empty claim. VitaminC (unique_id,
-case_id, claim, evidence, label, page, ...), where claims come back with other evidence under other ids. Test sets may
-have no label. Evidence is not shown to the model: claims are judged closed-book, as the CPO paper does. An answer is
-one of three labels, so a tree's vote counts paths.
+case_id, claim, evidence, label, page, ...), where claims come back with other evidence under other ids. Evidence is not
+shown to the model: claims are judged closed-book, as the CPO paper does.
 """
 
 import re
@@ -96,6 +95,7 @@ _LABELS = {
     "not enough info": NOT_ENOUGH_INFO,
     "not enough information": NOT_ENOUGH_INFO,
 }
+# a hyphen makes another word of it: SUPPORTS-like
 _LABEL = re.compile(r"\b(?:supports|supported|refutes|refuted|not enough info(?:rmation)?)\b(?!-)", re.IGNORECASE)
 
 
@@ -103,7 +103,7 @@ class FactVerificationTask(Task):
     """Claims with one of three labels. The vote counts complete paths, the metric is equality of labels."""
 
     question_mark: ClassVar[str] = CLAIM_MARK
-    vote_by: ClassVar[Literal["value", "count"]] = "count"
+    vote_by: ClassVar[Literal["value", "count"]] = "count"  # an answer is one of three labels
     main_metric: ClassVar[str] = "exact"
     demonstrations: ClassVar[Demonstrations] = DEMONSTRATIONS
     step_verdicts: ClassVar[Demonstrations] = STEP_VERDICTS
@@ -121,7 +121,7 @@ class FactVerificationTask(Task):
         return any(key.startswith("evidence") for key in row)
 
     def parse_answer(self, line: str) -> str | None:
-        """The label that an `Answer: ...` line opens with. None without one, or if its sentence names another too."""
+        """The label that an `Answer: ...` line opens with, or None without one, or if its sentence names another too."""
         text = line.strip()
         if not text.startswith(ANSWER_MARK):
             return None
@@ -137,6 +137,7 @@ def parse_label(text: str) -> str | None:
 
     "SUPPORTS. It is known ..." is SUPPORTS. "not SUPPORTS", "SUPPORTS or REFUTES" and "supporters say" are no label.
     """
+    # what follows the first clause explains the label, and may name others
     opening = re.split(r"[.;:!(\n]", text.strip().lstrip("\"'*` "), maxsplit=1)[0]
     found = _LABEL.findall(opening)
     if not found or not opening.lower().startswith(found[0].lower()):
@@ -151,7 +152,7 @@ def _is_header(row: dict[str, Any]) -> bool:
 
 
 def _gold(value: Any, place: str) -> str | None:
-    if value is None or value == "":
+    if value is None or value == "":  # as in test sets
         return None
     label = _LABELS.get(value.strip().lower()) if isinstance(value, str) else None
     if label is None:

@@ -92,7 +92,7 @@ class MultiHopQATask(Task):
     conclusion_verdicts: ClassVar[Demonstrations] = CONCLUSION_VERDICTS
 
     def read_row(self, row: dict[str, Any], place: str) -> Question:
-        """A row of any of the three sets, or of `question[, answer][, id]`. The reference answer stays as written."""
+        """A row of any of the three sets, or of `question[, answer][, id]`."""
         text = row_text(row, ("question", "Question"), place)
         return Question(row_id(row, text, place), text, _gold(first_value(row, ("answer", "Answer")), place))
 
@@ -119,6 +119,7 @@ class MultiHopQATask(Task):
 def _gold(value: Any, place: str) -> str | None:
     if value is None:
         return None
+    # a bool is an int to Python
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not normalise_words(str(value)):
         raise DataError(f"{place}: the answer {value!r} is no text; mend it, or leave the answer out")
-    return str(value).strip()
+    return str(value).strip()  # as written: scoring normalises both sides

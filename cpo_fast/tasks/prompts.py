@@ -2,11 +2,8 @@
 
 Without chat the text is the task's own prompt, and the first thought follows its last newline. With chat,
 demonstrations and question are one user turn under the tokenizer's own template, and the first thought follows the
-tokens that open the assistant's turn. Either way the ids are those of the whole text: whatever continues the prompt is
-appended to exactly these ids, and nothing is tokenised again.
-
-The same question gives the same prompt on every day and machine: a template that writes the date gets a fixed one, and
-templates with a thinking mode are asked for none, because the chain of steps is the thinking.
+tokens that open the assistant's turn. Whatever continues a prompt is appended to the ids of its whole text, and nothing
+is tokenised again. The same question gives the same prompt on every day and machine.
 """
 
 from collections.abc import Sequence
@@ -51,7 +48,7 @@ class Prompts:
         The few-shot part, in a chat also the template before and around it. Its ids are those of its text alone.
         """
         text = self.task.few_shot
-        if self.chat:
+        if self.chat:  # no template says where its shared part ends, so two questions are compared
             one, other = self.text(ANY_QUESTION), self.text(_ANOTHER)
             text = one[: common_prefix_length(one, other)]
         return Prompt.build(text, self.encode_text(text))
@@ -76,20 +73,15 @@ class Prompts:
         return self.encode_text(self.text(question) + lines)
 
     def verdict_text(self, question: Question, lines: Sequence[str]) -> str:
-        """The prompt that ` likely` or ` impossible` follows. Ends in `VERDICT_CUE`. `lines` are the state's thoughts.
-
-        With chat the cue opens the assistant's turn, so that the label is the next thing the model says.
-        """
+        """The prompt that ` likely` or ` impossible` follows. Ends in `VERDICT_CUE`. `lines` are the state's thoughts."""
         prompt = self.task.evaluator_prompt(question, lines)
+        # in a chat the cue opens the assistant's turn, so that the label is the next thing the model says
         return self._user_turn(prompt.removesuffix(VERDICT_CUE)) + VERDICT_CUE if self.chat else prompt
 
     def labels(self, verdict_text: str) -> tuple[list[int], list[list[int]]]:
-        """Ids of an evaluator prompt and of its two labels (likely, impossible, with the leading space).
-
-        The labels are tokenised together with the prompt, so that tokenizers which join or split at the boundary are
-        scored on the ids they would really produce.
-        """
+        """Ids of an evaluator prompt and of its two labels (likely, impossible, with the leading space)."""
         plain = self.encode_text(verdict_text)
+        # together with the prompt: a tokenizer that joins or splits at the boundary is scored on the ids it would produce
         whole = [self.encode_text(f"{verdict_text} {label}") for label in (LIKELY, IMPOSSIBLE)]
         length = min(common_prefix_length(plain, ids) for ids in whole)
         return plain[:length], [ids[length:] for ids in whole]
@@ -100,7 +92,7 @@ class Prompts:
         return [self.encode(question), *map(self.encode_text, verdicts)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a whole prompt. Pieces that are tokenised apart do not add up to the ids of the whole."""
+        """Ids of a whole prompt, which those of its pieces need not add up to."""
         if self.chat:  # a template writes its own special tokens
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return encode_prompt(self.tokenizer, text)
@@ -124,7 +116,7 @@ class Prompts:
                 [{"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=True,
-                enable_thinking=False,
+                enable_thinking=False,  # the chain of steps is the thinking
                 chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -138,12 +130,9 @@ class Prompts:
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a plain text that something will continue.
-
-    It keeps the special tokens that a Hugging Face tokenizer puts at the front (a beginning-of-sequence), not an
-    end-of-sequence that it appends, because the text goes on.
-    """
+    """Token ids of a plain text that something will continue, with the special tokens that its tokenizer puts in front."""
     ids: list[int] = list(tokenizer(text)["input_ids"])
+    # some tokenizers append an end-of-sequence, but the text goes on
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
     return ids

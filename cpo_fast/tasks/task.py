@@ -35,7 +35,7 @@ class Demonstrations:
     examples: tuple[str, ...]
 
     def text(self, seed: int | None = None) -> str:
-        """Instruction and examples, a blank line after each. `seed` None keeps the written order."""
+        """Instruction and examples, a blank line after each, in written order where `seed` is None."""
         return "".join(f"{block}\n\n" for block in (self.instruction, *self.ordered(seed)))
 
     def ordered(self, seed: int | None) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Task(ABC):
 
     Attributes:
         name: what `task.name` says.
-        demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written order.
+        demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written one.
         evaluator_seed: the same for the demonstrations of verdicts.
         question_mark: what stands before a question.
         vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
@@ -83,11 +83,11 @@ class Task(ABC):
 
     @abstractmethod
     def read_row(self, row: dict[str, Any], place: str) -> Question | None:
-        """The question of one row. None for a row that is no data (a header). Raises DataError naming `place`."""
+        """The question of one row, or None for a row that is no data (a header). Raises DataError naming `place`."""
 
     @abstractmethod
     def parse_answer(self, line: str) -> str | None:
-        """The normalised answer of an `Answer: ...` line. None if it is not one or holds no readable answer."""
+        """The normalised answer of an `Answer: ...` line, or None if it is not one or holds no readable answer."""
 
     @abstractmethod
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
@@ -100,16 +100,14 @@ class Task(ABC):
     def load(self, path: str | Path, limit: int | None = None, skip: int = 0) -> list[Question]:
         """Questions in file order, without the first `skip`, at most `limit`.
 
-        The whole file is checked, whatever part is used. A row without an id is named by a hash of its text. Rows that
-        repeat a question word for word are merged (and counted in the log) where the data set's own format does that.
-        Elsewhere they are an error.
+        Rows that repeat a question word for word are merged where the data set's own format does that, and an error
+        elsewhere.
 
         Args:
             path: the data set's released file, a JSONL of `question[, answer][, id]`, or `hub:org/name[:config][:split]`.
 
         Raises:
-            DataError: the source cannot be read, a row is bad, or an id appears twice. Names file:line, the row of a
-                JSON list, or the row of a hub data set.
+            DataError: the source cannot be read, a row is bad, or an id appears twice. Names file:line or the row.
             EnvironmentProblem: a hub id is given and `datasets` is missing.
         """
         questions: dict[str, Question] = {}
@@ -132,26 +130,28 @@ class Task(ABC):
             raise DataError(f"{path}: the file holds no question")
         if num_merged:
             logger.info("%s: %d rows repeat an earlier question and are merged with it", path, num_merged)
+        # cut last, so that the whole file is checked, whatever part is used
         end = None if limit is None else skip + limit
         return list(questions.values())[skip:end]
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer is right by the family's main metric. None is never correct."""
+        """Whether an answer is right by the family's main metric, which None never is."""
         return answer is not None and self.score_answer(answer, gold)[self.main_metric] == 1.0
 
+    # each of the three ends with a blank line
     @property
     def few_shot(self) -> str:
-        """The demonstrations, shared by every question. Ends with a blank line."""
+        """The demonstrations, shared by every question."""
         return self.demonstrations.text(self.demonstration_seed)
 
     @property
     def few_shot_evaluator(self) -> str:
-        """The verdicts on steps, shared by every state that ends in a step. Ends with a blank line."""
+        """The verdicts on steps, shared by every state that ends in a step."""
         return self.step_verdicts.text(self.evaluator_seed)
 
     @property
     def few_shot_conclusion_evaluator(self) -> str:
-        """The verdicts on answers, shared by every state that ends in an answer line. Ends with a blank line."""
+        """The verdicts on answers, shared by every state that ends in an answer line."""
         return self.conclusion_verdicts.text(self.evaluator_seed)
 
     def prompt(self, question: Question) -> str:
@@ -161,14 +161,11 @@ class Task(ABC):
     def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
         """Few-shot verdicts and the state to judge. Ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
 
-        Args:
-            question: the question.
-            lines: the thoughts of the state, in order. Their surrounding whitespace is not shown: a verdict is about
-                what a line says, and its tokens are not trained. A state whose last line is an answer line is judged
-                with the demonstrations for conclusions.
+        A state whose last line (of `lines`, its thoughts) is an answer line gets the demonstrations for conclusions.
         """
         concludes = bool(lines) and self.is_answer_line(lines[-1])
         few_shot = self.few_shot_conclusion_evaluator if concludes else self.few_shot_evaluator
+        # whitespace around a line aside: a verdict is about what it says, and its tokens are not trained
         state = "".join(f"{line.strip()}\n" for line in lines)
         return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
 

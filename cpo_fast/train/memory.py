@@ -29,7 +29,7 @@ from cpo_fast.dtype import resolve_dtype
 from cpo_fast.models import free_device_bytes, model_folder
 from cpo_fast.ranks import Ranks
 from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
-from cpo_kernels.linear_logprob.results import MAX_CHUNK_LOGITS
+from cpo_kernels.linear_logprob.results import max_chunk_logits
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     attention = size * head_dim * (2 * heads + 2 * kv_heads) + 4 * heads
     layer = 8 * hidden + 8 + attention + 3 * size * intermediate
     num_rows = num_tokens if num_rows is None else num_rows
-    chunk = min(MAX_CHUNK_LOGITS, num_rows * config.vocab_size)
+    chunk = min(max_chunk_logits(), num_rows * config.vocab_size)
     num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return StepMemory(
         num_tokens=num_tokens,

@@ -39,7 +39,7 @@ class ModelShape:
 Results = dict[str, torch.Tensor]
 Check = Callable[[torch.device, ModelShape], dict[str, float]]  # error over bound of each result, by its name
 
-_passed: set[tuple[str, str, ModelShape]] = set()  # op, device, shape
+passed: set[tuple[str, str, ModelShape]] = set()  # op, device, shape; what is taken out is checked again
 
 
 def run_check(op: str, check: Check, device: torch.device, shape: ModelShape) -> None:
@@ -49,7 +49,7 @@ def run_check(op: str, check: Check, device: torch.device, shape: ModelShape) ->
         KernelCheckError: a kernel did not compile or launch, or its result lies outside the bound. The sentence names the
             op and says how to go on without its kernels.
     """
-    if (op, str(device), shape) in _passed:
+    if (op, str(device), shape) in passed:
         return
     started = time.perf_counter()
     try:
@@ -69,14 +69,14 @@ def run_check(op: str, check: Check, device: torch.device, shape: ModelShape) ->
             f"{op}: its Triton kernels are wrong on {device} for {shape}: the error of {name} is {wrong[name]:.3g} "
             "times what rounding explains; set CPO_KERNELS_IMPL=eager to run without them"
         )
-    _passed.add((op, str(device), shape))
+    passed.add((op, str(device), shape))
     seconds = time.perf_counter() - started
     logger.info("self-check: the Triton kernels of %s are right on %s (%.1f s)", op, device, seconds)
 
 
 def check_once(op: str, check: Check, device_type: str) -> None:
     """Run an op's check on the current device of a type unless it has passed there before, in any shape."""
-    if not any(name == op and torch.device(device).type == device_type for name, device, _ in _passed):
+    if not any(name == op and torch.device(device).type == device_type for name, device, _ in passed):
         run_check(op, check, torch.device(device_type), ModelShape())
 
 

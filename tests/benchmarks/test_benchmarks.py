@@ -34,8 +34,7 @@ SEARCH = ["--device", "cpu", "--set", "tiny", "--repeats", "1"]
 
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (harness, linear_logprob, tree_attention, kernel_profile):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setenv("CPO_FAST_RESULTS", str(tmp_path))
     return tmp_path
 
 

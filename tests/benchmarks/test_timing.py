@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness
 from benchmarks.clock import MIN_RUNS, NUM_WARMUPS, measure, peak_bytes
 from benchmarks.harness import Check, InexactError, Timing, gate, plot, record
 
@@ -66,7 +65,7 @@ def test_a_gate_refuses_nan_and_names_every_failure() -> None:
 
 
 def test_a_record_carries_its_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setenv("CPO_FAST_RESULTS", str(tmp_path))
     line = json.loads(record("one", "python -m one", [Check("a", 0.5, 1.0)], {"seconds": 1.0}).read_text())
     stamp = line["environment"]
     assert stamp["command"] == "python -m one"
@@ -76,7 +75,7 @@ def test_a_record_carries_its_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_inexact_record_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setenv("CPO_FAST_RESULTS", str(tmp_path))
     with pytest.raises(InexactError):
         record("one", "python -m one", [Check("a", 2.0, 1.0)], {})
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ Every operator that runs is looked at, inside autograd functions too: those whos
 know read the device back. CPU tensors stand for the device's, but for the plan's `host_offsets`, whose reading is free.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,10 +39,21 @@ class DeviceWaits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class LargestTensor(DeviceWaits):
-    """Remembers the most elements that any result of an operator has."""
+class MadeTensors(DeviceWaits):
+    """Remembers every result of an operator: the operator's name and the shape."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[int, ...]]] = []
+
+    @property
+    def largest(self) -> int:
+        """The most elements that a result has."""
+        return max(math.prod(shape) for _, shape in self.made)
+
+    def count(self, shape: tuple[int, ...], name: str = "") -> int:
+        """How many results have this shape, of operators whose name begins with `name`."""
+        return sum(made.startswith(name) and found == shape for made, found in self.made)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and look at its results."""
@@ -49,7 +61,7 @@ class LargestTensor(DeviceWaits):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             # bytes are copies by Triton's interpreter
             if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
-                self.largest = max(self.largest, tensor.numel())
+                self.made.append((func._schema.name.removeprefix("aten::"), tuple(tensor.shape)))
         return result
 
 

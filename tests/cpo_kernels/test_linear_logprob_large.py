@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cpo_kernels import LogprobPlan, linear_logprob
-from cpo_kernels.linear_logprob import results as head
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,8 +48,7 @@ def test_head_of_more_than_2_31_elements(path: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("path", ["chunk", "fused"])
 def test_more_than_2_31_logits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk, so that the addresses inside a chunk pass 2^31 too."""
-    num_rows, vocab = 16_500, 131_072
+    num_rows, vocab = 129 * 128, 131_072  # whole row tiles
     assert num_rows * vocab > 2**31
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", num_rows * vocab)
-    monkeypatch.setattr(head, "ROW_TILE", 1)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(num_rows * vocab))
     probe(num_rows, vocab, 64, path, monkeypatch)

@@ -3,6 +3,7 @@
 T rows, E hidden, V vocabulary, P scored tokens.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,7 @@ import pytest
 import torch
 
 from cpo_kernels import LogprobPlan, LogprobResult, linear_logprob
-from cpo_kernels.linear_logprob import results as head_module
-from tests.cpo_kernels.device_waits import DeviceWaits, LargestTensor, waits
+from tests.cpo_kernels.device_waits import DeviceWaits, MadeTensors, waits
 from tests.cpo_kernels.logprob_oracle import Case, make_case, measured, oracle
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
@@ -94,7 +94,7 @@ def test_operators_that_wait_are_found() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_a_16_bit_head_are_summed_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded once at the end: thirty chunks of rows added in 16 bits would be off by several steps."""
-    monkeypatch.setattr(head_module, "MAX_CHUNK_LOGITS", 33 * 10)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(33 * 10))
     case = make_case(vocab=33, num_rows=300, num_tokens=600, bias=True)
     for name in ("hidden", "weight", "bias"):
         setattr(case, name, getattr(case, name).to(dtype).double())
@@ -107,13 +107,21 @@ def test_gradients_of_a_16_bit_head_are_summed_in_float32(dtype: torch.dtype, mo
 
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "MAX_CHUNK_LOGITS", 500 * 7)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(500 * 7))
     case = make_case(vocab=500, width=5, num_rows=60, num_tokens=120, bias=True)
     given, plan = leaves(case, train_head), case.plan()
-    with LargestTensor() as mode:
+    with MadeTensors() as mode:
         result = linear_logprob(*given[:2], plan, bias=given[2], outputs=OUTPUTS, impl="eager")
         result.segment_logps.sum().backward()
     assert mode.largest == 500 * 7  # all rows at once would be 500 * 60
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "1.5", "many"])
+def test_a_bound_that_is_no_number_of_logits_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", text)
+    case = make_case()
+    with pytest.raises(ValueError, match=rf"^CPO_KERNELS_MAX_CHUNK_LOGITS='{re.escape(text)}': expected a positive"):
+        linear_logprob(case.hidden, case.weight, case.plan(), impl="eager")
 
 
 @pytest.mark.parametrize("train_head", [False, True])

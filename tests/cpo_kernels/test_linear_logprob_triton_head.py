@@ -30,9 +30,7 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 def test_trainable_head_stays_within_twice_the_eager_error(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cpo_kernels.linear_logprob import results as head
-
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 300 * 2)  # several chunks of rows
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(300 * 2))  # several chunks of rows
     ratios = excess(crowded(300, **options), dtype, train_head=True)
     if dtype != torch.float32:
         # Eager multiplies float32 copies; here operands are rounded to 16 bits first, as for any matrix product of

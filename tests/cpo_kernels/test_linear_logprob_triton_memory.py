@@ -1,12 +1,10 @@
 """What the Triton path of linear_logprob makes: bounded logits, and no expected embedding that nobody asked for."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from cpo_kernels import linear_logprob
-from tests.cpo_kernels.device_waits import LargestTensor
+from tests.cpo_kernels.device_waits import MadeTensors
 from tests.cpo_kernels.kernel_device import DEVICE, runs_kernels
 from tests.cpo_kernels.logprob_oracle import make_case
 from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the fixture acts by being here)
@@ -18,14 +16,12 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 @runs_kernels
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpo_kernels.linear_logprob import results as head
-
-    monkeypatch.setattr(head, "MAX_CHUNK_LOGITS", 500 * 7)
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(500 * 7))
     case = make_case(vocab=500, width=5, num_rows=15, num_tokens=30, bias=True)
     hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_()
     weight, bias = (x.to(DEVICE, torch.float32).requires_grad_(train_head) for x in (case.weight, case.bias))
     plan = case.plan().to(DEVICE)
-    with LargestTensor() as mode:
+    with MadeTensors() as mode:
         result = linear_logprob(hidden, weight, plan, hidden.detach(), bias=bias, outputs=OUTPUTS, impl="triton")
         result.segment_logps.sum().backward()
     assert mode.largest == 500 * 7  # all rows at once would be 500 * 15
@@ -36,20 +32,14 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(train_head: bool, monkeypatc
 def test_expected_embedding_is_made_for_a_gradient_under_a_frozen_head_alone(
     asks: str, num_made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for the policy; never for the reference."""
-    from cpo_kernels.linear_logprob import triton as triton_scores
-
-    made: list[torch.Tensor] = []
-    original = triton_scores.conditional_probabilities
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        made.append(original(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(triton_scores, "conditional_probabilities", counted)
+    """Once for the policy; never for the reference. It is a product with the head, one row for each row scored."""
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", "chunk")
     case = make_case()
     hidden = case.hidden.to(DEVICE, torch.float32).requires_grad_(asks != "no gradient")
     weight = case.weight.to(DEVICE, torch.float32).requires_grad_(asks == "gradient of the head")
-    linear_logprob(hidden, weight, case.plan(), hidden.detach(), impl="triton")
-    assert len(made) == num_made
+    plan = case.plan().to(DEVICE)
+    with MadeTensors() as mode:
+        linear_logprob(hidden, weight, plan, hidden.detach(), impl="triton")
+    num_rows, (vocab, width) = len(plan.unique_rows), weight.shape
+    assert mode.count((num_rows, width), "mm") == num_made
+    assert mode.count((num_rows, vocab), "mm") == 2  # the logits of the policy and of the reference

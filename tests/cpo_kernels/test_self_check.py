@@ -5,7 +5,7 @@ the kernels themselves.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import CHECKS, OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import resolve_tree_attention
 from tests.cpo_kernels.kernel_device import not_interpreted
-from tests.cpo_kernels.small_checks import CPU, SHAPE, checked_ops, posed_check, shrink
+from tests.cpo_kernels.posed_checks import CPU, SHAPE, checked_ops, nothing_checked, posed_check
 from tests.tiny import tiny_llama
 
 ALL = ("reference", "eager", "triton")
@@ -27,15 +27,16 @@ PART_OF = {"tree_attention": "out", "linear_logprob": "logps", "tree_decode": "o
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
-    shrink(monkeypatch)
+def unchecked() -> Iterator[None]:
+    """Nothing checked yet, and Triton as the default of the CPU."""
+    with nothing_checked():
+        yield
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_right_results_pass_and_need_no_gradients_around_the_check(
-    small: None, op: str, context: Callable[..., Any]
+    unchecked: None, op: str, context: Callable[..., Any]
 ) -> None:
     with context():
         run_check(op, posed_check(op), CPU, SHAPE)
@@ -52,14 +53,14 @@ def test_right_results_pass_and_need_no_gradients_around_the_check(
         *(("tree_decode", part) for part in ("out", "keys", "values")),
     ],
 )
-def test_each_wrong_result_is_refused_by_the_name_of_its_op(small: None, op: str, part: str, factor: float) -> None:
+def test_each_wrong_result_is_refused_by_the_name_of_its_op(unchecked: None, op: str, part: str, factor: float) -> None:
     with pytest.raises(KernelCheckError, match=rf"^{op}: its Triton kernels are wrong on cpu .*CPO_KERNELS_IMPL=eager"):
         run_check(op, posed_check(op, part, factor), CPU, SHAPE)
     assert checked_ops() == set()
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_kernel_that_does_not_launch_is_refused_with_its_reason(small: None, op: str) -> None:
+def test_kernel_that_does_not_launch_is_refused_with_its_reason(unchecked: None, op: str) -> None:
     def fails(*args: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
@@ -69,7 +70,7 @@ def test_kernel_that_does_not_launch_is_refused_with_its_reason(small: None, op:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_fault_of_one_op_is_in_nobody_elses_way(small: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+def test_a_fault_of_one_op_is_in_nobody_elses_way(unchecked: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     for name in OPS:
         monkeypatch.setitem(CHECKS, name, posed_check(name, "nothing" if name != op else PART_OF[op], 1.5))
     others = tuple(name for name in OPS if name != op)
@@ -91,7 +92,9 @@ def test_an_op_of_another_name_is_refused() -> None:
         self_check("cpu", SHAPE, ("tree_attention", "tree_attend"))
 
 
-def test_kernels_by_default_are_checked_once_and_named_ones_never(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_by_default_are_checked_once_and_named_ones_never(
+    unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[torch.device, str]] = []
 
     def resolved(op: str, impl: str | None = None) -> str:
@@ -121,7 +124,7 @@ def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_prepare_refuses_a_device_on_which_a_kernel_is_wrong(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_refuses_a_device_on_which_a_kernel_is_wrong(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CHECKS, "tree_attention", posed_check("tree_attention", "out", 1.01))
     model = tiny_llama(hidden_size=64)
     with pytest.raises(KernelCheckError, match="tree_attention"):

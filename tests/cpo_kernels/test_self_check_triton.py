@@ -20,8 +20,9 @@ from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import check as attention_check
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
+from cpo_kernels.tree_decode import check as decode_check
 from tests.cpo_kernels.kernel_device import interpreted
-from tests.cpo_kernels.small_checks import CPU, checked_ops, shrink
+from tests.cpo_kernels.posed_checks import CPU, checked_ops, nothing_checked
 from tests.tiny import tiny_llama
 
 TINY_SHAPE = ModelShape(torch.bfloat16, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=24)
@@ -29,9 +30,18 @@ KERNELS_FOLDER = Path(kernel_check.__file__).parent
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
-    shrink(monkeypatch)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few rows and keys for the interpreter, nothing checked yet, and Triton as the default of the CPU."""
+    sizes = {
+        attention_check: {"NUM_ROWS": 83},
+        logprob_check: {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131},
+        decode_check: {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6},
+    }
+    for place, found in sizes.items():
+        for name, size in found.items():
+            monkeypatch.setattr(place, name, size)
+    with nothing_checked():
+        yield
 
 
 # op, module, kernel, and the constants that the variant which does nothing has, if not all do nothing
@@ -182,7 +192,7 @@ def test_prepare_checks_kernels_by_default_in_the_shapes_of_the_model(
 ) -> None:
     prepare(tiny_llama(hidden_size=64))
     expected = ModelShape(torch.float32, num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64)
-    assert kernel_check._passed == {(op, "cpu", expected) for op in TRAINING_OPS}
-    monkeypatch.setattr(kernel_check, "_passed", set())
+    assert kernel_check.passed == {(op, "cpu", expected) for op in TRAINING_OPS}
+    kernel_check.passed.clear()
     prepare(tiny_llama(hidden_size=64), impl="eager")
     assert checked_ops() == set()

@@ -11,7 +11,6 @@ from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from cpo_fast.evaluate import evaluate, evaluate_methods, read_evaluation
-from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import load_model, model_hash
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.tasks import get_task
@@ -239,10 +238,20 @@ def test_question_too_long_for_the_model_fails_alone(tmp_path: Path, folder: Pat
     assert "exceed the model's 4096 positions" in evaluation.results[1].detail
 
 
+class RecordingEngine(HuggingFaceEngine):
+    """Remembers the prompts that it is asked to go on from."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[tuple[int, ...]] = []
+
+    def sample(self, requests: Any) -> Any:
+        self.seen.extend(request.token_ids for request in requests if request.uid != "warm-up")
+        return super().sample(requests)
+
+
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompt_ids_are_those_the_search_uses(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
-) -> None:
+def test_prompt_ids_are_those_the_search_uses(tmp_path: Path, folder: Path, chat: bool) -> None:
     config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), max_new_tokens=2)
     task, search = (
         config.task.model_copy(update={"chat": chat}),
@@ -251,38 +260,33 @@ def test_prompt_ids_are_those_the_search_uses(
     config = config.model_copy(update={"task": task, "search": search})
     model, tokenizer = load_model(config.model)
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
-    seen: list[tuple[int, ...]] = []
-    sample = HuggingFaceEngine.sample
-
-    def record(self: HuggingFaceEngine, requests: Any) -> Any:
-        seen.extend(request.token_ids for request in requests if request.uid != "warm-up")
-        return sample(self, requests)
-
-    monkeypatch.setattr(HuggingFaceEngine, "sample", record)
     first = []
     for method in ("cot", "tot"):
-        seen.clear()
-        evaluate(
-            config.model_copy(update={"eval": config.eval.model_copy(update={"method": method})}), model, tokenizer
-        )
-        first.append(seen[0])
+        asked = config.model_copy(update={"eval": config.eval.model_copy(update={"method": method})})
+        engine = RecordingEngine(model, tokenizer, 1)
+        evaluate(asked, model, tokenizer, make_engine=lambda *_, engine=engine: engine)
+        first.append(engine.seen[0])
     prompt = TASK.few_shot + "Question: What is number 0?\n"
     expected = f"<u>{prompt.rstrip()}</u><a>" if chat else prompt
     assert first == [tuple(tokenizer(expected).input_ids)] * 2
 
 
-def test_batched_chains_use_the_same_prompts(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class RecordingModel(Scripted):
+    """Remembers the prompts that it is given."""
+
+    seen: torch.Tensor
+
+    def generate(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen = input_ids
+        return super().generate(input_ids, *args, **kwargs)
+
+
+def test_batched_chains_use_the_same_prompts(tmp_path: Path, folder: Path) -> None:
     tokenizer = tiny_tokenizer()
-    seen: list[list[int]] = []
-
-    def record(model: Any, tokenizer: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> list[Chain]:
-        seen.extend(prompts)
-        return [Chain("Answer: 1\n", (5,), "answer", 0.1)]
-
-    monkeypatch.setattr("cpo_fast.evaluate.chain.greedy_chains", record)
     config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), batch_size=2)
-    evaluate(config, Scripted([]), tokenizer)
-    assert seen == [tokenizer(TASK.few_shot + "Question: What is number 0?\n").input_ids]
+    model = RecordingModel([tokenizer("Answer: 1\n").input_ids])
+    evaluate(config, model, tokenizer)
+    assert model.seen.tolist() == [tokenizer(TASK.few_shot + "Question: What is number 0?\n").input_ids]
     with pytest.raises(ValueError, match="model and tokenizer together"):
         evaluate(config, Scripted([]))
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import pytest
-
 from cpo_fast.config import Config, SearchConfig
 from cpo_fast.evaluate.evaluation import QuestionAnswer, tree_answer
+from cpo_fast.search.engine import Sample, SampleRequest
 from cpo_fast.tasks import Prompts, Question, get_task
 from tests.evaluate.scripted import ScriptedEngine
 
@@ -33,18 +32,20 @@ def test_tree_answers_by_its_vote_and_counts_what_every_sample_cost() -> None:
     assert answer.seconds > 0
 
 
-def test_sampled_verdicts_are_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ScriptedEngine({}, THOUGHTS | {("likely or", 0): []}, eos_after=("Answer: 4",))
-    plain = engine.line
-    said = " likely\n"
+class JudgingEngine(ScriptedEngine):
+    """Says one line wherever a verdict is sampled."""
 
-    def line(number, request):
+    verdict = " likely\n"
+
+    def line(self, number: int, request: SampleRequest) -> Sample:
         if "/verdict/" in request.uid:
-            return ScriptedEngine({}, {("", count): [said] for count in range(9)}).line(number, request)
-        return plain(number, request)
+            return ScriptedEngine({}, {("", count): [self.verdict] for count in range(9)}).line(number, request)
+        return super().line(number, request)
 
-    monkeypatch.setattr(engine, "line", line)
-    answer = _answer(engine, evaluator="sample", num_verdicts=3)
+
+def test_sampled_verdicts_are_tokens_too() -> None:
+    said = JudgingEngine.verdict
+    answer = _answer(JudgingEngine({}, THOUGHTS, eos_after=("Answer: 4",)), evaluator="sample", num_verdicts=3)
     # two distinct states of the first level, three of the second, each judged three times
     assert answer.num_verdict_tokens == (2 + 3) * 3 * len(said)
     thoughts = sum(len(line) for lines in THOUGHTS.values() for line in lines) + 1

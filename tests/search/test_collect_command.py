@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from cpo_fast.cli.collect import collect_command
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
+from tests.search.tiny_llama import build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,12 +36,7 @@ def _invoke(*arguments):
     return CliRunner().invoke(collect_command, [str(argument) for argument in arguments])
 
 
-def test_json_summary_is_one_object_and_the_trees_are_written(workspace, monkeypatch):
-    from tests.search.tiny_llama import build_model, build_tokenizer
-
-    tokenizer = build_tokenizer()
-    bias = {tokenizer.convert_tokens_to_ids(word): 5.0 for word in ("\n", "Answer:", "1")}
-    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (build_model(len(tokenizer), bias), tokenizer))
+def test_json_summary_is_one_object_and_the_trees_are_written(workspace):
     result = _invoke(workspace / "config.yaml", "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
@@ -62,12 +58,10 @@ def test_text_of_a_model_cannot_drive_the_terminal():
     assert _shown("x" * 100_000) == "x" * 80 + "..."
 
 
-def test_every_question_failing_is_an_error(workspace, monkeypatch):
-    from tests.search.tiny_llama import build_model, build_tokenizer
-
-    tokenizer = build_tokenizer()
-    broken = build_model(len(tokenizer), {0: float("nan")})
-    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (broken, tokenizer))
+def test_every_question_failing_is_an_error(workspace, tokenizer):
+    broken = build_model(len(tokenizer))
+    broken.lm_head.weight.data[0] = float("nan")
+    broken.save_pretrained(workspace / "model")
     result = _invoke(workspace / "config.yaml", "search.engine=hf")
     assert isinstance(result.exception, CpoFastError)
     assert "every question failed" in str(result.exception)
@@ -77,11 +71,6 @@ def test_every_question_failing_is_an_error(workspace, monkeypatch):
 
 
 def test_a_worker_searches_its_own_questions_and_the_last_one_writes_the_file(workspace, monkeypatch):
-    from tests.search.tiny_llama import build_model, build_tokenizer
-
-    tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
-    monkeypatch.setattr("cpo_fast.models.load_model", lambda config: (model, tokenizer))
     (workspace / "questions.jsonl").write_text("".join(f'{{"question": "how many {n}"}}\n' for n in "abcdefgh"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from cpo_fast import dtype as dtypes
 from cpo_fast.errors import DataError
 from cpo_fast.models import load_model
 from cpo_fast.search.collect import collect
@@ -14,15 +13,14 @@ from cpo_fast.tasks import Prompts, load_questions
 
 
 @pytest.fixture
-def run_in(make_config, model, tokenizer, tmp_path, monkeypatch):
+def run_in(make_config, model, tokenizer, tmp_path, processor):
     """run_in(dtype, ratio) -> a configuration that names the dtype, on a CPU where bfloat16 takes `ratio` of the time."""
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def make(dtype, ratio):
-        monkeypatch.setattr(dtypes, "_may_have_bfloat16_instructions", lambda: True)
-        monkeypatch.setattr(dtypes, "_bfloat16_ratio", lambda: ratio)
+        processor(bf16_ratio=ratio)
         config = make_config(max_steps=1, num_candidates=2, num_kept=1, max_thought_tokens=4)
         section = config.model.model_copy(update={"path": str(folder), "device": "cpu", "dtype": dtype})
         return config.model_copy(update={"model": section})

@@ -16,9 +16,11 @@ from cpo_fast.errors import ConfigError, CpoFastError, DataError, EnvironmentPro
 from cpo_fast.train.loop import train
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import build_policy
+from cpo_kernels.implementation import DEFAULT_BY_DEVICE
 from cpo_kernels.integrations.lora import RecastLinear
-from cpo_kernels.self_check import KernelCheckError
+from cpo_kernels.self_check import CHECKS
 from tests.data.hand_made import node, tree, write_trees
+from tests.processor import Processor
 from tests.tiny import randomize_lora
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, id_rows, largest_difference, metrics_of, sgd
 
@@ -233,9 +235,9 @@ def test_every_line_of_the_metrics_names_the_kernels_that_ran(
 
 
 def test_training_says_the_dtype_of_the_base_weights(
-    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, processor: Processor
 ) -> None:
-    monkeypatch.setattr("cpo_fast.dtype._may_have_bfloat16_instructions", lambda: False)
+    processor(bf16_ratio=None)
     with caplog.at_level(logging.INFO, logger="cpo_fast.train"):
         for dtype in ("auto", "bfloat16"):
             build_policy(make_config(model={"dtype": dtype, "device": "cpu"}))
@@ -251,11 +253,9 @@ def test_kernels_that_cannot_run_on_the_device_are_refused_by_option(make_config
 def test_kernels_that_fail_their_check_end_the_run_as_a_problem_of_the_machine(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(*args: Any) -> None:
-        raise KernelCheckError("tree_attention: its Triton kernels are wrong; set CPO_KERNELS_IMPL=eager")
-
-    monkeypatch.setattr("cpo_fast.train.policy.prepare", refuses)
-    with pytest.raises(EnvironmentProblem, match="CPO_KERNELS_IMPL=eager") as raised:
+    monkeypatch.setitem(DEFAULT_BY_DEVICE, "cpu", "triton")
+    monkeypatch.setitem(CHECKS, "tree_attention", lambda device, shape: {"out": 2.0})
+    with pytest.raises(EnvironmentProblem, match=r"^tree_attention: .* wrong on cpu.*CPO_KERNELS_IMPL=eager") as raised:
         train(make_config())
     assert raised.value.exit_code == 5
 

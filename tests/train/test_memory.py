@@ -138,6 +138,14 @@ def test_memory_grows_with_tokens_and_checkpointing_saves_most_of_it() -> None:
     assert large.checkpointed_bytes < large.total_bytes
 
 
+def test_a_smaller_bound_on_logits_is_memory_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama", "tiny", torch.float32, PAPER, recast=True)
+    whole = predict_step_memory(model, 5000).head_bytes
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", "1000")
+    saved = 5000 * model.config.vocab_size - 1000
+    assert whole - predict_step_memory(model, 5000).head_bytes == 3 * 4 * saved
+
+
 def test_free_memory_of_the_cpu_is_asked_for() -> None:
     assert 0 < free_device_bytes(torch.device("cpu")) < 1 << 46
 

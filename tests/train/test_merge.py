@@ -14,6 +14,7 @@ from cpo_fast.errors import CheckpointError, ConfigError
 from cpo_fast.models import _cast, _dtype_of_files, load_model, merge
 from cpo_fast.train.loop import train
 from tests.cli.commands import run
+from tests.processor import Processor
 from tests.tiny import tiny_tokenizer
 
 
@@ -73,12 +74,11 @@ def sums(config: Config) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_auto_keeps_the_dtype_of_the_base_s_files_on_every_device(
-    dtype: torch.dtype, stored: Callable[[torch.dtype], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, stored: Callable[[torch.dtype], Config], tmp_path: Path, processor: Processor
 ) -> None:
     config, results = stored(dtype), []
-    monkeypatch.setattr("cpo_fast.dtype._may_have_bfloat16_instructions", lambda: True)
     for ratio in (40.0, 0.5):
-        monkeypatch.setattr("cpo_fast.dtype._bfloat16_ratio", lambda ratio=ratio: ratio)
+        processor(bf16_ratio=ratio)
         target = tmp_path / f"merged-{ratio}"
         result = merge(config, target, ["1 + 1 = 2"], max_mean_kl=1e-2)
         results.append((result.mean_kl, result.max_kl, (target / "model.safetensors").read_bytes()))

@@ -13,7 +13,7 @@ from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
 from cpo_fast.errors import DataError, NonFiniteError
 from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm
+from cpo_fast.train.metrics import OverOptimisationAlarm
 from tests.tiny import tiny_tokenizer
 from tests.train.runs import MakeConfig, id_rows, largest_difference
 
@@ -115,20 +115,18 @@ def test_alarm_stays_silent_for_small_falls_rises_and_shrinking_margins(drift: f
 
 
 def test_alarm_reaches_metrics_log_and_result(
-    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     healthy = train(make_config(num_epochs=2))
     assert healthy.alarm == ""
     assert lines(healthy.metrics_path)[-1]["alarm"] is False
-    summary, calls = Metrics.summary, iter(range(1, 100))
-
-    def collapsing(self: Metrics) -> dict[str, float]:
-        step = next(calls)
-        return {**summary(self), "logps/chosen_drift": -0.2 * step, "rewards/margins": 0.1 * step}
-
-    monkeypatch.setattr(Metrics, "summary", collapsing)
+    # the loser repeats the winner's token more often: margins grow as that token loses probability, the winner's too
+    ids = {"chosen_token_ids": [7] * 2, "rejected_token_ids": [7] * 8, "chosen_final": False, "rejected_final": False}
+    rows = [{"prompt_token_ids": [5, 9, 20 + q], "tree": f"q{q}", "step": 1, **ids} for q in range(24)]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING):
-        result = train(make_config(num_epochs=5))
+        result = train(make_config(num_epochs=5, data={"path": str(path)}))
     assert "have lost" in result.alarm
     assert sum("may be collapsing" in record.message for record in caplog.records) == 1
     assert lines(result.metrics_path)[-1]["alarm"] is True

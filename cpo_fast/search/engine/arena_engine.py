@@ -2,8 +2,7 @@
 
 Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. An answer
 depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a
-GPU, a matrix product may be summed in another order for another number of rows. There equal trees are promised for equal
-settings only.
+GPU, equal trees are promised for equal settings only.
 """
 
 import hashlib
@@ -31,8 +30,7 @@ class ArenaEngine:
     """Answers what searches ask from one KV arena.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head. Prepared and set to eval mode here.
-        tokenizer: its tokenizer.
+        model, tokenizer: `transformers` or PEFT model with a language-model head. Prepared and set to eval mode here.
         config: `batch_size` requests of the decode batch, `questions_in_flight`, `arena_tokens`, `prefill_tokens`.
         make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
             graphs where the device and `config` have them, else plain steps.
@@ -61,7 +59,7 @@ class ArenaEngine:
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
         num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
         self.arena = KVArena(parts.config, num_tokens, dtype, device)
-        self._permanent = KVTrie()
+        self._permanent = KVTrie()  # of the prompts that all questions share
         self._config = config
         self._runner = ModelRunner(parts, self.arena, impl)
         self._weights = weights_fingerprint(model)
@@ -73,7 +71,6 @@ class ArenaEngine:
         self.scheduler = Scheduler(self._runner, self._permanent, batch, stop_checker, config)
 
     def cache_prefix(self, token_ids: Sequence[int]) -> None:
-        """Compute these leading ids now and keep them. Later prompts that start with them read them."""
         if not token_ids:
             return
         self._check_weights()
@@ -89,13 +86,12 @@ class ArenaEngine:
         compute_nodes(self._runner, missing, self._config.prefill_tokens)
 
     def answer(self, requests: Requests) -> list[Answer]:
-
-        def search() -> Search[list[Answer]]:
+        def search() -> Search[list[Answer]]:  # one that asks once
             return (yield requests)
 
         ((_, answers, _),) = self.run([("", search())])
         if isinstance(answers, Exception):
-            raise answers
+            raise answers  # `run` hands it on, because it must not end other searches
         return answers
 
     def run(
@@ -106,7 +102,7 @@ class ArenaEngine:
         return self.scheduler.run(searches, cache)
 
     def _check_weights(self) -> None:
-        """Drop every stored node when a weight or the choice of adapters has changed since it was computed."""
+        """Drop every stored node when a weight or the choice of adapters has changed."""
         now = weights_fingerprint(self.model)
         if now == self._weights:
             return
@@ -127,16 +123,14 @@ def _check_device(device: torch.device) -> None:
 
 
 def weights_fingerprint(model: Any) -> str:
-    """Changes with any weight that a step of training or a switch of adapters can change.
-
-    Adapters by their bytes. The base by its tensors' identity and their counters of changes in place.
-    """
+    """Changes with any weight that a step of training or a switch of adapters can change."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         if hasattr(module, "merged_adapters"):
             state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
             digest.update(f"{name} {state}".encode())
     for name, parameter in model.named_parameters():
+        # the base by address and how often it was changed in place, an adapter by its bytes
         digest.update(f"{name} {parameter.data_ptr()} {parameter._version}".encode())
         if "lora_" in name:
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -7,8 +7,8 @@ Requests keep their batch slots from step to step, so that all a step needs is w
 
     step:   read token, attend, sample -> token.   Position, KV slot and length grow by one
 
-A finished request is masked at once. The batch is rebuilt every 8 steps if requests wait, or when under 75 % of its slots
-are active. Between rebuilds one CUDA graph is replayed: the host plans nothing and waits for nothing.
+A finished request is masked at once. Between rebuilds of the batch one CUDA graph is replayed: the host plans nothing and
+waits for nothing.
 """
 
 from collections import deque
@@ -52,8 +52,7 @@ def power_bucket(count: int) -> int:
 class DecodeStep:
     """A decode step over B batch slots that the device takes alone: the host reads nothing in it and changes nothing.
 
-    Every tensor keeps its place in memory. Other requests are loaded into the same places, so a step that was recorded
-    once is replayed for any plan and sampler of the same shapes.
+    A step that was recorded once is replayed for any plan and sampler of the same shapes.
 
     Args:
         runner: the model.
@@ -79,6 +78,7 @@ class DecodeStep:
 
     def load(self, requests: Sequence[RunningRequest], plan: DecodePlan, sampler: BatchSampler) -> None:
         """Put requests into the first slots, in order. Those beyond stay masked. Does not wait for the device."""
+        # into the places that the recorded step reads
         for name in ("items", "partial_offsets", "partial_index", "suffix_start"):
             self._put(getattr(self._plan, name), getattr(plan, name))
         for name, target in vars(self._sampler).items():
@@ -88,7 +88,7 @@ class DecodeStep:
             (one.last_token, len(one.generated), one.request.max_new_tokens, one.first_position, one.first_slot)
             for one in requests
         ]
-        columns += [(0,) * 5] * (self.num_slots - len(requests))
+        columns += [(0,) * 5] * (self.num_slots - len(requests))  # a cap of 0 masks
         self._put(self._state, torch.tensor(columns).T.contiguous())
 
     def limit(self, max_lengths: Sequence[int]) -> None:
@@ -100,11 +100,11 @@ class DecodeStep:
         """Take one step: every active slot gets a token, in `out`."""
         # Finished requests keep running, because a CUDA graph has a fixed shape. They are masked: keys and values go to
         # the padding slot and the token is ignored.
-        active = self._length < self._max_length
+        active = self._length < self._max_length  # [B] bool
         self._plan.slots.copy_(torch.where(active, self._first_slot + self._length, self._runner.arena.padding_slot))
         self._plan.suffix_len.copy_(torch.where(active, self._length + 1, 0))
-        hidden = self._runner.forward(self._token, self._first_position + self._length, self._plan)
-        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length)
+        hidden = self._runner.forward(self._token, self._first_position + self._length, self._plan)  # [B, E]
+        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length)  # [B] int64, [B] float64
         self.out[0].copy_(tokens)
         self.out[1].copy_(logps)
         self._token.copy_(tokens.clamp_min(0))  # `NOT_FINITE` is no id that the next step could read
@@ -120,14 +120,13 @@ class _Pending:
 
     requests: list[RunningRequest]
     out: torch.Tensor  # [2, B] float64, on the host
-    event: torch.cuda.Event | None
+    event: torch.cuda.Event | None  # when they are there; None on a CPU
 
 
 class CudaGraphBatch(DecodeBatch):
     """As `DecodeBatch`, for a device that is faster than the host.
 
     Args:
-        runner, stop_checker, share, refill: as there.
         record: makes a step repeatable. None records CUDA graphs.
 
     Attributes:
@@ -148,9 +147,8 @@ class CudaGraphBatch(DecodeBatch):
         self.num_rebuilds = 0
         self._make_record = cuda_graphs if record is None else lambda: record
         self._record = self._make_record()
-        self._steps: dict[
-            tuple[Any, ...], DecodeStep
-        ] = {}  # by the shapes of what they read, least recently used first
+        # by the shapes of what they read, least recently used first
+        self._steps: dict[tuple[Any, ...], DecodeStep] = {}
         self._step: DecodeStep | None = None
         self._num_node_keys = 0
         self._lengths: list[int] = []  # of the requests in slots, once all that was launched is done
@@ -165,7 +163,7 @@ class CudaGraphBatch(DecodeBatch):
 
     @torch.inference_mode()
     def drop(self, requests: Sequence[RunningRequest]) -> None:
-        """Leave requests out. What they still write is ordered before whatever the host asks for next."""
+        # what they still write is ordered before whatever the host asks for next
         super().drop(requests)
         if self._step is not None:
             active = set(self.running)
@@ -186,12 +184,13 @@ class CudaGraphBatch(DecodeBatch):
             return []
         ended: list[RunningRequest] = []
         is_new = not set(self.running) <= set(self._in_slots)
+        # a sparse batch is rebuilt only where a smaller bucket is won
         if is_new or (self._is_sparse() and slot_bucket(len(self.running)) < self._num_slots):
-            while self._pending:
+            while self._pending:  # a rebuild needs every token, so here the host catches up
                 ended += self._read()
             self._rebuild()
         launched = self._launch()
-        while len(self._pending) > (LAG if launched else 0):
+        while len(self._pending) > (LAG if launched else 0):  # nothing launched: the last steps are read at once
             ended += self._read()
         return ended
 
@@ -215,10 +214,11 @@ class CudaGraphBatch(DecodeBatch):
         sampler = self._build_sampler(num_slots, torch.device("cpu"))
         num_uniforms = sampler.uniforms.shape[1]
         sampler.uniforms = pad(sampler.uniforms, (0, power_bucket(num_uniforms) - num_uniforms))
+        # whatever has a shape, or is read by Python while the step is recorded
         inputs = (plan.slots, plan.items, plan.partial_index, *vars(sampler).values())
         shape = tuple(value.shape if isinstance(value, torch.Tensor) else value for value in inputs)
         self._step = self._steps.pop(shape, None) or DecodeStep(self._runner, plan, sampler)
-        while len(self._steps) >= MAX_SHAPES:
+        while len(self._steps) >= MAX_SHAPES:  # the first of a dictionary was put in, and so used, longest ago
             del self._steps[next(iter(self._steps))]
         self._steps[shape] = self._step
         self._step.load(self.running, plan, sampler)
@@ -242,6 +242,7 @@ class CudaGraphBatch(DecodeBatch):
             step.replay()
         step.num_runs += 1
         on_gpu = self._runner.device.type == "cuda"
+        # a copy of its own, because the next step writes to the same place
         out = step.out.to("cpu", non_blocking=True) if on_gpu else step.out.clone()
         event = torch.cuda.Event() if on_gpu else None
         if event is not None:
@@ -282,7 +283,7 @@ def cuda_graphs() -> Record:
         try:
             with torch.cuda.graph(graph, pool=pool):
                 run()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the forward
             raise
         except RuntimeError as error:
             reason = (str(error).strip() or "no message").splitlines()[0]

@@ -1,9 +1,8 @@
 """The decode batch: requests that generate side by side, one forward for one token of each.
 
-A request first reads the last token of its prompt, so that its first logits come from the same kind of forward as all
-that follow. What stands before is in the KV trie. Requests stand in depth-first order of their paths, so that every node
-they share is read once for all of them. A request that has finished leaves at once, and its batch slot is free for
-another. A request's tokens depend on its own path and parameters alone, so who is beside it changes nothing.
+What stands before the last token of a request's prompt is in the KV trie. A request that has finished leaves at once, and
+its batch slot is free for another. A request's tokens depend on its own path and parameters alone, so who is beside it
+changes nothing.
 """
 
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ class RunningRequest:
     @property
     def last_token(self) -> int:
         """What its next forward reads."""
+        # at first the prompt's last token, so that the first logits come from the same kind of forward as all that follow
         return self.generated[-1] if self.generated else self.request.token_ids[-1]
 
     @property
@@ -91,7 +91,7 @@ class DecodeBatch:
 
     def add(self, requests: Sequence[RunningRequest]) -> None:
         """Let more requests take part from the next step on."""
-        # depth first: requests below one node stand together
+        # depth first: requests below one node stand together, so that it is read once for them
         self.running = sorted([*self.running, *requests], key=lambda one: [node.number for node, _ in one.path])
 
     def drop(self, requests: Sequence[RunningRequest]) -> None:
@@ -99,7 +99,7 @@ class DecodeBatch:
         self.running = [one for one in self.running if one not in gone]
 
     def forget_weights(self) -> None:
-        """Drop what holds on to weights, because they have changed. Nothing here does."""
+        """Drop what holds on to weights, because they have changed. A plain batch holds nothing."""
 
     @torch.inference_mode()
     def step(self) -> list[RunningRequest]:
@@ -111,16 +111,17 @@ class DecodeBatch:
         lengths = [len(one.generated) for one in self.running]
         positions = [one.first_position + length for one, length in zip(self.running, lengths, strict=True)]
         plan, num_node_keys = self._plan(padding)
+        # own keys: those generated, and the one that this step writes
         self._count_step(len(self.running) + padding, num_node_keys + sum(lengths) + len(lengths))
-        hidden = self._runner.forward(
+        hidden = self._runner.forward(  # [N, E], padding included
             torch.tensor([one.last_token for one in self.running] + [0] * padding, device=device),
             torch.tensor(positions + [0] * padding, device=device),
             to_device(plan, device),
         )
-        if self._sampler is None or self._in_slots != self.running:
+        if self._sampler is None or self._in_slots != self.running:  # else its tables still fit
             self._in_slots = self.running
             self._sampler = self._build_sampler(len(self.running), device)
-        logits = self._runner.logits(hidden[: len(self.running)])
+        logits = self._runner.logits(hidden[: len(self.running)])  # [B, V] float32
         tokens, logps = self._sampler.sample(logits, torch.tensor(lengths, device=device))
         return self._receive(self.running, tokens.tolist(), logps.tolist())
 

@@ -1,9 +1,8 @@
 """One forward: which KV slots each row reads, and the model that computes it.
 
 A row is one token of one path. In a decode step every running request has one row. In a prefill every token of a node
-that is computed has one. A plan lists work items, each a contiguous run of rows against one node. So rows must stand in
-depth-first order: then all rows below a node are one run, and the node is read once for them. Items are listed level by
-level, root first, which is the order in which a row's partial attentions are merged.
+that is computed has one. A plan lists work items, each a contiguous run of rows against one node, so rows stand in
+depth-first order: then all rows below a node are one run, and the node is read once for them.
 """
 
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ class ModelRunner:
     """A prepared model over a KV arena.
 
     Args:
-        parts: of the model. arena: of its keys and values.
-        impl: implementation of `tree_decode`.
+        parts: of the model. arena: of its keys and values. impl: implementation of `tree_decode`.
     """
 
     def __init__(self, parts: ModelParts, arena: KVArena, impl: str) -> None:
@@ -40,7 +38,6 @@ class ModelRunner:
 
     @property
     def vocab_size(self) -> int:
-        """V, how many logits the head gives."""
         weight = self.parts.head.weight
         assert isinstance(weight, torch.Tensor)
         return weight.shape[0]
@@ -95,8 +92,8 @@ def decode_plan(
         The plan, and how many keys of nodes it reads, a shared one once.
     """
     items = _shared_items([(row, 1, path) for row, path in enumerate(paths)], share)
-    starts = np.asarray([*first_slots, *[padding_slot] * num_padding], dtype=np.int64)
-    counts = np.asarray([*lengths, *[1] * num_padding], dtype=np.int64)
+    starts = np.asarray([*first_slots, *[padding_slot] * num_padding], dtype=np.int64)  # [N]
+    counts = np.asarray([*lengths, *[1] * num_padding], dtype=np.int64)  # [N]
     num_keys = sum(num_keys for _, _, _, num_keys, _ in items)
     return DecodePlan.build(starts + counts - 1, items, starts, counts), num_keys
 
@@ -112,7 +109,7 @@ def prefill_plan(pieces: Sequence[Piece], num_padding: int, padding_slot: int) -
         assert start is not None, "a node without KV slots"
         assert piece.first % PREFILL_TILE == 0, "a chunk that begins inside a tile"
         queries.append((row, len(piece), path_to(piece.node)))
-        own.append((row, len(piece), start, piece.last, piece.first + 1))
+        own.append((row, len(piece), start, piece.last, piece.first + 1))  # causal: the first row reads so many keys
         slots.append(np.arange(start + piece.first, start + piece.last))
         row += len(piece)
     slots.append(np.full(num_padding, padding_slot))
@@ -136,11 +133,12 @@ def path_to(node: KVNode) -> KVPath:
 def _shared_items(queries: Sequence[tuple[int, int, KVPath]], share: bool = True) -> list[Item]:
     """Items of runs of rows (first, count, path) over the nodes of their paths, level by level."""
     items: list[Item] = []
+    # root first, which is the order in which a row's partial attentions are merged
     for depth in range(max((len(path) for _, _, path in queries), default=0)):
         at_depth = [(first, count, *path[depth]) for first, count, path in queries if len(path) > depth]
         if not share:  # neighbours apart, or `tree_decode` would put their items together again
             at_depth = at_depth[::2] + at_depth[1::2]
-        expected = -1
+        expected = -1  # the row that would go on with the last run
         runs: list[list[int]] = []  # first query, number of queries, key start, number of keys, number of the node
         for first, count, node, used in at_depth:
             assert node.start is not None, "a path through a node that is not stored"
@@ -160,7 +158,6 @@ def compute_nodes(
     """Prefill: compute keys and values of nodes that have their slots.
 
     Args:
-        runner: the model.
         nodes: any order. What lies above them is stored or among them.
         max_tokens: of one forward.
         reads: what is wanted after tokens of these nodes.
@@ -168,7 +165,7 @@ def compute_nodes(
     Returns:
         For each of `reads`: natural log-prob of the id, a float64 log-softmax.
     """
-    wanted: dict[tuple[KVNode, int], dict[int, None]] = {}
+    wanted: dict[tuple[KVNode, int], dict[int, None]] = {}  # ids by token; no set, because sets have no order
     for node, offset, token in reads:
         wanted.setdefault((node, offset), {})[token] = None
     found: dict[Read, float] = {}
@@ -176,7 +173,7 @@ def compute_nodes(
         padding = runner.num_padding(sum(map(len, pieces)))
         tokens = np.concatenate([piece.node.ids[piece.first : piece.last] for piece in pieces])
         positions = np.concatenate([piece.node.position + np.arange(piece.first, piece.last) for piece in pieces])
-        hidden = runner.forward(
+        hidden = runner.forward(  # [N, E]
             to_device(torch.from_numpy(np.pad(tokens, (0, padding))), runner.device),
             to_device(torch.from_numpy(np.pad(positions, (0, padding))), runner.device),
             to_device(prefill_plan(pieces, padding, runner.arena.padding_slot), runner.device),
@@ -185,9 +182,9 @@ def compute_nodes(
         rows = [row for row, token in enumerate(row_tokens) if token in wanted]
         for first in range(0, len(rows), LOGIT_ROWS):
             some = rows[first : first + LOGIT_ROWS]
-            logps = torch.log_softmax(runner.logits(hidden[some]).double(), dim=-1)
+            logps = torch.log_softmax(runner.logits(hidden[some]).double(), dim=-1)  # [R, V] float64
             targets = [(place, token) for place, row in enumerate(some) for token in wanted[row_tokens[row]]]
-            index = torch.tensor(targets, device=runner.device)
+            index = torch.tensor(targets, device=runner.device)  # [num_targets, 2] int64
             values = logps[index[:, 0], index[:, 1]].tolist()  # only these leave the device
             for (place, token), value in zip(targets, values, strict=True):
                 found[(*row_tokens[some[place]], token)] = value
@@ -207,7 +204,7 @@ def _chunks(nodes: Sequence[KVNode], max_tokens: int) -> list[list[Piece]]:
             last = min(len(node), first + room)
             if last < len(node):
                 last -= (last - first) % PREFILL_TILE
-            if last == first:
+            if last == first:  # not one tile has room here
                 forwards.append([])
                 room = limit
                 continue

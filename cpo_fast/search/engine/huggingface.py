@@ -1,14 +1,10 @@
 """The reference engine: a stock Hugging Face model, its own KV cache, batched over the samples of one state.
 
 A state is prefilled once, unpadded, on top of the cached few-shot prefix. Its cache is then repeated for the samples,
-which decode together until a newline, end-of-sequence or the cap. States never share a forward: with left padding the
-sums inside attention would be grouped by the longest neighbour, and in bfloat16 that changes tokens.
-
-So a result depends on its own request only, as long as the libraries below treat the rows of a batch alike. On a CPU they
-do in float32 where the number of rows is a multiple of `ROW_MULTIPLE` and attention is the plain one: measured, tokens and
-log-probs are then the same bits for any batch and any number of threads. Torch's fused CPU attention gives other last
-bits to the rows of other threads. A GPU library may choose another kernel for another number of rows, and there equal
-results are promised for equal `batch_size` only.
+which decode together until a newline, end-of-sequence or the cap. A result depends on its own request only, as long as the
+libraries below treat the rows of a batch alike. On a CPU in float32 they do: measured, tokens and log-probs are the same
+bits for any batch and any number of threads. A GPU library may choose another kernel for another number of rows, and there
+equal results are promised for equal `batch_size` only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,8 +41,7 @@ class HuggingFaceEngine:
     """Samples lines and scores labels with a causal language model.
 
     Args:
-        model: `transformers` or PEFT model with a language-model head. Set to eval mode here.
-        tokenizer: its tokenizer.
+        model, tokenizer: `transformers` or PEFT model with a language-model head. Set to eval mode here.
         batch_size: at most so many samples per forward (filled up to a multiple of `ROW_MULTIPLE`).
         stop_checker: says when a line ends. None is newline and end-of-sequence.
     """
@@ -67,7 +62,7 @@ class HuggingFaceEngine:
             self._prefixes.sort(key=lambda entry: -len(entry[0]))  # the longest that fits is found first
 
     def answer(self, requests: Requests) -> list[Answer]:
-        """As `Engine.answer`. Nothing but the shared prefixes is kept between calls."""
+        # nothing but the shared prefixes is kept between calls, whatever `requests.keep` says
         samples = iter(self.sample([item for item in requests.items if isinstance(item, SampleRequest)]))
         return [
             self.score(item.token_ids, item.continuations) if isinstance(item, ScoreRequest) else next(samples)
@@ -77,7 +72,6 @@ class HuggingFaceEngine:
     def run(
         self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """As `Engine.run`, one search after the other."""
         return run_searches(self, searches, cache)
 
     @torch.inference_mode()
@@ -88,6 +82,7 @@ class HuggingFaceEngine:
             ValueError: an empty prompt, a prompt too long for the model, or logits that are not finite.
         """
         samples: list[Sample] = []
+        # a state a forward: left padding would group the sums in attention by the longest neighbour, which changes tokens
         for prompt, group in groupby(requests, key=lambda request: request.token_ids):
             rows = list(group)
             check_length(len(prompt), max(request.max_new_tokens for request in rows), self.max_positions)
@@ -122,7 +117,9 @@ class HuggingFaceEngine:
     def _prefill(self, prompt: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
         """Logits [1, 1, V] after the prompt, and its cache of one row."""
         for prefix, cache in self._prefixes:
+            # longer: the logits after the prefix itself are not kept
             if len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix:
+                # a copy, because a forward lets the cache grow in place
                 return self._forward(self._tensor([prompt[len(prefix) :]]), deepcopy(cache))
         return self._forward(self._tensor([prompt]), None)
 
@@ -134,7 +131,7 @@ class HuggingFaceEngine:
         past: Any = None
         num_rows = 0
         for _ in range(max(request.max_new_tokens for request in requests)):
-            values = _on_host(rows)
+            values = _on_host(rows)  # [rows, V] float64
             for row, index in enumerate(active):
                 if lines[index].stop is None:
                     lines[index].append(values[row], self._stop_checker)
@@ -159,6 +156,7 @@ class HuggingFaceEngine:
         ]
 
     def _plain_attention(self) -> AbstractContextManager[None]:
+        # torch's fused CPU attention gives other last bits to the rows of other threads
         on_cpu = self.model.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
@@ -182,9 +180,10 @@ class _Line:
         self._uniforms = uniforms(request.uid, request.max_new_tokens)
 
     def append(self, logits: Any, stop_checker: StopChecker) -> None:
-        """Sample the next token from float64 `logits` [V]."""
+        """Sample the next token from `logits` [V] float64."""
         request = self._request
         uniform = float(self._uniforms[len(self.generated)])
+        # joined for a penalty only: a prompt is long
         seen = (*request.token_ids, *self.generated) if request.repetition_penalty != 1 else ()
         token = choose_token(
             logits, uniform, request.temperature, request.top_p, request.top_k, request.repetition_penalty, seen
@@ -206,5 +205,4 @@ def _repeat(cache: Any, count: int) -> Any:
 
 
 def _on_host(logits: torch.Tensor) -> Any:
-    """[..., V] to float64 in numpy."""
-    return logits.double().cpu().numpy()
+    return logits.double().cpu().numpy()  # [..., V] float64

@@ -7,9 +7,8 @@ There are no pages and no block tables. Intervals are handed out first fit and m
 given back. The last slot is the padding slot: rows that only fill up a forward write there.
 
 What two prompts share, by longest common prefix of their tokens, is one node of the tree. A prompt is a path: for each
-node on it, how many of its tokens the prompt uses. A computed node is never split. A prompt that shares only its first n
-tokens uses those n and continues in a new child. So the split into nodes, and therefore float rounding, depends only on
-this question's own prompts, in order.
+node on it, how many of its tokens the prompt uses. A computed node is never split, so the split into nodes, and therefore
+float rounding, depends only on this question's own prompts, in order.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class KVArena:
         dtype, device: of the storage. Those of the model's keys.
 
     Attributes:
-        num_tokens: as given.
         padding_slot: the slot that padding rows write.
         layers: (keys, values) of each layer, views [C, Hkv, D] of the storage.
         bytes_per_token: over all layers.
@@ -51,6 +49,7 @@ class KVArena:
     def __init__(self, config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_tokens = num_tokens
         self.padding_slot = num_tokens
+        # one slot more than tokens fit: the padding slot
         shape = (config.num_hidden_layers, 2, num_tokens + 1, *kv_shape(config))
         storage = torch.empty(shape, dtype=dtype, device=device)
         storage[:, :, self.padding_slot] = 0
@@ -60,7 +59,7 @@ class KVArena:
 
     def allocate(self, count: int) -> int | None:
         """First slot of an interval of `count` >= 1 slots, now owned. None where no free interval is large enough."""
-        for index, (start, stop) in enumerate(self._free):
+        for index, (start, stop) in enumerate(self._free):  # first fit
             if stop - start >= count:
                 if stop - start == count:
                     del self._free[index]
@@ -71,6 +70,7 @@ class KVArena:
 
     def release(self, start: int, count: int) -> None:
         stop = start + count
+        # joined with free neighbours on either side, so that intervals never adjoin
         index = next((i for i, (first, _) in enumerate(self._free) if first >= stop), len(self._free))
         if index < len(self._free) and self._free[index][0] == stop:
             stop = self._free.pop(index)[1]
@@ -80,7 +80,7 @@ class KVArena:
         self._free.insert(index, (start, stop))
 
     def drop(self, node: KVNode) -> None:
-        """Give back the slots of a node. Its tokens are computed again when a prompt needs them."""
+        """Give back the slots of a node, whose tokens are computed again when a prompt needs them."""
         assert node.start is not None, "a node that is not stored"
         self.release(node.start, len(node))
         node.start = None
@@ -143,7 +143,7 @@ class KVTrie:
 
     def __post_init__(self) -> None:
         if self.base is not None:
-            self._numbers = self.base._numbers
+            self._numbers = self.base._numbers  # requests of all questions stand in one order
 
     def insert(self, prompts: Sequence[Sequence[int]], max_shared: Sequence[int] | None = None) -> list[KVPath]:
         """Add prompts and return their paths, in order.
@@ -170,6 +170,7 @@ class KVTrie:
                 assert add, "a prompt was not inserted"
                 child = self._add(ids[done:], parent, offset, done)
                 shared = len(child)
+            # of one that was computed the first tokens are used, and the prompt continues in a new child
             elif shared < len(child) and not child.fixed:
                 child = self._split(child, shared)
             path.append((child, shared))
@@ -190,6 +191,7 @@ class KVTrie:
         return best, longest
 
     def _children_of(self, parent: KVNode | None, offset: int) -> list[KVNode]:
+        # the base first: of equally long nodes, the one that all questions have is taken
         inherited = self.base._children_of(parent, offset) if self.base is not None else []
         return [*inherited, *self._children.get(_key(parent, offset), [])]
 
@@ -217,7 +219,7 @@ class KVTrie:
 
 
 def _key(parent: KVNode | None, offset: int) -> tuple[int, int]:
-    """Children hang below a number of a node's tokens. Below none at the start of a prompt."""
+    # children hang below a number of a node's tokens, below none at the start of a prompt
     return -1 if parent is None else parent.number, offset
 
 

@@ -1,8 +1,7 @@
 """What a search asks of an engine, and what it gets back. Plain token ids, no torch.
 
 A search is a generator. It yields `Requests`, is sent their answers in order, and returns its result. It holds no
-engine, so one engine can keep many searches going and put what they ask into common forwards. `run_searches` is the
-plain way, one search after the other, and the reference for the engine that keeps many going.
+engine, so one engine can keep many searches going and put what they ask into common forwards.
 """
 
 import time
@@ -72,13 +71,13 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model generated for it, a sampled end-of-sequence included."""
+        """Tokens generated for it, a sampled end-of-sequence included."""
         return num_generated(self.token_ids, self.stop)
 
 
 def num_generated(token_ids: Sequence[int], stop: Stop) -> int:
-    """How many tokens were sampled for these ids: an end-of-sequence cost a forward too, but is not among them."""
-    return len(token_ids) + (stop == "eos")
+    """How many tokens were sampled for these ids."""
+    return len(token_ids) + (stop == "eos")  # an end-of-sequence cost a forward too, but is not among them
 
 
 @dataclass(frozen=True)
@@ -149,18 +148,14 @@ def check_length(num_prompt_tokens: int, num_new_tokens: int, max_positions: int
 
 
 def run_search(engine: Engine, search: Search[R], name: str = "", cache: AnswerCache | None = None) -> R:
-    """The result of one search, alone. `cache` knows it by `name`.
-
-    Raises:
-        Exception: whatever ends the search.
-    """
+    """The result of one search, alone. `cache` knows it by `name`. Raises whatever ends the search."""
     advance: Callable[[], Requests] = partial(next, search)
     end: StopIteration | None = None
     while end is None:
         try:
             requests = advance()
         except StopIteration as stop:
-            end = stop
+            end = stop  # its value is what the generator returns
             continue
         try:
             advance = partial(search.send, _answers(engine, requests, name, cache))
@@ -173,7 +168,7 @@ def run_search(engine: Engine, search: Search[R], name: str = "", cache: AnswerC
 def run_searches(
     engine: Engine, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
 ) -> Iterator[tuple[str, R | Exception, float]]:
-    """`Engine.run` for an engine that keeps one search going at a time."""
+    """`Engine.run`, one search after the other: the reference for an engine that keeps many going."""
     for name, search in searches:
         started = time.perf_counter()
         result: R | Exception
@@ -192,5 +187,5 @@ def _answers(engine: Engine, requests: Requests, name: str, cache: AnswerCache |
     computed = engine.answer(Requests(tuple(missing), requests.keep)) if missing else []
     for item, answer in zip(missing, computed, strict=True):
         cache.put(name, item, answer)
-    new = iter(computed)
+    new = iter(computed)  # in the order of the items that were missing
     return [next(new) if answer is None else answer for answer in known]

@@ -4,12 +4,9 @@
     token     = min { t : sum_{s <= t} p_s > u * sum_s p_s },   p = processed distribution, s in vocabulary order
 
 The logits are processed in the order and by the rules of Hugging Face's processors: repetition penalty, temperature,
-top-k, top-p. The generator is counter-based and keyed by the request's name. So a sample depends neither on the rows
-beside it, nor on the batch size, nor on what was sampled before it, and a restarted run continues with the same numbers.
-
-`choose_token` is the rule for one row in numpy, which the Hugging Face engine uses. `BatchSampler` is the same rule for
-many rows on the device that holds the logits. It draws no random number and never waits for the device, so a decode step
-can be recorded as a CUDA graph.
+top-k, top-p. A sample depends neither on the rows beside it, nor on the batch size, nor on what was sampled before it, and
+a restarted run continues with the same numbers. `choose_token` is the rule for one row in numpy, `BatchSampler` the same
+rule for many rows on the device that holds the logits.
 """
 
 import hashlib
@@ -30,11 +27,11 @@ NOT_FINITE_MESSAGE = "the model's logits are not finite; check the weights and t
 
 @lru_cache(maxsize=4096)  # a decode batch that is rebuilt asks again for the requests that stay in it
 def uniforms(uid: str, count: int) -> Float64Array:
-    """The first `count` numbers in [0, 1) of a request's stream. Float64 [count], read-only. A longer table starts the
-    same."""
+    """The first `count` numbers in [0, 1) of a request's stream: float64 [count], read-only."""
+    # a counter-based generator, keyed by the request's name
     key = int.from_bytes(hashlib.sha256(uid.encode("utf-8", "surrogatepass")).digest()[:16], "little")
     numbers = np.random.Generator(np.random.Philox(key=key)).random(count)
-    numbers.flags.writeable = False
+    numbers.flags.writeable = False  # the cache hands the same array to everybody
     return numbers
 
 
@@ -53,8 +50,7 @@ def choose_token(
         logits: [V] float64, unprocessed. -inf excludes a token. Left as they are.
         uniform: in [0, 1). Unused when greedy.
         temperature: logits are divided by it. 0 takes the largest logit, the smallest id on a tie.
-        top_p: tokens in order of falling probability are kept while the mass before them is below it. Equals stand in
-            the order of their ids, which Hugging Face leaves to an unstable sort.
+        top_p: tokens in order of falling probability are kept while the mass before them is below it.
         top_k: so many of the largest logits are kept, and all that equal the last of them. 0 keeps every token.
         repetition_penalty: divides a positive logit of a seen token and multiplies a negative one. 1 changes nothing.
         seen: ids of the prompt and of what was generated after it, repeats allowed. Read with a penalty only.
@@ -67,7 +63,7 @@ def choose_token(
         logits = _penalised(logits, seen, repetition_penalty)
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = np.exp((logits - logits.max()) / temperature)
+    probabilities = np.exp((logits - logits.max()) / temperature)  # [V], the largest is 1: nothing overflows
     if 0 < top_k < len(logits):
         smallest_kept = np.partition(logits, -top_k)[-top_k]
         probabilities[logits < smallest_kept] = 0
@@ -100,14 +96,16 @@ def _penalised(logits: Float64Array, seen: Sequence[int] | npt.NDArray[np.int64]
     ids = np.asarray(seen, dtype=np.int64)
     found = logits[ids]
     penalised = logits.copy()
+    # either way less likely: a negative logit is multiplied, a positive one divided
     penalised[ids] = np.where(found < 0, found * penalty, found / penalty)
     return penalised
 
 
 def _nucleus(probabilities: Float64Array, top_p: float) -> Float64Array:
-    order = np.argsort(-probabilities, kind="stable")
+    # stable: equals stand in the order of their ids, which Hugging Face leaves to chance
+    order = np.argsort(-probabilities, kind="stable")  # [V]
     mass = probabilities[order].cumsum()
-    before = np.concatenate([[0.0], mass[:-1]])
+    before = np.concatenate([[0.0], mass[:-1]])  # so that the first token is always kept
     kept = order[before < top_p * mass[-1]]
     nucleus = np.zeros_like(probabilities)
     nucleus[kept] = probabilities[kept]
@@ -189,8 +187,9 @@ class BatchSampler:
             tokens [B] int64, `NOT_FINITE` where the logits are not usable, and raw log-probs [B] float64: natural,
             temperature 1, of the unprocessed logits.
         """
-        raw = logits.double()
-        raw_max = raw.amax(dim=1, keepdim=True)
+        # no line here waits for the device or draws a number, so that a CUDA graph can be recorded of it
+        raw = logits.double()  # [B, V]
+        raw_max = raw.amax(dim=1, keepdim=True)  # [B, 1]
         scores = raw
         if self.penalty is not None:
             assert self.seen is not None
@@ -201,6 +200,7 @@ class BatchSampler:
         # the smallest id among equals, as numpy's argmax
         tokens = torch.where(scores == largest, ids, logits.shape[1] - 1).amin(dim=1)
         if not self.all_greedy:
+            # what is drawn for a greedy row is thrown away
             tokens = torch.where(self.temperature > 0, self._draw(scores, largest, step), tokens)
         # NaN has no place in an order. Such rows are marked below
         tokens = tokens.clamp(0, logits.shape[1] - 1)
@@ -214,7 +214,8 @@ class BatchSampler:
         temperature = torch.where(self.temperature > 0, self.temperature, 1.0).unsqueeze(1)
         probabilities = ((scores - largest) / temperature).exp_()
         if self.top_k is not None:
-            ordered = scores.sort(dim=1, descending=True).values
+            # a whole sort, because each row has a k of its own
+            ordered = scores.sort(dim=1, descending=True).values  # [B, V]
             least = ordered.gather(1, (self.top_k - 1).unsqueeze(1))
             probabilities = torch.where(scores < least, 0.0, probabilities)
         if self.top_p is not None:
@@ -226,6 +227,7 @@ class BatchSampler:
         cumulative = (
             probabilities.cumsum_(dim=1) if self.top_k is None and self.top_p is None else probabilities.cumsum(1)
         )
+        # a row at its cap has no number left, and its token is not read
         uniform = self.uniforms.gather(1, step.clamp_max(self.uniforms.shape[1] - 1).unsqueeze(1))
         return _first_above(cumulative, uniform * cumulative[:, -1:])
 

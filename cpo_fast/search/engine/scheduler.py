@@ -4,10 +4,8 @@
 the score requests from it, and takes one decode step for every running request. A search that has all its answers goes
 on at once, and what it asks next fills the free batch slots.
 
-A request is admitted only when the arena has every KV slot that it can ever need, so nothing that runs is taken back half
-way. When the arena is full, stored states of searches that nothing reads are dropped, to be computed again as they were.
-When that is not enough, fewer requests run together. When not even one fits, the run ends with a sentence that names the
-option.
+When the arena is full, stored states of searches that nothing reads are dropped, to be computed again as they were. When
+that is not enough, fewer requests run together.
 """
 
 import time
@@ -136,11 +134,11 @@ class Scheduler:
 
     def _resume(self, active: ActiveSearch) -> None:
         """Give a search its answers, or its error, until it asks for something that must be computed."""
-        if active.trie is not active.states:
+        if active.trie is not active.states:  # prompts that were not to be kept
             self._drop_unused(active.trie)
         try:
-            while not active.pending:
-                refused, active.error = active.error, None
+            while not active.pending:  # all answered by the cache, or refused: it may go on at once
+                refused, active.error = active.error, None  # raised at the search's `yield`, once
                 search = active.search
                 self._accept(active, search.throw(refused) if refused else search.send(active.answers))
         except StopIteration as stop:
@@ -194,14 +192,16 @@ class Scheduler:
                 num_own = item.max_new_tokens if isinstance(item, SampleRequest) else 0
                 if isinstance(item, SampleRequest) and len(running) >= num_free:
                     break
+                # every slot that it can ever need, so nothing that runs is taken back half way
                 first_slot = self._reserve([node for path in paths for node, _ in path], num_own, nodes)
                 if first_slot is None:
-                    break
+                    break  # a later request of this search does not overtake
                 active.pending.pop(0)
                 if isinstance(item, SampleRequest):
                     running.append(RunningRequest(item, active, index, paths[0], first_slot))
                 else:
                     scored.append((active, index, _reads(item, paths)))
+        # nothing runs that could end and make room
         is_stuck = not (running or scored or self.batch.running)
         if is_stuck and any(active.pending for active in self._active):
             raise OutOfMemory(
@@ -227,7 +227,7 @@ class Scheduler:
                     break
                 placed.append(node)
         else:
-            first_slot = self._allocate(num_own) if num_own else 0
+            first_slot = self._allocate(num_own) if num_own else 0  # 0: a score request has none
         if first_slot is None:
             for node in placed:
                 self._arena.drop(node)
@@ -241,6 +241,7 @@ class Scheduler:
         start = self._arena.allocate(count)
         if start is not None:
             return start
+        # of the youngest search first, and there the newest
         for active in reversed(self._active):
             for node in reversed(active.states.nodes):
                 if node.start is not None and node.num_users == 0:
@@ -290,7 +291,7 @@ class Scheduler:
                 self._arena.drop(node)
 
     def _abandon(self) -> None:
-        """Give everything back. Only permanent nodes stay."""
+        """Give everything back but the permanent nodes, also when the caller stops reading `run`."""
         for running in self.batch.running:
             self._release(running)
         self.batch.drop(self.batch.running)

@@ -16,7 +16,7 @@ class StopChecker:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(model, tokenizer)
-        self._has_newline: dict[int, bool] = {}
+        self._has_newline: dict[int, bool] = {}  # by token id, each decoded once
 
     def append(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
         """Append a token to a line, unless it is end-of-sequence. Why the line ends with it, or None."""
@@ -26,17 +26,18 @@ class StopChecker:
         if token not in self._has_newline:
             self._has_newline[token] = "\n" in self.text([token])
         if self._has_newline[token]:
-            return "newline"
+            return "newline"  # before the cap: a line that ends with its last token is whole
         return "length" if len(generated) >= max_new_tokens else None
 
     def text(self, ids: list[int]) -> str:
-        """The ids as text, special tokens kept, nothing cleaned up."""
+        """The ids as text, special tokens kept."""
+        # cleaning up would drop blanks before punctuation
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a sequence: the tokenizer's, the model's and its generation config's."""
+    # chat models name several ends, some in their generation config only
     found: set[int] = set()
     for holder in (tokenizer, model.config, getattr(model, "generation_config", None)):
         value = getattr(holder, "eos_token_id", None)

@@ -1,6 +1,7 @@
-"""Checks of the Triton kernels in few rows and keys, for a CPU, whose default is then Triton."""
+"""Checks of the Triton kernels on a CPU, whose default is then Triton."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,20 +21,21 @@ CPU = torch.device("cpu")
 SHAPE = ModelShape(torch.float32, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=48)
 
 
-def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and keys, nothing checked yet, and Triton as the default of the CPU."""
-    monkeypatch.setattr(attention_check, "NUM_ROWS", 83)
-    for name, size in {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131}.items():
-        monkeypatch.setattr(logprob_check, name, size)
-    for name, size in {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6}.items():
-        monkeypatch.setattr(decode_check, name, size)
-    monkeypatch.setattr(kernel_check, "_passed", set())
-    monkeypatch.setitem(implementation.DEFAULT_BY_DEVICE, "cpu", "triton")
+@contextmanager
+def nothing_checked() -> Iterator[None]:
+    """No check has passed in this process yet, and Triton is the default of the CPU."""
+    before = set(kernel_check.passed)
+    kernel_check.passed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(implementation.DEFAULT_BY_DEVICE, "cpu", "triton")
+        yield
+    kernel_check.passed.clear()
+    kernel_check.passed.update(before)
 
 
 def checked_ops() -> set[str]:
-    """Ops whose check has passed in this process, since `shrink`."""
-    return {op for op, _, _ in kernel_check._passed}
+    """Ops whose check has passed in `nothing_checked`."""
+    return {op for op, _, _ in kernel_check.passed}
 
 
 def posed_check(op: str, part: str = "nothing", factor: float = 1.0) -> Check:
