@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from cpo_fast.config import TrainConfig, validate_config
 from cpo_fast.errors import CpoFastError
+from cpo_fast.models import load_model
 from cpo_fast.train.deepspeed_engine import adamw
 from cpo_fast.train.loop import train
 from tests.train.runs import sgd
@@ -26,10 +29,15 @@ from tests.train.runs import sgd
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration, and what happens to it: `sgd` instead of AdamW, and a signal to one rank in its n-th update."""
+    """A configuration, and what happens to it: `sgd` instead of AdamW, and a signal to one rank in its n-th update.
+
+    With `gathers` the last step's gathers of every weight, and the elements that were still whole before the update, are
+    written to `<run>/gathers.json`.
+    """
 
     config: dict[str, Any]
     sgd: bool = False
+    gathers: bool = False
     signal_at: int = 0
     signal_rank: int = 0
 
@@ -46,18 +54,47 @@ def take(run: Run) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)  # the thread that reads signals comes to run; if it does not, a later step obeys
 
-    def optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        made = (sgd if run.sgd else adamw)(config, parameters)
+    config = validate_config(run.config)
+    model, tokenizer = load_model(config.model) if run.gathers else (None, None)
+
+    def optimizer(train_config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        made = (sgd if run.sgd else adamw)(train_config, parameters)
         made.register_step_post_hook(interrupt)
+        if model is not None:
+            made.register_step_pre_hook(count_gathers(model, Path(config.run)))
         return made
 
-    config = validate_config(run.config)
     try:
-        train(config, make_optimizer=optimizer)
+        train(config, model, tokenizer, make_optimizer=optimizer)
     except CpoFastError as error:
         folder = Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"error-{rank}").write_text(f"{error.exit_code} {error}")
+
+
+def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
+    """Count from now on how often ZeRO 3 gathers each weight. Returns a hook for the optimizer's step."""
+    counts: Counter[str] = Counter()
+    frozen = {name: each for name, each in model.named_parameters() if not each.requires_grad}
+    names = {id(each): name for name, each in frozen.items()}
+
+    def counted(gather: Callable[..., Any]) -> Callable[..., Any]:
+        def gathering(params: list[torch.nn.Parameter], *args: Any, **options: Any) -> Any:
+            counts.update(names[id(each)] for each in params if id(each) in names)
+            return gather(params, *args, **options)
+
+        return gathering
+
+    for each in frozen.values():
+        each.all_gather_coalesced = counted(each.all_gather_coalesced)  # type: ignore[attr-defined]
+
+    def before_update(*args: Any) -> None:
+        whole = sum(each.numel() for each in frozen.values())
+        if os.environ.get("RANK", "0") == "0":
+            (folder / "gathers.json").write_text(json.dumps({"counts": counts, "whole": whole}))
+        counts.clear()
+
+    return before_update
 
 
 def launch(runs: list[Run], num_ranks: int, folder: Path, limit: float = 3000) -> None:

@@ -122,6 +122,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         interrupted = make(f"resumed, {stage}", zero_stage=stage)
         of_two += [Run(interrupted, signal_at=4, signal_rank=1), Run(interrupted)]
     of_two += [Run(make(f"{stage}@2 to {other}@1", zero_stage=stage), signal_at=5) for stage, other in ((3, 0), (2, 3))]
+    of_two += [
+        Run(
+            make(f"gathers, {reference}, {how}", zero_stage=3, reference=reference, gradient_checkpointing=how),
+            gathers=True,
+        )
+        for reference in ("online", "cached")
+        for how in ("off", "non_reentrant")
+    ]
     launch(of_two, 2, folder / "first launch")
     for stage, other in ((3, 0), (2, 3)):
         take(Run(make(f"{stage}@2 to {other}@1", zero_stage=other)))
@@ -161,6 +169,23 @@ def test_gradients_are_clipped_and_ranks_have_several_micro_batches(trained: Tra
 def test_offloading_changes_nothing(trained: Trained, stage: int, what: str) -> None:
     offloaded = trained.adapter(f"{what} offloaded, {stage}")
     assert largest_difference(trained.adapter("plain, one"), offloaded) < BOUND
+
+
+@pytest.mark.parametrize(("reference", "num_forwards"), [("online", 2), ("cached", 1)])
+@pytest.mark.parametrize(("how", "num_backwards"), [("off", 1), ("non_reentrant", 2)])
+def test_a_micro_batch_gathers_the_head_once_and_layers_once_a_pass(
+    trained: Trained, reference: str, num_forwards: int, how: str, num_backwards: int
+) -> None:
+    """Policy and reference are a pass each, recomputation is one more, and the head has no backward of its own."""
+    name = f"gathers, {reference}, {how}"
+    found = json.loads((trained.folder / name / "gathers.json").read_text())
+    per_micro_batch = {weight: count / found["counts"]["lm_head.weight"] for weight, count in found["counts"].items()}
+    assert per_micro_batch["lm_head.weight"] == 1
+    linear = [weight for weight in per_micro_batch if "layers" in weight and "_proj" in weight]
+    assert len(linear) == 14
+    assert {per_micro_batch[weight] for weight in linear} == {num_forwards + num_backwards}
+    assert found["whole"] == 0
+    assert largest_difference(trained.adapter("plain, one"), trained.adapter(name)) < BOUND
 
 
 @pytest.mark.parametrize("stage", STAGES)
