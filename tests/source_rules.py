@@ -119,7 +119,9 @@ def forbidden_calls(name: str, tree: ast.AST, is_package: bool = False) -> list[
             wrong.append(f"{line}: {node.id}")
         if isinstance(node, ast.Name | ast.Attribute):
             text = ast.unparse(node)
-            if text in EXITS and not _within(name, "cpo_fast.cli"):
+            # a training that hangs in a collective can only be left that way
+            leaves = text == "os._exit" and name == "cpo_fast.train.signals"
+            if text in EXITS and not _within(name, "cpo_fast.cli") and not leaves:
                 wrong.append(f"{line}: {text} outside the cli")
             if text in {"torch.load", "torch.save", "os.system", "os.popen"}:
                 wrong.append(f"{line}: {text}")

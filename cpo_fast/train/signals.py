@@ -69,7 +69,7 @@ class EndSignals:
 
     def _enforce(self) -> None:
         if not self._finished.wait(self.grace):
-            print(f"error: no step ended within {self.grace:g} s of the signal; leaving at once", file=sys.stderr)
+            sys.stderr.write(f"error: no step ended within {self.grace:g} s of the signal; leaving at once\n")
             self._leave()
 
     def _leave(self) -> None:

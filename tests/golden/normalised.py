@@ -1,6 +1,7 @@
 """What of a golden run's files is compared byte by byte: everything but times, and which file of two folders differs where.
 
-Left out: files that hold nothing but times (`timings.jsonl`), profiles, and hidden files (locks). In all others a number of
+Left out: files that hold nothing but times (`timings.jsonl`), profiles, checkpoints (their hashes
+cover times; the adapter stands beside them), and hidden files (locks). In all others a number of
 seconds is replaced by a word; what else they hold stays as it is, byte for byte. What a command said on the screen is kept
 in `said/`, with the width of its tables taken out, because the width of a column follows from the times in it.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 LEFT_OUT_NAMES = {"timings.jsonl", "manifest.txt"}
-LEFT_OUT_FOLDERS = {"profile"}
+LEFT_OUT_FOLDERS = {"profile", "checkpoints"}
 BINARY = {".safetensors", ".parquet"}
 MAX_SHOWN = 400  # characters of a differing line
 

@@ -20,24 +20,27 @@ from tests.train.runs import CONSTANT_RATE, id_rows, largest_difference
 BOUND = 1e-5
 STAGES = (0, 1, 2, 3)
 BAD_TOKEN = 250  # ids of rows are below it
-# nothing stays gathered, as of a large model; with DeepSpeed's defaults a tiny one is never cut at all
+# nothing stays gathered or is gathered ahead; with DeepSpeed's defaults a tiny model is never cut at all
 CUT_UP = {
     "zero_optimization": {
         "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": 4000,
-        "stage3_max_reuse_distance": 1000,
-        "stage3_prefetch_bucket_size": 3000,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
     }
 }
-# one process against two ranks: name, options of section train, other options
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "one pair a step": {"batch_pairs": 1},  # the other rank has nothing to do
-    "recomputed": {"gradient_checkpointing": "non_reentrant"},
-    "cached": {"reference": "cached"},
-    "imitation": {"method": "sft"},
+# one process against several ranks: options of section train, and the stages in `make test`; `make soak` has all
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "plain": ({}, STAGES),
+    "one pair a step": ({"batch_pairs": 1}, STAGES),  # the other rank has nothing to do
+    "recomputed": ({"gradient_checkpointing": "non_reentrant"}, (3,)),
+    "online": ({"reference": "online"}, (0,)),
+    "imitation": ({"method": "sft"}, (0, 3)),
+    "tied": ({"model": "tied"}, (3,)),
+    "gradient": (CONSTANT_RATE | {"max_steps": 1, "max_grad_norm": 0.0}, (0, 2, 3)),
 }
-OFFLOADED = [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
+OFFLOADED = [(1, "optimizer"), (3, "optimizer"), (3, "all")]
+BAD_STAGES = (0, 3)
 Make = Callable[..., dict[str, Any]]
 
 
@@ -49,7 +52,9 @@ class Trained:
     make: Make
 
     def adapter(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / name / "adapter" / "adapter_model.safetensors")
+        """Of the last step: `<run>/adapter` is that of the best one."""
+        folder = self.folder / name / "checkpoints"
+        return load_file(folder / (folder / "LATEST").read_text() / "adapter.safetensors")
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Without the times."""
@@ -66,8 +71,8 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Every run of this file."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Models, data, and how runs are made of them."""
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_model(folder / "model")
     save_tiny_model(folder / "tied", tie_word_embeddings=True)
@@ -77,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     save_file(weights, folder / "broken" / "model.safetensors", metadata={"format": "pt"})
     rows = id_rows(num_questions=5)
     write(folder / "pairs.jsonl", rows)
-    write(folder / "completions.jsonl", [row | {"completion_token_ids": row["chosen_token_ids"]} for row in rows])
+    write(folder / "completions.jsonl", [row | {"completion_token_ids": row["chosen_token_ids"]} for row in rows[::3]])
     bad = [dict(row) for row in rows]
     bad[7]["rejected_token_ids"] = [*bad[7]["rejected_token_ids"][:-1], BAD_TOKEN, 9]
     write(folder / "bad.jsonl", bad)
@@ -89,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         if train.get("method") == "sft":
             data = "completions"
         # steep enough that gradients are clipped, micro-batches small enough that ranks have several
-        options = {"lr": 0.01, "batch_pairs": 12, "num_epochs": 4, "max_steps": 10, "max_tokens": 120}
+        options = {"lr": 0.01, "batch_pairs": 12, "num_epochs": 4, "max_steps": 10, "max_tokens": 60}
         return {
             "run": str(folder / name),
             "model": {"path": str(folder / model), "dtype": "float32", "device": "cpu"},
@@ -100,41 +105,41 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             | train,
         }
 
-    runs = Trained(folder, make)
-    gradient = CONSTANT_RATE | {"max_steps": 1, "max_grad_norm": 0.0}
-    for name, options in VARIANTS.items():
-        take(Run(make(f"{name}, one", **options)))
-    take(Run(make("tied, one", model="tied")))
-    take(Run(make("gradient, one", **gradient), sgd=True))
+    return Trained(folder, make)
+
+
+def of_variant(made: Trained, name: str, where: str, **options: Any) -> Run:
+    """A run of a variant, called `name, where`."""
+    return Run(made.make(f"{name}, {where}", **VARIANTS[name][0], **options), sgd=name == "gradient")
+
+
+@pytest.fixture(scope="module")
+def trained(made: Trained) -> Trained:
+    """Every run of `make test`."""
+    make = made.make
+    for name in VARIANTS:
+        take(of_variant(made, name, "one"))
     take(Run(make("0@1 to 3@2"), signal_at=4))
     of_two = [
-        Run(make(f"{name}, {stage}", zero_stage=stage, **options))
-        for name, options in VARIANTS.items()
-        for stage in (STAGES if name in ("plain", "one pair a step") else (0, 3))
+        of_variant(made, name, str(stage), zero_stage=stage)
+        for name, (_, stages) in VARIANTS.items()
+        for stage in stages
     ]
-    of_two += [Run(make(f"tied, {stage}", model="tied", zero_stage=stage)) for stage in (0, 3)]
-    of_two += [Run(make(f"gradient, {stage}", zero_stage=stage, **gradient), sgd=True) for stage in STAGES]
     of_two += [Run(make(f"{what} offloaded, {stage}", zero_stage=stage, offload=what)) for stage, what in OFFLOADED]
-    of_two += [Run(make(f"bad, {stage}", "broken", "bad", held_out=0.0, zero_stage=stage)) for stage in STAGES]
+    of_two += [Run(make(f"bad, {stage}", "broken", "bad", held_out=0.0, zero_stage=stage)) for stage in BAD_STAGES]
     for (
         stage
     ) in STAGES:  # interrupted in the middle of an epoch, by a signal that only rank 1 receives, and taken up again
         interrupted = make(f"resumed, {stage}", zero_stage=stage)
         of_two += [Run(interrupted, signal_at=4, signal_rank=1), Run(interrupted)]
     of_two += [Run(make(f"{stage}@2 to {other}@1", zero_stage=stage), signal_at=5) for stage, other in ((3, 0), (2, 3))]
-    of_two += [
-        Run(
-            make(f"gathers, {reference}, {how}", zero_stage=3, reference=reference, gradient_checkpointing=how),
-            gathers=True,
-        )
-        for reference in ("online", "cached")
-        for how in ("off", "non_reentrant")
-    ]
-    launch(of_two, 2, folder / "first launch")
+    for reference in ("online", "cached"):
+        of_two.append(Run(make(f"gathers, {reference}", zero_stage=3, reference=reference), gathers=True))
+    launch(of_two, 2, made.folder / "first launch")
     for stage, other in ((3, 0), (2, 3)):
         take(Run(make(f"{stage}@2 to {other}@1", zero_stage=other)))
-    launch([Run(make("0@1 to 3@2", zero_stage=3))], 2, folder / "second launch")
-    return runs
+    launch([Run(make("0@1 to 3@2", zero_stage=3))], 2, made.folder / "second launch")
+    return made
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -142,27 +147,41 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [*VARIANTS, "tied", "gradient"])
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in VARIANTS for stage in VARIANTS[name][1]])
 def test_two_ranks_end_at_the_parameters_and_metrics_of_one_process(trained: Trained, name: str, stage: int) -> None:
-    if not (trained.folder / f"{name}, {stage}").exists():
-        pytest.skip("stages 1 and 2 have no code of their own here")
     one, two = f"{name}, one", f"{name}, {stage}"
     assert largest_difference(trained.adapter(one), trained.adapter(two)) < BOUND
-    ours, theirs = trained.metrics(one), trained.metrics(two)
-    assert len(ours) == len(theirs)
-    for left, right in zip(ours, theirs, strict=True):
-        # what depends on how a step is cut into forests
-        cut = {"micro_batches", "tokens/computed", "tokens/saved", "eval_micro_batches"}
+    # what depends on how a step is cut into forests, and signs of margins that are rounding errors before the first steps
+    cut = {"micro_batches", "tokens/computed", "tokens/saved", "eval_micro_batches"}
+    for left, right in zip(trained.metrics(one), trained.metrics(two), strict=True):
         assert {key for key in left if key not in cut} == {key for key in right if key not in cut}
         for key in left.keys() - cut:
-            assert right[key] == pytest.approx(left[key], rel=1e-4, abs=1e-5), (left["step"], key)
+            if "accuracies" in key and left["step"] <= 3:
+                continue
+            close = left[key] if isinstance(left[key], str) else pytest.approx(left[key], rel=1e-4, abs=1e-5)
+            assert right[key] == close, (left["step"], key)
 
 
-def test_gradients_are_clipped_and_ranks_have_several_micro_batches(trained: Trained) -> None:
+def test_gradients_are_clipped_and_ranks_have_several_and_not_equally_many_micro_batches(trained: Trained) -> None:
     lines = trained.metrics("plain, 0")
     assert sum(line["grad_norm"] > 0.05 for line in lines) >= 5
-    assert all(line["micro_batches"] >= 4 for line in lines)
+    assert max(line["micro_batches"] for line in lines) >= 4
+    assert any(line["micro_batches"] % 2 for line in lines)
+
+
+@pytest.mark.soak
+def test_four_ranks_end_at_the_parameters_of_one_process(made: Trained) -> None:
+    for name in VARIANTS:
+        take(of_variant(made, name, "alone"))
+    offloaded = [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
+    of_four = [of_variant(made, name, f"{stage} of four", zero_stage=stage) for name in VARIANTS for stage in STAGES]
+    of_four += [Run(made.make(f"{what} off, {stage}", zero_stage=stage, offload=what)) for stage, what in offloaded]
+    launch(of_four, 4, made.folder / "four")
+    for name in VARIANTS:
+        for stage in STAGES:
+            assert largest_difference(made.adapter(f"{name}, alone"), made.adapter(f"{name}, {stage} of four")) < BOUND
+    for stage, what in offloaded:
+        assert largest_difference(made.adapter("plain, alone"), made.adapter(f"{what} off, {stage}")) < BOUND
 
 
 @pytest.mark.parametrize(("stage", "what"), OFFLOADED)
@@ -171,24 +190,21 @@ def test_offloading_changes_nothing(trained: Trained, stage: int, what: str) -> 
     assert largest_difference(trained.adapter("plain, one"), offloaded) < BOUND
 
 
-@pytest.mark.parametrize(("reference", "num_forwards"), [("online", 2), ("cached", 1)])
-@pytest.mark.parametrize(("how", "num_backwards"), [("off", 1), ("non_reentrant", 2)])
-def test_a_micro_batch_gathers_the_head_once_and_layers_once_a_pass(
-    trained: Trained, reference: str, num_forwards: int, how: str, num_backwards: int
+@pytest.mark.parametrize(("reference", "num_gathers"), [("online", 3), ("cached", 2)])
+def test_a_micro_batch_gathers_the_head_once_and_a_layer_once_a_pass(
+    trained: Trained, reference: str, num_gathers: int
 ) -> None:
-    """Policy and reference are a pass each, recomputation is one more, and the head has no backward of its own."""
-    name = f"gathers, {reference}, {how}"
-    found = json.loads((trained.folder / name / "gathers.json").read_text())
+    """The passes are policy, reference and backward. The head has no backward of its own, and nothing stays whole."""
+    found = json.loads((trained.folder / f"gathers, {reference}" / "gathers.json").read_text())
     per_micro_batch = {weight: count / found["counts"]["lm_head.weight"] for weight, count in found["counts"].items()}
-    assert per_micro_batch["lm_head.weight"] == 1
     linear = [weight for weight in per_micro_batch if "layers" in weight and "_proj" in weight]
     assert len(linear) == 14
-    assert {per_micro_batch[weight] for weight in linear} == {num_forwards + num_backwards}
+    assert {per_micro_batch[weight] for weight in linear} == {num_gathers}
     assert found["whole"] == 0
-    assert largest_difference(trained.adapter("plain, one"), trained.adapter(name)) < BOUND
+    assert largest_difference(trained.adapter("plain, one"), trained.adapter(f"gathers, {reference}")) < BOUND
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", BAD_STAGES)
 def test_a_value_that_is_not_finite_on_one_rank_ends_all_and_names_the_row(trained: Trained, stage: int) -> None:
     errors = trained.errors(f"bad, {stage}")
     assert len(errors) == 2
