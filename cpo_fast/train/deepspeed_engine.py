@@ -43,7 +43,7 @@ def deepspeed_config(config: TrainConfig, stage: int) -> dict[str, Any]:
     }
     theirs = {} if config.deepspeed is None else _read_json(Path(config.deepspeed))
     merged, conflicts = _merge(ours, theirs, "")
-    refused = [key for key in REFUSED if _get(theirs, key) not in (None, False, 1, {})]
+    refused = [key for key in REFUSED if _is_on(_get(theirs, key))]
     if refused or conflicts:
         reasons = [f"{key}: {REFUSED[key]}" for key in refused] + conflicts
         raise ConfigError(f"train.deepspeed: {config.deepspeed}: {'; '.join(reasons)}; take these keys out")
@@ -66,6 +66,13 @@ REFUSED = {
     "zero_optimization.zero_quantized_gradients": "ZeRO++ rounds gradients",
     "zero_optimization.mics_shard_size": "MiCS has not been shown exact here",
 }
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a user's value turns a part of DeepSpeed on; sizes of 1 and sections that say `enabled: false` do not."""
+    if isinstance(value, dict):
+        return bool(value) and value.get("enabled", True) is not False
+    return value is True or value not in (None, False, 1, -1)
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:
