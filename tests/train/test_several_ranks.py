@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "online": ({"reference": "online"}, (0,)),
     "imitation": ({"method": "sft"}, (0, 3)),
     "tied": ({"model": "tied"}, (3,)),
+    "accuracy": ({"stop_on": "accuracy", "max_steps": 4}, (2,)),  # three questions, of which the other rank has one
     "gradient": (CONSTANT_RATE | {"max_steps": 1, "max_grad_norm": 0.0}, (0, 2, 3)),
 }
 OFFLOADED = [(1, "optimizer"), (3, "optimizer"), (3, "all")]
@@ -86,6 +87,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     bad = [dict(row) for row in rows]
     bad[7]["rejected_token_ids"] = [*bad[7]["rejected_token_ids"][:-1], BAD_TOKEN, 9]
     write(folder / "bad.jsonl", bad)
+    write(folder / "questions.jsonl", [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(3)])
     (folder / "cut-up.json").write_text(json.dumps(CUT_UP))
 
     def make(
@@ -98,6 +100,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return {
             "run": str(folder / name),
             "model": {"path": str(folder / model), "dtype": "float32", "device": "cpu"},
+            "task": {"path": str(folder / "questions.jsonl")},
+            "eval": {"max_new_tokens": 4},
             "data": {"path": str(folder / f"{data}.jsonl"), "held_out": held_out},
             "lora": {"r": 4, "alpha": 8},
             "train": options
@@ -127,9 +131,8 @@ def trained(made: Trained) -> Trained:
     ]
     of_two += [Run(make(f"{what} offloaded, {stage}", zero_stage=stage, offload=what)) for stage, what in OFFLOADED]
     of_two += [Run(make(f"bad, {stage}", "broken", "bad", held_out=0.0, zero_stage=stage)) for stage in BAD_STAGES]
-    for (
-        stage
-    ) in STAGES:  # interrupted in the middle of an epoch, by a signal that only rank 1 receives, and taken up again
+    # interrupted in the middle of an epoch, by a signal that only rank 1 receives, and taken up again
+    for stage in STAGES:
         interrupted = make(f"resumed, {stage}", zero_stage=stage)
         of_two += [Run(interrupted, signal_at=4, signal_rank=1), Run(interrupted)]
     of_two += [Run(make(f"{stage}@2 to {other}@1", zero_stage=stage), signal_at=5) for stage, other in ((3, 0), (2, 3))]
@@ -175,12 +178,13 @@ def test_four_ranks_end_at_the_parameters_of_one_process(made: Trained) -> None:
     for name in VARIANTS:
         take(of_variant(made, name, "alone"))
     offloaded = [(stage, "optimizer") for stage in (1, 2, 3)] + [(3, "all")]
-    of_four = [of_variant(made, name, f"{stage} of four", zero_stage=stage) for name in VARIANTS for stage in STAGES]
+    # stage 3 cannot generate
+    cases = [(name, stage) for name in VARIANTS for stage in STAGES if (name, stage) != ("accuracy", 3)]
+    of_four = [of_variant(made, name, f"{stage} of four", zero_stage=stage) for name, stage in cases]
     of_four += [Run(made.make(f"{what} off, {stage}", zero_stage=stage, offload=what)) for stage, what in offloaded]
     launch(of_four, 4, made.folder / "four")
-    for name in VARIANTS:
-        for stage in STAGES:
-            assert largest_difference(made.adapter(f"{name}, alone"), made.adapter(f"{name}, {stage} of four")) < BOUND
+    for name, stage in cases:
+        assert largest_difference(made.adapter(f"{name}, alone"), made.adapter(f"{name}, {stage} of four")) < BOUND
     for stage, what in offloaded:
         assert largest_difference(made.adapter("plain, alone"), made.adapter(f"{what} off, {stage}")) < BOUND
 
