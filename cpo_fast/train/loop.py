@@ -45,7 +45,7 @@ from cpo_fast.train.deepspeed_engine import (
     read_moments,
     restore_optimizer,
 )
-from cpo_fast.train.memory import choose_checkpointing, choose_stage, free_rank_bytes
+from cpo_fast.train.memory import choose_checkpointing, choose_stage, free_rank_bytes, out_of_memory
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm, rounded
 from cpo_fast.train.objective import MicroBatch, Objective
 from cpo_fast.train.policy import Policy, base_hash, checkpoint_layers, load_policy, prepare_policy, put_adapter
@@ -310,7 +310,8 @@ class Trainer:
         self.eval_every = config.train.eval_every or per_epoch
         self.parameters = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
         self.trainable = list(self.parameters.values())
-        if self._checkpointing(policy) != "off":
+        self.model, self.recomputes = policy.model, self._checkpointing(policy) != "off"
+        if self.recomputes:
             checkpoint_layers(policy.model)
         if stage == 3:
             partition(policy.model, config.train, communicator.device)
@@ -400,8 +401,12 @@ class Trainer:
                 if profiler is not None:
                     profiler.before(step)
                 started = time.perf_counter()
-                with record_function("step"):
-                    values = self.step(batch, 0 if signals is None else signals.received)
+                try:
+                    with record_function("step"):
+                        values = self.step(batch, 0 if signals is None else signals.received)
+                except torch.OutOfMemoryError as error:
+                    train, num_ranks = self.config.train, self.communicator.world_size
+                    raise out_of_memory(self.model, train, self.stage, num_ranks, self.recomputes) from error
                 self.num_done = step
                 values.update(
                     step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started

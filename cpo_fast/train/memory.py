@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cpo_fast.config import Config, ModelConfig
+from cpo_fast.config import Config, ModelConfig, TrainConfig
 from cpo_fast.dtype import resolve_dtype
+from cpo_fast.errors import OutOfMemory
 from cpo_fast.models import free_device_bytes, model_folder
 from cpo_fast.ranks import Ranks
 from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
@@ -102,7 +103,10 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     layer = 8 * hidden + 8 + attention + 3 * size * intermediate
     num_rows = num_tokens if num_rows is None else num_rows
     chunk = min(max_chunk_logits(), num_rows * config.vocab_size)
-    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable = sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable
+    )  # cut up by ZeRO 3
     return StepMemory(
         num_tokens=num_tokens,
         num_layers=config.num_hidden_layers,
@@ -193,6 +197,32 @@ def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_
         free / GIB,
     )
     return "off" if fits else "non_reentrant"
+
+
+def out_of_memory(model: Any, train: TrainConfig, stage: int, num_ranks: int, recomputes: bool) -> OutOfMemory:
+    """The error of a training that ran out of memory: what a step takes by prediction, and what to change, best first.
+
+    Args:
+        model: the policy's `PeftModel`.
+        train: its configuration. stage: ZeRO's. num_ranks: of the training.
+        recomputes: whether gradient checkpointing was on.
+    """
+    memory = predict_step_memory(model, train.max_tokens, zero_stage=stage)
+    kept = memory.num_tokens * memory.num_layers * memory.checkpoint_bytes if recomputes else memory.activation_bytes
+    remedies = [f"train.max_tokens={train.max_tokens // 2} (same result)"]
+    if not recomputes:
+        remedies.insert(0, "train.gradient_checkpointing=non_reentrant (same result, a third slower)")
+    if stage < 3:
+        remedies.append("train.zero_stage=3" + ("" if num_ranks > 1 else " on several GPUs"))
+    if train.offload != "all":
+        remedies.append(f"train.offload={'all' if stage == 3 else 'optimizer with train.zero_stage=1'}")
+    return OutOfMemory(
+        f"a training step ran out of memory. By prediction a forest of train.max_tokens={train.max_tokens} tokens takes "
+        f"{kept / GIB:.2f} GiB of activations, {memory.head_bytes / GIB:.2f} GiB at the output head, "
+        f"{memory.num_tokens * memory.working_bytes / GIB:.2f} GiB of working memory and "
+        f"{memory.fixed_bytes / GIB:.2f} GiB beside them, and the base comes on top. Try, in this order: "
+        f"{'; '.join(remedies[:3])}"
+    )
 
 
 def _linear_bytes(backbone: torch.nn.Module, size: int, keeps_inputs: bool) -> Iterator[float]:

@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from cpo_fast.config import TrainConfig
+from cpo_fast.errors import OutOfMemory
 from cpo_fast.models import free_device_bytes
 from cpo_fast.train import memory
+from cpo_fast.train.deepspeed_engine import adamw
 from cpo_fast.train.loop import train
 from cpo_fast.train.memory import GIB, choose_checkpointing, predict_step_memory
 from cpo_kernels import build_forest
@@ -165,3 +168,33 @@ def test_training_decides_by_its_largest_forest_and_the_adapter_is_the_same(
     assert [int(re.findall(r"a step of (\d+) tokens", text)[0]) for text in decided] == [max(computed), 100]
     assert len(set(computed)) > 1
     assert largest_difference(expected, load_file(Path(config.run) / "adapter" / "adapter_model.safetensors")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "remedies"),
+    [
+        (
+            {"gradient_checkpointing": "off"},
+            ["gradient_checkpointing=non_reentrant", "max_tokens=200", "zero_stage=3 on"],
+        ),
+        ({"gradient_checkpointing": "non_reentrant", "zero_stage": 3}, ["max_tokens=200", "offload=all"]),
+    ],
+)
+def test_a_step_that_runs_out_of_memory_says_what_it_takes_and_what_to_change(
+    make_config: MakeConfig, options: dict[str, Any], remedies: list[str]
+) -> None:
+    def out_of_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        made = adamw(config, parameters)
+        made.register_step_pre_hook(out_of_memory)
+        return made
+
+    with pytest.raises(OutOfMemory, match=r"ran out of memory\. .* GiB of activations") as caught:
+        train(make_config(**options), make_optimizer=optimizer)
+    assert caught.value.exit_code == 6
+    asked = str(caught.value).partition("in this order: ")[2].split("; ")
+    assert len(asked) == len(remedies)
+    for said, wanted in zip(asked, remedies, strict=True):
+        assert f"train.{wanted}" in said
