@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
     """Teach a language model to reason in one chain by learning from its own search tree."""
-    ctx.obj = {"debug": debug}
+    ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code}
     if debug:
         logging.basicConfig()
         logging.getLogger("cpo_fast").setLevel(logging.DEBUG)

@@ -5,6 +5,7 @@ It shows a progress line on a terminal, one plain line a step elsewhere, and a f
 
 import json
 import logging
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -55,21 +56,36 @@ TRAINING = logging.getLogger("cpo_fast.train")
     metavar="KEY",
     help="Go on from checkpoints of a training that differs in this key; may be given several times.",
 )
+@click.option(
+    "--gpus", "num_ranks", type=click.IntRange(min=1), help="Train on so many GPUs of this host, one rank each."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.pass_context
 def train_command(
+    ctx: click.Context,
     config_path: str,
     overrides: tuple[str, ...],
     profile_steps: int | None,
     allow_mismatch: tuple[str, ...],
+    num_ranks: int | None,
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL.
 
-    The same command goes on where an earlier one was stopped. On several GPUs start it with torchrun, deepspeed or srun:
+    The same command goes on where an earlier one was stopped. For several hosts start it with torchrun, deepspeed or srun:
 
-    torchrun --nproc-per-node 8 -m cpo_fast train CONFIG.yaml
+    torchrun --nnodes 4 --nproc-per-node 8 ... -m cpo_fast train CONFIG.yaml
     """
     config = load_config(config_path, overrides)
+    if num_ranks is not None and num_ranks > 1:
+        from cpo_fast.launch import launch_ranks
+
+        flags = [name for name, is_on in (ctx.obj or {}).items() if is_on]
+        options = ["--profile", str(profile_steps)] if profile_steps else []
+        options += [part for key in allow_mismatch for part in ("--allow-mismatch", key)]
+        options += ["--json"] if as_json else []
+        arguments = [*(f"--{flag}" for flag in flags), "train", *options, config_path, *overrides]
+        sys.exit(launch_ranks(arguments, num_ranks, config.train.grace))
     is_first = find_ranks().rank == 0
 
     from cpo_fast.train.loop import train

@@ -124,6 +124,11 @@ def connect(device: torch.device, timeout: float, ranks: Ranks | None = None) ->
     return Communicator(ranks, device)
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or silent: torch's own error of NCCL, or one of gloo."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def _find_slurm_master() -> None:
     """MASTER_ADDR is the first host of the job, and MASTER_PORT follows from its number, so that jobs do not meet."""
     if "MASTER_ADDR" not in os.environ:

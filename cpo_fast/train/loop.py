@@ -29,13 +29,13 @@ from cpo_fast.data.batches import epoch_batches, split_by_question, weigh
 from cpo_fast.data.examples import Example
 from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
-from cpo_fast.errors import DataError, EnvironmentProblem, Interrupted, NonFiniteError
+from cpo_fast.errors import DataError, EnvironmentProblem, Interrupted, NonFiniteError, first_line
 from cpo_fast.files import append_line, write_atomic
 from cpo_fast.models import resolve_device
 from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
 from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore, Tensors
-from cpo_fast.train.communication import Communicator, connect
+from cpo_fast.train.communication import Communicator, connect, is_lost_connection
 from cpo_fast.train.dealing import deal
 from cpo_fast.train.deepspeed_engine import (
     adamw,
@@ -116,9 +116,17 @@ def train(
     started = time.perf_counter()
     run, ranks = Path(config.run), find_ranks()
     with _run_lock(run) if ranks.rank == 0 else nullcontext(), EndSignals(config.train.grace) as signals:
-        return _train(
-            config, model, tokenizer, progress, profile_steps, make_optimizer, allow_mismatch, signals, started
-        )
+        try:
+            return _train(
+                config, model, tokenizer, progress, profile_steps, make_optimizer, allow_mismatch, signals, started
+            )
+        except RuntimeError as error:
+            if ranks.world_size > 1 and is_lost_connection(error):
+                raise EnvironmentProblem(
+                    f"the other ranks are gone or silent ({first_line(error)}); look at the error of the rank that ended "
+                    "first. The same command goes on from the newest checkpoint"
+                ) from error
+            raise
 
 
 def _train(
