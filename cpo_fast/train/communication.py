@@ -98,7 +98,8 @@ def connect(device: torch.device, timeout: float, ranks: Ranks | None = None) ->
         EnvironmentProblem: the other ranks cannot be reached.
     """
     ranks = find_ranks() if ranks is None else ranks
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asserts that a launcher has set it
+    # DeepSpeed takes the device of this number. Slurm sets none, and may show each task one device only
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank if device.index is None else device.index))
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:

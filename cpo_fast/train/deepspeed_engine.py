@@ -131,6 +131,8 @@ def partition(module: torch.nn.Module, config: TrainConfig, device: torch.device
         deepspeed.zero.Init(
             module=module, config_dict_or_path=deepspeed_config(config, 3), dtype=next(module.parameters()).dtype
         )
+    for buffer in module.buffers():  # rotary frequencies, which are no weights
+        buffer.data = buffer.data.to(device)
 
 
 def initialize_engine(

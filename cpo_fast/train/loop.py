@@ -142,6 +142,8 @@ def _train(
 ) -> TrainResult:
     run, ranks = Path(config.run), find_ranks()
     device = model.device if model is not None else resolve_device(config.model.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # a model that ZeRO 3 will cut up is loaded elsewhere
     stage = choose_stage(config, device, ranks)
     _check_readable(config)
     policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)
@@ -197,16 +199,21 @@ def _train(
         if step % config.train.save_every == 0 or is_last or trainer.signal:
             trainer.first, trainer.last = first, last
             checkpoint = trainer.checkpoint()  # under ZeRO every rank takes part
+            is_saved = False
             if communicator.writes:
                 size = metrics_path.stat().st_size if metrics_path.exists() else 0
                 state = {**checkpoint.state, "identity": identity, "metrics_bytes": size}
-                store.save(replace(checkpoint, state=state), validator.best_step)
-        if trainer.signal and not is_last:
-            raise Interrupted(
-                f"{Signals(trainer.signal).name} after step {step} of {trainer.num_steps}, which is saved in "
-                f"{store.folder}; the same command goes on from there",
-                exit_code_of(trainer.signal),
-            )
+                is_saved = store.save(replace(checkpoint, state=state), validator.best_step)
+            if trainer.signal and not is_last:
+                # no rank leaves before rank 0 has saved: a launcher would then end that too
+                saved_where = (
+                    f"is saved in {store.folder}" if communicator.broadcast(is_saved) else "could not be saved"
+                )
+                raise Interrupted(
+                    f"{Signals(trainer.signal).name} after step {step} of {trainer.num_steps}, which {saved_where}; the "
+                    "same command goes on from the newest checkpoint",
+                    exit_code_of(trainer.signal),
+                )
     if profiler is not None:
         profiler.finish()
     save_adapter(policy.model, run / "adapter", stage, communicator.writes)

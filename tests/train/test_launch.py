@@ -51,7 +51,7 @@ def test_signals_deaths_and_exit_codes(make_config: MakeConfig, tmp_path: Path) 
     launched.command.send_signal(signal.SIGTERM)
     code, errors = launched.end()
     assert code == 143
-    assert "the same command goes on from there" in errors
+    assert "the same command goes on from the newest checkpoint" in errors
     saved = (run / "checkpoints" / "LATEST").read_text()
 
     launched = Launched(path, run)  # it goes on

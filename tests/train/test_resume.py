@@ -150,7 +150,7 @@ def test_sigterm_ends_the_command_with_143_and_the_same_command_goes_on(
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=3000)
     assert process.returncode == 143, errors
-    assert errors.rstrip().endswith("the same command goes on from there")
+    assert errors.rstrip().endswith("the same command goes on from the newest checkpoint")
     step = steps_of(Path(config.run))[-1]["step"]
     assert f"SIGTERM after step {step} of 5000" in errors
     assert "error" not in errors.splitlines()[-1]
