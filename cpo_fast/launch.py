@@ -27,6 +27,7 @@ SECONDS_TO_FOLLOW = (
     5.0  # that the others get when a rank has failed: they wait for it in a collective, and nothing can be saved
 )
 POLL_SECONDS = 0.1
+TRACEBACK_LINES = 30
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a child gets when its parent dies
 
 
@@ -38,12 +39,13 @@ class Rank:
     process: "subprocess.Popen[bytes]"
     errors: IO[bytes] | None
 
-    def last_line(self) -> str:
+    def last_words(self) -> str:
+        """Its last line, or the end of its traceback."""
         if self.errors is None:
             return ""
         self.errors.seek(0)
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return "\n".join(lines[-TRACEBACK_LINES if self.process.returncode == 1 else -1 :])
 
 
 def launch_ranks(arguments: Sequence[str], num_ranks: int, grace: float) -> int:
@@ -57,9 +59,9 @@ def launch_ranks(arguments: Sequence[str], num_ranks: int, grace: float) -> int:
     Raises:
         ConfigError: this process is a rank of another launcher.
     """
-    if find_ranks().launcher:
+    if find_ranks().world_size > 1:
         raise ConfigError("--gpus starts ranks, and this process is one already; leave it out under a launcher")
-    ranks = [_start(arguments, number, num_ranks, port) for port in [_free_port()] for number in range(num_ranks)]
+    ranks: list[Rank] = []
     ends_at: float | None = None
     was_asked = False
 
@@ -71,6 +73,9 @@ def launch_ranks(arguments: Sequence[str], num_ranks: int, grace: float) -> int:
     before = [signal.signal(number, forward) for number in FORWARDED]
     first_failed: Rank | None = None
     try:
+        port = _free_port()
+        for number in range(num_ranks):
+            ranks.append(_start(arguments, number, num_ranks, port))
         while any(rank.process.poll() is None for rank in ranks):
             failed = [rank for rank in ranks if rank.process.returncode]
             if failed and first_failed is None:
@@ -89,15 +94,15 @@ def launch_ranks(arguments: Sequence[str], num_ranks: int, grace: float) -> int:
     if first_failed is None:
         return 0
     code = first_failed.process.returncode
-    if code != ranks[0].process.returncode and not was_asked:  # else rank 0 has said it
+    if (first_failed.number > 0 or code < 0) and not was_asked:  # else rank 0 has said it itself
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        click.echo(f"rank {first_failed.number} {how}: {first_failed.last_line() or 'it said nothing'}", err=True)
+        click.echo(f"rank {first_failed.number} {how}: {first_failed.last_words() or 'it said nothing'}", err=True)
     return code if code > 0 else 128 - code
 
 
 def _is_follower(rank: Rank) -> bool:
     """Whether a rank may have ended because another did, where both were found at once."""
-    return rank.process.returncode in (1, EnvironmentProblem.exit_code)
+    return rank.process.returncode == EnvironmentProblem.exit_code
 
 
 def _start(arguments: Sequence[str], number: int, num_ranks: int, port: int) -> Rank:

@@ -81,7 +81,6 @@ class CheckpointStore:
         aside = self.folder / f".{checkpoint.name}.{_unique()}.tmp"
         try:
             self._write(checkpoint, aside)
-            self._prune(best_step)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             logger.warning(
@@ -91,6 +90,10 @@ class CheckpointStore:
                 self.folder,
             )
             return False
+        try:
+            self._prune(checkpoint.step, best_step)
+        except OSError as error:
+            logger.warning("%s: older checkpoints could not be removed (%s)", self.folder, error.strerror)
         return True
 
     def _write(self, checkpoint: Checkpoint, aside: Path) -> None:
@@ -180,8 +183,9 @@ class CheckpointStore:
         if latest not in names:
             logger.warning("%s names no checkpoint (%r); %s is used", self.folder / "LATEST", latest[:40], used)
 
-    def _prune(self, best_step: int | None) -> None:
-        names = self.names()
+    def _prune(self, step: int, best_step: int | None) -> None:
+        # a later one is damaged, or this run would have gone on from it: it is no reason to remove what is whole
+        names = [name for name in self.names() if name <= f"step-{step:08d}"]
         kept = {*names[-self.keep_last :], f"step-{best_step or 0:08d}"}
         for name in names:
             if name not in kept:

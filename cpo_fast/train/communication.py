@@ -17,6 +17,7 @@ import torch.distributed as dist
 from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
 from cpo_fast.ranks import Ranks, find_ranks
 
+START_SECONDS = 1800.0  # that ranks wait for the last to have prepared its data
 T = TypeVar("T")
 # the new name since torch 2.13, where the old one warns
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,8 +110,15 @@ def connect(device: torch.device, timeout: float, ranks: Ranks | None = None) ->
             if ranks.launcher == "slurm":
                 _find_slurm_master()
             try:
+                patience = timedelta(seconds=max(timeout, START_SECONDS))
+                store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
+                # rank 0 may still be hashing a large base, and the others wait for it longer than in a collective
+                names = [f"cpo_fast/prepared/{rank}" for rank in range(ranks.world_size)]
+                store.set(names[ranks.rank], "1")
+                store.wait(names, patience)
                 dist.init_process_group(
                     backend,
+                    store=dist.PrefixStore("cpo_fast/group", store),
                     rank=ranks.rank,
                     world_size=ranks.world_size,
                     timeout=timedelta(seconds=timeout),

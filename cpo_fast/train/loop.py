@@ -24,12 +24,12 @@ from torch.profiler import record_function
 from transformers import get_scheduler
 
 from cpo_fast.adapters import copy_adapter, save_adapter
-from cpo_fast.config import Config, TrainConfig, dump_config
+from cpo_fast.config import Config, TrainConfig, config_hash, dump_config
 from cpo_fast.data.batches import epoch_batches, split_by_question, weigh
 from cpo_fast.data.examples import Example
 from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
-from cpo_fast.errors import DataError, EnvironmentProblem, Interrupted, NonFiniteError, first_line
+from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, NonFiniteError, first_line
 from cpo_fast.files import append_line, write_atomic
 from cpo_fast.models import resolve_device
 from cpo_fast.ranks import find_ranks
@@ -142,12 +142,14 @@ def _train(
 ) -> TrainResult:
     run, ranks = Path(config.run), find_ranks()
     device = model.device if model is not None else resolve_device(config.model.device)
+    if ranks.world_size > 1 and device.type == "cuda" and config.model.device != "auto":
+        raise ConfigError(f"model.device={config.model.device} names one GPU for {ranks.world_size} ranks; use auto")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a model that ZeRO 3 will cut up is loaded elsewhere
     stage = choose_stage(config, device, ranks)
     _check_readable(config)
     policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)
-    # before the ranks are connected: a long preparation is no silence that others would give up on
+    # before the ranks are connected, which may then take long (see `connect`)
     everything = load_examples(config, policy.tokenizer, run / "dropped.jsonl" if ranks.rank == 0 else None).examples
     parts = split_by_question(everything, config.data.held_out, config.seed)
     # after the split, because weights average to 1 over what is trained
@@ -155,6 +157,7 @@ def _train(
     _check_vocabulary(everything, policy)
     base, dtype = base_hash(config, policy) if ranks.rank == 0 else "", policy.model.get_base_model().dtype
     communicator = connect(device, config.train.collective_timeout, ranks)
+    _check_equal(communicator, stage, config)
     store = CheckpointStore(run / "checkpoints", config.train.keep_last)
     identity = training_identity(config, base, dtype_name(dtype), everything)
     saved = communicator.from_first(lambda: _saved(store, identity, allow_mismatch, run))
@@ -234,7 +237,7 @@ def _train(
         last=last,
         seconds=time.perf_counter() - started,
         profile=() if profiler is None else profiler.ranges,
-        profile_path=None if profiler is None else profiler.folder,
+        profile_path=profiler.folder if profiler is not None and profiler.ranges else None,
     )
 
 
@@ -251,14 +254,26 @@ def _run_lock(run: Path) -> Iterator[None]:
         ) from None
 
 
+def _check_equal(communicator: Communicator, stage: int, config: Config) -> None:
+    """Refuse ranks that would do different things, on every rank, before they wait for each other."""
+    mine = torch.tensor([stage, int(config_hash(config.train)[:12], 16), int(config_hash(config.data)[:12], 16)])
+    everyone = communicator.gather(mine.to(communicator.device))
+    for name, values in zip(("ZeRO stage", "section train", "section data"), everyone.T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise ConfigError(
+                f"the ranks differ in {name}; give every host the same configuration, and set train.zero_stage where cards "
+                "are of different sizes"
+            )
+
+
 def _saved(
     store: CheckpointStore, identity: dict[str, Any], allow_mismatch: Collection[str], run: Path
 ) -> Checkpoint | None:
     """The checkpoint to go on from, which has to be one of this training."""
     store.clean()
     saved = store.newest()
+    check_same_training(identity if saved is None else saved.state["identity"], identity, allow_mismatch, str(run))
     if saved is not None:
-        check_same_training(saved.state["identity"], identity, allow_mismatch, str(run))
         logger.info("going on after step %d, from %s", saved.step, store.folder / saved.name)
     return saved
 

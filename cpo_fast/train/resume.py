@@ -46,8 +46,13 @@ def training_identity(config: Config, base: str, dtype: str, examples: Sequence[
     values: dict[str, Any] = {"seed": config.seed}
     for section in ("pairs", "data", "lora", "train"):
         for key, value in getattr(config, section).model_dump(mode="json").items():
+            if (section, key) == ("data", "mixture"):
+                value = [{name: each for name, each in item.items() if name != "path"} for item in value]
             if not (section == "train" and key in FREE) and (section, key) != ("data", "path"):
                 values[f"{section}.{key}"] = value
+    if config.train.stop_on == "accuracy":  # the best adapter and patience go by these chains
+        values |= {f"task.{key}": value for key, value in config.task.model_dump(mode="json").items()}
+        values |= {"eval.max_new_tokens": config.eval.max_new_tokens, "search.max_steps": config.search.max_steps}
     return values | {
         "model": base,
         "model.dtype": dtype,

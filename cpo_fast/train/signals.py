@@ -9,9 +9,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+REPEAT_SECONDS = 1.0  # in which a second interrupt is taken for the same one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -23,13 +25,15 @@ def exit_code_of(number: int) -> int:
 class EndSignals:
     """A context that notes SIGTERM, SIGINT and SIGUSR1 in `received`, 0 until then.
 
-    A second signal, or `grace` seconds after the first, ends the process with `exit_code_of`. Outside the main thread,
+    `grace` seconds after the first, or a second interrupt from the keyboard, ends the process with `exit_code_of`. Other
+    repeats mean nothing: Slurm, systemd and launchers send one signal to a rank several times. Outside the main thread,
     where Python takes no signals, it notes none.
     """
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received = 0
+        self._first_at = 0.0
         self._finished = threading.Event()
 
     def __enter__(self) -> "EndSignals":
@@ -63,13 +67,15 @@ class EndSignals:
                 if number not in SIGNALS:
                     continue
                 if self.received:
-                    self._leave()
-                self.received = number
+                    if number == signal.SIGINT and time.monotonic() > self._first_at + REPEAT_SECONDS:
+                        self._leave()
+                    continue
+                self.received, self._first_at = number, time.monotonic()
                 threading.Thread(target=self._enforce, daemon=True).start()
 
     def _enforce(self) -> None:
         if not self._finished.wait(self.grace):
-            sys.stderr.write(f"error: no step ended within {self.grace:g} s of the signal; leaving at once\n")
+            sys.stderr.write(f"error: the run was not saved within {self.grace:g} s of the signal; leaving at once\n")
             self._leave()
 
     def _leave(self) -> None:

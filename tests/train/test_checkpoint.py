@@ -202,6 +202,17 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "LATEST").read_text() == "step-00000007"
 
 
+def test_a_damaged_later_checkpoint_takes_no_place_of_a_whole_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(checkpoint(9))
+    flip(tmp_path / "step-00000009" / "state.json")
+    for step in (4, 5):
+        assert store.save(checkpoint(step))
+    found = store.newest()
+    assert found is not None
+    assert found.step == 5
+
+
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
