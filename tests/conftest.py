@@ -23,6 +23,15 @@ def _no_kernel_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of a launcher: trainers of other libraries, which other tests run, leave RANK and the like behind."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Processor]":
     """`processor(bf16_ratio=...)`: a CPU whose bfloat16 products take so many times as long; None has no instructions."""
     from tests.processor import Processor

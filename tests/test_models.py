@@ -159,6 +159,7 @@ def test_missing_library_is_an_environment_problem(folder: Path, monkeypatch: py
     assert "pip install 'cpo-fast[train]'" in str(error)
 
 
+@pytest.mark.usefixtures("no_launcher")
 def test_devices_resolve_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no device is called 'gpu0'"):
@@ -176,6 +177,7 @@ def test_devices_resolve_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_device("cuda:2")
 
 
+@pytest.mark.usefixtures("no_launcher")
 def test_slurm_tasks_take_turns_on_the_devices_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}.items():
         monkeypatch.setenv(name, value)

@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from cpo_fast.cli.doctor import doctor_command
 from cpo_fast.errors import EnvironmentProblem
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 
 def findings() -> dict[str, dict[str, str]]:
     result = CliRunner().invoke(doctor_command, ["--json"])

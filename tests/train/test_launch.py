@@ -14,6 +14,7 @@ from cpo_fast.errors import ConfigError
 from cpo_fast.launch import launch_ranks
 from tests.train.runs import MakeConfig
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
 FOLLOWED = 30.0  # seconds in which the others have to be down
 
 
