@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cpo_kernels.linear_logprob import triton as dispatch
+from cpo_kernels.linear_logprob.triton_sums import MAX_SPLITS, splits
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CAPABILITY = {"sm80": (8, 0), "sm90": (9, 0), "other": (7, 5)}
@@ -60,3 +61,11 @@ def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatc
         "linear_logprob: path fused",
         "linear_logprob: path chunk",
     ]
+
+
+@pytest.mark.parametrize("programs_per_split", [1, 2, 7, 600])
+def test_splits_hold_every_tile_once_and_are_no_more_than_a_merge_takes(programs_per_split: int) -> None:
+    for num_tiles in (1, 2, 255, 256, 257, 300, 513, 1003):
+        num_splits, tiles_per_split = splits(num_tiles, programs_per_split)
+        assert num_splits <= MAX_SPLITS
+        assert (num_splits - 1) * tiles_per_split < num_tiles <= num_splits * tiles_per_split

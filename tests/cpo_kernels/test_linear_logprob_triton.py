@@ -363,14 +363,20 @@ def test_any_number_of_rows_is_complete(num_rows: int, monkeypatch: pytest.Monke
 
 
 @runs_kernels
-@pytest.mark.parametrize("path", ["chunk", "fused"])
-def test_equal_largest_logits_are_all_top(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("path", "programs"), [("chunk", 512), ("fused", 512), ("fused", 1)])
+def test_equal_largest_logits_are_all_top(path: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the second largest is not, though it is larger than any of the tile before; tiles are splits, or in one."""
+    from cpo_kernels.linear_logprob import triton_sums
+
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", path)
+    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", programs)
     weight = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     weight[[3, 190]] = 4 * weight[3]  # two equal rows, which win
-    hidden = weight[3:4].clone()
-    plan = LogprobPlan.build(*(torch.tensor(x) for x in ([0, 0, 0], [190, 3, 7], [0, 0, 0])), 1)
-    assert linear_logprob(hidden, weight, plan, outputs=OUTPUTS, impl="triton").is_top1.tolist() == [True, True, False]
+    weight[150], weight[160] = 9 * weight[5], 8 * weight[5]
+    hidden = weight[[3, 5]]
+    plan = LogprobPlan.build(*(torch.tensor(x) for x in ([0, 0, 0, 1, 1], [190, 3, 7, 150, 160], [0] * 5)), 1)
+    result = linear_logprob(hidden, weight, plan, outputs=OUTPUTS, impl="triton")
+    assert result.is_top1.tolist() == [True, True, False, True, False]
 
 
 @runs_kernels

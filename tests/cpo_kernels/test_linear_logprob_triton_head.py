@@ -54,6 +54,19 @@ def test_bias_alone_may_take_a_gradient() -> None:
 
 
 @runs_kernels
+def test_small_upstream_gradients_survive_float16_and_zero_ones_give_zero() -> None:
+    """Their scale is that of the result, whose smallest step is 2^-24."""
+    case = rounded(crowded(129), torch.float16)
+    leaves = [x.to(DEVICE, torch.float16).requires_grad_() for x in (case.hidden, case.weight)]
+    total = linear_logprob(*leaves, case.plan(), impl="triton").segment_logps.sum()
+    sizes = (torch.tensor(size, device=DEVICE) for size in (1.0, 2.0**-14, 0.0))
+    whole, small, zero = (torch.autograd.grad(total, leaves, size, retain_graph=True) for size in sizes)
+    for want, got, nothing in zip(whole, small, zero, strict=True):
+        torch.testing.assert_close(got.float(), want.float() * 2.0**-14, rtol=2.0**-10, atol=2.0**-24)
+        assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+@runs_kernels
 def test_a_compiled_function_gets_the_same_bits() -> None:
     case = crowded(129, bias=True)
     hidden, weight = case.hidden.to(DEVICE, torch.float32).requires_grad_(), case.weight.to(DEVICE, torch.float32)

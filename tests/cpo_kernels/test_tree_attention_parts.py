@@ -126,10 +126,10 @@ def test_parts_that_the_schedule_makes_add_up() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.bfloat16), (96, torch.float32)])
-def test_parts_of_several_tiles(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kv_heads", "head_dim", "dtype"), [(2, 16, torch.bfloat16), (1, 96, torch.float32)])
+def test_parts_of_several_tiles(kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Blocks of 64 keys are four tiles of a float32 head of 96; its columns are padded to 128."""
-    inputs = random_heads(len(SHORT), 1, 1, head_dim, dtype)
+    inputs = random_heads(len(SHORT), kv_heads, kv_heads, head_dim, dtype)
     got = triton_results(inputs, SHORT, short_in_parts(block_kv=64))
     assert max(excess(got, inputs, SHORT).values()) <= 1.0
 

@@ -94,20 +94,26 @@ def test_items_of_more_queries_and_keys_than_a_tile() -> None:
 
 @runs_kernels
 def test_a_chunked_prefill_equals_sdpa() -> None:
+    """By items of 48 keys: the first rows of a chunk see nothing of its last item, or a part of it."""
     frontier, inputs = case(2, 1, 16, torch.float32, num_prefilled=70)
     prefilled = range(len(frontier.paths), frontier.num_rows)
     expected = dense_attention(frontier, inputs, SCALE, torch.float64)
     for first, last in ((0, 64), (64, 70)):
         chunk = replace(inputs.rows(prefilled[first:last]), arena=inputs.arena)
-        out = run(chunk, frontier.prefill_plan(first, last))
+        out = run(chunk, frontier.prefill_plan(first, last, split=48))
         torch.testing.assert_close(out.double(), expected[prefilled[first:last]], rtol=1e-5, atol=1e-5)
 
 
 @runs_kernels
-def test_scores_of_ten_thousand_do_not_overflow() -> None:
-    """Of both signs; a weight's relative error is then the rounding of its score, 1e4 times float32's."""
+@pytest.mark.parametrize("signs", ["both", "negative"])
+def test_scores_of_ten_thousand_do_not_overflow(signs: str) -> None:
+    """A weight's relative error is then the rounding of its score, 1e4 times float32's."""
     frontier, inputs = case(2, 1, 16, torch.float32)
     inputs.q.mul_(2e3)
+    if signs == "negative":
+        inputs.q.abs_().neg_()
+        inputs.k_new.abs_()
+        inputs.arena[0].abs_()
     expected = dense_attention(frontier, inputs, SCALE, torch.float64)
     torch.testing.assert_close(run(inputs, frontier.plan(split=16)).double(), expected, rtol=5e-2, atol=5e-2)
 
@@ -125,7 +131,7 @@ def test_order_of_items_padding_and_repetition_change_no_bit() -> None:
 
 @runs_kernels
 def test_strided_queries_keys_and_values_give_the_same_bits() -> None:
-    """Heads before rows; rows apart; a column apart, which is copied."""
+    """Heads before rows; rows apart; a column apart, which is copied; an arena of each kind that is not copied."""
     frontier, inputs = case(4, 2, 16, torch.float32)
     strided = replace(
         inputs,
@@ -133,7 +139,13 @@ def test_strided_queries_keys_and_values_give_the_same_bits() -> None:
         k_new=torch.stack([inputs.k_new] * 2, dim=1)[:, 0],
         v_new=torch.stack([inputs.v_new] * 2, dim=3)[..., 0],
     )
-    assert torch.equal(run(strided, frontier.plan()), run(inputs, frontier.plan()))
+    plan = frontier.plan().to(DEVICE)
+    k_arena = inputs.arena[0].transpose(0, 1).contiguous().transpose(0, 1)
+    v_arena = torch.stack([inputs.arena[1]] * 2, dim=1)[:, 0]
+    got = tree_decode(strided.q, strided.k_new, strided.v_new, k_arena, v_arena, plan, scale=SCALE, impl="triton")
+    assert torch.equal(got, run(inputs, plan))
+    assert torch.equal(k_arena[plan.slots], inputs.k_new)
+    assert torch.equal(v_arena[plan.slots], inputs.v_new)
 
 
 @runs_kernels
