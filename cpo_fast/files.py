@@ -86,6 +86,15 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder last through a power cut: they do once the folder itself is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def short_hash(content: str | bytes) -> str:
     """First 16 hex digits of the SHA-256 of `content`. Text is encoded as UTF-8, half a surrogate pair included."""
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content

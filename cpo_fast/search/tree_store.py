@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
-from cpo_fast.files import append_line, canonical_json, read_jsonl, short_hash, write_jsonl
+from cpo_fast.files import append_line, canonical_json, read_jsonl, short_hash, sync_folder, write_jsonl
 from cpo_fast.ranks import find_ranks
 from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tree import SearchTree, read_trees
@@ -185,7 +185,7 @@ class TreeStore:
             if parts or self._ids.get(self.path) != ids:  # else a worker alone wrote them in this order
                 write_jsonl(self.path, (self.trees[identity].to_dict() for identity in ids))
                 self._merge_timings(ids)
-                _sync_folder(self.path.parent)  # before a part is removed, its trees must be on disk in the whole
+                sync_folder(self.path.parent)  # before a part is removed, its trees must be on disk in the whole
                 for part in parts:
                     self._remove(part)
         return True
@@ -291,12 +291,3 @@ def _cut_torn_line(path: Path) -> None:
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
-
-
-def _sync_folder(path: Path) -> None:
-    # a rename survives a crash only once its folder is on disk
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cpo_fast.errors import CheckpointError, first_line
-from cpo_fast.files import canonical_json, replacing
+from cpo_fast.files import canonical_json, replacing, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +105,14 @@ class CheckpointStore:
             _write_file(aside / name, content)
             manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write_file(aside / _MANIFEST, canonical_json(manifest).encode())
-        _sync_folder(aside)
+        sync_folder(aside)
         if target.exists():  # the step was taken again after a resume from an earlier checkpoint
             self._remove(target)
         os.rename(aside, target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         with replacing(self.folder / "LATEST") as file:
             file.write(checkpoint.name.encode())
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None where there is none at all. Damaged ones are named in the log.
@@ -212,15 +212,6 @@ def _write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename inside a folder last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_file(path: Path) -> bytes:
