@@ -222,7 +222,15 @@ def _train(
     save_adapter(policy.model, run / "adapter", stage, communicator.writes)
     if validator.best is not None and validator.best_step != last["step"] and communicator.writes:
         copy_adapter(run / "adapter", run / "adapter-last")
-        copy_adapter(validator.folder, run / "adapter")
+        if validator.has_best_adapter():
+            copy_adapter(validator.folder, run / "adapter")
+        else:
+            logger.warning(
+                "%s is not the adapter of the best step %d any more; %s holds that of the last step",
+                validator.folder,
+                validator.best_step,
+                run / "adapter",
+            )
     communicator.barrier()
     return TrainResult(
         adapter_path=run / "adapter",

@@ -16,6 +16,7 @@ from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
 from cpo_fast.errors import ConfigError, NonFiniteError
 from cpo_fast.evaluate.chain import greedy_chains
+from cpo_fast.files import file_digest
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.metrics import Metrics
@@ -43,6 +44,7 @@ class Validator:
         self.best: float | None = None
         self.best_step = 0
         self.num_without_progress = 0
+        self.best_digest = ""  # of the best adapter's weights, known to the rank that writes
         self._questions: tuple[Any, list[Any]] | None = None
         if config.train.stop_on == "accuracy":
             if stage == 3:
@@ -68,12 +70,22 @@ class Validator:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values. The best adapter lies in its folder."""
-        return {"best": self.best, "best_step": self.best_step, "num_without_progress": self.num_without_progress}
+        counts = {"best_step": self.best_step, "num_without_progress": self.num_without_progress}
+        return {"best": self.best, "best_digest": self.best_digest, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on as the validator whose `state` it was."""
         self.best, self.best_step = state["best"], state["best_step"]
         self.num_without_progress = state["num_without_progress"]
+        self.best_digest = state["best_digest"]
+
+    def has_best_adapter(self) -> bool:
+        """Whether the folder still holds the best adapter.
+
+        A run that was killed after a better one, and does not take that step again, finds the wrong one there.
+        """
+        weights = self.folder / "adapter_model.safetensors"
+        return weights.is_file() and file_digest(weights) == self.best_digest
 
     def run(self, engine: Any, step: int) -> dict[str, float]:
         """Validate, and save the adapter when it is the best. Returns metrics under `eval_...`."""
@@ -87,6 +99,8 @@ class Validator:
         if self.best is None or decisive < self.best:
             self.best, self.best_step, self.num_without_progress = decisive, step, 0
             save_adapter(self.policy.model, self.folder, self.stage, self.communicator.writes)
+            if self.communicator.writes:
+                self.best_digest = file_digest(self.folder / "adapter_model.safetensors")
         else:
             self.num_without_progress += 1
         return {**values, "eval_best_step": self.best_step}

@@ -1,6 +1,7 @@
 """A training goes on from its checkpoints bit for bit, and only if it is the same training."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from cpo_fast.cli.train import train_command
 from cpo_fast.config import Config, TrainConfig, validate_config
@@ -84,6 +86,32 @@ def test_a_run_goes_on_bit_for_bit_after_any_step(whole: Config, step: int, tmp_
     assert steps_of(after) == steps_of(before)
     assert result.num_steps == 9
     assert result.first["step"] == 1
+
+
+def test_a_best_adapter_that_is_another_one_is_not_shipped(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(
+        data={"held_out": 0.25},
+        num_epochs=20,
+        eval_every=2,
+        patience=2,
+        batch_pairs=9,
+        lr=0.2,
+        schedule="constant",
+        warmup_ratio=0.0,
+        reference="online",
+    )
+    done = train(config)
+    assert done.best_step < done.num_steps  # else nothing is copied
+    run = Path(config.run)
+    weights = run / "adapter-best" / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with caplog.at_level(logging.WARNING):
+        train(config)
+    assert "is not the adapter of the best step" in caplog.text
+    last, shipped = (run / name / "adapter_model.safetensors" for name in ("adapter-last", "adapter"))
+    assert shipped.read_bytes() == last.read_bytes()
 
 
 def test_a_changed_training_is_refused_with_what_differs_unless_it_is_allowed(whole: Config, tmp_path: Path) -> None:
