@@ -243,14 +243,18 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], capt
 
 
 def plot(
-    path: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str
+    path: Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x_label: str,
+    y_label: str = "ms, median",
 ) -> Path | None:
-    """Draw milliseconds over size, a panel a key, a line a contestant, both axes logarithmic.
+    """Draw milliseconds, or what `y_label` says, over size, a panel a key, a line a contestant, both axes logarithmic.
 
     Args:
         path: PNG to write.
         title: above all panels.
-        panels: panel -> contestant -> (size, milliseconds).
+        panels: panel -> contestant -> (size, milliseconds or another value).
         x_label: what the sizes are.
 
     Returns:
@@ -268,7 +272,7 @@ def plot(
         for name, points in lines.items():
             sizes, milliseconds = zip(*sorted(points), strict=True)
             axes.loglog(sizes, milliseconds, marker="o", label=name, linewidth=2.5 if name.startswith("ours") else 1.0)
-        axes.set(title=panel, xlabel=x_label, ylabel="ms, median")
+        axes.set(title=panel, xlabel=x_label, ylabel=y_label)
         axes.legend(fontsize=7)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)

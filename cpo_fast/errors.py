@@ -4,7 +4,12 @@ Every message says what is wrong, where (file:line, row or key), why, and how to
 command is a bug of ours and keeps its traceback.
 """
 
+import contextlib
 import importlib
+import json
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 
@@ -56,6 +61,20 @@ class OutOfMemory(CpoFastError):
     """Something does not fit into memory that the configuration can change (exit code 6)."""
 
     exit_code = 6
+
+
+FAILURES = "CPO_FAST_FAILURES"  # variable of a launcher: the folder where every rank that fails leaves a note
+
+
+def note_failure(exit_code: int, text: str) -> None:
+    """Leave this rank's exit code and last sentence where the launcher that asks for it looks."""
+    folder, rank = os.environ.get(FAILURES), os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if folder:
+        with contextlib.suppress(OSError):
+            note = json.dumps({"exit_code": exit_code, "text": text, "at": time.time()})
+            aside = Path(folder, f".{rank}.tmp")
+            aside.write_text(note, encoding="utf-8")
+            aside.replace(Path(folder, f"{rank}.json"))
 
 
 def first_line(error: BaseException) -> str:

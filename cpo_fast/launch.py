@@ -1,26 +1,31 @@
-"""Ranks of one host as children of one command: started, signalled and ended together.
+"""Processes that one command starts, signals and ends together: ranks of this host, launchers of ranks, agents on others.
 
 torchrun answers every failure with exit code 1 and waits half a minute for a rank that hangs. `deepspeed` leaves its ranks
 running when it gets SIGTERM. Here signals go to every rank, a failed rank takes the others with it within seconds, its exit
-code is the command's and its error is shown last, and no rank outlives the command, whatever kills that.
+code is the command's and its error is shown last, and nothing that a command started is left when it ends.
+
+`python -m cpo_fast.launch` is the agent of another host: it reads what to start from its standard input, then numbers of
+signals, and where that input ends, because the connection or the command that opened it is gone, its processes end too.
 """
 
+import contextlib
 import ctypes
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
 
 import click
 
-from cpo_fast.errors import ConfigError, EnvironmentProblem
-from cpo_fast.ranks import find_ranks
+from cpo_fast.errors import EnvironmentProblem
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_FOLLOW = (
@@ -28,16 +33,71 @@ SECONDS_TO_FOLLOW = (
 )
 POLL_SECONDS = 0.1
 TRACEBACK_LINES = 30
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a child gets when its parent dies
+NO_CONNECTION = 255  # exit code of ssh itself
+_MARK = "CPO_FAST_LAUNCH"  # variable by which a command knows what it has started
+# of Linux's prctl: the signal that a child gets when its parent dies, and who adopts children whose parent died
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-@dataclass
-class Rank:
-    """One child, and what it has written to stderr (rank 0 writes to the terminal)."""
+@dataclass(frozen=True)
+class Command:
+    """A process to start.
 
-    number: int
-    process: "subprocess.Popen[bytes]"
-    errors: IO[bytes] | None
+    Attributes:
+        arguments: program and arguments.
+        label: what it is called in messages, like `rank 3`.
+        environment: variables on top of this process's.
+        is_shown: whether it writes to the terminal. Of others the last words are kept.
+        order: what an agent on another host reads first; it then keeps reading for signals.
+    """
+
+    arguments: list[str]
+    label: str
+    environment: dict[str, str] = field(default_factory=dict)
+    is_shown: bool = True
+    order: str = ""
+
+
+class Child:
+    """A command that runs, and what it has written to stderr where that is not shown."""
+
+    def __init__(self, command: Command, mark: str) -> None:
+        self.command = command
+        self.errors: IO[bytes] | None = None
+        if not command.is_shown:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (read when it has ended)
+        self.was_killed = False  # by us
+        self.process = subprocess.Popen(
+            command.arguments,
+            env=os.environ | command.environment | {_MARK: mark},
+            stdin=subprocess.PIPE if command.order else subprocess.DEVNULL,
+            stdout=None if command.is_shown else subprocess.DEVNULL,
+            stderr=self.errors,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            preexec_fn=_die_with_parent,
+        )
+        if command.order:
+            self._say(command.order)
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether it may have ended because another did."""
+        return self.process.returncode == EnvironmentProblem.exit_code
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on: to the agent of another host, or to the ranks themselves and not to a launcher of theirs."""
+        if self.process.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            self.was_killed = True
+        if self.command.order:
+            self._say(str(int(number)))
+        elif number == signal.SIGKILL:
+            _kill_tree(self.process.pid)
+        else:
+            for rank in _ranks_below(self.process.pid) or [self.process]:
+                with contextlib.suppress(OSError):
+                    rank.send_signal(number)
 
     def last_words(self) -> str:
         """Its last line, or the end of its traceback."""
@@ -47,81 +107,91 @@ class Rank:
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
         return "\n".join(lines[-TRACEBACK_LINES if self.process.returncode == 1 else -1 :])
 
+    def _say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
 
-def launch_ranks(arguments: Sequence[str], num_ranks: int, grace: float) -> int:
-    """Run `cpo-fast ARGUMENTS` as so many ranks of this host, and return the exit code of the first that fails, or 0.
+
+def own(commands: Sequence[Command], grace: float) -> int:
+    """Run commands until all have ended, and return the exit code of the one that failed first, or 0.
 
     Args:
-        arguments: of the command, without what asks for ranks.
-        num_ranks: one a GPU.
-        grace: seconds that ranks may take to end after a signal, before they are killed.
-
-    Raises:
-        ConfigError: this process is a rank of another launcher.
+        grace: seconds that they may take to end after a signal, before they are killed.
     """
-    if find_ranks().world_size > 1:
-        raise ConfigError("--gpus starts ranks, and this process is one already; leave it out under a launcher")
-    ranks: list[Rank] = []
+    mark = uuid.uuid4().hex
+    children: list[Child] = []
+    ended: list[Child] = []  # in the order in which it was seen
     ends_at: float | None = None
     was_asked = False
 
     def forward(number: int, frame: object) -> None:
         nonlocal ends_at, was_asked
-        ends_at, was_asked = time.monotonic() + grace + SECONDS_TO_FOLLOW, True
-        _signal_all(ranks, number)
+        was_asked = True
+        ends_at = time.monotonic() + (0 if number == signal.SIGQUIT else grace + SECONDS_TO_FOLLOW)
+        for child in children:
+            child.signal(number)
 
-    before = [signal.signal(number, forward) for number in FORWARDED]
-    first_failed: Rank | None = None
+    _adopt_orphans(True)
+    before = [(number, signal.signal(number, forward)) for number in (*FORWARDED, signal.SIGQUIT)]
     try:
-        port = _free_port()
-        for number in range(num_ranks):
-            ranks.append(_start(arguments, number, num_ranks, port))
-        while any(rank.process.poll() is None for rank in ranks):
-            failed = [rank for rank in ranks if rank.process.returncode]
-            if failed and first_failed is None:
-                first_failed = min(failed, key=_is_follower)
-                ends_at = ends_at or time.monotonic() + SECONDS_TO_FOLLOW
+        for command in commands:
+            children.append(Child(command, mark))
+        while len(ended) < len(children):
+            for child in children:
+                if child not in ended and child.process.poll() is not None:
+                    ended.append(child)
+                    if child.process.returncode and ends_at is None:
+                        ends_at = time.monotonic() + SECONDS_TO_FOLLOW
             if ends_at is not None and time.monotonic() > ends_at:
-                _signal_all(ranks, signal.SIGKILL)
+                for child in children:
+                    child.signal(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
     finally:
-        _signal_all(ranks, signal.SIGKILL)
-        for number, handler in zip(FORWARDED, before, strict=True):
+        for child in children:
+            child.signal(signal.SIGKILL)
+            if child.command.order:
+                _close(child)
+        _kill_marked(mark)
+        _adopt_orphans(False)
+        for number, handler in before:
             signal.signal(number, handler)
-    first_failed = first_failed or min(
-        (rank for rank in ranks if rank.process.returncode), key=_is_follower, default=None
+    failed = [child for child in ended if child.process.returncode and not child.was_killed]
+    first = min(failed, key=lambda child: child.is_follower, default=None) or next(
+        (child for child in ended if child.process.returncode), None
     )
-    if first_failed is None:
+    if first is None:
         return 0
-    code = first_failed.process.returncode
-    if (first_failed.number > 0 or code < 0) and not was_asked:  # else rank 0 has said it itself
+    code, label = first.process.returncode, first.command.label
+    if first.command.order and code == NO_CONNECTION:
+        click.echo(f"error: {label} cannot be reached: {first.last_words() or 'the connection was lost'}", err=True)
+        return EnvironmentProblem.exit_code
+    if (first.errors is not None or code < 0) and not was_asked:  # else it has said so itself
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        click.echo(f"rank {first_failed.number} {how}: {first_failed.last_words() or 'it said nothing'}", err=True)
+        click.echo(f"{label} {how}: {first.last_words() or 'it said nothing'}", err=True)
     return code if code > 0 else 128 - code
 
 
-def _is_follower(rank: Rank) -> bool:
-    """Whether a rank may have ended because another did, where both were found at once."""
-    return rank.process.returncode == EnvironmentProblem.exit_code
+def order(commands: Sequence[Command], folder: str, grace: float) -> str:
+    """What the agent of another host is told to start, in one line."""
+    return json.dumps({"folder": folder, "grace": grace, "commands": [asdict(command) for command in commands]})
 
 
-def _start(arguments: Sequence[str], number: int, num_ranks: int, port: int) -> Rank:
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = (
-        {"OMP_NUM_THREADS": str(threads)} | os.environ | {key: str(v) for key, v in variables.items()} | address
-    )
-    errors = tempfile.TemporaryFile() if number else None  # noqa: SIM115  (read when the rank has ended)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cpo_fast", *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL if number else None,
-        stderr=errors,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=_die_with_parent,
-    )
-    return Rank(number, process, errors)
+def obey(lines: Iterator[str]) -> int:
+    """Be the agent of a host: start what the first line says, and pass on the signals of the others."""
+    told = json.loads(next(lines))
+    os.chdir(told["folder"])
+
+    def listen() -> None:
+        for line in lines:
+            number = int(line)
+            # a handler of `own` kills its processes at SIGQUIT; SIGKILL would leave them to the kernel
+            os.kill(os.getpid(), signal.SIGQUIT if number == signal.SIGKILL else number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return own([Command(**values) for values in told["commands"]], told["grace"])
 
 
 def _die_with_parent() -> None:
@@ -129,13 +199,63 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _signal_all(ranks: Sequence[Rank], number: int) -> None:
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.send_signal(number)
+def _adopt_orphans(is_wanted: bool) -> None:
+    """Ranks whose launcher dies become children of this process, which can then end them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(is_wanted))
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def _ranks_below(pid: int) -> list[Any]:
+    """The ranks among a process and its descendants, without what they have started themselves."""
+    import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed
+
+    found: list[Any] = []
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if _is_rank(process):
+            return [process]
+        for child in process.children():
+            found += _ranks_below(child.pid)
+    return found
+
+
+def _is_rank(process: Any) -> bool:
+    environment: Mapping[str, str] = process.environ()
+    return "RANK" in environment and "cpo_fast" in process.cmdline()
+
+
+def _kill_tree(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+
+
+def _kill_marked(mark: str) -> None:
+    """End what launchers have left behind."""
+    import psutil
+
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if each.environ().get(_MARK) == mark:
+                each.kill()
+                each.wait(SECONDS_TO_FOLLOW)
+
+
+def _close(child: Child) -> None:
+    """End the agent of another host, and the connection to it."""
+    assert child.process.stdin is not None
+    with contextlib.suppress(OSError):
+        child.process.stdin.close()
+    try:
+        child.process.wait(SECONDS_TO_FOLLOW)
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        child.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(obey(iter(sys.stdin)))

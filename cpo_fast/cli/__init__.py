@@ -12,7 +12,7 @@ import sys
 import click
 
 from cpo_fast import __version__
-from cpo_fast.errors import ConfigError, CpoFastError, EnvironmentProblem, Interrupted
+from cpo_fast.errors import ConfigError, CpoFastError, EnvironmentProblem, Interrupted, failure_detail, note_failure
 from cpo_fast.ranks import find_ranks
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
@@ -96,20 +96,27 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
+        note_failure(130, "interrupted")
         click.echo("interrupted", err=True)
         sys.exit(130)  # 128 + SIGINT, as shells say it
     except click.ClickException as error:
+        note_failure(error.exit_code, error.format_message())
         error.show()
         sys.exit(error.exit_code)
     except CpoFastError as error:
+        note_failure(error.exit_code, str(error))
         if debug:
             raise
         click.echo(f"{_who()}{'' if isinstance(error, Interrupted) else 'error: '}{error}", err=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
+        note_failure(EnvironmentProblem.exit_code, str(error))
         library = (error.name or "").partition(".")[0]
         if debug or library not in OPTIONAL_LIBRARIES:  # a missing module of ours is a bug, with its traceback
             raise
         extra = OPTIONAL_LIBRARIES[library]
         click.echo(f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'", err=True)
         sys.exit(EnvironmentProblem.exit_code)
+    except Exception as error:
+        note_failure(1, failure_detail(error))
+        raise

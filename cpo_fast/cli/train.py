@@ -5,7 +5,9 @@ It shows a progress line on a terminal, one plain line a step elsewhere, and a f
 
 import json
 import logging
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cpo_fast.config import load_config
+from cpo_fast.errors import ConfigError
+from cpo_fast.launchers import LAUNCHERS, Host, launch, read_hosts, sbatch_script
 from cpo_fast.ranks import find_ranks
 
 # metric, its label on the progress line, its format
@@ -56,9 +60,16 @@ TRAINING = logging.getLogger("cpo_fast.train")
     metavar="KEY",
     help="Go on from checkpoints of a training that differs in this key; may be given several times.",
 )
+@click.option("--gpus", "num_ranks", type=click.IntRange(min=1), help="Train on so many GPUs of a host, one rank each.")
 @click.option(
-    "--gpus", "num_ranks", type=click.IntRange(min=1), help="Train on so many GPUs of this host, one rank each."
+    "--launch",
+    "launcher",
+    type=click.Choice(LAUNCHERS),
+    help="What starts the ranks: this command (auto), torchrun, deepspeed or Slurm's srun. Without --gpus on all GPUs.",
 )
+@click.option("--hosts", "hosts_path", metavar="FILE", help="Train on these hosts: lines like 'name slots=8'.")
+@click.option("--sbatch", "sbatch_path", metavar="FILE", help="Write a Slurm job to FILE and train nothing.")
+@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), default=1, help="Nodes of the job of --sbatch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.pass_context
 def train_command(
@@ -68,30 +79,47 @@ def train_command(
     profile_steps: int | None,
     allow_mismatch: tuple[str, ...],
     num_ranks: int | None,
+    launcher: str | None,
+    hosts_path: str | None,
+    sbatch_path: str | None,
+    num_nodes: int,
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL.
 
-    The same command goes on where an earlier one was stopped. For several hosts start it with torchrun, deepspeed or srun:
+    The same command goes on where an earlier one was stopped. torchrun, deepspeed and srun start it as well:
 
     torchrun --nnodes 4 --nproc-per-node 8 ... -m cpo_fast train CONFIG.yaml
     """
     config = load_config(config_path, overrides)
-    if num_ranks is not None and num_ranks > 1:
-        from cpo_fast.launch import launch_ranks
-
-        flags = [name for name, is_on in (ctx.obj or {}).items() if is_on]
-        options = ["--profile", str(profile_steps)] if profile_steps else []
-        options += [part for key in allow_mismatch for part in ("--allow-mismatch", key)]
-        options += ["--json"] if as_json else []
-        arguments = [*(f"--{flag}" for flag in flags), "train", *options, config_path, *overrides]
-        sys.exit(launch_ranks(arguments, num_ranks, config.train.grace))
+    flags = [name for name, is_on in (ctx.obj or {}).items() if is_on]
+    options = ["--profile", str(profile_steps)] if profile_steps else []
+    options += [part for key in allow_mismatch for part in ("--allow-mismatch", key)]
+    options += ["--json"] if as_json else []
+    arguments = [*(f"--{flag}" for flag in flags), "train", *options, config_path, *overrides]
+    if sbatch_path is not None:
+        job = sbatch_script(arguments, num_nodes, num_ranks or _num_gpus(), config.run)
+        Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
+        Path(sbatch_path).write_text(job, encoding="utf-8")
+        click.echo(f"wrote {sbatch_path}; look at it, and start it with: sbatch {sbatch_path}")
+        return
+    hosts = [Host("", num_ranks or (_num_gpus() if launcher else 1))]
+    if hosts_path is not None:
+        if launcher == "slurm":
+            raise ConfigError("--hosts with --launch slurm: the allocation says which hosts; leave --hosts out")
+        hosts = read_hosts(hosts_path, num_ranks)
+    if launcher in (None, "auto") and hosts_path is None and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+        launcher = "slurm" if launcher and find_ranks().world_size == 1 else launcher
+    if launcher not in (None, "auto") or hosts_path is not None or hosts[0].num_ranks > 1:
+        sys.exit(launch(arguments, launcher or "auto", hosts, Path(config.run), config.train.grace, hosts_path))
     is_first = find_ranks().rank == 0
 
+    from cpo_fast.train.communication import disconnect
     from cpo_fast.train.loop import train
 
     with TrainingScreen(quiet=as_json or not is_first) as screen:
         result = train(config, progress=screen.update, profile_steps=profile_steps, allow_mismatch=allow_mismatch)
+    disconnect()
     if not is_first:
         return
     if as_json:
@@ -113,6 +141,12 @@ def train_command(
         click.echo(json.dumps(values))
     else:
         screen.summary(result)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 class _LogToConsole(logging.Handler):

@@ -268,6 +268,9 @@ class TrainConfig(Section):
     collective_timeout: float = Field(
         600.0, gt=0, description="seconds after which ranks that wait for a silent one give up"
     )
+    heartbeat: float = Field(
+        60.0, gt=0, description="seconds without a sign of life after which a rank is named and the run ends"
+    )
     save_every: int = Field(100, ge=1, description="save a checkpoint every so many steps, and after the last")
     keep_last: int = Field(2, ge=1, description="checkpoints to keep, beside that of the best step")
     grace: float = Field(

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
-from cpo_fast.ranks import Ranks, find_ranks
+from cpo_fast.ranks import Ranks
 
-START_SECONDS = 1800.0  # that ranks wait for the last to have prepared its data
+ARRIVAL_SECONDS = 300.0  # that ranks wait for the last to have started: Python may come from a slow disk
+PREPARATION_SECONDS = 1800.0  # and for the last to have prepared its data
 T = TypeVar("T")
 # the new name since torch 2.13, where the old one warns
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +29,7 @@ class Communicator:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
+        self.doing = "starting"  # what this rank is at, for those that wait for it
 
     @property
     def rank(self) -> int:
@@ -87,50 +89,83 @@ class Communicator:
             dist.barrier()
 
 
-def connect(device: torch.device, timeout: float, ranks: Ranks | None = None) -> Communicator:
-    """Join the process group of the launcher, or make one of this process alone.
+def meet(ranks: Ranks) -> dist.Store | None:
+    """The store through which the ranks find each other, as soon as rank 0 is there. One process alone has none.
+
+    Every training of a process gets its own names in it, so ranks have to train equally often.
+
+    Raises:
+        EnvironmentProblem: rank 0 cannot be reached.
+    """
+    if ranks.world_size == 1:
+        return None
+    if not _met:
+        if ranks.launcher == "slurm":
+            _find_slurm_master()
+        try:
+            patience = timedelta(seconds=ARRIVAL_SECONDS)
+            store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
+        except (ValueError, RuntimeError) as error:
+            raise _unreachable(ranks, error) from error
+        _met.append(store)
+    _met.append(dist.PrefixStore(f"cpo_fast/{len(_met)}", _met[0]))
+    return _met[-1]
+
+
+_met: list[dist.Store] = []  # the store of this process, and after it one for every training
+
+
+def connect(communicator: Communicator, timeout: float, store: dist.Store | None) -> None:
+    """Join the process group of all ranks, or make one of this process alone. NCCL on CUDA, gloo on a CPU.
 
     Args:
-        device: of the model: NCCL on CUDA, gloo on a CPU.
         timeout: seconds that a collective may take.
-        ranks: None asks the environment.
+        store: from `meet`.
 
     Raises:
         EnvironmentProblem: the other ranks cannot be reached.
     """
-    ranks = find_ranks() if ranks is None else ranks
+    ranks, device = communicator.ranks, communicator.device
     # DeepSpeed takes the device of this number. Slurm sets none, and may show each task one device only
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank if device.index is None else device.index))
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if ranks.world_size == 1:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if store is None:
+        if not dist.is_initialized():
             # a store inside the process: no port that another run may take, no variables that children would inherit
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            if ranks.launcher == "slurm":
-                _find_slurm_master()
-            try:
-                patience = timedelta(seconds=max(timeout, START_SECONDS))
-                store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
-                # rank 0 may still be hashing a large base, and the others wait for it longer than in a collective
-                names = [f"cpo_fast/prepared/{rank}" for rank in range(ranks.world_size)]
-                store.set(names[ranks.rank], "1")
-                store.wait(names, patience)
-                dist.init_process_group(
-                    backend,
-                    store=dist.PrefixStore("cpo_fast/group", store),
-                    rank=ranks.rank,
-                    world_size=ranks.world_size,
-                    timeout=timedelta(seconds=timeout),
-                    device_id=device if device.type == "cuda" else None,
-                )
-            except (ValueError, RuntimeError) as error:
-                raise EnvironmentProblem(
-                    f"rank {ranks.rank} of {ranks.world_size} cannot reach the others at "
-                    f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} ({first_line(error)}); "
-                    "check MASTER_ADDR, MASTER_PORT and that every rank was started"
-                ) from error
-    return Communicator(ranks, device)
+        return
+    try:
+        # rank 0 may still be hashing a large base, and the others wait for it longer than in a collective
+        names = [f"prepared/{rank}" for rank in range(ranks.world_size)]
+        store.set(names[ranks.rank], "1")
+        communicator.doing = "waiting for the ranks that still prepare their data"
+        store.wait(names, timedelta(seconds=max(timeout, PREPARATION_SECONDS)))
+        communicator.doing = "connecting"
+        if not dist.is_initialized():
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", store),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timedelta(seconds=timeout),
+                device_id=device if device.type == "cuda" else None,
+            )
+    except (ValueError, RuntimeError) as error:
+        raise _unreachable(ranks, error) from error
+
+
+def disconnect() -> None:
+    """Leave the process group, at the end of a process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _unreachable(ranks: Ranks, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"rank {ranks.rank} of {ranks.world_size} cannot reach the others at "
+        f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} ({first_line(error)}); check "
+        "MASTER_ADDR, that MASTER_PORT is free on that host and open to the others, and that every rank was started"
+    )
 
 
 def is_lost_connection(error: BaseException) -> bool:

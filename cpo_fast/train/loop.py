@@ -35,8 +35,8 @@ from cpo_fast.models import resolve_device
 from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
 from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore, Tensors
-from cpo_fast.train.communication import Communicator, connect, is_lost_connection
-from cpo_fast.train.dealing import deal
+from cpo_fast.train.communication import Communicator, connect, is_lost_connection, meet
+from cpo_fast.train.dealing import deal, num_tokens
 from cpo_fast.train.deepspeed_engine import (
     adamw,
     initialize_engine,
@@ -45,10 +45,12 @@ from cpo_fast.train.deepspeed_engine import (
     read_moments,
     restore_optimizer,
 )
+from cpo_fast.train.heartbeat import Heartbeat
 from cpo_fast.train.memory import choose_checkpointing, choose_stage, free_rank_bytes, out_of_memory
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm, rounded
 from cpo_fast.train.objective import MicroBatch, Objective
 from cpo_fast.train.policy import Policy, base_hash, checkpoint_layers, load_policy, prepare_policy, put_adapter
+from cpo_fast.train.preflight import check_hosts
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
 from cpo_fast.train.resume import check_same_training, training_identity
@@ -60,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
+FULL_SHARE = 0.9  # of the token budget: no micro-batch is much larger
 MakeOptimizer = Callable[[TrainConfig, list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -115,35 +118,53 @@ def train(
     """
     started = time.perf_counter()
     run, ranks = Path(config.run), find_ranks()
-    with _run_lock(run) if ranks.rank == 0 else nullcontext(), EndSignals(config.train.grace) as signals:
-        try:
-            return _train(
-                config, model, tokenizer, progress, profile_steps, make_optimizer, allow_mismatch, signals, started
-            )
-        except RuntimeError as error:
-            if ranks.world_size > 1 and is_lost_connection(error):
-                raise EnvironmentProblem(
-                    f"the other ranks are gone or silent ({first_line(error)}); look at the error of the rank that ended "
-                    "first. The same command goes on from the newest checkpoint"
-                ) from error
-            raise
-
-
-def _train(
-    config: Config,
-    model: Any,
-    tokenizer: Any,
-    progress: Progress | None,
-    profile_steps: int | None,
-    make_optimizer: MakeOptimizer,
-    allow_mismatch: Collection[str],
-    signals: EndSignals,
-    started: float,
-) -> TrainResult:
-    run, ranks = Path(config.run), find_ranks()
     device = model.device if model is not None else resolve_device(config.model.device)
     if ranks.world_size > 1 and device.type == "cuda" and config.model.device != "auto":
         raise ConfigError(f"model.device={config.model.device} names one GPU for {ranks.world_size} ranks; use auto")
+    communicator = Communicator(ranks, device)
+    with _run_lock(run) if communicator.writes else nullcontext(), EndSignals(config.train.grace) as signals:
+        with signals.leaving_at_once():
+            store = meet(ranks)
+            heartbeat = Heartbeat(communicator, store, config.train.heartbeat)
+            check_hosts(communicator, store, config)
+        with heartbeat:
+            try:
+                with signals.leaving_at_once():
+                    ready = _set_up(config, model, tokenizer, make_optimizer, allow_mismatch, communicator, store)
+                return _take_steps(ready, progress, profile_steps, signals, started)
+            except RuntimeError as error:
+                if ranks.world_size > 1 and is_lost_connection(error):
+                    raise EnvironmentProblem(
+                        f"the other ranks are gone or silent ({first_line(error)}). This rank was at: "
+                        f"{communicator.doing}. {heartbeat.others()}Look at the error of the rank that ended first. The "
+                        "same command goes on from the newest checkpoint"
+                    ) from error
+                raise
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run that can take steps."""
+
+    trainer: "Trainer"
+    checkpoints: CheckpointStore
+    identity: dict[str, Any]
+    is_new: bool  # and does not go on from a checkpoint
+    num_items: int
+    num_held_out: int
+
+
+def _set_up(
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    make_optimizer: MakeOptimizer,
+    allow_mismatch: Collection[str],
+    communicator: Communicator,
+    store: Any,
+) -> _Ready:
+    run, ranks, device = Path(config.run), communicator.ranks, communicator.device
+    communicator.doing = "loading the base and the data"
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a model that ZeRO 3 will cut up is loaded elsewhere
     stage = choose_stage(config, device, ranks)
@@ -156,11 +177,12 @@ def _train(
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
     _check_vocabulary(everything, policy)
     base, dtype = base_hash(config, policy) if ranks.rank == 0 else "", policy.model.get_base_model().dtype
-    communicator = connect(device, config.train.collective_timeout, ranks)
+    connect(communicator, config.train.collective_timeout, store)
+    communicator.doing = "making the engine"
     _check_equal(communicator, stage, config)
-    store = CheckpointStore(run / "checkpoints", config.train.keep_last)
+    checkpoints = CheckpointStore(run / "checkpoints", config.train.keep_last)
     identity = training_identity(config, base, dtype_name(dtype), everything)
-    saved = communicator.from_first(lambda: _saved(store, identity, allow_mismatch, run))
+    saved = communicator.from_first(lambda: _saved(checkpoints, identity, allow_mismatch, run))
     if saved is not None:
         put_adapter(policy.model, saved.adapter)
     if communicator.writes:
@@ -172,54 +194,85 @@ def _train(
         assert policy.impl is not None
         objective.impl = policy.impl
         if is_cached(config, stage):
+            communicator.doing = "computing the reference's log-probs"
             reference = ReferenceCache(config, base, dtype, everything, run / "reference")
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()
-    trainer.validator = validator = Validator(config, policy, objective, held_out, run, communicator, stage)
-    profiler = (
-        StepProfiler(profile_steps, run / "profile", trainer.num_steps) if profile_steps and ranks.rank == 0 else None
-    )
-    metrics_path = run / "metrics.jsonl"
+    trainer.validator = Validator(config, policy, objective, held_out, run, communicator, stage)
     if saved is None:
+        communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
         objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
-        if communicator.writes:
-            metrics_path.unlink(missing_ok=True)
     else:
         trainer.restore(saved)
+    trainer.probe()
+    if communicator.writes:
+        if saved is None:
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            _cut(run / "metrics.jsonl", saved.state["metrics_bytes"])
+    return _Ready(trainer, checkpoints, identity, saved is None, len(examples), len(held_out))
+
+
+def _take_steps(
+    ready: _Ready, progress: Progress | None, profile_steps: int | None, signals: EndSignals, started: float
+) -> TrainResult:
+    trainer = ready.trainer
+    config, communicator, validator = trainer.config, trainer.communicator, trainer.validator
+    run, metrics_path = Path(config.run), Path(config.run) / "metrics.jsonl"
+    profiler = None
+    if profile_steps and communicator.writes:
+        profiler = StepProfiler(profile_steps, run / "profile", trainer.num_done, trainer.num_steps)
+
+    def save() -> bool:
+        """Whether it could. Under ZeRO every rank takes part."""
+        communicator.doing = f"saving step {trainer.num_done}"
+        checkpoint, is_saved = trainer.checkpoint(), False
         if communicator.writes:
-            _cut(metrics_path, saved.state["metrics_bytes"])
-    first, last = trainer.first, trainer.last
+            size = metrics_path.stat().st_size if metrics_path.exists() else 0
+            state = {**checkpoint.state, "identity": ready.identity, "metrics_bytes": size}
+            is_saved = ready.checkpoints.save(replace(checkpoint, state=state), validator.best_step)
+        return is_saved
+
+    def end(is_saved: bool) -> None:
+        # no rank leaves before rank 0 has saved: a launcher would then end that too
+        saved_where = (
+            f"is saved in {ready.checkpoints.folder}" if communicator.broadcast(is_saved) else "could not be saved"
+        )
+        raise Interrupted(
+            f"{Signals(trainer.signal).name} after step {trainer.num_done} of {trainer.num_steps}, which {saved_where}; "
+            "the same command goes on from the newest checkpoint",
+            exit_code_of(trainer.signal),
+        )
+
     for values in trainer.steps(profiler, signals):
-        first, last = first or values, values
-        step, is_last = values["step"], values["step"] == trainer.num_steps or validator.exhausted
-        logged = step % config.train.log_every == 0 or step == trainer.num_steps or "eval_loss" in values
-        if logged and communicator.writes:
-            append_line(metrics_path, rounded(values))
-        if progress is not None and communicator.writes:
-            progress(values, trainer.num_steps)
+        step = values["step"]
+        if trainer.is_validated(step):
+            trainer.unvalidated = values
+            is_saved = save()  # a validation may take longer than the grace period of a signal
+            if trainer.signal:
+                end(is_saved)
+            communicator.doing = f"validating after step {step}"
+            with signals.leaving_at_once():
+                values.update(validator.run(trainer.engine, step))
+            trainer.unvalidated = None
+        trainer.first, trainer.last = trainer.first or values, values
+        if communicator.writes:
+            if step % config.train.log_every == 0 or step == trainer.num_steps or "eval_loss" in values:
+                append_line(metrics_path, rounded(values))
+            if progress is not None:
+                progress(values, trainer.num_steps)
+        is_last = step == trainer.num_steps or validator.exhausted
         if step % config.train.save_every == 0 or is_last or trainer.signal:
-            trainer.first, trainer.last = first, last
-            checkpoint = trainer.checkpoint()  # under ZeRO every rank takes part
-            is_saved = False
-            if communicator.writes:
-                size = metrics_path.stat().st_size if metrics_path.exists() else 0
-                state = {**checkpoint.state, "identity": identity, "metrics_bytes": size}
-                is_saved = store.save(replace(checkpoint, state=state), validator.best_step)
+            is_saved = save()
             if trainer.signal and not is_last:
-                # no rank leaves before rank 0 has saved: a launcher would then end that too
-                saved_where = (
-                    f"is saved in {store.folder}" if communicator.broadcast(is_saved) else "could not be saved"
-                )
-                raise Interrupted(
-                    f"{Signals(trainer.signal).name} after step {step} of {trainer.num_steps}, which {saved_where}; the "
-                    "same command goes on from the newest checkpoint",
-                    exit_code_of(trainer.signal),
-                )
+                end(is_saved)
     if profiler is not None:
         profiler.finish()
-    save_adapter(policy.model, run / "adapter", stage, communicator.writes)
+    communicator.doing = "writing the adapter"
+    last = trainer.last
+    save_adapter(trainer.model, run / "adapter", trainer.stage, communicator.writes)
     if validator.best is not None and validator.best_step != last["step"] and communicator.writes:
         copy_adapter(run / "adapter", run / "adapter-last")
         if validator.has_best_adapter():
@@ -235,13 +288,13 @@ def _train(
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
-        num_items=len(examples),
-        num_held_out=len(held_out),
+        num_items=ready.num_items,
+        num_held_out=ready.num_held_out,
         num_steps=last["step"],
         best_step=validator.best_step or last["step"],
         stopped_early=validator.exhausted,
         alarm=trainer.alarm.text,
-        first=first,
+        first=trainer.first,
         last=last,
         seconds=time.perf_counter() - started,
         profile=() if profiler is None else profiler.ranges,
@@ -367,6 +420,7 @@ class Trainer:
         self.signal = 0  # the one that some rank has received
         self.first: dict[str, Any] = {}  # metrics of the first and of the newest step
         self.last: dict[str, Any] = {}
+        self.unvalidated: dict[str, Any] | None = None  # metrics of a step whose validation has not ended
         self.gradients_finite = torch.ones((), dtype=torch.bool, device=communicator.device)
         for parameter in self.trainable:
             parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
@@ -403,6 +457,7 @@ class Trainer:
         state = {
             "first": self.first,
             "last": self.last,
+            "unvalidated": self.unvalidated,
             "rows_seen": self.rows_seen,
             "alarm": self.alarm.state(),
             "validator": self.validator.state(),
@@ -416,7 +471,7 @@ class Trainer:
     def restore(self, saved: Checkpoint) -> None:
         """Go on after a checkpoint, whose adapter is in the model already."""
         state = saved.state
-        self.first, self.last = state["first"], state["last"]
+        self.first, self.last, self.unvalidated = state["first"], state["last"], state["unvalidated"]
         self.rows_seen, self.num_done = state["rows_seen"], saved.step
         self.alarm.restore(state["alarm"])
         self.validator.restore(state["validator"])
@@ -426,7 +481,12 @@ class Trainer:
     def steps(
         self, profiler: StepProfiler | None = None, signals: EndSignals | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Metrics of one optimizer step after the other, until the epochs, `train.max_steps` or the patience are done."""
+        """Metrics of one optimizer step after the other, until the epochs, `train.max_steps` or the patience are done.
+
+        The first are those of a step whose validation a signal has cut short, where there is one.
+        """
+        if self.unvalidated is not None:
+            yield self.unvalidated
         step = 0
         for epoch in range(self.config.train.num_epochs):
             batches = self.batches(epoch)
@@ -439,12 +499,8 @@ class Trainer:
                 if profiler is not None:
                     profiler.before(step)
                 started = time.perf_counter()
-                try:
-                    with record_function("step"):
-                        values = self.step(batch, 0 if signals is None else signals.received)
-                except torch.OutOfMemoryError as error:
-                    train, num_ranks = self.config.train, self.communicator.world_size
-                    raise out_of_memory(self.model, train, self.stage, num_ranks, self.recomputes) from error
+                with self._memory_errors(), record_function("step"):
+                    values = self.step(batch, 0 if signals is None else signals.received)
                 self.num_done = step
                 values.update(
                     step=step, epoch=epoch + (place + 1) / len(batches), seconds=time.perf_counter() - started
@@ -452,9 +508,51 @@ class Trainer:
                 if profiler is not None:
                     profiler.after(step)
                 self._watch_collapse(step, values)
-                if self.validator.active and (step % self.eval_every == 0 or step == self.num_steps):
-                    values.update(self.validator.run(self.engine, step))
                 yield values
+
+    def is_validated(self, step: int) -> bool:
+        """Whether a validation follows a step."""
+        return self.validator.active and (step % self.eval_every == 0 or step == self.num_steps)
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # a CPU's allocator has no class of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            train, num_ranks = self.config.train, self.communicator.world_size
+            raise out_of_memory(self.model, train, self.stage, num_ranks, self.recomputes) from error
+
+    def probe(self) -> None:
+        """Compute the largest micro-batch of the first epoch once, with weight 0: what does not fit fails now and not in an
+        hour. Every rank takes the same one, so collectives meet.
+
+        Raises:
+            OutOfMemory: it does not fit. NonFiniteError: its loss or gradient is not finite.
+        """
+        self.communicator.doing = "computing the largest micro-batch once"
+        largest, chosen = 0, None
+        for batch in self.batches(0):
+            for micro_batch in self.objective.micro_batches(batch):
+                size = num_tokens(micro_batch.examples, range(len(micro_batch.examples)))
+                if size > largest:
+                    largest, chosen = size, micro_batch
+            if largest >= FULL_SHARE * self.config.train.max_tokens:
+                break
+        assert chosen is not None
+        with self._memory_errors():
+            result = self.engine(chosen)
+            self.engine.backward(result.loss_sum * 0, scale_wrt_gas=False)
+        if self.stage == 0:
+            for parameter in self.trainable:
+                parameter.grad = None
+        finite = torch.isfinite(result.columns["losses"])
+        flags = torch.cat([self.gradients_finite.reshape(1), finite]).float()
+        bad = self.communicator.gather(flags).cpu().eq(0).any(dim=0).tolist()
+        rows = [example.source for example, wrong in zip(chosen.examples, bad[1:], strict=True) if wrong]
+        self._refuse_nonfinite(rows, not bad[0], chosen.examples)
 
     def step(self, batch: Sequence[Example], signal: int = 0) -> dict[str, Any]:
         """Take one optimizer step and return its metrics. `signal` is what this rank was asked to end by, or 0.
@@ -467,13 +565,18 @@ class Trainer:
         normaliser = self.objective.normaliser(batch)
         # ZeRO takes the mean of the ranks' gradients, and the step's gradient is their sum
         factor = self.communicator.world_size if self.stage > 0 else 1
-        for micro_batch, counts in self._micro_batches(batch, parts[self.communicator.rank]):
+        step = self.num_done + 1
+        for index, (micro_batch, counts) in enumerate(
+            self._micro_batches(batch, parts[self.communicator.rank]), start=1
+        ):
+            self.communicator.doing = f"step {step}, micro-batch {index}"
             result = self.engine(micro_batch)
             with record_function("backward"):
                 # not DeepSpeed's mean over a fixed number of micro-batches: the normaliser is that of the whole step
                 self.engine.backward(result.loss_sum * (factor * counts) / normaliser, scale_wrt_gas=False)
             if counts:
                 metrics.add(micro_batch, result)
+        self.communicator.doing = f"step {step}, the exchange of gradients and metrics"
         if self.stage == 0:
             self._sum_gradients()
         with record_function("read"):
@@ -481,6 +584,7 @@ class Trainer:
         self.signal = int(found[:, 2].max())
         self._refuse_nonfinite(metrics.nonfinite(), bool(found[:, 0].all()), batch)
         learning_rate = self.engine.get_lr()[0]
+        self.communicator.doing = f"step {step}, the update"
         with record_function("optimizer"):
             self.engine.step()
         if self.engine.skipped_steps:

@@ -40,24 +40,25 @@ class RangeTotal:
 class StepProfiler:
     """Profiles `num_steps` optimizer steps after the first and writes `trace.json` and `ranges.json`."""
 
-    def __init__(self, num_steps: int, folder: Path, total_steps: int) -> None:
-        """Profile steps 2 to `num_steps` + 1 of a run of `total_steps`, or to its last.
+    def __init__(self, num_steps: int, folder: Path, num_done: int, total_steps: int) -> None:
+        """Profile `num_steps` steps after the first one that is taken, or to the last. `num_done` were taken before.
 
         Raises:
             ConfigError: the run has no step after the first.
         """
-        if total_steps <= WARM_UP_STEPS:
+        self.first_step = num_done + WARM_UP_STEPS + 1
+        if self.first_step > total_steps:
             raise ConfigError(
-                f"--profile leaves out the first step, and this run has {total_steps}; raise train.num_epochs or "
-                "train.max_steps, or lower train.batch_pairs"
+                f"--profile leaves out the first step, and this run has {total_steps - num_done}"
+                f"{' left' if num_done else ''}; raise train.num_epochs or train.max_steps, or lower train.batch_pairs"
             )
         self.folder = folder
-        self.last_step = min(WARM_UP_STEPS + num_steps, total_steps)
+        self.last_step = min(self.first_step + num_steps - 1, total_steps)
         self.ranges: tuple[RangeTotal, ...] = ()
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        if step == WARM_UP_STEPS + 1:
+        if step == self.first_step:
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             # without it every profile writes two notes into the middle of the screen
             os.environ.setdefault("KINETO_LOG_LEVEL", "10")

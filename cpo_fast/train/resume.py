@@ -23,6 +23,7 @@ FREE = frozenset(
         "deepspeed",
         "grace",
         "gradient_checkpointing",
+        "heartbeat",
         "impl",
         "keep_last",
         "log_every",

@@ -10,9 +10,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from cpo_fast.errors import Interrupted, note_failure
+
+LEAVE_SECONDS = 3.0  # in which a process ends that has nothing to save
 REPEAT_SECONDS = 1.0  # in which a second interrupt is taken for the same one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -33,6 +38,7 @@ class EndSignals:
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received = 0
+        self._is_saved = False
         self._first_at = 0.0
         self._finished = threading.Event()
 
@@ -43,7 +49,7 @@ class EndSignals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._handlers: list[Any] = [signal.signal(number, _noted) for number in SIGNALS]
+        self._handlers: list[Any] = [signal.signal(number, self._handle) for number in SIGNALS]
         self._thread = threading.Thread(target=self._watch, name="end-signals", daemon=True)
         self._thread.start()
         return self
@@ -61,6 +67,18 @@ class EndSignals:
         self._thread.join()
         self._reader.close()
 
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """A signal inside ends the run without a wait for a step: nothing would be lost. It raises Interrupted, and the
+        process ends `LEAVE_SECONDS` later where the main thread does not come to that."""
+        self._is_saved = True
+        try:
+            if self.received:
+                raise _left(self.received)
+            yield
+        finally:
+            self._is_saved = False
+
     def _watch(self) -> None:
         while numbers := self._reader.recv(64):
             for number in numbers:
@@ -74,14 +92,29 @@ class EndSignals:
                 threading.Thread(target=self._enforce, daemon=True).start()
 
     def _enforce(self) -> None:
-        if not self._finished.wait(self.grace):
-            sys.stderr.write(f"error: the run was not saved within {self.grace:g} s of the signal; leaving at once\n")
-            self._leave()
+        if self._is_saved:
+            if not self._finished.wait(min(LEAVE_SECONDS, self.grace)):
+                self._leave(str(_left(self.received)))
+        elif not self._finished.wait(self.grace):
+            self._leave(f"error: the run was not saved within {self.grace:g} s of the signal; leaving at once")
 
-    def _leave(self) -> None:
+    def _leave(self, text: str = "") -> None:
+        note_failure(exit_code_of(self.received), text)
+        if text:
+            sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
         os._exit(exit_code_of(self.received))  # the main thread may never come back from a collective
 
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Runs in the main thread, when that comes to it. Otherwise the thread does what is to be done."""
+        if self._is_saved and not self._finished.is_set():
+            self._is_saved = False  # raised once
+            raise _left(number)
 
-def _noted(number: int, frame: FrameType | None) -> None:
-    """The thread does what is to be done."""
+
+def _left(number: int) -> Interrupted:
+    return Interrupted(
+        f"{signal.Signals(number).name} between steps; the same command goes on from the newest "
+        "checkpoint, or from the start",
+        exit_code_of(number),
+    )
