@@ -4,7 +4,7 @@ torchrun answers every failure with exit code 1 and waits half a minute for a ra
 running when it gets SIGTERM. Here signals go to every rank, a failed rank takes the others with it within seconds, its exit
 code is the command's and its error is shown last, and nothing that a command started is left when it ends.
 
-`python -m cpo_fast.launch` is the agent of another host: it reads what to start from its standard input, then numbers of
+`obey` is the agent of another host (`cpo_fast.cli.agent`): it reads what to start from its standard input, then numbers of
 signals, and where that input ends, because the connection or the command that opened it is gone, its processes end too.
 """
 
@@ -255,7 +255,3 @@ def _close(child: Child) -> None:
     except subprocess.TimeoutExpired:
         child.process.kill()
         child.process.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(obey(iter(sys.stdin)))

@@ -277,7 +277,7 @@ def _on_hosts(commands: Sequence[Command], hosts: Sequence[Host], grace: float) 
         raise EnvironmentProblem(f"--hosts: there is no {shell[0]} on this host; install it, or set {REMOTE_SHELL}")
     variables = [f"{name}={os.environ[name]}" for name in NEEDED_TO_START if name in os.environ]
     line = f"cd {shlex.quote(os.getcwd())} && exec " + shlex.join(
-        ["env", *variables, sys.executable, "-m", "cpo_fast.launch"]
+        ["env", *variables, sys.executable, "-m", "cpo_fast.cli.agent"]
     )
     agents, left, exported = [], list(commands), _exported()
     for index, host in enumerate(hosts):

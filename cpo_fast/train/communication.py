@@ -99,6 +99,8 @@ def meet(ranks: Ranks) -> dist.Store | None:
     """
     if ranks.world_size == 1:
         return None
+    if not _met and dist.is_initialized():  # by the caller of `train`, whose store holds the port
+        _met.append(dist.distributed_c10d._get_default_store())
     if not _met:
         if ranks.launcher == "slurm":
             _find_slurm_master()

@@ -1,0 +1,8 @@
+"""`python -m cpo_fast.cli.agent`: the agent that `cpo-fast train --hosts` starts on another host (see `cpo_fast.launch`)."""
+
+import sys
+
+from cpo_fast.launch import obey
+
+if __name__ == "__main__":
+    sys.exit(obey(iter(sys.stdin)))
