@@ -183,7 +183,7 @@ def _train(
     metrics_path = run / "metrics.jsonl"
     if saved is None:
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
-        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
+        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
         if communicator.writes:
             metrics_path.unlink(missing_ok=True)
     else:
