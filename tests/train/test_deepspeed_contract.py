@@ -239,14 +239,14 @@ def test_a_part_of_stage_3_is_a_view_of_the_state_and_as_long_as_said() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_update_of_a_gradient_that_is_not_finite_is_left_out_in_silence(stage: int) -> None:
-    """Except at stage 0, where it is taken. So the loop looks at gradients itself, before it takes an update."""
+def test_an_update_that_is_left_out_in_silence_is_counted(stage: int) -> None:
+    """Releases and stages differ in what they do with a gradient that is not finite, which the loop refuses before."""
     made = Trained(stage)
     before = made.weights()
     made.step(float("nan"))
-    assert made.engine.skipped_steps == (stage > 0)
+    is_unchanged = all(torch.equal(before[name], value) for name, value in made.weights().items())
+    assert made.engine.skipped_steps == is_unchanged
     assert made.engine.global_steps == 1
-    assert all(torch.equal(before[name], value) for name, value in made.weights().items()) == (stage > 0)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
