@@ -1,4 +1,4 @@
-"""`python -m cpo_fast.cli.agent`: the agent that `cpo-fast train --hosts` starts on another host (see `cpo_fast.launch`)."""
+"""`python -m cpo_fast.cli.agent`: what `cpo-fast train --hosts` starts on another host (see `cpo_fast.launch`)."""
 
 import sys
 

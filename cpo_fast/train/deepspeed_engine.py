@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
 
 logger = logging.getLogger(__name__)
+
+OLDEST = "0.19.5"  # release of DeepSpeed: 0.19.4 cannot offload where the number of micro-batches varies
 
 
 def deepspeed_config(config: TrainConfig, stage: int) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def initialize_engine(
     """A DeepSpeed engine around the one module that computes everything. The ranks are connected already.
 
     Raises:
-        EnvironmentProblem: DeepSpeed is missing.
+        EnvironmentProblem: DeepSpeed is missing or too old.
     """
     deepspeed = _import_deepspeed(device.type)
     with _quiet():
@@ -269,6 +272,11 @@ def _import_deepspeed(device_type: str) -> Any:
         raise EnvironmentProblem(
             f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'"
         ) from None
+    if Version(deepspeed.__version__) < Version(OLDEST):
+        raise EnvironmentProblem(
+            f"DeepSpeed {deepspeed.__version__} is too old for training, which needs {OLDEST} or newer; install it: "
+            f"pip install 'deepspeed>={OLDEST}'"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

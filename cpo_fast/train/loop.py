@@ -149,7 +149,6 @@ class _Ready:
     trainer: "Trainer"
     checkpoints: CheckpointStore
     identity: dict[str, Any]
-    is_new: bool  # and does not go on from a checkpoint
     num_items: int
     num_held_out: int
 
@@ -203,7 +202,7 @@ def _set_up(
     if saved is None:
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
-        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0])
+        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
     else:
         trainer.restore(saved)
     trainer.probe()
@@ -212,7 +211,7 @@ def _set_up(
             (run / "metrics.jsonl").unlink(missing_ok=True)
         else:
             _cut(run / "metrics.jsonl", saved.state["metrics_bytes"])
-    return _Ready(trainer, checkpoints, identity, saved is None, len(examples), len(held_out))
+    return _Ready(trainer, checkpoints, identity, len(examples), len(held_out))
 
 
 def _take_steps(

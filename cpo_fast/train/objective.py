@@ -24,6 +24,7 @@ from torch.profiler import record_function
 from cpo_fast.config import TrainConfig
 from cpo_fast.data.examples import Example, Ids
 from cpo_fast.errors import CpoFastError, DataError
+from cpo_fast.train.communication import Communicator
 from cpo_kernels import preference_loss
 from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
@@ -158,8 +159,10 @@ class Objective(torch.nn.Module):
             return sum(len(example.responses[0]) for example in examples)
         return len(examples)
 
-    def self_test(self, engine: Any, examples: Sequence[Example]) -> None:
-        """Policy and reference on one forest before the first step: rewards must be bitwise 0.
+    def self_test(self, engine: Any, examples: Sequence[Example], communicator: Communicator) -> None:
+        """Policy and reference on one forest before the first step: rewards must be bitwise 0 on every rank.
+
+        Every rank calls with the same examples, and all of them raise where one has other rewards.
 
         Raises:
             CpoFastError: the policy at step 0 is not its own reference.
@@ -168,12 +171,14 @@ class Objective(torch.nn.Module):
             return  # no reference
         with torch.no_grad():
             columns = engine(next(self.micro_batches(examples, online=True))).columns
-        rewards = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]])
-        if bool((rewards != 0).any()):
-            raise CpoFastError(
-                f"self-test: rewards at step 0 reach {float(rewards.abs().max()):.1e} instead of exactly 0, so the "
-                "reference is not the policy's starting point (an adapter that was trained, or dropout)"
-            )
+        largest = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]]).abs().max()  # NaN if one is
+        for rank, reward in enumerate(communicator.gather(largest[None])[:, 0].tolist()):
+            if reward != 0:
+                where = f" on rank {rank}" if communicator.world_size > 1 else ""
+                raise CpoFastError(
+                    f"self-test: rewards at step 0 reach {reward:.1e}{where} instead of exactly 0, so the reference is "
+                    "not the policy's starting point (an adapter that was trained, or dropout)"
+                )
 
 
 def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:

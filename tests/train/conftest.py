@@ -8,6 +8,7 @@ import pytest
 
 from cpo_fast.config import Config, validate_config
 from tests.tiny import save_tiny_model
+from tests.train.dpo_of_trl import TrlRun, train_with_trl
 from tests.train.runs import MakeConfig, id_rows
 
 
@@ -18,6 +19,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in id_rows()))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trl_run(tmp_path_factory: pytest.TempPathFactory) -> TrlRun:
+    """What TRL trains, for comparisons with one process and with several ranks."""
+    return train_with_trl(tmp_path_factory.mktemp("trl"))
 
 
 @pytest.fixture

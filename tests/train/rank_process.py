@@ -24,6 +24,7 @@ from cpo_fast.errors import CpoFastError
 from cpo_fast.models import load_model
 from cpo_fast.train.deepspeed_engine import adamw
 from cpo_fast.train.loop import train
+from cpo_fast.train.policy import load_policy
 from tests.train.runs import sgd
 
 
@@ -31,7 +32,8 @@ from tests.train.runs import sgd
 class Run:
     """A configuration, and what happens to it: `sgd` instead of AdamW, and a signal to one rank in its n-th update.
 
-    With `gathers` the last step's gathers of every weight, and the elements that were still whole before the update, are
+    The adapter of `off_rank` adds a little to what it computes, so that the policy there is not its reference. With
+    `gathers` the last step's gathers of every weight, and the elements that were still whole before the update, are
     written to `<run>/gathers.json`.
     """
 
@@ -40,6 +42,7 @@ class Run:
     gathers: bool = False
     signal_at: int = 0
     signal_rank: int = 0
+    off_rank: int | None = None
 
 
 def take(run: Run) -> None:
@@ -56,11 +59,18 @@ def take(run: Run) -> None:
 
     config = validate_config(run.config)
     model, tokenizer = load_model(config.model) if run.gathers else (None, None)
+    if run.off_rank == int(rank):
+        # not in the weights, which DeepSpeed takes from rank 0
+        policy = load_policy(config)
+        model, tokenizer = policy.model, policy.tokenizer
+        for name, module in model.named_modules():
+            if ".lora_B." in name:
+                module.register_forward_hook(lambda module, inputs, output: output + 1e-3)
 
     def optimizer(train_config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         made = (sgd if run.sgd else adamw)(train_config, parameters)
         made.register_step_post_hook(interrupt)
-        if model is not None:
+        if run.gathers:
             made.register_step_pre_hook(count_gathers(model, Path(config.run)))
         return made
 
