@@ -144,7 +144,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         sum(weights.values()) + sum(memory.peak_parts(each, device.type).values()) for each in (False, True)
     )
     checkpoint = COPIES * trainable
-    kept = train.keep_last + (1 if config.data.held_out or train.stop_on == "accuracy" else 0)
+    num_kept = train.keep_last + (1 if config.data.held_out or train.stop_on == "accuracy" else 0)
     return Plan(
         num_examples=len(examples),
         num_held_out=len(held_out),
@@ -168,7 +168,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         copied_bytes=base if is_cast and (on_cpu or stage == 3) else 0,
         file_dtypes=file_dtypes,
         checkpoint_bytes=checkpoint,
-        disk_bytes=kept * checkpoint + 3 * 4 * trainable,  # the adapter, the best one and the last one
+        disk_bytes=num_kept * checkpoint + 3 * 4 * trainable,  # the adapter, the best one and the last one
         deepspeed=deepspeed_config(train, stage),
     )
 
