@@ -40,6 +40,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _remote_code_allowed = False
 
 
@@ -119,6 +120,19 @@ def model_folder(path: str) -> Path:
             "save the model with save_pretrained, which writes safetensors"
         )
     return folder
+
+
+def numbers_by_dtype(folder: Path) -> Counter[str]:
+    """How many numbers a model's files hold of each dtype, as safetensors names it (F32, BF16), read from their headers."""
+    from safetensors import safe_open
+
+    numbers: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  (no mapping: it has no iterator)
+                piece = weights.get_slice(key)
+                numbers[piece.get_dtype()] += math.prod(piece.get_shape())
+    return numbers
 
 
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
@@ -298,23 +312,18 @@ def _load_problem(path: str, error: Exception) -> Exception:
 def _dtype_of_files(folder: Path) -> "torch.dtype":
     """The dtype that most numbers of a model's files have. ConfigError where a sum cannot be rounded to it."""
     import torch
-    from safetensors import safe_open
 
-    numbers: Counter[str] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  (no mapping: it has no iterator)
-                piece = weights.get_slice(key)
-                numbers[piece.get_dtype()] += math.prod(piece.get_shape())
+    numbers = numbers_by_dtype(folder)
     name = max(numbers, key=lambda each: numbers[each])
-    # as safetensors name them; a sum of anything else (quantised weights) would not be the sum
-    writable = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    # a sum of anything else (quantised weights) would not be the sum
+    writable = {SAFETENSORS_NAMES[dtype]: getattr(torch, dtype) for dtype in ("float32", "bfloat16", "float16")}
     if name not in writable:
         raise ConfigError(
             f"model.path: the weights in {folder} are {name}, which a merged model cannot keep; name the dtype to write "
             "(model.dtype=float32 or bfloat16)"
         )
-    return writable[name]
+    dtype: torch.dtype = writable[name]
+    return dtype
 
 
 def _cast(model: Any, dtype: "torch.dtype") -> Any:

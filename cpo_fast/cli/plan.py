@@ -73,8 +73,11 @@ def _memory(plan: "Plan") -> Table:
     table.add_column("GiB", justify="right")
     for name, size in plan.memory.items():
         table.add_row(name, f"{size / GIB:.2f}")
-    table.add_row("all", f"{plan.total_bytes / GIB:.2f}")
-    table.add_row("all, with gradient checkpointing", f"{plan.checkpointed_bytes / GIB:.2f}")
+    table.add_row("all", f"{sum(plan.memory.values()) / GIB:.2f}")
+    if plan.loading_bytes > sum(plan.memory.values()):
+        table.add_row("while the base is loaded", f"{plan.loading_bytes / GIB:.2f}")
+    other = f"all, {'without' if plan.recomputes else 'with'} gradient checkpointing"
+    table.add_row(other, f"{(plan.kept_bytes if plan.recomputes else plan.checkpointed_bytes) / GIB:.2f}")
     table.add_row("to be used here", f"{plan.room / GIB:.2f}")
     return table
 
@@ -87,8 +90,14 @@ def warnings(plan: "Plan", config: "Config") -> list[str]:
             "a step does not fit, with gradient checkpointing neither; lower train.max_tokens, set train.zero_stage=3 on "
             "more GPUs, or train.offload=all"
         )
-    elif plan.total_bytes > plan.room:
+    elif plan.kept_bytes > plan.room:
         found.append("a step fits with gradient checkpointing alone, which train.gradient_checkpointing=auto turns on")
+    if plan.copied_bytes:
+        found.append(
+            f"the base's files are {' and '.join(plan.file_dtypes)}, other than model.dtype makes of them here: each rank "
+            f"casts a copy of {plan.copied_bytes / GIB:.2f} GiB in host memory, where files of that dtype are mapped and "
+            "shared by the ranks of a host; convert the files, or set model.dtype to theirs"
+        )
     if plan.num_ranks > 1 and config.train.batch_pairs < plan.wanted_pairs:
         found.append(
             f"train.batch_pairs={config.train.batch_pairs} keeps {plan.num_ranks} GPUs busy for {plan.efficiency:.0%} of a "

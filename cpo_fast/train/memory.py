@@ -13,31 +13,38 @@ With checkpointing a layer keeps its input, b E, and one layer's sum exists at a
 arithmetic, so it is chosen only where the step would not fit. The forward's working memory, the gradients of one layer
 and the output head are added as upper bounds. Shapes are those of Llama, Mistral and Qwen2. Other decoders are taken
 for one of them. What other processes take later is not known here.
+
+A step's peak is either at the end of the forward, beside the logits, or in the first layer of the backward, when they are
+gone. The bound adds both, because a GPU's allocator may not fit one into the place of the other. On a CPU the peak is the
+larger one, since `return_freed_memory` has freed tensors go back to the system.
 """
 
+import ctypes
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from cpo_fast.config import Config, ModelConfig, TrainConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.models import free_device_bytes, model_folder
+from cpo_fast.models import free_device_bytes, model_folder, numbers_by_dtype
 from cpo_fast.ranks import Ranks
 from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
 from cpo_kernels.linear_logprob.results import max_chunk_logits
+from cpo_kernels.tree_attention.eager import BLOCK_KEYS, MAX_RUN_SCORES
 
 logger = logging.getLogger(__name__)
 
 # share of the free memory that a step may take: the rest is for what an allocator cannot give back in one piece
 USABLE_SHARE = 0.8
 BASE_SHARE = 0.7  # of a card that a whole base may take: activations and adapters need the rest
-WORKSPACE_BYTES = 256 << 20  # tiles of attention and the libraries' own buffers
+WORKSPACE_BYTES = 256 << 20  # on a GPU: tiles of attention and the libraries' own buffers
+LIBRARY_BYTES = 48 << 20  # on a CPU, measured: code that is first run, and objects that are first made, while training
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+MAPPED_FROM = 1 << 20  # bytes from which on a tensor gets pages of its own, which go back when it is freed
 GIB = 1 << 30
 # linear layers of one decoder layer that read the same tensor, while a name that is not here reads one of its own
 SHARED_INPUT = {
@@ -60,6 +67,7 @@ class StepMemory:
     checkpoint_bytes: float  # a token and layer, only the layer's input kept
     once_bytes: float  # a token, outside the layers
     head_bytes: float  # what the output head keeps, and its logits
+    logits_bytes: float  # of it, what is gone when backward begins
     fixed_bytes: float  # gradients and optimizer state of the adapters, workspace
     working_bytes: float  # a token: tensors of one layer that live only while it runs
 
@@ -79,22 +87,39 @@ class StepMemory:
         kept = self.num_layers * self.checkpoint_bytes + self.layer_bytes + self.once_bytes
         return self.num_tokens * kept + self._rest
 
+    def peak_parts(self, recomputes: bool, device_type: str) -> dict[str, float]:
+        """Bytes by component, whose sum is the peak on a CPU and the bound elsewhere."""
+        layers = self.num_layers * (self.checkpoint_bytes if recomputes else self.layer_bytes)
+        working = self.num_tokens * (self.working_bytes + (self.layer_bytes if recomputes else 0))
+        if device_type == "cpu":
+            working = max(0, working - self.logits_bytes)  # these two do not meet
+        return {
+            "gradients, moments, workspace": self.fixed_bytes,
+            "activations": self.num_tokens * (layers + self.once_bytes),
+            "output head": self.head_bytes,
+            "working memory": working,
+        }
+
     @property
     def _rest(self) -> float:
         return self.head_bytes + self.fixed_bytes + self.num_tokens * self.working_bytes
 
 
-def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None, zero_stage: int = 0) -> StepMemory:
-    """Memory of a micro-batch on a prepared `PeftModel`.
+def predict_step_memory(
+    model: Any, num_tokens: int, num_rows: int | None = None, zero_stage: int = 0, device_type: str | None = None
+) -> StepMemory:
+    """Memory of a micro-batch on a `PeftModel`.
 
     Args:
         model: read for its configuration, dtype, adapters, and how these keep their input.
         num_tokens: tokens of the forest.
         num_rows: rows that meet the output head, or None for all of them, an upper bound.
         zero_stage: DeepSpeed's ZeRO stage.
+        device_type: where it will train, or None for where the model is.
     """
     parts = model_parts(model)
     config, dtype = parts.config, parts.causal_lm.dtype
+    on_cpu = (device_type or next(model.parameters()).device.type) == "cpu"
     size = dtype.itemsize
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads, head_dim = kv_shape(config)
@@ -102,7 +127,18 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
     attention = size * head_dim * (2 * heads + 2 * kv_heads) + 4 * heads
     layer = 8 * hidden + 8 + attention + 3 * size * intermediate
     num_rows = num_tokens if num_rows is None else num_rows
-    chunk = min(max_chunk_logits(), num_rows * config.vocab_size)
+    chunk = 4 * min(max_chunk_logits(), num_rows * config.vocab_size)  # a chunk's logits in float32
+    # logits, probabilities and a temporary; with the entropy a second one, where no kernel reads the logits in place
+    logits = (4 if on_cpu else 3) * chunk
+    if on_cpu and size < 4:
+        # a CPU has no product of 16-bit numbers that adds up in float32, so the head is copied
+        logits = max(logits, 2 * chunk + 4 * config.vocab_size * hidden)
+    # a layer's forward and backward hold about the float32 input of a norm and the MLP's tensors twice
+    working = 2.0 * (4 * hidden + 3 * size * intermediate)
+    if on_cpu:
+        # eager attention: q, out and their gradients, k, v and theirs in float32, and three tensors of one run's scores
+        scores = min(MAX_RUN_SCORES, num_tokens * heads * BLOCK_KEYS)
+        working = max(working, 16 * head_dim * (heads + kv_heads) + 12 * scores / max(1, num_tokens))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trainable = sum(
         getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable
@@ -113,14 +149,25 @@ def predict_step_memory(model: Any, num_tokens: int, num_rows: int | None = None
         layer_bytes=layer + sum(_linear_bytes(parts.backbone, size, zero_stage == 3)) / config.num_hidden_layers,
         checkpoint_bytes=size * hidden,
         once_bytes=4 * hidden + 4 + 2 * size * head_dim,  # the last norm and the rotary tables
-        # last hidden states of policy and reference, for every row an expected embedding in float32 and target weights,
-        # and logits, probabilities and a temporary of a chunk in float32
-        head_bytes=2 * num_tokens * size * hidden + num_rows * (4 + size) * hidden + 3 * 4 * chunk,
+        # last hidden states of policy and reference, and for every row an expected embedding in float32 and target weights
+        head_bytes=2 * num_tokens * size * hidden + num_rows * (4 + size) * hidden + logits,
+        logits_bytes=logits,
         # float32: gradient, two moments and the copy that an update makes
-        fixed_bytes=16 * num_trainable + WORKSPACE_BYTES,
-        # a layer's forward and backward hold about the float32 input of a norm and the MLP's tensors twice
-        working_bytes=2 * (4 * hidden + 3 * size * intermediate),
+        fixed_bytes=16 * num_trainable + (LIBRARY_BYTES if on_cpu else WORKSPACE_BYTES),
+        working_bytes=working,
     )
+
+
+def return_freed_memory() -> None:
+    """Have the C library give a freed tensor's memory back to the system, as long as this process lives.
+
+    glibc keeps what is freed below a limit that it raises up to 32 MiB by itself. Training then held 30 to 60 % more than
+    its tensors, checkpointing saved half of what it could, and nobody could predict either. Other C libraries are left as
+    they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
 
 
 def choose_stage(config: Config, device: torch.device, ranks: Ranks) -> int:
@@ -144,12 +191,7 @@ def choose_stage(config: Config, device: torch.device, ranks: Ranks) -> int:
 
 def base_bytes(config: ModelConfig, device: torch.device) -> int:
     """Bytes of the base's weights in the dtype they will have, from the headers of its files."""
-    size = resolve_dtype(config.dtype, device).itemsize
-    numbers = 0
-    for file in model_folder(config.path).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            numbers += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return numbers * size
+    return numbers_by_dtype(model_folder(config.path)).total() * resolve_dtype(config.dtype, device).itemsize
 
 
 def free_rank_bytes(model: Any, device: torch.device, ranks: Ranks, zero_stage: int) -> int:
@@ -170,7 +212,9 @@ def device_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_bytes: int | None = None) -> str:
+def choose_checkpointing(
+    model: Any, num_tokens: int, zero_stage: int = 0, free_bytes: int | None = None, device_type: str | None = None
+) -> str:
     """`off` where a micro-batch of `num_tokens` fits the device's free memory, else `non_reentrant`. Logs the numbers.
 
     Args:
@@ -178,8 +222,9 @@ def choose_checkpointing(model: Any, num_tokens: int, zero_stage: int = 0, free_
         num_tokens: tokens of the largest micro-batch.
         zero_stage: DeepSpeed's ZeRO stage.
         free_bytes: free memory of this rank, or None to ask the model's device.
+        device_type: where it will train, or None for where the model is.
     """
-    memory = predict_step_memory(model, num_tokens, zero_stage=zero_stage)
+    memory = predict_step_memory(model, num_tokens, zero_stage=zero_stage, device_type=device_type)
     free = free_device_bytes(next(model.parameters()).device) if free_bytes is None else free_bytes
     fits = memory.total_bytes <= USABLE_SHARE * free
     logger.info(

@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from cpo_fast.models import load_model
 from cpo_fast.train.deepspeed_engine import adamw
 from cpo_fast.train.loop import train
 from cpo_fast.train.policy import load_policy
-from tests.train.runs import sgd
+from tests.train.runs import memory_bytes, sgd
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Run:
     """A configuration, and what happens to it: `sgd` instead of AdamW, and a signal to one rank in its n-th update.
 
     The adapter of `off_rank` adds a little to what it computes, so that the policy there is not its reference. With
-    `gathers` the last step's gathers of every weight, and the elements that were still whole before the update, are
-    written to `<run>/gathers.json`.
+    `gathers` the last step's gathers of every weight, the weights that were whole after each pass without a gradient, and
+    the elements that were whole before the update, are written to `<run>/gathers.json`. With `memory` every rank's private
+    memory after the imports and at its peak, in bytes, to `<run>/memory-<rank>.json`.
     """
 
     config: dict[str, Any]
     sgd: bool = False
     gathers: bool = False
+    memory: bool = False
     signal_at: int = 0
     signal_rank: int = 0
     off_rank: int | None = None
@@ -75,7 +79,8 @@ def take(run: Run) -> None:
         return made
 
     try:
-        train(config, model, tokenizer, make_optimizer=optimizer)
+        with watch_memory(Path(config.run) / f"memory-{rank}.json") if run.memory else nullcontext():
+            train(config, model, tokenizer, make_optimizer=optimizer)
     except CpoFastError as error:
         folder = Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +90,7 @@ def take(run: Run) -> None:
 def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
     """Count from now on how often ZeRO 3 gathers each weight. Returns a hook for the optimizer's step."""
     counts: Counter[str] = Counter()
+    whole_after_pass: list[list[str]] = []
     frozen = {name: each for name, each in model.named_parameters() if not each.requires_grad}
     names = {id(each): name for name, each in frozen.items()}
 
@@ -98,13 +104,47 @@ def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
     for each in frozen.values():
         each.all_gather_coalesced = counted(each.all_gather_coalesced)  # type: ignore[attr-defined]
 
+    def after_backbone(*args: Any) -> None:
+        if not torch.is_grad_enabled():
+            whole_after_pass.append([name for name, each in frozen.items() if each.numel()])
+
+    model.model.register_forward_hook(after_backbone)  # type: ignore[union-attr]
+
     def before_update(*args: Any) -> None:
-        whole = sum(each.numel() for each in frozen.values())
+        found = {
+            "counts": counts,
+            "whole": sum(each.numel() for each in frozen.values()),
+            "whole_after_pass": whole_after_pass,
+        }
         if os.environ.get("RANK", "0") == "0":
-            (folder / "gathers.json").write_text(json.dumps({"counts": counts, "whole": whole}))
+            (folder / "gathers.json").write_text(json.dumps(found))
         counts.clear()
 
     return before_update
+
+
+@contextmanager
+def watch_memory(path: Path) -> Iterator[None]:
+    """Write this process's private memory (RssAnon) after its imports and at its peak in the meantime, in bytes."""
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+
+    ended, imported = threading.Event(), memory_bytes("RssAnon")
+    peak = imported
+
+    def look() -> None:
+        nonlocal peak
+        while not ended.wait(0.005):
+            peak = max(peak, memory_bytes("RssAnon"))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.write_text(json.dumps({"imported": imported, "peak": peak}))
 
 
 def launch(runs: list[Run], num_ranks: int, folder: Path, limit: float = 3000) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def adapter_of(config: Config, **options: Any) -> dict[str, torch.Tensor]:
 def metrics_of(config: Config, **options: Any) -> list[dict[str, Any]]:
     """Train, and read the metrics that were written."""
     return [json.loads(line) for line in train(config, **options).metrics_path.read_text().splitlines()]
+
+
+def memory_bytes(name: str) -> int:
+    """What Linux says of this process's memory, by its name in /proc/self/status."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
 
 
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:

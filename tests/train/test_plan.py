@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
-from cpo_fast.cli.plan import plan_command
+from cpo_fast.cli.plan import plan_command, warnings
 from cpo_fast.config import Config
 from cpo_fast.train.deepspeed_engine import deepspeed_config
 from cpo_fast.train.loop import train
 from cpo_fast.train.plan import make_plan
+from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.train.runs import MakeConfig, metrics_of
 
 
@@ -79,3 +82,31 @@ def test_the_command_shows_warns_and_writes_the_deepspeed_json(make_config: Make
     values = json.loads(CliRunner().invoke(plan_command, [*arguments, "--json"]).stdout)
     assert values["num_ranks"] == 8
     assert not (Path(config.run) / "metrics.jsonl").exists()
+
+
+def test_memory_is_that_of_the_checkpointing_that_training_will_choose(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = make_plan(make_config(), 1)
+    assert not free.recomputes
+    assert make_plan(make_config(gradient_checkpointing="non_reentrant"), 1).recomputes
+    assert sum(free.memory.values()) == pytest.approx(free.kept_bytes)
+    available = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available._replace(available=0))
+    full = make_plan(make_config(), 1)
+    assert full.recomputes
+    assert sum(full.memory.values()) == pytest.approx(full.checkpointed_bytes)
+    assert not make_plan(make_config(gradient_checkpointing="off"), 1).recomputes
+
+
+def test_a_base_that_every_rank_will_copy_is_told(make_config: MakeConfig, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path / "half")
+    tiny_llama(dtype=torch.bfloat16, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "half")
+    config = make_config(model={"path": str(tmp_path / "half")})
+    plan = make_plan(config, 2)
+    (told,) = (text for text in warnings(plan, config) if "casts a copy" in text)
+    assert told.startswith("the base's files are BF16, other than")
+    assert plan.copied_bytes == plan.memory["base"]  # float32
+    assert plan.loading_bytes > 1.5 * plan.copied_bytes  # with the files that it is read from
+    config = make_config()
+    assert not any("casts a copy" in text for text in warnings(make_plan(config, 2), config))
