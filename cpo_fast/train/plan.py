@@ -34,6 +34,7 @@ from cpo_kernels import build_forest
 
 PAIRS_A_RANK = {"pairs": 16, "questions": 64}  # from which on ranks are busy for about 0.85 of a step
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
+REDUCE_BUCKET_SIZE = 500_000_000  # DeepSpeed's default of reduce_bucket_size, in elements
 COPIES = 12  # bytes a trainable number in a checkpoint: weight and two moments in float32
 
 
@@ -132,7 +133,10 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     is_cast = file_dtypes != [SAFETENSORS_NAMES[dtype_name(policy.model.get_base_model().dtype)]]
     weights: dict[str, float] = {"base": base / cut_over, "adapter": 4 * trainable}
     if stage == 3:
-        weights["gathered weights"] = _gathered_bytes(policy.model, deepspeed_config(train, stage))
+        zero = deepspeed_config(train, stage)["zero_optimization"]
+        weights["gathered weights"] = _gathered_bytes(policy.model, zero)
+        # allocated whole in float32, however few gradients there are; a CPU gives pages to what is used of it
+        weights["gradient bucket"] = 0 if on_cpu else 4 * zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
     free = free_device_bytes(device) / (num_ranks if on_cpu else 1)
     if is_cast or not on_cpu:
         free -= base / cut_over  # pages that are mapped from files count as free
@@ -193,9 +197,9 @@ def _files(config: Config) -> tuple[list[str], int]:
     return sorted(numbers_by_dtype(folder)), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _gathered_bytes(model: Any, deepspeed: dict[str, Any]) -> float:
+def _gathered_bytes(model: Any, zero: dict[str, Any]) -> float:
     """What ZeRO 3 may hold of the base's weights in whole at one time."""
-    most = deepspeed["zero_optimization"].get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
+    most = zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
     frozen = [each for each in model.parameters() if not each.requires_grad]
     # a weight that is in use is whole, whatever the limit
     return min(sum(each.numel() for each in frozen), max(most, *(each.numel() for each in frozen))) * frozen[0].itemsize

@@ -33,9 +33,9 @@ from tests.train.runs import memory_bytes, sgd
 class Run:
     """A configuration, and what happens to it: `sgd` instead of AdamW, and a signal to one rank in its n-th update.
 
-    With `gathers` the last step's gathers of every weight, and the elements that were still whole after passes without a
-    gradient and before the update, are written to `<run>/gathers.json`. With `memory` every rank's private memory after the
-    imports and at its peak, in bytes, to `<run>/memory-<rank>.json`.
+    With `gathers` the last step's gathers of every weight, the weights that were whole after each pass without a gradient,
+    and the elements that were whole before the update, are written to `<run>/gathers.json`. With `memory` every rank's
+    private memory after the imports and at its peak, in bytes, to `<run>/memory-<rank>.json`.
     """
 
     config: dict[str, Any]
@@ -80,7 +80,7 @@ def take(run: Run) -> None:
 def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
     """Count from now on how often ZeRO 3 gathers each weight. Returns a hook for the optimizer's step."""
     counts: Counter[str] = Counter()
-    whole_after_pass: list[int] = []
+    whole_after_pass: list[list[str]] = []
     frozen = {name: each for name, each in model.named_parameters() if not each.requires_grad}
     names = {id(each): name for name, each in frozen.items()}
 
@@ -94,17 +94,15 @@ def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
     for each in frozen.values():
         each.all_gather_coalesced = counted(each.all_gather_coalesced)  # type: ignore[attr-defined]
 
-    def num_whole() -> int:
-        return sum(each.numel() for each in frozen.values())
-
     def after_backbone(*args: Any) -> None:
         if not torch.is_grad_enabled():
-            whole_after_pass.append(num_whole())
+            whole_after_pass.append([name for name, each in frozen.items() if each.numel()])
 
     model.model.register_forward_hook(after_backbone)  # type: ignore[union-attr]
 
     def before_update(*args: Any) -> None:
-        found = {"counts": counts, "whole": num_whole(), "whole_after_pass": whole_after_pass}
+        whole = sum(each.numel() for each in frozen.values())
+        found = {"counts": counts, "whole": whole, "whole_after_pass": whole_after_pass}
         if os.environ.get("RANK", "0") == "0":
             (folder / "gathers.json").write_text(json.dumps(found))
         counts.clear()

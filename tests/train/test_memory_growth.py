@@ -16,6 +16,7 @@ from cpo_fast.config import validate_config
 from cpo_fast.train.plan import make_plan
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.train.rank_process import Run, launch
+from tests.train.runs import id_rows
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says what was measured")
 
@@ -33,7 +34,7 @@ WIDE = {
     "tie_word_embeddings": True,
 }
 # nothing but weights that two ranks share, and what ZeRO 3 gathers at once is one of them
-DEEP = WIDE | {"vocab_size": 300, "num_hidden_layers": 8}
+DEEP = WIDE | {"vocab_size": 300, "num_hidden_layers": 12}
 RELEASED = {
     "zero_optimization": {
         "stage3_max_live_parameters": 3_000_000,
@@ -55,6 +56,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`float32/` and more: models, made when asked for and deleted in the end, because pytest keeps what tests write."""
     made = tmp_path_factory.mktemp("growth")
+    (made / "released.json").write_text(json.dumps(RELEASED))
     yield made
     for file in made.rglob("*.safetensors"):
         file.unlink()
@@ -110,6 +112,8 @@ def check_growth(folder: Path, name: str) -> None:
     dtype, options = CONFIGURATIONS[name]
     model = model_path(folder, dtype, getattr(torch, dtype), WIDE)
     data = write_pairs(folder / "pairs.jsonl", VOCAB_SIZE, num_shared=150, num_questions=3)
+    if "zero_stage" in options:
+        options = options | {"deepspeed": str(folder / "released.json")}
     values = configuration(folder / name, model, data, **options)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(values))
@@ -135,15 +139,18 @@ def test_other_trainings_grow_by_what_plan_predicts(folder: Path, name: str) -> 
 def test_under_zero_3_no_rank_ever_holds_a_whole_copy(folder: Path) -> None:
     """Loading, cutting, the engine, the reference pass and a step included."""
     model = model_path(folder, "deep", torch.float32, DEEP)
-    data = write_pairs(folder / "few-pairs.jsonl", 300, num_shared=10, num_questions=2)
-    (folder / "released.json").write_text(json.dumps(RELEASED))
+    data = folder / "few-pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in id_rows(num_questions=1)))
     run = folder / "two ranks"
-    options = {"zero_stage": 3, "gradient_checkpointing": "off", "deepspeed": str(folder / "released.json")}
+    # few tokens: the inputs of all linear layers, which ZeRO 3 keeps, would outweigh what is measured
+    options = {"zero_stage": 3, "gradient_checkpointing": "off", "batch_pairs": 1}
+    options["deepspeed"] = str(folder / "released.json")
     launch([Run(configuration(run, model, data, **options), memory=True)], 2, folder / "launched")
     whole = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    assert whole > 300e6
+    assert whole > 400e6
     for rank in range(2):
         found = json.loads((run / f"memory-{rank}.json").read_text())
         growth = found["peak"] - found["imported"]
         print(f"rank {rank}: {growth / 2**20:.0f} MiB of {whole / 2**20:.0f}")
-        assert 0.5 < growth / whole < 0.75
+        # beside the half: about 95 MiB of libraries that are first used, activations, one weight at a time
+        assert 0 < growth - whole / 2 < 176 << 20

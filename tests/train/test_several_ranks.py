@@ -211,10 +211,11 @@ def test_a_micro_batch_gathers_the_head_once_and_a_layer_once_a_pass(
     assert len(first) == 3
     assert set(first.values()) == {num_gathers - 1}
     assert {count for weight, count in linear.items() if weight not in first} == {num_gathers}
-    # what a pass gathered is released after it: the reference's, and backward's
+    # what a pass gathered is released after it, backward's and the reference's. The weight that is needed next may be there
     assert found["whole"] == 0
     assert len(found["whole_after_pass"]) > 2
-    assert set(found["whole_after_pass"]) == {0}
+    assert all(len(whole) <= 1 for whole in found["whole_after_pass"])
+    assert not any("layers" in name for whole in found["whole_after_pass"] for name in whole)
 
 
 @pytest.mark.parametrize("stage", BAD_STAGES)
