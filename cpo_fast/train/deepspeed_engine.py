@@ -133,11 +133,16 @@ def partition(module: torch.nn.Module, config: TrainConfig, device: torch.device
     Until the engine gathers a weight for a forward it is empty. The ranks are connected already.
     """
     deepspeed = _import_deepspeed(device.type)
+    dtype, values = next(module.parameters()).dtype, deepspeed_config(config, 3)
     with _quiet():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        deepspeed.zero.Init(
-            module=module, config_dict_or_path=deepspeed_config(config, 3), dtype=next(module.parameters()).dtype
-        )
+        if device.type == "cpu":
+            # DeepSpeed overwrites every weight by that of rank 0. In pages mapped from a file this would make copies that
+            # stay until the last weight is cut, so it gets one weight at a time in memory of its own
+            for parameter in module.parameters():
+                parameter.data = parameter.data.clone()
+                deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=values, dtype=dtype)
+        deepspeed.zero.Init(module=module, config_dict_or_path=values, dtype=dtype)  # what is not cut yet
     for buffer in module.buffers():  # rotary frequencies, which are no weights
         buffer.data = buffer.data.to(device)
 

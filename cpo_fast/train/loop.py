@@ -46,13 +46,7 @@ from cpo_fast.train.deepspeed_engine import (
     restore_optimizer,
 )
 from cpo_fast.train.heartbeat import Heartbeat
-from cpo_fast.train.memory import (
-    choose_checkpointing,
-    choose_stage,
-    free_rank_bytes,
-    out_of_memory,
-    return_freed_memory,
-)
+from cpo_fast.train.memory import choose_checkpointing, choose_stage, free_rank_bytes, out_of_memory
 from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm, rounded
 from cpo_fast.train.objective import MicroBatch, Objective
 from cpo_fast.train.policy import Policy, base_hash, checkpoint_layers, load_policy, prepare_policy, put_adapter
@@ -172,8 +166,6 @@ def _set_up(
     communicator.doing = "loading the base and the data"
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a model that ZeRO 3 will cut up is loaded elsewhere
-    if device.type == "cpu":
-        return_freed_memory()
     stage = choose_stage(config, device, ranks)
     _check_readable(config)
     policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)

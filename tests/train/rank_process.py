@@ -111,11 +111,8 @@ def count_gathers(model: torch.nn.Module, folder: Path) -> Callable[..., None]:
     model.model.register_forward_hook(after_backbone)  # type: ignore[union-attr]
 
     def before_update(*args: Any) -> None:
-        found = {
-            "counts": counts,
-            "whole": sum(each.numel() for each in frozen.values()),
-            "whole_after_pass": whole_after_pass,
-        }
+        whole = sum(each.numel() for each in frozen.values())
+        found = {"counts": counts, "whole": whole, "whole_after_pass": whole_after_pass}
         if os.environ.get("RANK", "0") == "0":
             (folder / "gathers.json").write_text(json.dumps(found))
         counts.clear()

@@ -16,6 +16,7 @@ from cpo_fast.config import validate_config
 from cpo_fast.train.plan import make_plan
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.train.rank_process import Run, launch
+from tests.train.runs import id_rows
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says what was measured")
 
@@ -125,6 +126,7 @@ def check_growth(folder: Path, name: str) -> None:
     assert 0.8 < plan.total_bytes / measured < 1.2
 
 
+@pytest.mark.slow
 def test_training_grows_by_what_plan_predicts(folder: Path) -> None:
     check_growth(folder, "kept")
 
@@ -135,13 +137,15 @@ def test_other_trainings_grow_by_what_plan_predicts(folder: Path, name: str) -> 
     check_growth(folder, name)
 
 
+@pytest.mark.soak
 def test_under_zero_3_no_rank_ever_holds_a_whole_copy(folder: Path) -> None:
-    """Loading, cutting, the engine, the reference pass and a step included."""
+    """Loading, cutting, the engine, the reference pass and a step included, on the rank whose weights rank 0 sends too."""
     model = model_path(folder, "deep", torch.float32, DEEP)
-    data = write_pairs(folder / "few-pairs.jsonl", 300, num_shared=10, num_questions=1)
+    data = folder / "few-pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in id_rows(num_questions=1)))
     run = folder / "two ranks"
-    # recomputed, because the inputs of all linear layers, which ZeRO 3 keeps, would outweigh what is measured
-    options = {"zero_stage": 3, "gradient_checkpointing": "non_reentrant", "batch_pairs": 2, "max_tokens": 200}
+    # few tokens: the inputs of all linear layers, which ZeRO 3 keeps, would outweigh what is measured
+    options = {"zero_stage": 3, "gradient_checkpointing": "off", "batch_pairs": 1}
     options["deepspeed"] = str(folder / "released.json")
     launch([Run(configuration(run, model, data, **options), memory=True)], 2, folder / "launched")
     whole = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -150,5 +154,5 @@ def test_under_zero_3_no_rank_ever_holds_a_whole_copy(folder: Path) -> None:
         found = json.loads((run / f"memory-{rank}.json").read_text())
         growth = found["peak"] - found["imported"]
         print(f"rank {rank}: {growth / 2**20:.0f} MiB of {whole / 2**20:.0f}")
-        # beside the half: about 100 MiB of libraries that are first used, one layer's activations, one weight at a time
-        assert 0 < growth - whole / 2 < 160 << 20
+        # beside the half: about 95 MiB of libraries that are first used, activations, one weight at a time
+        assert 0 < growth - whole / 2 < 200 << 20
