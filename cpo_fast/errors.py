@@ -69,9 +69,10 @@ FAILURES = "CPO_FAST_FAILURES"  # variable of a launcher: the folder where every
 def note_failure(exit_code: int, text: str) -> None:
     """Leave this rank's exit code and last sentence where the launcher that asks for it looks."""
     folder, rank = os.environ.get(FAILURES), os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    world_size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if folder:
         with contextlib.suppress(OSError):
-            note = json.dumps({"exit_code": exit_code, "text": text, "at": time.time()})
+            note = json.dumps({"exit_code": exit_code, "text": text, "at": time.time(), "world_size": world_size})
             aside = Path(folder, f".{rank}.tmp")
             aside.write_text(note, encoding="utf-8")
             aside.replace(Path(folder, f"{rank}.json"))

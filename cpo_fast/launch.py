@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import click
@@ -49,6 +50,7 @@ class Command:
         environment: variables on top of this process's.
         is_shown: whether it writes to the terminal. Of others the last words are kept.
         order: what an agent on another host reads first; it then keeps reading for signals.
+        signals: those that mean something else to it, and what it gets instead.
     """
 
     arguments: list[str]
@@ -56,6 +58,7 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     is_shown: bool = True
     order: str = ""
+    signals: dict[int, int] = field(default_factory=dict)
 
 
 class Child:
@@ -66,7 +69,7 @@ class Child:
         self.errors: IO[bytes] | None = None
         if not command.is_shown:
             self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (read when it has ended)
-        self.was_killed = False  # by us
+        self.killed_at: float | None = None  # by us
         self.process = subprocess.Popen(
             command.arguments,
             env=os.environ | command.environment | {_MARK: mark},
@@ -74,7 +77,7 @@ class Child:
             stdout=None if command.is_shown else subprocess.DEVNULL,
             stderr=self.errors,
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, command.signals.get(signal.SIGTERM, signal.SIGTERM)),
         )
         if command.order:
             self._say(command.order)
@@ -88,8 +91,12 @@ class Child:
         """Pass a signal on: to the agent of another host, or to the ranks themselves and not to a launcher of theirs."""
         if self.process.poll() is not None:
             return
+        is_overdue = False  # whether it was told to end its ranks, and has not
         if number == signal.SIGKILL:
-            self.was_killed = True
+            self.killed_at = self.killed_at or time.monotonic()
+            is_overdue = time.monotonic() > self.killed_at + SECONDS_TO_FOLLOW
+        if not is_overdue:
+            number = self.command.signals.get(number, number)
         if self.command.order:
             self._say(str(int(number)))
         elif number == signal.SIGKILL:
@@ -124,11 +131,11 @@ def own(commands: Sequence[Command], grace: float) -> int:
     children: list[Child] = []
     ended: list[Child] = []  # in the order in which it was seen
     ends_at: float | None = None
-    was_asked = False
+    asked = 0  # the signal that this process has got
 
     def forward(number: int, frame: object) -> None:
-        nonlocal ends_at, was_asked
-        was_asked = True
+        nonlocal ends_at, asked
+        asked = number
         ends_at = time.monotonic() + (0 if number == signal.SIGQUIT else grace + SECONDS_TO_FOLLOW)
         for child in children:
             child.signal(number)
@@ -138,6 +145,8 @@ def own(commands: Sequence[Command], grace: float) -> int:
     try:
         for command in commands:
             children.append(Child(command, mark))
+            if asked:  # while it was started
+                children[-1].signal(asked)
         while len(ended) < len(children):
             for child in children:
                 if child not in ended and child.process.poll() is not None:
@@ -157,7 +166,7 @@ def own(commands: Sequence[Command], grace: float) -> int:
         _adopt_orphans(False)
         for number, handler in before:
             signal.signal(number, handler)
-    failed = [child for child in ended if child.process.returncode and not child.was_killed]
+    failed = [child for child in ended if child.process.returncode and child.killed_at is None]
     first = min(failed, key=lambda child: child.is_follower, default=None) or next(
         (child for child in ended if child.process.returncode), None
     )
@@ -167,9 +176,11 @@ def own(commands: Sequence[Command], grace: float) -> int:
     if first.command.order and code == NO_CONNECTION:
         click.echo(f"error: {label} cannot be reached: {first.last_words() or 'the connection was lost'}", err=True)
         return EnvironmentProblem.exit_code
-    if (first.errors is not None or code < 0) and not was_asked:  # else it has said so itself
+    if (first.errors is not None or code < 0) and not asked:  # else it has said so itself
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         click.echo(f"{label} {how}: {first.last_words() or 'it said nothing'}", err=True)
+    if asked and first.command.signals and first.killed_at is None:
+        return 128 + signal.SIGTERM  # it answers for a signal that nobody has sent, or that its ranks did not yet know
     return code if code > 0 else 128 - code
 
 
@@ -194,9 +205,9 @@ def obey(lines: Iterator[str]) -> int:
     return own([Command(**values) for values in told["commands"]], told["grace"])
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(number: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def _adopt_orphans(is_wanted: bool) -> None:

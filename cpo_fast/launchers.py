@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -33,7 +34,14 @@ EXPORTED = re.compile(
     r"(NCCL|GLOO|TORCH|PYTORCH|TRITON|CPO|HF|DS|UCX|FI|OMP|MKL|TOKENIZERS|PYTHON)[A-Z]*_.*|PYTHONPATH|LD_LIBRARY_PATH"
 )
 NEEDED_TO_START = ("PYTHONPATH", "LD_LIBRARY_PATH")
-KILLED = 128 + 9
+KILLED, STOPPED = 128 + 9, 128 + 15
+# srun passes SIGUSR1 on. At SIGTERM it kills its ranks at once, at one SIGINT it tells how they are, and at SIGKILL they
+# outlive it, because they are no children of it.
+SRUN_SIGNALS: dict[int, int] = {
+    signal.SIGTERM: signal.SIGUSR1,
+    signal.SIGINT: signal.SIGUSR1,
+    signal.SIGKILL: signal.SIGTERM,
+}
 SBATCH = """#!/bin/bash
 #SBATCH --job-name=cpo-fast
 #SBATCH --nodes={nodes}
@@ -146,7 +154,7 @@ def launch(
         code = own(commands, grace)
         if notes is None or code == 0:
             return code
-        return _first_failure(notes, sum(host.num_ranks for host in hosts), code)
+        return _first_failure(notes, code)
     finally:
         if notes is not None:
             shutil.rmtree(notes, ignore_errors=True)
@@ -227,9 +235,13 @@ def with_slurm(
         raise EnvironmentProblem(
             "--launch slurm: this shell has no Slurm allocation; ask for one (salloc), or write a job with --sbatch FILE"
         )
-    ranks = ["--ntasks-per-node", str(hosts[0].num_ranks)] if hosts[0].num_ranks > 1 else []
+    ranks, num_ranks = [], hosts[0].num_ranks
+    if num_ranks > 1:
+        # without --ntasks, an allocation of so many tasks (salloc -n) overrules --ntasks-per-node
+        num_tasks = num_ranks * int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        ranks = ["--ntasks", str(num_tasks), "--ntasks-per-node", str(num_ranks)]
     command = ["srun", "--kill-on-bad-exit=1", *ranks, sys.executable, "-m", "cpo_fast", *arguments]
-    return [Command(command, "srun", environment)]
+    return [Command(command, "srun", environment, signals=SRUN_SIGNALS)]
 
 
 def sbatch_script(arguments: Sequence[str], num_nodes: int, num_ranks: int, run: str) -> str:
@@ -297,17 +309,21 @@ def _on_hosts(commands: Sequence[Command], hosts: Sequence[Host], grace: float) 
     return agents
 
 
-def _first_failure(notes: Path, num_ranks: int, code: int) -> int:
+def _first_failure(notes: Path, code: int) -> int:
     """The exit code of the rank that failed first, by the notes that ranks have left, and its error once more.
 
-    A rank that left none, where others say that somebody is gone, was killed. Slurm's ranks are not counted.
+    A rank that left none, where others say that somebody is gone, was killed.
     """
     found = {int(file.stem): json.loads(file.read_text(encoding="utf-8")) for file in notes.glob("[0-9]*.json")}
     if not found:
         return code
-    leading = {rank: note for rank, note in found.items() if note["exit_code"] != EnvironmentProblem.exit_code}
-    silent = [rank for rank in range(num_ranks) if rank not in found]
-    if not leading and silent and "gone" in "".join(note["text"] for note in found.values()):
+    followers = {EnvironmentProblem.exit_code}
+    if code == KILLED:
+        followers.add(STOPPED)  # srun says that a rank was killed, and has then sent SIGTERM to the others
+    leading = {rank: note for rank, note in found.items() if note["exit_code"] not in followers}
+    world_size = max(int(note["world_size"]) for note in found.values())  # how many tasks srun starts, Slurm decides
+    silent = [rank for rank in range(world_size) if rank not in found]
+    if not leading and silent and (code == KILLED or "gone" in "".join(note["text"] for note in found.values())):
         click.echo(f"rank {silent[0]} ended without a word, as one that is killed does", err=True)
         return KILLED
     rank, note = min((leading or found).items(), key=lambda item: float(item[1]["at"]))

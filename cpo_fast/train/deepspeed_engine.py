@@ -18,6 +18,7 @@ from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
 
 logger = logging.getLogger(__name__)
 
+REDUCE_BUCKET_SIZE = 20_000_000  # elements that stages 1 to 3 reduce at a time
 OLDEST = "0.19.5"  # release of DeepSpeed: 0.19.4 cannot offload where the number of micro-batches varies
 
 
@@ -50,6 +51,8 @@ def deepspeed_config(config: TrainConfig, stage: int) -> dict[str, Any]:
     if refused or conflicts:
         reasons = [f"{key}: {REFUSED[key]}" for key in refused] + conflicts
         raise ConfigError(f"train.deepspeed: {config.deepspeed}: {'; '.join(reasons)}; take these keys out")
+    # DeepSpeed's 500 million numbers are memory that stage 3 takes whole, and an adapter's gradients are few
+    merged["zero_optimization"].setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
     if stage == 3:
         # adapters of a few thousand elements stay whole: gathering them costs more than they weigh
         merged["zero_optimization"].setdefault("stage3_param_persistence_threshold", 100_000)
@@ -95,7 +98,8 @@ def _merge(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> tu
     for key, value in theirs.items():
         name = f"{place}{key}"
         if key not in ours:
-            merged[key] = value
+            if value != "auto":  # of Hugging Face's integration, which fills it in
+                merged[key] = value
         elif isinstance(value, dict) and isinstance(ours[key], dict):
             merged[key], inner = _merge(ours[key], value, f"{name}.")
             conflicts += inner

@@ -34,7 +34,6 @@ from cpo_kernels import build_forest
 
 PAIRS_A_RANK = {"pairs": 16, "questions": 64}  # from which on ranks are busy for about 0.85 of a step
 MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
-REDUCE_BUCKET_SIZE = 500_000_000  # DeepSpeed's default of reduce_bucket_size, in elements
 COPIES = 12  # bytes a trainable number in a checkpoint: weight and two moments in float32
 
 
@@ -136,7 +135,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         zero = deepspeed_config(train, stage)["zero_optimization"]
         weights["gathered weights"] = _gathered_bytes(policy.model, zero)
         # allocated whole in float32, however few gradients there are; a CPU gives pages to what is used of it
-        weights["gradient bucket"] = 0 if on_cpu else 4 * zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)
+        weights["gradient bucket"] = 0 if on_cpu else 4 * zero["reduce_bucket_size"]
     free = free_device_bytes(device) / (num_ranks if on_cpu else 1)
     if is_cast or not on_cpu:
         free -= base / cut_over  # pages that are mapped from files count as free

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from cpo_fast.cli.train import train_command
 from cpo_fast.errors import ConfigError, EnvironmentProblem
-from cpo_fast.launchers import REMOTE_SHELL, Host, by_itself, read_hosts, with_slurm, with_torchrun
+from cpo_fast.launchers import REMOTE_SHELL, Host, by_itself, launch, read_hosts, with_slurm, with_torchrun
 from cpo_fast.train.preflight import Facts, compare, table
 from tests.train.runs import MakeConfig
 
@@ -80,8 +80,57 @@ def test_slurm_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(EnvironmentProblem, match="no Slurm allocation"):
         with_slurm(["train"], [Host("", 8)], {}, None)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     (command,) = with_slurm(["train", "c.yaml"], [Host("", 8)], {}, None)
-    assert command.arguments[:4] == ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node", "8"]
+    assert command.arguments[:6] == ["srun", "--kill-on-bad-exit=1", "--ntasks", "16", "--ntasks-per-node", "8"]
+
+
+@pytest.mark.parametrize(
+    ("number", "got", "code"), [("TERM", "USR1", 143), ("INT", "USR1", 143), ("QUIT", "TERM", 137)]
+)
+def test_srun_gets_the_signals_that_it_passes_on(tmp_path: Path, number: str, got: str, code: int) -> None:
+    # like srun it ends with 128 + the signal that ended its ranks; at SIGQUIT `own` kills what it has started
+    srun = (
+        "trap '' QUIT; trap 'echo USR1 >> got; exit 138' USR1; trap 'echo INT >> got' INT\n"
+        f"trap 'echo TERM >> got; exit 137' TERM\nkill -{number} $PPID; while :; do sleep 0.05; done"
+    )
+    program = (
+        "import sys; from cpo_fast.launch import Command, own; from cpo_fast.launchers import SRUN_SIGNALS\n"
+        "sys.exit(own([Command(['bash', '-c', sys.argv[1]], 'srun', signals=SRUN_SIGNALS)], 600.0))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, srun], cwd=tmp_path, env=environment, check=False, timeout=600
+    )
+    assert done.returncode == code
+    assert (tmp_path / "got").read_text() == f"{got}\n"
+
+
+@pytest.mark.parametrize(
+    ("noted", "text", "code"),
+    [
+        (5, "the other ranks are gone or silent", 143),
+        (143, "SIGTERM between steps", 137),  # Slurm's, for the rank that is left
+    ],
+)
+def test_a_killed_task_of_slurm_is_found_by_the_notes_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    noted: int,
+    text: str,
+    code: int,
+) -> None:
+    # without --gpus the launcher does not know how many tasks srun starts
+    note = f"from cpo_fast.errors import note_failure; note_failure({noted}, '{text}')"
+    variables = "SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=2"
+    (tmp_path / "srun").write_text(f'#!/bin/sh\n{variables} "{sys.executable}" -c "{note}"\nexit {code}\n')
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert launch(["train", "c.yaml"], "slurm", [Host("", 1)], tmp_path / "run", 1.0) == 137
+    assert "rank 1 ended without a word" in capsys.readouterr().err
 
 
 def test_the_job_of_sbatch_signals_its_ranks_and_queues_itself_again(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def test_a_user_s_deepspeed_json_is_merged(tmp_path: Path) -> None:
     }
     merged = deepspeed_config(user_json(tmp_path, theirs), 3)
     assert merged["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
+    assert isinstance(merged["zero_optimization"]["reduce_bucket_size"], int)
     assert merged["comms_logger"] == {}
     assert merged["gradient_clipping"] == 1.0
 
