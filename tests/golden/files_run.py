@@ -40,7 +40,7 @@ PACKAGES = {"cpo_fast": "cpo_fast", "cpo_kernels": "kernels/cpo_kernels"}
 
 # what is measured -> (module, qualified name of its function)
 ENTRIES = {
-    "train step": ("cpo_fast.train.loop", "Trainer.step"),
+    "train step": ("cpo_fast.train.trainer", "Trainer.step"),
     "decode step": ("cpo_fast.search.engine.decode_batch", "DecodeBatch.step"),
     "scheduler round": ("cpo_fast.search.engine.scheduler", "Scheduler.step"),
     "proof": ("cpo_kernels.integrations.transformers.prepare", "prepare"),
