@@ -95,9 +95,6 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]  # an error leaves no context to read it from
     try:
         cli.main(standalone_mode=False)
-        training = sys.modules.get("cpo_fast.train.communication")
-        if training is not None:
-            training.disconnect()
     except click.exceptions.Abort:
         note_failure(130, "interrupted")
         click.echo("interrupted", err=True)

@@ -4,6 +4,7 @@ DeepSpeed moves weights and gradients. Everything that a rank decides goes throu
 numbers and none waits in a collective that another never enters.
 """
 
+import atexit
 import os
 import re
 import subprocess
@@ -156,10 +157,13 @@ def connect(communicator: Communicator, timeout: float, store: dist.Store | None
         raise _unreachable(ranks, error) from error
 
 
-def disconnect() -> None:
-    """Leave the process group, at the end of a process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def disconnect_at_exit() -> None:
+    """Leave the process group when this process ends: NCCL asks for it. Not before, because DeepSpeed keeps the group."""
+    if dist.get_backend() == "nccl" and dist.destroy_process_group not in _at_exit:
+        _at_exit.append(atexit.register(dist.destroy_process_group))
+
+
+_at_exit: list[Callable[[], None]] = []
 
 
 def _unreachable(ranks: Ranks, error: Exception) -> EnvironmentProblem:

@@ -30,7 +30,7 @@ from cpo_fast.models import resolve_device
 from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
 from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore
-from cpo_fast.train.communication import Communicator, connect, is_lost_connection, meet
+from cpo_fast.train.communication import Communicator, connect, disconnect_at_exit, is_lost_connection, meet
 from cpo_fast.train.deepspeed_engine import (
     adamw,
 )
@@ -270,6 +270,7 @@ def _take_steps(
                 run / "adapter",
             )
     communicator.barrier()
+    disconnect_at_exit()
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
