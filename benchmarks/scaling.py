@@ -36,7 +36,14 @@ SETTINGS = (
     ("questions", 128, True),
 )
 NUM_BATCHES = 3
-MEASURED = {"batch_pairs": 64, "max_steps": 8, "num_epochs": 8, "max_tokens": 2048, "batch_order": "questions"}
+MEASURED = {
+    "lr": 1e-3,
+    "batch_pairs": 64,
+    "max_steps": 8,
+    "num_epochs": 8,
+    "max_tokens": 2048,
+    "batch_order": "questions",
+}
 BOUND = 1e-5
 
 
