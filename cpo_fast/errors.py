@@ -56,6 +56,9 @@ class Interrupted(CpoFastError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.exit_code)  # one rank tells the others
+
 
 class OutOfMemory(CpoFastError):
     """Something does not fit into memory that the configuration can change (exit code 6)."""

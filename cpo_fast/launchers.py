@@ -33,6 +33,7 @@ SSH = "ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o Se
 EXPORTED = re.compile(
     r"(NCCL|GLOO|TORCH|PYTORCH|TRITON|CPO|HF|DS|UCX|FI|OMP|MKL|TOKENIZERS|PYTHON)[A-Z]*_.*|PYTHONPATH|LD_LIBRARY_PATH"
 )
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 NEEDED_TO_START = ("PYTHONPATH", "LD_LIBRARY_PATH")
 KILLED, STOPPED = 128 + 9, 128 + 15
 # srun passes SIGUSR1 on. At SIGTERM it kills its ranks at once, at one SIGINT it tells how they are, and at SIGKILL they
@@ -42,6 +43,7 @@ SRUN_SIGNALS: dict[int, int] = {
     signal.SIGINT: signal.SIGUSR1,
     signal.SIGKILL: signal.SIGTERM,
 }
+SBATCH_GRACE = 270  # of the 300 seconds by which the job is warned
 SBATCH = """#!/bin/bash
 #SBATCH --job-name=cpo-fast
 #SBATCH --nodes={nodes}
@@ -54,6 +56,8 @@ SBATCH = """#!/bin/bash
 # add your --partition, --account, --time and --cpus-per-task
 
 cd {folder} || exit 1
+# srun does not take --cpus-per-task from the job by itself
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 # five minutes before its time is over the job saves its state, and is then queued again to go on from there
 soon=""
 trap 'soon=1; kill -USR1 "$ranks"' USR1
@@ -78,6 +82,11 @@ class Host:
 
     name: str
     num_ranks: int
+
+    @property
+    def address(self) -> str:
+        """Without the user that ssh logs in as."""
+        return self.name.rpartition("@")[2]
 
 
 def read_hosts(path: str, num_ranks: int | None) -> list[Host]:
@@ -165,7 +174,7 @@ def by_itself(
 ) -> list[Command]:
     """A command for each rank of all hosts, in order."""
     world_size = sum(host.num_ranks for host in hosts)
-    address = {"MASTER_ADDR": hosts[0].name or "127.0.0.1", "MASTER_PORT": master_port(hosts)}
+    address = {"MASTER_ADDR": hosts[0].address or "127.0.0.1", "MASTER_PORT": master_port(hosts)}
     commands: list[Command] = []
     for host in hosts:
         threads = {} if "OMP_NUM_THREADS" in os.environ or host.name else {"OMP_NUM_THREADS": _threads(host.num_ranks)}
@@ -193,7 +202,7 @@ def with_torchrun(
         where = ["--standalone"]
         if host.name:
             where = ["--nnodes", str(len(hosts)), "--node-rank", str(index)]
-            where += ["--master-addr", hosts[0].name, "--master-port", master_port(hosts)]
+            where += ["--master-addr", hosts[0].address, "--master-port", master_port(hosts)]
         run = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(host.num_ranks)]
         label = f"torchrun on {host.name}" if host.name else "torchrun"
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _threads(host.num_ranks)}
@@ -214,10 +223,11 @@ def with_deepspeed(
         where = ["--num_gpus", str(hosts[0].num_ranks)]
     else:
         where = ["--hostfile", hosts_path, "--num_gpus", str(max(host.num_ranks for host in hosts))]
-        where += ["--master_addr", hosts[0].name, "--master_port", master_port(hosts)]
+        where += ["--master_addr", hosts[0].address, "--master_port", master_port(hosts)]
         # pdsh hands on no variables; DeepSpeed writes those of this file into its commands
         exported = Path(environment[FAILURES], "environment")
-        exported.write_text("".join(f"{name}={value}\n" for name, value in (_exported() | environment).items()))
+        shown = {name: value for name, value in _exported().items() if not SECRET.search(name)}  # to all who ask `ps`
+        exported.write_text("".join(f"{name}={value}\n" for name, value in (shown | environment).items()))
         environment = environment | {"DS_ENV_FILE": str(exported)}
     command = [sys.executable, str(program), "--no_local_rank", *where, "--module", "cpo_fast", *arguments]
     return [Command(command, "deepspeed", environment)]

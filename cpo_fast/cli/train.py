@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cpo_fast.config import load_config
 from cpo_fast.errors import ConfigError
-from cpo_fast.launchers import LAUNCHERS, Host, launch, read_hosts, sbatch_script
+from cpo_fast.launchers import LAUNCHERS, SBATCH_GRACE, Host, launch, read_hosts, sbatch_script
 from cpo_fast.ranks import find_ranks
 
 # metric, its label on the progress line, its format
@@ -98,6 +98,8 @@ def train_command(
     options += ["--json"] if as_json else []
     arguments = [*(f"--{flag}" for flag in flags), "train", *options, config_path, *overrides]
     if sbatch_path is not None:
+        if "grace" not in config.train.model_fields_set:
+            arguments.append(f"train.grace={SBATCH_GRACE}")
         job = sbatch_script(arguments, num_nodes, num_ranks or _num_gpus(), config.run)
         Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
         Path(sbatch_path).write_text(job, encoding="utf-8")

@@ -106,10 +106,14 @@ class CheckpointStore:
             manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write_file(aside / _MANIFEST, canonical_json(manifest).encode())
         sync_folder(aside)
-        if target.exists():  # the step was taken again after a resume from an earlier checkpoint
-            self._remove(target)
+        replaced = None
+        if target.exists():  # saved before its validation, or taken again after a resume from an earlier checkpoint
+            replaced = self.folder / f".{target.name}.{_unique()}.old"
+            os.rename(target, replaced)
         os.rename(aside, target)
         sync_folder(self.folder)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
         with replacing(self.folder / "LATEST") as file:
             file.write(checkpoint.name.encode())
         sync_folder(self.folder)
@@ -169,11 +173,19 @@ class CheckpointStore:
         return Checkpoint(step, adapter, optimizer, _json(contents["state.json"], "state.json"))
 
     def clean(self) -> None:
-        """Remove what killed processes left half written. Call with the run's lock held."""
+        """Remove what killed processes left half written, and put back what one was about to replace.
+
+        Call with the run's lock held.
+        """
         if self.folder.is_dir():
-            for each in self.folder.iterdir():
+            newest = max(self.names(), default="")
+            for each in list(self.folder.iterdir()):
                 if _LEFTOVER.fullmatch(each.name) and _is_folder(each):
-                    shutil.rmtree(each, ignore_errors=True)
+                    name = each.name.split(".")[1]
+                    if each.suffix == ".old" and name > newest:  # older ones were being removed
+                        os.rename(each, self.folder / name)
+                    else:
+                        shutil.rmtree(each, ignore_errors=True)
 
     def _check_latest(self, used: str, names: list[str]) -> None:
         try:

@@ -91,7 +91,7 @@ class Communicator:
 
 
 def meet(ranks: Ranks) -> dist.Store | None:
-    """The store through which the ranks find each other, as soon as rank 0 is there. One process alone has none.
+    """The store through which the ranks find each other, as soon as rank 0 has made it. One process alone has none.
 
     Every training of a process gets its own names in it, so ranks have to train equally often.
 
@@ -105,13 +105,26 @@ def meet(ranks: Ranks) -> dist.Store | None:
     if not _met:
         if ranks.launcher == "slurm":
             _find_slurm_master()
+        patience = timedelta(seconds=ARRIVAL_SECONDS)
         try:
-            patience = timedelta(seconds=ARRIVAL_SECONDS)
-            store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
-        except (ValueError, RuntimeError) as error:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=patience))
+            else:
+                # torch's rendezvous would wait in here for all ranks, and could not say which have not come
+                store = dist.TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    is_master=ranks.rank == 0,
+                    timeout=patience,
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
+        except (KeyError, ValueError, RuntimeError) as error:
             raise _unreachable(ranks, error) from error
         _met.append(store)
-    _met.append(dist.PrefixStore(f"cpo_fast/{len(_met)}", _met[0]))
+    # torchrun keeps its store when it starts the ranks again
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _met.append(dist.PrefixStore(f"cpo_fast/{attempt}/{len(_met)}", _met[0]))
     return _met[-1]
 
 

@@ -30,9 +30,14 @@ _END = "end"
 class Heartbeat:
     """A context in which this rank gives signs of life and waits for those of others. Nothing without a store."""
 
-    def __init__(self, communicator: Communicator, store: dist.Store | None, seconds: float) -> None:
-        """`seconds` is how long a rank may be silent."""
-        self.communicator, self.seconds = communicator, seconds
+    def __init__(
+        self, communicator: Communicator, store: dist.Store | None, seconds: float, stuck_seconds: float | None = None
+    ) -> None:
+        """`seconds` is how long a rank may be silent, and `stuck_seconds` how long this one may be at one part of a step.
+
+        None leaves that to the collectives, which raise. NCCL's end the process without a word instead.
+        """
+        self.communicator, self.seconds, self.stuck_seconds = communicator, seconds, stuck_seconds
         self.interval = seconds / BEATS
         rank, world_size = communicator.rank, communicator.world_size
         self.watched = [other for other in range(world_size) if other != rank] if rank == 0 else [0]
@@ -88,12 +93,20 @@ class Heartbeat:
 
     def _watch(self) -> None:
         before = time.monotonic()
+        at, since = "", 0.0  # what this rank is at, and for how long
         while not self._finished.wait(self.interval / 2):
             now = time.monotonic()
             # a process that was itself stopped for a while learns nothing about the others from its clock
             passed, before = min(now - before, self.interval), now
             for rank in self.watched:
                 self._ages[rank] += passed
+            doing = self.communicator.doing
+            at, since = doing, since + passed if doing == at else 0.0
+            if self.stuck_seconds is not None and doing.startswith("step") and since > self.stuck_seconds:
+                self._leave(
+                    f"this rank is at {doing} for {since:.0f} s (train.collective_timeout). {self.others()}Look at the "
+                    "rank that is behind; the same command goes on from the newest checkpoint"
+                )
             silent = [rank for rank in self.watched if self._ages[rank] > self.seconds]
             if self._reason:
                 self._leave(self._reason)
@@ -101,7 +114,7 @@ class Heartbeat:
                 reason = self._sentence(silent)
                 if self.communicator.rank == 0:
                     threading.Thread(target=self._tell, args=(reason,), daemon=True).start()
-                    time.sleep(2 * min(self.interval, 1.0))  # the others come to read it before the store is gone
+                    time.sleep(self.interval + 1)  # the others come to read it before the store is gone
                 self._leave(reason)
 
     def _tell(self, reason: str) -> None:

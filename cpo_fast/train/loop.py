@@ -111,7 +111,8 @@ def train(
     with _run_lock(run) if communicator.writes else nullcontext(), EndSignals(config.train.grace) as signals:
         with signals.leaving_at_once():
             store = meet(ranks)
-            heartbeat = Heartbeat(communicator, store, config.train.heartbeat)
+            stuck = 0.9 * config.train.collective_timeout if device.type == "cuda" else None
+            heartbeat = Heartbeat(communicator, store, config.train.heartbeat, stuck)
             check_hosts(communicator, store, config)
         with heartbeat:
             try:
@@ -241,7 +242,7 @@ def _take_steps(
             communicator.doing = f"validating after step {step}"
             with signals.leaving_at_once():
                 values.update(validator.run(trainer.engine, step))
-            trainer.unvalidated = None
+        trainer.unvalidated = None
         trainer.first, trainer.last = trainer.first or values, values
         if communicator.writes:
             if step % config.train.log_every == 0 or step == trainer.num_steps or "eval_loss" in values:

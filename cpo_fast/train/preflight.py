@@ -57,7 +57,7 @@ def check_hosts(communicator: Communicator, store: dist.Store | None, config: Co
     store.set(f"facts/{ranks.rank}", json.dumps(find_facts(config, communicator.device, ranks)))
     if ranks.rank == 0:
         try:
-            facts = _arrived(store, ranks.world_size)
+            facts = arrived(store, ranks.world_size)
         except EnvironmentProblem as error:
             store.set("hosts", json.dumps({"firsts": [], "problems": [str(error)]}))
             store.set("verdict", json.dumps([str(error)]))
@@ -168,18 +168,22 @@ def table(facts: Sequence[Facts], firsts: Sequence[int], reached: dict[int, Fact
     return text.getvalue().rstrip()
 
 
-def _arrived(store: dist.Store, world_size: int) -> list[Facts]:
-    """The facts of every rank, in order."""
+def arrived(
+    store: dist.Store, world_size: int, seconds: float = TABLE_SECONDS, more_seconds: float = ARRIVAL_SECONDS
+) -> list[Facts]:
+    """The facts of every rank, in order. Ranks that have not come after `seconds` are named, and waited for some more.
+
+    Raises:
+        EnvironmentProblem: a rank has not come then either.
+    """
     keys = [f"facts/{rank}" for rank in range(world_size)]
     try:
-        store.wait(keys, timedelta(seconds=TABLE_SECONDS))
+        store.wait(keys, timedelta(seconds=seconds))
     except RuntimeError:
         missing = _missing(store, keys)
-        logger.warning(
-            "after %.0f s ranks %s have not come; waiting %.0f s more", TABLE_SECONDS, missing, ARRIVAL_SECONDS
-        )
+        logger.warning("after %.0f s ranks %s have not come; waiting %.0f s more", seconds, missing, more_seconds)
         try:
-            store.wait(keys, timedelta(seconds=ARRIVAL_SECONDS))
+            store.wait(keys, timedelta(seconds=more_seconds))
         except RuntimeError:
             raise EnvironmentProblem(
                 f"ranks {_missing(store, keys)} have not come; look at what their hosts say, and whether they reach "
@@ -265,15 +269,16 @@ def _data_hash(config: Config) -> str:
     for path in (config.data.path, *(item.path for item in config.data.mixture)):
         if not path or is_hub(path):
             continue
-        if not os.path.isfile(path):
+        try:
+            size = os.path.getsize(path)
+            digest.update(f"{size}\n".encode())
+            with open(path, "rb") as file:
+                for start in (0,) if size <= WHOLE_BYTES else (0, size - WHOLE_BYTES // 4):
+                    file.seek(start)
+                    left = WHOLE_BYTES if size <= WHOLE_BYTES else WHOLE_BYTES // 4
+                    while left > 0 and (piece := file.read(min(left, 1 << 22))):
+                        digest.update(piece)
+                        left -= len(piece)
+        except OSError:
             return MISSING
-        size = os.path.getsize(path)
-        digest.update(f"{size}\n".encode())
-        with open(path, "rb") as file:
-            for start in (0,) if size <= WHOLE_BYTES else (0, size - WHOLE_BYTES // 4):
-                file.seek(start)
-                left = WHOLE_BYTES if size <= WHOLE_BYTES else WHOLE_BYTES // 4
-                while left > 0 and (piece := file.read(min(left, 1 << 22))):
-                    digest.update(piece)
-                    left -= len(piece)
     return digest.hexdigest()

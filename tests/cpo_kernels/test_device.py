@@ -1,9 +1,10 @@
 """Moving forest, schedule and plan together; the `meta` device stands for a GPU, which tests cannot count on."""
 
+import pytest
 import torch
 
 from cpo_kernels import build_forest
-from cpo_kernels.device import to_device
+from cpo_kernels.device import matmul_accumulated, to_device
 
 
 def test_every_tensor_moves_and_the_schedule_stays_the_forests_own() -> None:
@@ -41,3 +42,15 @@ def test_what_a_copy_keeps_is_its_own() -> None:
     forest = build_forest([[3, 4]])
     assert to_device(forest, "meta").schedule().subtree_end.device.type == "meta"
     assert forest.schedule().subtree_end is forest.subtree_end
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_16_bit_numbers_on_a_gpu_has_a_gradient(dtype: torch.dtype) -> None:
+    """`impl="reference"` differentiates through it."""
+    a, b = (torch.empty(shape, device="meta", dtype=dtype, requires_grad=True) for shape in ((4, 8), (8, 3)))
+    product = matmul_accumulated(a, b)
+    assert product.dtype == torch.float32
+    for gradient in torch.autograd.grad(product.sum(), (a, b)):
+        assert gradient.dtype == dtype
+    with torch.no_grad():
+        assert matmul_accumulated(a, b).dtype == torch.float32

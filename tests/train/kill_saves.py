@@ -95,6 +95,15 @@ def main() -> None:
         if not is_whole(found) or found is None or found.step < before.step:
             problems.append(f"random kill {kill}")
         store.clean()
+    # the same step again, as before and after a validation, with nothing else to fall back on
+    alone, again, killed = CheckpointStore(folder / "alone", keep_last=1), 0, True
+    alone.save(checkpoint(1))
+    while killed:
+        again += 1
+        killed = save_and_die_before(alone, 1, again)
+        alone.clean()
+        if not is_whole(alone.newest()):
+            problems.append(f"killed before operation {again} of a save of the same step")
     newest = store.newest()
     assert newest is not None
     leftovers = [each.name for each in folder.iterdir() if each.name.startswith(".step")]

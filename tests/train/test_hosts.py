@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 from click.testing import CliRunner
 
 from cpo_fast.cli.train import train_command
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.launchers import REMOTE_SHELL, Host, by_itself, launch, read_hosts, with_slurm, with_torchrun
-from cpo_fast.train.preflight import Facts, compare, table
+from cpo_fast.train.preflight import Facts, arrived, compare, table
 from tests.train.runs import MakeConfig
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -33,6 +34,7 @@ def test_hosts_are_read_as_others_read_them(tmp_path: Path) -> None:
     path.write_text("# ours\nnode-1 slots=8\n\nroot@10.0.0.2 slots=4  # the small one\nnode-3\n")
     assert read_hosts(str(path), None) == [Host("node-1", 8), Host("root@10.0.0.2", 4), Host("node-3", 1)]
     assert read_hosts(str(path), 2)[:2] == [Host("node-1", 2), Host("root@10.0.0.2", 2)]
+    assert Host("root@10.0.0.2", 2).address == "10.0.0.2"
 
 
 @pytest.mark.parametrize(
@@ -135,11 +137,14 @@ def test_a_killed_task_of_slurm_is_found_by_the_notes_of_the_others(
 
 def test_the_job_of_sbatch_signals_its_ranks_and_queues_itself_again(make_config: MakeConfig, tmp_path: Path) -> None:
     config, job = tmp_path / "c.yaml", tmp_path / "job.sh"
-    config.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    values = make_config().model_dump(mode="json")
+    del values["train"]["grace"]
+    config.write_text(yaml.safe_dump(values))
     options = ["--sbatch", str(job), "--nodes", "4", "--gpus", "8"]
     done = CliRunner().invoke(train_command, [str(config), *options], catch_exceptions=False)
     assert f"start it with: sbatch {job}" in done.output
     text = job.read_text()
+    assert f"train {config} train.grace=270 &" in text  # of the 300 seconds that it is warned before
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n" in text
     # a Slurm whose srun is a process that ends with 143 when it is told to, and whose scontrol writes down what it is asked
     bin_ = tmp_path / "bin"
@@ -169,6 +174,44 @@ def test_ranks_that_differ_are_named_with_how() -> None:
     assert "rank 3 on a cannot read data.path" in problems[3]
     shown = table([facts(), other], [0, 1], {0: {"sum": "right", "folder": "shared"}})
     assert all(word in shown for word in ("torch 2.12.0", "cccccccc", "right", "not tried", "5 GiB"))
+
+
+def test_ranks_that_do_not_come_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("facts/0", "{}")
+    store.set("facts/2", "{}")
+    with pytest.raises(EnvironmentProblem, match="ranks 1, 3 have not come; look at what their hosts say"):
+        arrived(store, 4, 0.1, 0.1)
+    assert "ranks 1, 3 have not come; waiting" in caplog.text
+    for rank in (1, 3):
+        store.set(f"facts/{rank}", "{}")
+    assert arrived(store, 4, 0.1, 0.1) == [{}] * 4
+
+
+STUCK = """
+import sys, time
+import torch, torch.distributed as dist
+from cpo_fast.ranks import Ranks
+from cpo_fast.train.communication import Communicator
+from cpo_fast.train.heartbeat import Heartbeat
+communicator = Communicator(Ranks(0, 2, 0, 2, "torchrun"), torch.device("cpu"))
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+store.set("beat/1", '[0, {"host": "b", "process": 7, "doing": "step 3, micro-batch 1"}]')
+with Heartbeat(communicator, store, 3.0 if sys.argv[1] == "stuck" else 600.0, 1.0):
+    for step in range(4):
+        communicator.doing = f"step {step}" if sys.argv[1] == "moving" else "step 4, the exchange"
+        time.sleep(0.8)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("stuck", 5), ("moving", 0)])
+def test_a_rank_that_waits_too_long_says_what_all_are_at(how: str, code: int) -> None:
+    """Where NCCL would end the process without a word. Here the limit is one second."""
+    done = subprocess.run([sys.executable, "-c", STUCK, how], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "rank 0: error: this rank is at step 4, the exchange for" in done.stderr
+        assert "Rank 1 (process 7 on b) was at: step 3, micro-batch 1. Look at the rank that is behind" in done.stderr
 
 
 def run(config: Path, *options: str, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -88,6 +88,39 @@ def test_a_run_goes_on_bit_for_bit_after_any_step(whole: Config, step: int, tmp_
     assert result.first["step"] == 1
 
 
+def test_a_run_that_ended_in_a_validation_validates_that_step_and_goes_on_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    # the only checkpoints are those before a validation, and the last
+    options = {"num_epochs": 3, "eval_every": 2, "lr": 0.02, "save_every": 1000, "keep_last": 9}
+    whole = make_config(data={"held_out": 0.25}, **options)
+    train(whole)
+    config = interrupted(whole, 4, tmp_path)
+    before, after = Path(whole.run), Path(config.run)
+    saved = json.loads((after / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert saved["unvalidated"]["step"] == 4
+    assert saved["validator"]["best_step"] <= 2
+    train(config)
+    assert steps_of(after) == steps_of(before)
+    newest = max((before / "checkpoints").glob("step-*")).name
+    for name in (
+        *(f"checkpoints/{newest}/{kind}.safetensors" for kind in ("adapter", "optimizer")),
+        "adapter-best/adapter_model.safetensors",
+    ):
+        assert (after / name).read_bytes() == (before / name).read_bytes()
+
+    # where that step is not validated any more, it is forgotten
+    other = tmp_path / "other"
+    other.mkdir()
+    config = interrupted(whole, 4, other)
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"eval_every": 5, "save_every": 1})})
+    train(changed, allow_mismatch=["train.eval_every"])
+    state = json.loads((other / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["unvalidated"] is None
+    steps = [line["step"] for line in steps_of(other / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_a_best_adapter_that_is_another_one_is_not_shipped(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

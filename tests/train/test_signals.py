@@ -1,6 +1,7 @@
 """A signal is noticed while the main thread sits in a call that never returns to Python, and obeyed in time."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from cpo_fast.errors import Interrupted
 from cpo_fast.train.signals import EndSignals, exit_code_of
 
 
@@ -80,3 +82,25 @@ def test_a_process_that_does_not_come_back_leaves_after_the_grace_or_a_second_in
     _, errors = process.communicate(timeout=600)
     assert process.returncode == code == exit_code_of(number)
     assert ("was not saved" in errors) == (grace < 1000)
+
+
+def test_what_a_signal_raises_survives_the_way_to_other_ranks() -> None:
+    copied = pickle.loads(pickle.dumps(Interrupted("SIGTERM after step 3", 143)))
+    assert (str(copied), copied.exit_code) == ("SIGTERM after step 3", 143)
+
+
+def test_a_signal_where_nothing_would_be_lost_raises_at_once() -> None:
+    def interrupted() -> None:
+        with EndSignals(grace=1000) as signals, signals.leaving_at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1000)
+
+    with pytest.raises(Interrupted, match="SIGTERM between steps") as caught:
+        interrupted()
+    assert caught.value.exit_code == 143
+    with EndSignals(grace=1000) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not signals.received:
+            time.sleep(0.01)
+        with pytest.raises(Interrupted), signals.leaving_at_once():
+            raise AssertionError("not reached")
