@@ -15,7 +15,7 @@ import torch
 from cpo_fast.config import TrainConfig
 from cpo_fast.errors import EnvironmentProblem
 from cpo_fast.ranks import Ranks
-from cpo_fast.train.communication import connect
+from cpo_fast.train.communication import Communicator, connect
 from cpo_fast.train.deepspeed_engine import (
     MOMENTS,
     OLDEST,
@@ -56,7 +56,7 @@ class Trained:
     """An engine around `Module`, and what the loop hands to the functions under test."""
 
     def __init__(self, stage: int, weights: dict[str, torch.Tensor] | None = None) -> None:
-        connect(CPU, 60, Ranks())
+        connect(Communicator(Ranks(), CPU), 60, None)
         self.stage, module = stage, Module()
         self.parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
         if weights is not None:
