@@ -197,16 +197,17 @@ from cpo_fast.train.heartbeat import Heartbeat
 communicator = Communicator(Ranks(0, 2, 0, 2, "torchrun"), torch.device("cpu"))
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 store.set("beat/1", '[0, {"host": "b", "process": 7, "doing": "step 3, micro-batch 1"}]')
-with Heartbeat(communicator, store, 3.0 if sys.argv[1] == "stuck" else 600.0, 1.0):
-    for step in range(4):
+# it looks every second, and for what is older than three
+with Heartbeat(communicator, store, 12.0, 3.0):
+    for step in range(20 if sys.argv[1] == "moving" else 2000):
         communicator.doing = f"step {step}" if sys.argv[1] == "moving" else "step 4, the exchange"
-        time.sleep(0.8)
+        time.sleep(0.3)
 """
 
 
 @pytest.mark.parametrize(("how", "code"), [("stuck", 5), ("moving", 0)])
 def test_a_rank_that_waits_too_long_says_what_all_are_at(how: str, code: int) -> None:
-    """Where NCCL would end the process without a word. Here the limit is one second."""
+    """Where NCCL would end the process without a word."""
     done = subprocess.run([sys.executable, "-c", STUCK, how], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == code, done.stderr
     if code:
@@ -287,7 +288,7 @@ def test_two_hosts_whose_cable_is_cut_end_and_go_on_later(
     two_hosts: dict[str, str],
     record_property: Any,
 ) -> None:
-    timeout = 20.0
+    timeout = 40.0
     config = make_config(max_steps=6, save_every=1, collective_timeout=timeout, heartbeat=timeout / 2)
     path, folder = tmp_path / "c.yaml", Path(config.run)
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
