@@ -67,9 +67,9 @@ class Cluster:
         return busiest_tokens * 4 * self.weights / self.operations_a_second + exchange + self.step_seconds
 
 
-def searched_questions(num_questions: int, few_shot: int, vocab_size: int, seed: int = 0) -> list[Example]:
-    """Pairs along winning chains of two to six thoughts, with one to six losers at each."""
-    generator = random.Random(seed)
+def searched_questions(num_questions: int, few_shot: int, vocab_size: int, most: int = 6) -> list[Example]:
+    """Pairs along winning chains of two to `most` thoughts of 15 to 45 tokens, with one to `most` losers at each."""
+    generator = random.Random(0)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
         return tuple(generator.randrange(5, vocab_size) for _ in range(generator.randint(low, high)))
@@ -77,9 +77,9 @@ def searched_questions(num_questions: int, few_shot: int, vocab_size: int, seed:
     shared, examples = ids(few_shot, few_shot), []
     for question in range(num_questions):
         prompt = shared + ids(40, 90)
-        for depth in range(1, generator.randint(2, 6) + 1):
+        for depth in range(1, generator.randint(2, most) + 1):
             chosen = ids(15, 45)
-            for _ in range(generator.randint(1, 6)):
+            for _ in range(generator.randint(1, most)):
                 examples.append(Example(prompt, (chosen, ids(15, 45)), f"q{question}", depth, f"f:{len(examples)}"))
             prompt = prompt + chosen
     return examples

@@ -69,7 +69,7 @@ TRAINING = logging.getLogger("cpo_fast.train")
 )
 @click.option("--hosts", "hosts_path", metavar="FILE", help="Train on these hosts: lines like 'name slots=8'.")
 @click.option("--sbatch", "sbatch_path", metavar="FILE", help="Write a Slurm job to FILE and train nothing.")
-@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), default=1, help="Nodes of the job of --sbatch.")
+@click.option("--nodes", "num_nodes", type=click.IntRange(min=1), help="Nodes of the job of --sbatch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.pass_context
 def train_command(
@@ -82,7 +82,7 @@ def train_command(
     launcher: str | None,
     hosts_path: str | None,
     sbatch_path: str | None,
-    num_nodes: int,
+    num_nodes: int | None,
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter on trees, pairs, or any prompt/chosen/rejected JSONL.
@@ -100,11 +100,18 @@ def train_command(
     if sbatch_path is not None:
         if "grace" not in config.train.model_fields_set:
             arguments.append(f"train.grace={SBATCH_GRACE}")
-        job = sbatch_script(arguments, num_nodes, num_ranks or _num_gpus(), config.run)
-        Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
-        Path(sbatch_path).write_text(job, encoding="utf-8")
+        job = sbatch_script(arguments, num_nodes or 1, num_ranks or _num_gpus(), config.run)
+        try:
+            Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
+            Path(sbatch_path).write_text(job, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--sbatch: {error.filename} cannot be written ({error.strerror}); choose another file or run folder"
+            ) from None
         click.echo(f"wrote {sbatch_path}; look at it, and start it with: sbatch {sbatch_path}")
         return
+    if num_nodes is not None:
+        raise ConfigError("--nodes is for the job of --sbatch FILE; for hosts without Slurm give --hosts FILE")
     hosts = [Host("", num_ranks or (_num_gpus() if launcher else 1))]
     if hosts_path is not None:
         if launcher == "slurm":

@@ -4,34 +4,13 @@ import random
 
 import pytest
 
+from benchmarks.scaling import searched_questions
 from cpo_fast.data.batches import epoch_batches
-from cpo_fast.data.examples import Example
 from cpo_fast.train.dealing import deal, num_tokens
 
 PROMPT = 400  # tokens of a few-shot prompt, which every rank computes once
 NUM_QUESTIONS = 600
-
-
-def searched_questions(seed: int = 0, num_questions: int = NUM_QUESTIONS) -> list[Example]:
-    """Pairs along winning chains of two to five thoughts of 15 to 45 tokens, with one to five losers at each."""
-    generator = random.Random(seed)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(generator.randrange(5, 30_000) for _ in range(generator.randint(low, high)))
-
-    shared = ids(PROMPT, PROMPT)
-    examples = []
-    for question in range(num_questions):
-        prompt = shared + ids(40, 90)
-        for depth in range(1, generator.randint(2, 5) + 1):
-            chosen = ids(15, 45)
-            for _ in range(generator.randint(1, 5)):
-                examples.append(Example(prompt, (chosen, ids(15, 45)), f"q{question}", depth, f"f:{len(examples)}"))
-            prompt = prompt + chosen
-    return examples
-
-
-EXAMPLES = searched_questions()
+EXAMPLES = searched_questions(NUM_QUESTIONS, PROMPT, 30_000, most=5)
 
 
 def efficiency(num_ranks: int, batch_pairs: int, order: str) -> float:

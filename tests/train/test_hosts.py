@@ -163,6 +163,24 @@ def test_the_job_of_sbatch_signals_its_ranks_and_queues_itself_again(make_config
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sbatch", "/proc/none/job.sh"], "--sbatch: /proc/none/job.sh cannot be written"),
+        (["--nodes", "2"], "--nodes is for the job of --sbatch FILE"),
+        (["--hosts", "nowhere"], "--hosts nowhere: cannot read"),
+        (["--hosts", "nowhere", "--launch", "slurm"], "the allocation says which hosts"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(
+    make_config: MakeConfig, tmp_path: Path, options: list[str], message: str
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(make_config().model_dump(mode="json")))
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(train_command, [str(config), *options], catch_exceptions=False)
+
+
 def test_ranks_that_differ_are_named_with_how() -> None:
     versions = {"cpo-fast": "0.1.0", "torch": "2.12.0"}
     other = facts(host="b", versions=versions, config="x" * 64, data="y" * 64)
