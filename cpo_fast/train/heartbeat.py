@@ -43,6 +43,7 @@ class Heartbeat:
         self.watched = [other for other in range(world_size) if other != rank] if rank == 0 else [0]
         self.last: dict[int, dict[str, Any]] = {}  # words by rank
         self._ages = dict.fromkeys(self.watched, 0.0)
+        self._heard: dict[int, int] = {}  # how often a rank had spoken
         self._count = 0
         self._finished = threading.Event()
         self._reason = ""  # why rank 0 ends all
@@ -53,6 +54,8 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self._store is not None:
+            # all have spoken, for their hosts have been compared: from here on each is known by its process and host
+            self._exchange()
             for work in (self._talk, self._watch):
                 threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
         return self
@@ -78,18 +81,20 @@ class Heartbeat:
 
     def _talk(self) -> None:
         """Speak and listen. An answer of the store may never come, so the clock runs in another thread."""
-        assert self._store is not None
-        heard: dict[int, int] = {}
-        keys = [f"beat/{rank}" for rank in self.watched]
         while not self._finished.wait(self.interval):
-            with contextlib.suppress(RuntimeError):  # rank 0 is gone or cut off, and its silence counts
-                self._speak()
-                for rank, text in zip(self.watched, self._store.multi_get(keys), strict=True):
-                    count, self.last[rank] = json.loads(text)
-                    if heard.get(rank) != count:
-                        heard[rank], self._ages[rank] = count, 0.0
-                if self._store.check([_END]):
-                    self._reason = self._store.get(_END).decode()
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self._store is not None
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone or cut off, and its silence counts
+            self._speak()
+            words = self._store.multi_get([f"beat/{rank}" for rank in self.watched])
+            for rank, text in zip(self.watched, words, strict=True):
+                count, self.last[rank] = json.loads(text)
+                if self._heard.get(rank) != count:
+                    self._heard[rank], self._ages[rank] = count, 0.0
+            if self._store.check([_END]):
+                self._reason = self._store.get(_END).decode()
 
     def _watch(self) -> None:
         before = time.monotonic()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from click.testing import CliRunner
@@ -16,6 +17,9 @@ from click.testing import CliRunner
 from cpo_fast.cli.train import train_command
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.launchers import REMOTE_SHELL, Host, by_itself, launch, read_hosts, with_slurm, with_torchrun
+from cpo_fast.ranks import Ranks
+from cpo_fast.train.communication import Communicator
+from cpo_fast.train.heartbeat import Heartbeat
 from cpo_fast.train.preflight import Facts, arrived, compare, table
 from tests.train.runs import MakeConfig
 
@@ -231,6 +235,15 @@ def test_a_rank_that_waits_too_long_says_what_all_are_at(how: str, code: int) ->
     if code:
         assert "rank 0: error: this rank is at step 4, the exchange for" in done.stderr
         assert "Rank 1 (process 7 on b) was at: step 3, micro-batch 1. Look at the rank that is behind" in done.stderr
+
+
+def test_a_rank_is_known_by_its_process_before_the_first_interval_has_passed() -> None:
+    """A rank that falls silent in the first seconds was reported as process ? on ?."""
+    communicator = Communicator(Ranks(0, 2, 0, 2, "torchrun"), torch.device("cpu"))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("beat/1", '[0, {"host": "b", "process": 7, "doing": "comparing the hosts"}]')
+    with Heartbeat(communicator, store, 6e4) as heartbeat:
+        assert heartbeat.others() == "Rank 1 (process 7 on b) was at: comparing the hosts. "
 
 
 def run(config: Path, *options: str, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -96,7 +96,7 @@ def test_signals_deaths_and_silence(make_config: MakeConfig, tmp_path: Path) -> 
         code, errors = launched.end()
         assert code == 5
         sentence = f"rank {silent} (process {launched.ranks[silent].pid} on "
-        assert f"rank {other}: error: {sentence}" in errors
+        assert f"rank {other}: error: {sentence}" in errors, errors
         assert "has given no sign of life for 15 s" in errors
         assert "It was at: " in errors
         assert launched.seconds < SILENT + 35
