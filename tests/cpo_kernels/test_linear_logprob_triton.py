@@ -191,9 +191,10 @@ def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int, voc
 @runs_kernels
 def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies of tests are so small that every tile would be a split of its own."""
-    from cpo_kernels.linear_logprob import triton_sums
+    from cpo_kernels.linear_logprob import triton_chunked, triton_fused
 
-    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", 1)
+    for module in (triton_chunked, triton_fused):
+        monkeypatch.setattr(module, "PROGRAMS_AN_SM", 0)
     ratios = excess(crowded(2500, 8, softcap=30.0, bias=True), torch.float32)
     assert max(ratios.values()) <= 1, ratios
 
@@ -363,13 +364,14 @@ def test_any_number_of_rows_is_complete(num_rows: int, monkeypatch: pytest.Monke
 
 
 @runs_kernels
-@pytest.mark.parametrize(("path", "programs"), [("chunk", 512), ("fused", 512), ("fused", 1)])
+@pytest.mark.parametrize(("path", "programs"), [("chunk", 4), ("fused", 4), ("fused", 0)])
 def test_equal_largest_logits_are_all_top(path: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the second largest is not, though it is larger than any of the tile before; tiles are splits, or in one."""
-    from cpo_kernels.linear_logprob import triton_sums
+    from cpo_kernels.linear_logprob import triton_chunked, triton_fused
 
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", path)
-    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", programs)
+    for module in (triton_chunked, triton_fused):
+        monkeypatch.setattr(module, "PROGRAMS_AN_SM", programs)
     weight = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     weight[[3, 190]] = 4 * weight[3]  # two equal rows, which win
     weight[150], weight[160] = 9 * weight[5], 8 * weight[5]

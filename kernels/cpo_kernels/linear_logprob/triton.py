@@ -22,7 +22,12 @@ import torch
 from cpo_kernels.device import matmul_accumulated
 from cpo_kernels.linear_logprob.results import GRADED, Head, PairScores
 from cpo_kernels.linear_logprob.triton_backward import head_gradients, row_gradients
-from cpo_kernels.linear_logprob.triton_chunked import PROBABILITY_SCALE, chunk_scores, conditional_probabilities
+from cpo_kernels.linear_logprob.triton_chunked import (
+    PROBABILITY_SCALE,
+    chunk_scores,
+    conditional_probabilities,
+    empty_chunk,
+)
 from cpo_kernels.linear_logprob.triton_fused import fused_scores
 from cpo_kernels.linear_logprob.triton_sums import (
     ENTROPY,
@@ -145,12 +150,17 @@ def _through_chunks(
     picked, logps = (rows.new_empty(plan.pair_row.shape, dtype=torch.float32) for _ in range(2))
     stats = rows.new_empty(NUM_STATS, rows.shape[0], dtype=torch.float32)
     expected = rows.new_empty(rows.shape if with_expected else (0,), dtype=torch.float32)
-    for first in range(0, rows.shape[0], head.chunk_rows):
-        chunk = slice(first, first + head.chunk_rows)
-        products = matmul_accumulated(rows[chunk], head.weight.t())
-        chunk_scores(products, head, plan, first, picked, logps, stats, with_outputs)
+    num_rows, vocab = rows.shape[0], head.weight.shape[0]
+    step = head.chunk_rows(num_rows)
+    # made once: the next chunk's would be made before the last one's are gone
+    products = empty_chunk(step, vocab, rows, torch.float32)
+    probabilities = empty_chunk(step if with_expected else 0, vocab, rows, head.weight.dtype)
+    for first in range(0, num_rows, step):
+        chunk, count = slice(first, first + step), min(step, num_rows - first)
+        logits = matmul_accumulated(rows[chunk], head.weight.t(), out=products[:count])
+        chunk_scores(logits, head, plan, first, picked, logps, stats, with_outputs)
         if with_expected:
-            probabilities = conditional_probabilities(products, head, stats[:, chunk])
+            others = conditional_probabilities(logits, head, stats[:, chunk], probabilities[:count])
             scale = stats[REST, chunk] * (Transform.of(head).slope / PROBABILITY_SCALE)
-            expected[chunk] = matmul_accumulated(probabilities, head.weight).mul_(scale.unsqueeze(1))
+            matmul_accumulated(others, head.weight, out=expected[chunk]).mul_(scale.unsqueeze(1))
     return picked, logps, stats, expected
