@@ -1,4 +1,4 @@
-"""Moving plans to a device, and the one rule about accumulation.
+"""Moving plans to a device, what a GPU is and has free, and the one rule about accumulation.
 
 Forests, schedules and plans are built on the CPU, where their checks and sorts cost the device nothing. `to_device` then
 queues their copies behind the device's work. A plain `.to("cuda")` waits until that work is done. With
@@ -60,6 +60,21 @@ def _moved(value: Any, device: torch.device, copies: dict[int, Any]) -> Any:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of accumulators and log-probabilities for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def architecture(device: torch.device) -> str:
+    """What kernels are tuned for: "sm80", "sm90" or "other"."""
+    if device.type != "cuda":
+        return "other"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm80", (9, 0): "sm90"}.get(capability, "other")
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of a GPU. Where Triton's interpreter runs kernels, as many as an H200 has."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # torch has asked the driver once
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:

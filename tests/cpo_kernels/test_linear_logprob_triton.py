@@ -218,6 +218,43 @@ def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: p
 
 
 @runs_kernels
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("vocab", "train_head"), [(517, False), (1041, True)])
+def test_what_lies_between_two_rows_of_a_chunk_is_never_a_logit(
+    vocab: int, train_head: bool, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, every output and every gradient: the same bits as with zeros there."""
+    from cpo_kernels.linear_logprob import triton as forward
+    from cpo_kernels.linear_logprob import triton_backward as backward
+
+    original = forward.empty_chunk
+    filled: list[float] = []
+
+    def poisoned(value: float) -> Callable[..., torch.Tensor]:
+        def empty_chunk(num_rows: int, num_columns: int, *others: Any) -> torch.Tensor:
+            chunk = original(num_rows, num_columns, *others)
+            assert chunk.stride(0) % 16 == 0 < chunk.stride(0) - num_columns
+            filled.append(value)
+            chunk.as_strided((num_rows, chunk.stride(0)), (chunk.stride(0), 1)).fill_(value)
+            return chunk
+
+        return empty_chunk
+
+    def values(value: float) -> dict[str, torch.Tensor]:
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "empty_chunk", poisoned(value))
+        return measured(case, "triton", torch.float32, train_head)
+
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(vocab * 2))  # several chunks of rows
+    case = crowded(vocab, bias=train_head, softcap=3.0 if train_head else None)
+    want, got = values(0.0), values(poison)
+    assert len(filled) > 8  # both values, of products and of what is made of them
+    for name, value in want.items():
+        assert bool(value.isfinite().all()), name
+        assert torch.equal(got[name], value), name
+
+
+@runs_kernels
 def test_a_row_whose_targets_are_the_whole_vocabulary_has_no_rest() -> None:
     case = make_case(vocab=5, num_rows=2, num_tokens=10)
     case.rows, case.targets, case.segments = [0] * 5 + [1] * 5, list(range(5)) * 2, [0] * 10

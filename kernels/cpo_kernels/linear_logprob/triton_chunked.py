@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cpo_kernels.device import multiprocessors
 from cpo_kernels.linear_logprob.chunk_size import row_stride
 from cpo_kernels.linear_logprob.results import Head
 from cpo_kernels.linear_logprob.triton_sums import (
@@ -25,7 +26,6 @@ from cpo_kernels.linear_logprob.triton_sums import (
     accumulate,
     final_logits,
     merge,
-    multiprocessors,
     slope_factor,
     splits,
 )
@@ -33,8 +33,8 @@ from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED, cast
 
 BLOCK_LOGITS = 1024  # columns of a row per step: 4 KiB in float32
-# Of partial sums, as many as an SM holds at once (4 warps each, 28 registers a thread). One has 4 KiB of loads in flight, and
-# 4.3 TB/s on the 132 SMs of an H200 at 700 ns a load take 4.3e12 x 700e-9 / 132 = 23 KB an SM: six programs or more.
+# Of partial sums: as many as an SM holds at once, 4 warps each. One has 4 KiB of loads in flight. At about 700 ns a load
+# the 4.3 TB/s of an H200 take 4.3e12 x 700e-9 / 132 SMs = 23 KB in flight an SM, six programs or more.
 PROGRAMS_AN_SM = 16
 BLOCK_TARGETS = 16  # targets of a row per step; most rows have 1, a branch as many as it has children
 # Stored probabilities are scaled by this: the smallest float16 stands for 6e-11, and 128k smaller ones lose 1e-5 at most.

@@ -21,7 +21,6 @@ import triton.language as tl
 from cpo_kernels.linear_logprob.results import Head
 
 MAX_SPLITS = 256  # partial sums of a row, merged by one program; one row tile alone then fills a card of 132 SMs
-INTERPRETED_MULTIPROCESSORS = 132  # as an H200 has
 MAX_VOCAB = 1 << 24  # the column of the largest logit is kept as a float32, exact below this
 
 # Planes of `partials` [5, R, splits] (the first two alone where no output is asked) and of `stats` [7, R].
@@ -171,13 +170,6 @@ def _merge(
             tl.store(top + row, tl.minimum(column.to(tl.int64), vocab - 1))  # no column equals a NaN
         tl.store(stat + 5 * plane, tl.log(total_sum) - weighted_sum / total_sum)
         tl.store(stat + 6 * plane, total / vocab)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors (SMs) of a GPU."""
-    if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # torch has asked the driver once
 
 
 def splits(num_tiles: int, programs_per_split: int, wanted_programs: int) -> tuple[int, int]:
