@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.cpo_kernels.aot import Compiled, read_binary
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -27,8 +29,8 @@ class Launch:
         """Of the kernel."""
         return str(self.kernel.__name__)
 
-    def binary(self, arch: int) -> Any:
-        """Triton's compiled kernel for compute capability `arch` (80 or 90), as `JITFunction.run` would compile it."""
+    def compiled(self, arch: int) -> Compiled:
+        """The kernel for compute capability `arch` (80 or 90), as `JITFunction.run` compiles it at this launch."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, make_backend
@@ -38,11 +40,23 @@ class Launch:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         bound, specialization, options = bind(*self.args, **self.kwargs, debug=False)
-        options, signature, constexprs, attrs = self.kernel._pack_args(
-            backend, dict(options), bound, specialization, options
-        )
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        return triton.compile(source, target=target, options=options.__dict__)
+        key = (self.name, arch, repr((specialization, options)), repr(_constants(self.kernel, bound)))
+        if key not in _compiled:
+            options, signature, constants, attributes = self.kernel._pack_args(
+                backend, dict(options), bound, specialization, options
+            )
+            source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+            _compiled[key] = read_binary(triton.compile(source, target=target, options=options.__dict__), arch)
+        return _compiled[key]
+
+
+_compiled: dict[
+    tuple[Any, ...], Compiled
+] = {}  # as a process that launches keeps them: one for all that is specialised alike
+
+
+def _constants(kernel: Any, bound: dict[str, Any]) -> list[Any]:
+    return [bound[parameter.name] for parameter in kernel.params if parameter.is_constexpr]
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
