@@ -17,7 +17,7 @@ from cpo_kernels.logprob_plan import LogprobPlan
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions
 from tests.cpo_kernels.kernel_device import not_interpreted
 from tests.cpo_kernels.launches import Launch, launches
-from tests.cpo_kernels.machine_code import Reach, assert_reaches, global_accesses, machine_code
+from tests.cpo_kernels.machine_code import Reach, assert_reaches, global_accesses, machine_code, resident_blocks
 
 pytestmark = not_interpreted
 
@@ -88,6 +88,14 @@ MEMORY_BOUND = {
 GATED = {*MEMORY_BOUND, "_product_partials"}
 
 
+def assert_hides_latency(name: str, binary: Compiled) -> None:
+    """Fail unless a kernel that is bound by memory fits, spills in no loop, and has blocks enough on a multiprocessor."""
+    assert_fits(binary, binary.arch, MAX_STACK_BYTES)
+    assert binary.stack_bytes == 0 or machine_code(binary).inner_spills == 0, name
+    blocks = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
+    assert blocks >= LEAST_BLOCKS, f"{name}: {blocks} blocks a multiprocessor"
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("call", STORED, ids=str)
 def test_kernels_of_stored_logits_fit_the_card(call: Call, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +103,7 @@ def test_kernels_of_stored_logits_fit_the_card(call: Call, arch: int, monkeypatc
     last = {"expected": ["_conditional", "_row_gradients"], "recompute": ["_product_gradients", "_put_targets"]}
     assert [name for name, _ in binaries] == ["_take_targets", "_logit_partials", "_merge", *last[call.mode]]
     for name, binary in binaries:
-        assert_fits(binary, arch, MAX_STACK_BYTES)
-        assert machine_code(binary).inner_spills == 0, name
-        assert machine_code(binary).blocks >= LEAST_BLOCKS, name
+        assert_hides_latency(name, binary)
 
 
 # Accesses that are narrower, of numbers by row: (loads, stores).
@@ -114,8 +120,9 @@ def assert_wide(name: str, binary: Compiled) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("transformed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "transformed"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)], ids=str
+)
 @pytest.mark.parametrize("mode", ["expected", "recompute"])
 def test_chunks_of_any_vocabulary_are_read_and_written_16_bytes_at_a_time(
     mode: str, dtype: torch.dtype, transformed: bool, arch: int, monkeypatch: pytest.MonkeyPatch
@@ -171,9 +178,8 @@ def test_fused_products_reach_what_is_written(
     (product, binary), *others = call.binaries(arch, monkeypatch)
     assert product == "_product_partials"
     assert {name for name, _ in others} == {"_target_logits", "_merge"}
-    for _, other in others:
-        assert_fits(other, arch, MAX_STACK_BYTES)
-        assert machine_code(other).blocks >= LEAST_BLOCKS
+    for name, other in others:
+        assert_hides_latency(name, other)
     assert_fits(binary, arch, MAX_STACK_BYTES)
     hopper = arch == 90 and block_r >= 64  # a smaller tile has no warp-group product
     exact = dtype == torch.float32
