@@ -84,8 +84,6 @@ def resolve_device(name: str) -> "torch.device":
 
 def free_device_bytes(device: "torch.device") -> int:
     """Bytes that this process can still allocate on a device: free ones, and those that torch holds unused."""
-    import torch
-
     if device.type == "cuda":
         from cpo_kernels.device import free_and_total_bytes
 

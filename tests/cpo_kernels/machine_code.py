@@ -134,10 +134,9 @@ def machine_code(binary: Compiled) -> MachineCode:
     return MachineCode(binary.registers, binary.stack_bytes, binary.shared_bytes, blocks, inner, outer_spills)
 
 
-def global_accesses(binary: Compiled) -> Counter[str]:
-    """Loads from and stores to global memory, loops or not, by their width: "LDG.128", "STG.32", "LDG.U16"."""
-    found = GLOBAL_ACCESS.findall(disassembled(binary))
-    return Counter(f"{name}.{width or 32}" for name, width in found)
+def global_accesses(disassembly: str) -> Counter[str]:
+    """Loads from and stores to global memory of `disassembled`, loops or not, by width: "LDG.128", "STG.32", "LDG.U16"."""
+    return Counter(f"{name}.{width or 32}" for name, width in GLOBAL_ACCESS.findall(disassembly))
 
 
 @functools.cache

@@ -17,7 +17,14 @@ from cpo_kernels.logprob_plan import LogprobPlan
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions
 from tests.cpo_kernels.kernel_device import not_interpreted
 from tests.cpo_kernels.launches import Launch, launches
-from tests.cpo_kernels.machine_code import Reach, assert_reaches, global_accesses, machine_code, resident_blocks
+from tests.cpo_kernels.machine_code import (
+    Reach,
+    assert_reaches,
+    disassembled,
+    global_accesses,
+    machine_code,
+    resident_blocks,
+)
 
 pytestmark = not_interpreted
 
@@ -112,7 +119,7 @@ SCALARS = {"_logit_partials": (0, 2), "_conditional": (2, 0), "_product_gradient
 
 def assert_wide(name: str, binary: Compiled) -> None:
     """Fail unless a kernel reads and writes a chunk 16 bytes at a time."""
-    accesses = global_accesses(binary)
+    accesses = global_accesses(disassembled(binary))
     narrow = {name: sum(n for access, n in accesses.items() if access[:3] == name and access[3:] != ".128")
               for name in ("LDG", "STG")}  # fmt: skip
     assert (narrow["LDG"], narrow["STG"]) == SCALARS[name], f"{name}: {dict(accesses)}"
@@ -197,15 +204,15 @@ def test_a_step_reads_the_weight_as_seldom_as_memory_allows(monkeypatch: pytest.
     def chunks(call: Call) -> list[int]:
         return [launch.grid[0] for launch in call.launched() if launch.name == "_take_targets"]
 
-    monkeypatch.setenv(chunk_size.CHUNK_VARIABLE, str(chunk_size.logits_that_fit(60 << 30, 79 << 30)))
+    monkeypatch.setattr(chunk_size, "CPU_LOGITS", chunk_size.logits_that_fit(60 << 30, 79 << 30))  # of "meta" too
     assert chunks(Call("expected", vocab=128256)) == [1024, 1024]
     assert chunks(Call("expected", vocab=128256, num_rows=1300)) == [768, 532]
-    assert chunks(Call("chunk", vocab=32001, num_rows=4000)) == [4000]
+    assert chunks(Call("chunk", vocab=32001, num_rows=4000)) == [1024, 1024, 1024, 928]
 
 
 def test_partial_sums_fill_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows or many: at least as many programs as an H200 holds at once, unless a split would be less than a tile."""
-    monkeypatch.setenv(chunk_size.CHUNK_VARIABLE, str(1 << 27))
+    monkeypatch.setattr(chunk_size, "CPU_LOGITS", 1 << 27)  # of "meta" too
 
     def programs(**shape: Any) -> int:
         (grid,) = {launch.grid for launch in Call("chunk", **shape).launched() if launch.name == "_logit_partials"}

@@ -102,6 +102,19 @@ def test_chunks_on_a_gpu_are_of_about_equal_sizes_and_on_a_cpu_as_they_were(monk
     assert [chunk_rows(rows, 128256, CPU) for rows in (1024, 1025, 2049)] == [1024, 1024, 1024]
     monkeypatch.delenv("CPO_KERNELS_MAX_CHUNK_LOGITS")
     assert max_chunk_logits(CPU) == 1 << 25
+    assert chunk_rows(8192, 1000, CPU) == 8192
+
+
+def test_a_gpu_holds_no_more_rows_than_hide_the_reading_of_the_weight(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int, int], list[str]]
+) -> None:
+    """Unless more are asked for by name."""
+    card(60 * GIB, 0, 80 * GIB)
+    assert [chunk_rows(4096, vocab, GPU) for vocab in (32000, 49152, 128256, 152064, 256000)] == [
+        1024, 1024, 1024, 768, 512,
+    ]  # fmt: skip
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(1 << 27))
+    assert chunk_rows(4096, 32000, GPU) == 4096
 
 
 def test_the_card_is_asked_once_and_cached_memory_counts_as_free(

@@ -19,14 +19,14 @@ traffic wins even with a slower product.
 
 Predicted, not measured: a step (policy forward and backward, reference) on an H200 in bf16 with E 4096, against its floor,
 three products of 2 R V E operations at 790 TFLOP/s. A step adds 24 bytes a logit at 4.3 TB/s: 4 written and 4 read, twice,
-and of the policy 4 read, 2 written and 2 read. Chunks of 2^27 logits read the weight behind their products: 0.24 ms a
+and of the policy 4 read, 2 written and 2 read. Chunks of 1,024 rows read the weight behind their products: 0.24 ms a
 product for 1.05 GB where 1,024 rows compute for 1.36. The lower end has products at 790, the upper at 0.9 of it.
 
     V          rows     floor, ms    predicted, ms
-    128,256     512        2.04       2.4 -  2.7
-    128,256   2,048        8.17       9.6 - 10.7
-    128,256   8,192        32.7      38.5 - 42.3
-     32,000   2,048        2.04       2.4 -  2.7
+    128,256     512        2.04       2.4 -  2.6
+    128,256   2,048        8.17       9.6 - 10.5
+    128,256   8,192        32.7      38.5 - 42.2
+     32,000   2,048        2.04       2.4 -  2.6
 """
 
 import functools
