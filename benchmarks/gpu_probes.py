@@ -8,7 +8,7 @@
 
 Figures are named as in `gpu_predictions`. On a CPU the kernels need TRITON_INTERPRET=1, and everything is tiny.
 
-    python -m benchmarks.gpu_probes check --op linear_logprob --shape llama-2-7b
+    python -m benchmarks.gpu_probes check --op linear_logprob --shape 7b
 """
 
 import argparse
@@ -31,9 +31,9 @@ PRODUCTS = (  # M, N, K of bf16 products that the head, a decode step and a trai
     (256, 4096, 4096), (256, 11008, 4096), (256, 4096, 11008), (1701, 4096, 4096), (1701, 11008, 4096),
 )  # fmt: skip
 SUM_ROWS, SUM_COLUMNS = (13, 37, 199), 517  # the self-check's products
-SHAPES = {  # dtype, heads, key heads, head size, hidden size
+SHAPES = {  # of the models that are checked, 7b that of Llama-2-7B: dtype, heads, key heads, head size, hidden size
     "default": (torch.bfloat16, 8, 2, 128, 1024),
-    "llama-2-7b": (torch.bfloat16, 32, 32, 128, 4096),
+    "7b": (torch.bfloat16, 32, 32, 128, 4096),
     "tiny": (torch.float32, 2, 1, 16, 32),
 }
 TILE_CASES = ((32, 32, "trees"), (32, 32, "one tree"), (32, 32, "chain"), (32, 8, "one tree"))  # H, G, forest
