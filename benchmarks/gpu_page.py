@@ -107,8 +107,9 @@ def page(outcomes: Sequence[Outcome], lines: Sequence[Mapping[str, Any]], more: 
     ended = {outcome.step: outcome for outcome in outcomes}
     predicted = [p for p in PREDICTIONS if (p.step in FOLLOW_UP) == more]
     rows = [_row(p, found.get(p.figure), ended.get(p.step)) for p in predicted]
-    parts = ["Predicted for an H200, before anything had run on a GPU"]
-    parts.append(table(["figure", "measured", "predicted", "after the change", "bar", "", "verdict"], rows))
+    device = next((line["environment"]["device"] for line in lines if "environment" in line), "nothing measured")
+    parts = [f"Measured on: {device}. Predicted for an H200, before anything had run on a GPU."]
+    parts.append(table(["figure", "measured", "predicted", "after the change", "bar", "verdict"], rows))
     others = sorted(found.keys() - {p.figure for p in predicted})
     if others:
         parts += [
@@ -130,20 +131,21 @@ def page(outcomes: Sequence[Outcome], lines: Sequence[Mapping[str, Any]], more: 
 
 
 def _row(prediction: Prediction, measured: float | None, outcome: Outcome | None) -> list[str]:
-    low, high = prediction.shipped
-    row = [prediction.figure, "-" if measured is None else _number(measured), _range((low, high))]
+    row = [prediction.figure, "-" if measured is None else _number(measured)]
+    row.append(f"{prediction.shipped[0]:.0%} likely" if prediction.is_chance else _range(prediction.shipped))
     row.append("" if prediction.after is None else _range(prediction.after))
     row.append("" if prediction.bar is None else f"{prediction.bar[0]} {_number(prediction.bar[1])}")
     if measured is None:
-        return [*row, "", f"not measured: {outcome.what if outcome else 'its step did not run'}"]
-    verdict = ""
+        how = "its step did not run" if outcome is None else f"its step: {outcome.what}"
+        return [*row, f"not measured; {how}"]
+    verdicts = []
     if prediction.bar is not None:
         side, limit = prediction.bar
-        verdict = "met" if (measured <= limit if side == "<=" else measured >= limit) else "MISSED"
-    ends = (low, high, *(prediction.after or ()))
-    least, most = min(ends), max(ends)
-    surprise = "surprise" if not least / FAR <= measured <= most * FAR else ""
-    return [*row, verdict, surprise]
+        verdicts.append("met" if (measured <= limit if side == "<=" else measured >= limit) else "MISSED")
+    ends = (*prediction.shipped, *(prediction.after or ()))
+    if not prediction.is_chance and not min(ends) / FAR <= measured <= max(ends) * FAR:
+        verdicts.append("a surprise")
+    return [*row, ", ".join(verdicts)]
 
 
 def _remarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:

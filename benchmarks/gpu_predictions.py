@@ -8,6 +8,9 @@ predicted for the change that the prediction proposes. A prediction is not edite
 from dataclasses import dataclass
 
 Range = tuple[float, float]
+WITHIN = ("<=", 1.0)  # the bound of an error ratio
+NEVER = ("<=", 0.0)  # of what may not happen
+COMPUTED, GUESSED, MIXED, ELSEWHERE = "computed", "guessed", "computed and guessed", "measured on such a card"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Prediction:
     Attributes:
         figure: its name in the records, with its unit.
         step: of `gpu_quick` that measures it; "" where none does.
-        shipped: least and greatest predicted value at revision 5720e77.
+        shipped: least and greatest predicted value at revision 5720e77; of a figure that is 1 where something failed and
+            else 0, the probability of 1, twice.
         basis: measured, computed, guessed; what is computed from guesses says both.
         after: predicted after the proposed change.
         bar: a limit and on which side of it the figure must lie: ("<=", 2.8).
@@ -30,19 +34,23 @@ class Prediction:
     after: Range | None = None
     bar: tuple[str, float] | None = None
 
+    @property
+    def is_chance(self) -> bool:
+        """Whether `shipped` is the probability of a figure of 1."""
+        return self.bar == NEVER
+
 
 def _exactly(value: float) -> Range:
     return (value, value)
 
-
-WITHIN = ("<=", 1.0)  # the bound of an error ratio
-COMPUTED, GUESSED, MIXED, ELSEWHERE = "computed", "guessed", "computed and guessed", "measured on such a card"
 
 PREDICTIONS = (
     # ceilings
     Prediction("copy TB/s", "ceilings", _exactly(4.3), ELSEWHERE),
     Prediction("matmul TF/s", "ceilings", _exactly(790), ELSEWHERE),
     # the self-check refuses correct kernels where the product behind eager is split; error over bound, above 1 is refused
+    Prediction("linear_logprob, 7b: refused", "check linear_logprob, 7b", _exactly(0.45), MIXED, None, NEVER),
+    Prediction("linear_logprob, default: refused", "check linear_logprob, default", _exactly(0.2), MIXED, None, NEVER),
     Prediction("linear_logprob, 7b: worst ratio", "check linear_logprob, 7b", (0.5, 4.3), MIXED, (0, 1), WITHIN),
     Prediction("linear_logprob, default: worst ratio", "check linear_logprob, default", (0.2, 1.5), MIXED, (0, 1), WITHIN),
     Prediction("tree_attention, 7b: worst ratio", "check tree_attention, 7b", (0, 1), GUESSED, None, WITHIN),
@@ -59,9 +67,9 @@ PREDICTIONS = (
     Prediction("chain: FlexAttention: forward ms", "flex", (1.2, 1.5), GUESSED),
     Prediction("chain: FlexAttention: backward ms", "flex", (4.0, 5.0), GUESSED),
     # a decode step of the Llama-2-7B shape, recorded; 1 is a failed recording
-    Prediction("graph at 16 rows failed", "graph", _exactly(0.12), GUESSED, None, ("<=", 0)),
-    Prediction("graph at 64 rows failed", "graph", _exactly(0.12), GUESSED, None, ("<=", 0)),
-    Prediction("graph at 256 rows failed", "graph", _exactly(0.12), GUESSED, None, ("<=", 0)),
+    Prediction("graph at 16 rows failed", "graph", _exactly(0.12), GUESSED, None, NEVER),
+    Prediction("graph at 64 rows failed", "graph", _exactly(0.12), GUESSED, None, NEVER),
+    Prediction("graph at 256 rows failed", "graph", _exactly(0.12), GUESSED, None, NEVER),
     Prediction("decode step at 16 rows ms", "graph", (5.5, 6.5), GUESSED),
     Prediction("decode step at 256 rows ms", "graph", (10.5, 12.5), MIXED, (7.5, 9.5)),
     Prediction("decode step at 256 rows, share of the roofline", "graph", (0.32, 0.38), MIXED, None, (">=", 0.5)),

@@ -109,7 +109,8 @@ def check(arguments: argparse.Namespace) -> None:
             ratios = CHECKS[op](arguments.device, shape)
         worst = max(ratios.values(), key=lambda value: float("inf") if value != value else value)
         above = {name: value for name, value in ratios.items() if not value <= 1}
-        figures = {f"{op}, {arguments.shape}: worst ratio": worst}
+        where = f"{op}, {arguments.shape}"
+        figures = {f"{where}: worst ratio": worst, f"{where}: refused": float(bool(above))}
         facts = {"op": op, "shape": arguments.shape, "ratios": ratios, "above": above}
         note(arguments, figures, **facts, bound=1.0, seconds=time.perf_counter() - started)
 

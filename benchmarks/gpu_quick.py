@@ -103,7 +103,7 @@ def more_gpu_steps() -> list[Stage]:
 
 def cpu_steps() -> list[Stage]:
     """The same on a CPU with stand-ins: tiny shapes, kernels in Triton's interpreter where kernels are meant."""
-    check = "gpu_probes  check  --device  cpu  --shape  tiny  --op  tree_attention,tree_decode"
+    check = "gpu_probes  check  --device  cpu  --shape  tiny  --op  tree_decode"
     tiny = "--device  cpu  --set  tiny"
     collect = f"collect  {tiny}  --contestants  roofline,batched  --repeats  1  --sample-calls  8"
     train = "gpu_train_step  --device  cpu  --shape  tiny  --order  questions  --baselines  TRL  --repeats  1"
