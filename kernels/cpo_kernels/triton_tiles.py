@@ -7,7 +7,7 @@ float32 in both.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what triton.jit looks at when a kernel is defined
 MIN_BLOCK = 16  # the least extent of a matrix instruction's operands
 MAX_HEAD_DIM = 256  # above it one tile of queries and keys does not fit in shared memory
+MAX_ROW_STRIDE = 2**24  # elements: the rows of a tile, 128 at most, then lie within 2^31 of each other
 LOG2_E = 1.4426950408889634
 
 
@@ -27,6 +28,7 @@ class Tile:
     block_kv: int
     num_warps: int
     num_stages: int  # of software pipelining: tiles in flight
+    num_passes: int = 1  # 2 where the results of a kernel, dk and dv, are made one after the other
 
 
 # Of tree_attention by padded head size: float32 products run outside the matrix units and hold their operands in registers.
@@ -35,6 +37,17 @@ EXACT_TILES = {
     128: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
     256: Tile(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
+
+
+def tile_architecture(device: torch.device) -> int:
+    """The compute capability, times ten, whose tiles a device takes: 80 or 90.
+
+    One that has no tiles of its own takes those of the nearest lower one that has, and what is below 8.0 those of 8.0. So
+    does 12.x, which has the matrix instructions of 8.0 and less shared memory than 9.0, and so does a CPU, for tests.
+    """
+    if device.type != "cuda":
+        return 80
+    return 90 if 9 <= torch.cuda.get_device_capability(device)[0] < 12 else 80
 
 
 def choose_tile(
@@ -51,7 +64,7 @@ def choose_tile(
         op: name of the op, for messages.
         head_dim: D, at most 256.
         dtype: bfloat16, float16 or float32.
-        table: tile by padded head size, for 16-bit inputs.
+        table: tile by padded head size, for 16-bit inputs, of the device's architecture.
         exact_table: the same for float32.
         blocks: `block_q` and `block_kv` of a schedule. A tile may be smaller than its block, since every part of a full
             block is full and a mask is exact on every part of a partial one. It is never larger. Both are powers of two,
@@ -73,7 +86,7 @@ def choose_tile(
             raise ValueError(
                 f"{op}: impl='triton' expects a schedule whose {name} is a power of two >= {MIN_BLOCK}, got {block}"
             )
-    return Tile(min(tile.block_q, blocks[0]), min(tile.block_kv, blocks[1]), tile.num_warps, tile.num_stages)
+    return replace(tile, block_q=min(tile.block_q, blocks[0]), block_kv=min(tile.block_kv, blocks[1]))
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -82,8 +95,8 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] with adjacent elements in a row, copied only where they are not. Rows and heads keep their strides."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """[T, H, D] with adjacent elements in a row, and rows no further apart than MAX_ROW_STRIDE; copied only if not so."""
+    return x if x.stride(2) == 1 and x.stride(0) <= MAX_ROW_STRIDE else x.contiguous()
 
 
 @triton.jit
@@ -170,10 +183,14 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     CHECKED: tl.constexpr,
     UPCAST: tl.constexpr,
+    NEAR: tl.constexpr = False,  # rows count from the first of one tile: half the registers for their addresses
 ) -> tl.tensor:
     """[N, BLOCK_D] of one head. Columns past HEAD_DIM are zero, and with CHECKED rows past `num_rows` too."""
     columns = tl.arange(0, BLOCK_D)
-    addresses = pointer + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    if NEAR:
+        addresses = pointer + (rows[:, None] * row_stride + columns[None, :])
+    else:
+        addresses = pointer + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     if CHECKED:
         tile = tl.load(addresses, mask=(rows[:, None] < num_rows) & (columns[None, :] < HEAD_DIM), other=0.0)
     elif HEAD_DIM == BLOCK_D:

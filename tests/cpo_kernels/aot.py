@@ -1,16 +1,16 @@
 """Compile a Triton kernel for a GPU that is not there, and read what the binary needs.
 
 `triton.compile` runs through to machine code without a driver; registers and stack are then read off the binary by the
-`cuobjdump` that Triton ships. Shared memory above the card's limit, a spill or a product without matrix instructions do
-not stop the compiler, so `assert_fits` and `assert_matrix_instructions` do. The process must not have TRITON_INTERPRET
-set: there, kernels are not kernels.
+`cuobjdump` that Triton ships, and what its loops issue by `machine_code`. Shared memory above the card's limit, a spill
+or a product without matrix instructions do not stop the compiler, so `assert_fits` and `assert_matrix_instructions` do.
+The process must not have TRITON_INTERPRET set: there, kernels are not kernels.
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ class Compiled:
     shared_bytes: int  # per block
     registers: int  # per thread
     stack_bytes: int  # per thread; registers that were spilled
-    ptx: str
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+    arch: int  # compute capability, 80 or 90
+    num_warps: int  # per block
 
 
 def compile_kernel(
@@ -68,8 +71,9 @@ def compile_kernel(
     binary = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
-    registers, stack_bytes = _resources(binary.asm["cubin"])
-    return Compiled(int(binary.metadata.shared), registers, stack_bytes, binary.asm["ptx"])
+    code = binary.asm["cubin"]
+    registers, stack_bytes = _resources(code)
+    return Compiled(int(binary.metadata.shared), registers, stack_bytes, binary.asm["ptx"], code, arch, num_warps)
 
 
 def assert_fits(binary: Compiled, arch: int, max_stack_bytes: int) -> None:
@@ -84,11 +88,16 @@ def assert_matrix_instructions(binary: Compiled, warp_group: bool, warp: bool) -
     assert ("mma.sync" in binary.ptx) is warp, "mma.sync"
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread of the one kernel in `cubin`."""
+def nvidia_tool(name: str) -> Path:
+    """A program of the CUDA toolkit that Triton ships."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread of the one kernel in `cubin`."""
+    tool = nvidia_tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,21 +1,31 @@
 """Every kernel of tree_attention, in every shipped tile, compiled for compute capability 8.0 and 9.0 without a GPU.
 
 What a card refuses or silently slows down is read off the binary: shared memory above the card's, registers spilled to
-the stack, and on 9.0 a matrix product that does not use its matrix instructions.
+the stack, a matrix product that does not use the matrix instructions of 9.0, and machine code that reaches less of the
+matrix peak, or leaves room for fewer blocks, than what is written beside the tile.
 """
 
 import functools
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
 from tests.cpo_kernels.kernel_device import not_interpreted
+from tests.cpo_kernels.machine_code import Reach, assert_reaches, written_beside
+
+if TYPE_CHECKING:  # loads Triton
+    from cpo_kernels.triton_tiles import Tile
 
 pytestmark = [not_interpreted, pytest.mark.slow]
 HEAD_DIMS = (64, 96, 128, 256)
 SCHEDULE_BLOCKS = (128, 64)  # the defaults of tree_schedule
-MAX_STACK_BYTES = 128  # registers spilled to the stack, per thread: at most a few addresses and loop constants
+MAX_STACK_BYTES = 256  # registers spilled to the stack, per thread: addresses and loop constants, outside inner loops
+SMALL_SHARED_BYTES = 99 * 1024  # of a block on 8.6, 8.9 and 12.x, which take the tiles of 8.0
 INT_POINTERS = ("end", "offsets", "blocks", "start", "stop", "work", "split")
 FP32_POINTERS = ("lse_ptr", "delta_ptr", "part_k_ptr", "part_v_ptr")
 
@@ -27,6 +37,7 @@ class Case:
     kernel: str
     head_dim: int
     dtype: str
+    gradients: str = "kv"  # of _grad_kv_kernel, "k" and "v" where they take a pass each
 
 
 @functools.cache
@@ -35,30 +46,18 @@ def compiled(case: Case, arch: int, **changes: int) -> Compiled:
 
     `changes` are for tests of the gate: another extent, number of warps or of stages than what is shipped.
     """
-    from cpo_kernels.tree_attention import triton_backward, triton_forward
-    from cpo_kernels.triton_tiles import EXACT_TILES, padded_head_dim
+    from cpo_kernels.tree_attention import triton_backward
+    from cpo_kernels.triton_tiles import padded_head_dim
 
-    modules = {
-        "_forward_kernel": triton_forward,
-        "_delta_kernel": triton_backward,
-        "_grad_kv_kernel": triton_backward,
-        "_sum_parts_kernel": triton_backward,
-        "_grad_q_kernel": triton_backward,
-    }
-    tables = {
-        "_forward_kernel": triton_forward.TILES,
-        "_grad_kv_kernel": triton_backward.KEY_TILES,
-        "_grad_q_kernel": triton_backward.QUERY_TILES,
-    }
-    kernel = getattr(modules[case.kernel], case.kernel)
+    kernel = getattr(module_of(case.kernel), case.kernel)
     constants: dict[str, object] = {"HEAD_DIM": case.head_dim, "BLOCK_D": padded_head_dim(case.head_dim)}
     constants |= {"UPCAST": False, "BLOCK_Q": triton_backward.DELTA_ROWS, "BLOCK_KV": triton_backward.SUM_ROWS}
     constants["TILES_PER_KV"] = SCHEDULE_BLOCKS[1] // triton_backward.SUM_ROWS
-    constants["NUM_PHASES"] = triton_backward.num_phases(padded_head_dim(case.head_dim))
+    constants |= {"WITH_K": "k" in case.gradients, "WITH_V": "v" in case.gradients}
     warps, stages = 4, 1
-    if case.kernel in tables:
-        table = EXACT_TILES if case.dtype == "fp32" else tables[case.kernel]
-        tile = table[padded_head_dim(case.head_dim)]
+    if case.kernel in TABLES:
+        tile = shipped_tile(case, arch)
+        assert tile.num_passes == 1 or case.gradients != "kv", "dk and dv take a pass each"
         constants |= {
             "BLOCK_Q": tile.block_q,
             "BLOCK_KV": tile.block_kv,
@@ -84,8 +83,15 @@ def argument_type(name: str, dtype: str) -> str:
     return "*fp32" if name in FP32_POINTERS else f"*{dtype}"
 
 
-KERNELS = ("_forward_kernel", "_grad_kv_kernel", "_grad_q_kernel")
+TABLES = {
+    "_forward_kernel": ("triton_forward", "TILES"),
+    "_grad_kv_kernel": ("triton_backward", "KEY_TILES"),
+    "_grad_q_kernel": ("triton_backward", "QUERY_TILES"),
+}
+NUM_PRODUCTS = {"_forward_kernel": 2, "_grad_kv_kernel": 4, "_grad_q_kernel": 3}  # that a tile needs
+KERNELS = tuple(TABLES)
 CASES = [Case(kernel, head_dim, "bf16") for kernel in KERNELS for head_dim in HEAD_DIMS]
+CASES += [Case("_grad_kv_kernel", 256, "bf16", gradient) for gradient in "kv"]
 CASES += [Case(kernel, head_dim, "fp32") for kernel in KERNELS for head_dim in (64, 128, 256)]
 CASES += [Case(kernel, 256, dtype) for kernel in ("_delta_kernel", "_sum_parts_kernel") for dtype in ("bf16", "fp32")]
 CASES += [Case(kernel, 128, "fp16") for kernel in KERNELS]
@@ -93,14 +99,64 @@ CASES += [Case(kernel, 128, "fp16") for kernel in KERNELS]
 # more of both. float16 takes the registers, stack and shared memory of bfloat16 to the last one.
 LEFT_OUT = {(Case(kernel, head_dim, "fp32"), 90) for kernel in KERNELS for head_dim in (128, 256)}
 LEFT_OUT |= {(Case(kernel, 128, "fp16"), 80) for kernel in KERNELS}
+LEFT_OUT |= {(Case("_grad_kv_kernel", 256, "bf16"), 90)}  # dk and dv take a pass each there, and one on 8.0
+LEFT_OUT |= {(Case("_grad_kv_kernel", 256, "bf16", gradient), 80) for gradient in "kv"}
 BINARIES = [(case, arch) for case in CASES for arch in (80, 90) if (case, arch) not in LEFT_OUT]
 
 
+def shipped_tile(case: Case, arch: int) -> "Tile":
+    """The tile that the launcher chooses."""
+    from cpo_kernels.triton_tiles import EXACT_TILES, padded_head_dim
+
+    by_head_dim = EXACT_TILES if case.dtype == "fp32" else getattr(module_of(case.kernel), TABLES[case.kernel][1])[arch]
+    tile: Tile = by_head_dim[padded_head_dim(case.head_dim)]
+    return tile
+
+
+def module_of(kernel: str) -> ModuleType:
+    """The module of tree_attention that has the kernel."""
+    name = TABLES[kernel][0] if kernel in TABLES else "triton_backward"
+    return importlib.import_module(f"cpo_kernels.tree_attention.{name}")
+
+
 @pytest.mark.parametrize(
-    ("case", "arch"), BINARIES, ids=[f"{case.kernel}-{case.head_dim}-{case.dtype}-{arch}" for case, arch in BINARIES]
+    ("case", "arch"),
+    BINARIES,
+    ids=[f"{case.kernel}-{case.head_dim}-{case.dtype}-{case.gradients}-{arch}" for case, arch in BINARIES],
 )
 def test_kernel_fits_the_card(case: Case, arch: int) -> None:
     binary = compiled(case, arch)
     assert_fits(binary, arch, MAX_STACK_BYTES)
     products = case.kernel in KERNELS and case.dtype != "fp32"
     assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)
+    assert arch != 80 or not products or binary.shared_bytes <= SMALL_SHARED_BYTES
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_machine_code_reaches_what_is_written_beside_the_tile(kernel: str, head_dim: int, arch: int) -> None:
+    """A head of 96 takes the tile of 128, and now and then some more registers."""
+    gradients = "kv" if (Case(kernel, head_dim, "bf16"), arch) in BINARIES else ("k", "v")
+    cases = [Case(kernel, head_dim, "bf16", gradient) for gradient in ([gradients] if gradients == "kv" else gradients)]
+    tile = shipped_tile(cases[0], arch)
+    padded = 128 if head_dim == 96 else head_dim
+    reach = written(kernel)[arch, padded]
+    flops = NUM_PRODUCTS[kernel] * 2 * tile.block_q * tile.block_kv * padded
+    binaries = [compiled(case, arch) for case in cases]
+    assert_reaches(binaries, replace(reach, registers=255) if head_dim == 96 else reach, flops)
+
+
+@pytest.mark.parametrize(("kernel", "arch", "percent"), [
+    ("_grad_kv_kernel", 90, 75), ("_grad_q_kernel", 90, 90), ("_grad_kv_kernel", 80, 55), ("_grad_q_kernel", 80, 85),
+])  # fmt: skip
+def test_tiles_of_the_backward_reach_most_of_the_matrix_peak(kernel: str, arch: int, percent: int) -> None:
+    """For heads of 64 and 128. A row of 256 leaves no registers for more than 32 of the other operand."""
+    for head_dim in (64, 128):
+        assert written(kernel)[arch, head_dim].percent >= percent
+
+
+def written(kernel: str) -> dict[tuple[int, int], Reach]:
+    """What is written beside the tiles of a kernel."""
+    source = Path(str(module_of(kernel).__file__)).read_text(encoding="utf-8")
+    return written_beside(source, TABLES[kernel][1])

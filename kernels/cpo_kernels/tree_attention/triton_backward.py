@@ -37,24 +37,38 @@ from cpo_kernels.triton_tiles import (
     load_rows,
     padded_head_dim,
     store_rows,
+    tile_architecture,
 )
 
-# By padded head size. Queries and output gradients stay, keys and values stream. 128 rows of 128 and more spill on 8.0, a
-# head of 256 on 9.0 unless its tiles go through shared memory in two stages.
+# As the tiles of the forward. Queries and output gradients stay, keys and values stream. What divides rows among all warps
+# of a block for every product, as 64 rows do among 4 warps and 128 among 8, computes none of them twice.
 QUERY_TILES = {
-    64: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),
-    128: Tile(block_q=64, block_kv=64, num_warps=8, num_stages=2),
-    256: Tile(block_q=64, block_kv=32, num_warps=8, num_stages=2),
+    90: {
+        64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 255 registers
+        128: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),  # 100 %, 1 block, 186 registers
+        256: Tile(block_q=128, block_kv=32, num_warps=8, num_stages=2),  # 75 %, 1 block, 220 registers
+    },
+    80: {
+        64: Tile(block_q=128, block_kv=32, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 249 registers
+        128: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 92 %, 2 blocks, 255 registers
+        256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=1),  # 80 %, 2 blocks, 255 registers
+    },
 }
-# By padded head size. Keys and values stay, queries and output gradients stream. The two float32 accumulators of 64 keys,
-# the least that the matrix instructions of compute capability 9.0 take, fill the registers: so 32 queries at a time, and
-# for a head of 256, where even those spill, 16 in one loop that masks every step.
+# Keys and values stay, queries and output gradients stream. The two float32 accumulators of 64 keys, the least that the
+# matrix instructions of 9.0 take, fill half the registers of a head of 128, and so two blocks a multiprocessor go with 32
+# queries at a time. Of a head of 256 they would fill all: dk and dv are made in a pass each, scores twice.
 KEY_TILES = {
-    64: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2),
-    128: Tile(block_q=32, block_kv=64, num_warps=8, num_stages=2),
-    256: Tile(block_q=16, block_kv=64, num_warps=8, num_stages=2),
+    90: {
+        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 255 registers
+        128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2),  # 80 %, 2 blocks, 255 registers
+        256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2, num_passes=2),  # 61 %, 1 block, 255 registers
+    },
+    80: {
+        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 88 %, 2 blocks, 255 registers
+        128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2),  # 66 %, 2 blocks, 255 registers
+        256: Tile(block_q=32, block_kv=32, num_warps=4, num_stages=2),  # 61 %, 2 blocks, 255 registers
+    },
 }
-ONE_LOOP_HEAD_DIM = 256
 SUM_ROWS = 16  # rows of one program that adds parts: the least block of keys; bound by memory
 DELTA_ROWS = 64  # rows of one program of the row-wise product; bound by memory at any size
 
@@ -108,7 +122,9 @@ def launch_grad_q(
     """dq [T, H, D], contiguous, in the dtype of q."""
     q = inputs[0]
     num_rows, num_heads, head_dim = q.shape
-    tile = choose_tile("tree_attention", head_dim, q.dtype, QUERY_TILES, EXACT_TILES, schedule.blocks)
+    tile = choose_tile(
+        "tree_attention", head_dim, q.dtype, QUERY_TILES[tile_architecture(q.device)], EXACT_TILES, schedule.blocks
+    )
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _grad_q_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
         *inputs, grad_q, schedule.subtree_end,
@@ -130,18 +146,21 @@ def launch_grad_kv(
     """dk and dv [T, Hkv, D], contiguous, in the dtype of k."""
     q, k, v = inputs[:3]
     num_kv_heads, head_dim = k.shape[1:]
-    tile = choose_tile("tree_attention", head_dim, q.dtype, KEY_TILES, EXACT_TILES, schedule.blocks)
+    tile = choose_tile(
+        "tree_attention", head_dim, q.dtype, KEY_TILES[tile_architecture(q.device)], EXACT_TILES, schedule.blocks
+    )
     tiles_per_kv = schedule.block_kv // tile.block_kv
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     part_shape = (2, schedule.num_parts * schedule.block_kv, num_kv_heads, head_dim)
     part_k, part_v = torch.empty(part_shape, dtype=torch.float32, device=k.device)
-    _grad_kv_kernel[(len(schedule.work_block) * tiles_per_kv * num_kv_heads,)](
-        *inputs, grad_k, grad_v, part_k, part_v, schedule.subtree_end,
-        schedule.work_block, schedule.work_start, schedule.work_stop, schedule.work_part,
-        schedule.kv_full_start, schedule.kv_full_stop, *sizes, *strides,
-        BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv, TILES_PER_KV=tiles_per_kv,
-        NUM_PHASES=num_phases(constants["BLOCK_D"]), num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
-    )  # fmt: skip
+    for with_k, with_v in ((True, True),) if tile.num_passes == 1 else ((True, False), (False, True)):
+        _grad_kv_kernel[(len(schedule.work_block) * tiles_per_kv * num_kv_heads,)](
+            *inputs, grad_k, grad_v, part_k, part_v, schedule.subtree_end,
+            schedule.work_block, schedule.work_start, schedule.work_stop, schedule.work_part,
+            schedule.kv_full_start, schedule.kv_full_stop, *sizes, *strides,
+            BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv, TILES_PER_KV=tiles_per_kv, WITH_K=with_k, WITH_V=with_v,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+        )  # fmt: skip
     if schedule.num_parts > 0:
         sum_tiles = schedule.block_kv // SUM_ROWS
         _sum_parts_kernel[(len(schedule.split_block) * sum_tiles * num_kv_heads,)](
@@ -149,11 +168,6 @@ def launch_grad_kv(
             k.shape[0], num_kv_heads, sizes[-1], BLOCK_KV=SUM_ROWS, TILES_PER_KV=sum_tiles, **constants,
         )  # fmt: skip
     return grad_k, grad_v
-
-
-def num_phases(block_d: int) -> int:
-    """Loops over a query range: masked, full and masked steps apart, or all in one."""
-    return 1 if block_d >= ONE_LOOP_HEAD_DIM else 3
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -241,17 +255,24 @@ def _add_queries(
     v,  # [BLOCK_KV, BLOCK_D]
     keys,  # [BLOCK_KV] int32
     ends,  # [BLOCK_KV] int32
-    rows,  # [BLOCK_Q] int32
+    row,  # int32, the first of BLOCK_Q
     q_ptr,
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
     q_row_stride, grad_out_row_stride, num_rows, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries of one head to dk (without its scale) and dv, with MASKED only the visible pairs."""
-    q = load_rows(q_ptr, rows, q_row_stride, num_rows, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
-    grad_out = load_rows(grad_out_ptr, rows, grad_out_row_stride, num_rows, HEAD_DIM, BLOCK_D, MASKED, UPCAST)
+    offsets = tl.arange(0, BLOCK_Q)
+    q_ptr += row.to(tl.int64) * q_row_stride
+    grad_out_ptr += row.to(tl.int64) * grad_out_row_stride
+    q = load_rows(q_ptr, offsets, q_row_stride, num_rows - row, HEAD_DIM, BLOCK_D, MASKED, UPCAST, True)
+    grad_out = load_rows(
+        grad_out_ptr, offsets, grad_out_row_stride, num_rows - row, HEAD_DIM, BLOCK_D, MASKED, UPCAST, True
+    )
+    rows = row + offsets
     if MASKED:
         lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -263,10 +284,12 @@ def _add_queries(
         scores = apply_tree_mask(scores, rows[None, :], keys[:, None], ends[:, None])
     weights = tl.exp2(scores)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    grad_v = tl.dot(as_operand(weights, dtype, UPCAST), grad_out, grad_v, input_precision="ieee")
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
-    grad_scores = weights * (grad_weights - delta[None, :])
-    grad_k = tl.dot(as_operand(grad_scores, dtype, UPCAST), q, grad_k, input_precision="ieee")
+    if WITH_V:
+        grad_v = tl.dot(as_operand(weights, dtype, UPCAST), grad_out, grad_v, input_precision="ieee")
+    if WITH_K:
+        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+        grad_scores = weights * (grad_weights - delta[None, :])
+        grad_k = tl.dot(as_operand(grad_scores, dtype, UPCAST), q, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
 
@@ -297,7 +320,7 @@ def _grad_kv_kernel(
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     grad_out_row_stride, grad_out_head_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    TILES_PER_KV: tl.constexpr, NUM_PHASES: tl.constexpr, UPCAST: tl.constexpr,
+    TILES_PER_KV: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """dk and dv of one key tile and key head, over the rows of a piece of work and the query heads of the group."""
     num_kv_heads = num_heads // group
@@ -325,25 +348,29 @@ def _grad_kv_kernel(
         head = kv_head * group + member
         q_head_ptr, grad_out_head_ptr = q_ptr + head * q_head_stride, grad_out_ptr + head * grad_out_head_stride
         lse_head_ptr, delta_head_ptr = lse_ptr + head * num_rows, delta_ptr + head * num_rows
-        for phase in tl.static_range(NUM_PHASES):  # masked, full, masked; or all of it masked
+        for phase in tl.static_range(3):  # masked, full, masked
             first = 0 if phase == 0 else (full_begin if phase == 1 else full_end)
-            last = num_steps if phase == NUM_PHASES - 1 else (full_begin if phase == 0 else full_end)
+            last = full_begin if phase == 0 else (full_end if phase == 1 else num_steps)
             for step in range(first, last):
-                rows = start + step * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 grad_k, grad_v = _add_queries(
-                    grad_k, grad_v, k, v, keys, ends, rows,
+                    grad_k, grad_v, k, v, keys, ends, start + step * BLOCK_Q,
                     q_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                    q_row_stride, grad_out_row_stride, num_rows, scale_log2, HEAD_DIM, BLOCK_D, phase != 1, UPCAST,
+                    q_row_stride, grad_out_row_stride, num_rows, scale_log2,
+                    BLOCK_Q, HEAD_DIM, BLOCK_D, WITH_K, WITH_V, phase != 1, UPCAST,
                 )  # fmt: skip
     part = tl.load(work_part_ptr + work)
     if part < 0:
-        store_rows(grad_k_ptr, grad_k * scale, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
-        store_rows(grad_v_ptr, grad_v, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
+        if WITH_K:
+            store_rows(grad_k_ptr, grad_k * scale, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
+        if WITH_V:
+            store_rows(grad_v_ptr, grad_v, keys, kv_head, num_kv_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
     else:
         first = part * (TILES_PER_KV * BLOCK_KV)
         last = first + TILES_PER_KV * BLOCK_KV
-        store_rows(part_k_ptr, grad_k, first + offsets, kv_head, num_kv_heads, last, HEAD_DIM, BLOCK_D, UPCAST)
-        store_rows(part_v_ptr, grad_v, first + offsets, kv_head, num_kv_heads, last, HEAD_DIM, BLOCK_D, UPCAST)
+        if WITH_K:
+            store_rows(part_k_ptr, grad_k, first + offsets, kv_head, num_kv_heads, last, HEAD_DIM, BLOCK_D, UPCAST)
+        if WITH_V:
+            store_rows(part_v_ptr, grad_v, first + offsets, kv_head, num_kv_heads, last, HEAD_DIM, BLOCK_D, UPCAST)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
