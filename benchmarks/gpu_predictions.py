@@ -57,10 +57,12 @@ PREDICTIONS = (
     Prediction("tree_attention, default: worst ratio", "check tree_attention, default", (0, 1), GUESSED, None, WITHIN),
     Prediction("tree_decode, 7b: worst ratio", "check tree_decode, 7b", (0, 1), GUESSED, None, WITHIN),
     Prediction("tree_decode, default: worst ratio", "check tree_decode, default", (0, 1), GUESSED, None, WITHIN),
-    # attention, 32 heads of 128, benchmark forests; `after`: the alternative tiles of dK/dV and dQ together
-    Prediction("trees: shipped: forward ms", "tiles", (0.28, 0.38), GUESSED),
+    # attention, 32 heads of 128, benchmark forests; `before`: the tiles of revision 5720e77
+    Prediction("trees: before: forward ms", "tiles", (0.28, 0.38), GUESSED),
+    Prediction("trees: before: backward ms", "tiles", (1.4, 1.8), MIXED),
     Prediction("trees: shipped: backward ms", "tiles", (1.4, 1.8), MIXED, (0.7, 0.9)),
-    Prediction("chain: shipped: forward ms", "tiles", (1.0, 1.3), GUESSED),
+    Prediction("chain: before: forward ms", "tiles", (1.0, 1.3), GUESSED),
+    Prediction("chain: before: backward ms", "tiles", (5.5, 7.0), COMPUTED),
     Prediction("chain: shipped: backward ms", "tiles", (5.5, 7.0), COMPUTED, (3.0, 3.5)),
     Prediction("trees: FlexAttention: forward ms", "flex", (0.35, 0.5), GUESSED),
     Prediction("trees: FlexAttention: backward ms", "flex", (1.1, 1.5), GUESSED),
@@ -88,8 +90,8 @@ PREDICTIONS = (
     Prediction("head 128256, 2048 rows: ours ms", "logprob", (11.5, 13.0), MIXED, (10.0, 10.8), ("<=", 10.5)),
     Prediction("head 128256, 2048 rows: floor ms", "logprob", _exactly(8.17), COMPUTED),
     Prediction("head 128256: largest error of a log-prob", "logprob", (2e-5, 4e-5), COMPUTED, None, ("<=", 1e-5)),
-    Prediction("head 128256, 2048 rows: 2^25 logits, 512 programs ms", "head", (11.5, 13.0), MIXED),
-    Prediction("head 128256, 2048 rows: 2^27 logits, 512 programs ms", "head", (10.0, 10.8), MIXED),
-    Prediction("head 32000, 2048 rows: 2^25 logits, 512 programs ms", "head", (2.6, 2.9), MIXED),
+    Prediction("head 128256, 2048 rows: 2^25 logits, 4 programs an SM ms", "head", (11.5, 13.0), MIXED),
+    Prediction("head 128256, 2048 rows: 2^27 logits, 4 programs an SM ms", "head", (10.0, 10.8), MIXED),
+    Prediction("head 32000, 2048 rows: 2^25 logits, 4 programs an SM ms", "head", (2.6, 2.9), MIXED),
     Prediction("head 32000, 2048 rows: floor 3 GEMMs ms", "head", _exactly(2.04), COMPUTED),
 )  # fmt: skip

@@ -39,7 +39,9 @@ SHAPES = {  # of the models that are checked, 7b that of Llama-2-7B: dtype, head
 TILE_CASES = ((32, 32, "trees"), (32, 32, "one tree"), (32, 32, "chain"), (32, 8, "one tree"))  # H, G, forest
 GRAPH_ROWS = {"cuda": (16, 64, 256), "cpu": (4,)}
 HEAD_CASES = {"cuda": (4096, (128256, 32000), (512, 2048)), "cpu": (64, (1000,), (64,))}  # E, V, T
-CHUNK_BITS, PROGRAMS = {"cuda": (25, 26, 27), "cpu": (15, 16)}, (512, 2112)
+CHUNK_BITS = {"cuda": (25, 26, 27), "cpu": (15, 16)}
+PROGRAMS_AN_SM = (4, 16)
+CHUNK_VARIABLE = "CPO_KERNELS_MAX_CHUNK_LOGITS"
 RUNS, SECONDS_EACH = 12, 0.25
 
 
@@ -120,12 +122,13 @@ def tiles(arguments: argparse.Namespace) -> None:
     from benchmarks.attention_tiles import SHIPPED, installed, variants
     from benchmarks.tree_attention import SETS, sequences
     from cpo_kernels import build_forest, tree_attention, tree_schedule
+    from cpo_kernels.triton_tiles import tile_architecture
 
     device, on_gpu = arguments.device, arguments.device.type == "cuda"
     size = "gpu" if on_gpu else "tiny"
     head_dim = SETS[size][3][0][2]
-    capability = 10 * torch.cuda.get_device_capability()[0] if on_gpu else 0
-    chosen = [v for v in variants(capability, head_dim) if arguments.compile in ("", v.name)]
+    architecture = tile_architecture(device)
+    chosen = [v for v in variants(architecture, head_dim) if arguments.compile in ("", v.name)]
     for heads, groups, forest_name in TILE_CASES if on_gpu else ((2, 1, "one tree"),):
         forest = build_forest(sequences(forest_name, size))
         counts = (heads, groups, groups, heads)
@@ -144,15 +147,15 @@ def tiles(arguments: argparse.Namespace) -> None:
                 return tree_attention(*leaves, schedule.subtree_end, schedule=schedule, impl="triton")
 
             def forward(variant: Any = variant, attend: Any = attend) -> Any:
-                with torch.no_grad(), installed(variant, head_dim):
+                with torch.no_grad(), installed(variant, architecture, head_dim):
                     return attend()
 
             def backward(out: Any, variant: Any = variant, leaves: Any = leaves, upstream: Any = upstream) -> Any:
-                with installed(variant, head_dim):
+                with installed(variant, architecture, head_dim):
                     return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
             try:
-                with installed(variant, head_dim):
+                with installed(variant, architecture, head_dim):
                     out = attend()
                 results[variant.name] = (out.detach(), *backward(out))
             except Exception as error:  # a variant that does not compile is a result
@@ -203,11 +206,10 @@ def graph(arguments: argparse.Namespace) -> None:
 
 
 def head(arguments: argparse.Namespace) -> None:
-    """The full step of the log-prob op with chunks of 2^n logits and so many programs of partial sums."""
+    """The full step of the log-prob op with chunks of 2^n logits and so many programs of partial sums an SM."""
     from benchmarks.logprob_case import make_case
     from benchmarks.logprob_peers import contestant
-    from cpo_kernels.linear_logprob import triton_sums
-    from cpo_kernels.linear_logprob.results import CHUNK_VARIABLE
+    from cpo_kernels.linear_logprob import triton_chunked
 
     device, on_gpu = arguments.device, arguments.device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -215,13 +217,13 @@ def head(arguments: argparse.Namespace) -> None:
 
     def sized(run: Callable[[], Any], bits: int, programs: int) -> Callable[[], Any]:
         def call() -> Any:
-            kept = triton_sums.TARGET_PROGRAMS
-            os.environ[CHUNK_VARIABLE], triton_sums.TARGET_PROGRAMS = str(1 << bits), programs
+            kept = getattr(triton_chunked, "PROGRAMS_AN_SM", None)
+            os.environ[CHUNK_VARIABLE], triton_chunked.PROGRAMS_AN_SM = str(1 << bits), programs
             try:
                 return run()
             finally:
                 del os.environ[CHUNK_VARIABLE]
-                triton_sums.TARGET_PROGRAMS = kept
+                triton_chunked.PROGRAMS_AN_SM = kept
 
         return call
 
@@ -231,7 +233,7 @@ def head(arguments: argparse.Namespace) -> None:
             ours = contestant(f"ours {'triton' if on_gpu else 'eager'}", case, "gathered")["step"]
             runs = {name: contestant(name, case, "gathered")["step"] for name in ("floor 3 GEMMs", "torch naive")}
             for bits in CHUNK_BITS[device.type]:
-                runs |= {f"2^{bits} logits, {count} programs": sized(ours, bits, count) for count in PROGRAMS}
+                runs |= {f"2^{bits} logits, {n} programs an SM": sized(ours, bits, n) for n in PROGRAMS_AN_SM}
             times = milliseconds(runs, device)
             figures = {f"head {vocab}, {num_rows} rows: {name} ms": ms
                        for name, ms in times.items() if not isinstance(ms, str)}  # fmt: skip

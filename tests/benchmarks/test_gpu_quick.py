@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_quick
+from benchmarks.attention_tiles import variants
 from benchmarks.gpu_bundle import BUILT, CARRIED
 from benchmarks.gpu_page import Outcome, figures, page
 from benchmarks.gpu_predictions import PREDICTIONS
@@ -104,12 +105,17 @@ def test_a_step_that_hangs_crashes_or_fails_is_named_and_stops_no_other(
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); time.sleep(600)"
     )
+    left_behind = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        f"open({str(pids)!r} + '2', 'w').write(str(child.pid))"
+    )
     run = Run(60, None, False)
     run.stage(
         (
             python_step("hangs", hangs, 1.5),
             python_step("crashes", "import os; print('before', flush=True); os.abort()"),
             python_step("fails", "raise SystemExit(3)"),
+            python_step("leaves", left_behind),
         )
     )
     run.stage((python_step("follows", "print('done')"),))
@@ -119,9 +125,10 @@ def test_a_step_that_hangs_crashes_or_fails_is_named_and_stops_no_other(
     assert found["hangs"].startswith("timed out after")
     assert found["crashes"] == "crashed with SIGABRT"
     assert found["fails"] == "failed with exit code 3"
-    assert found["follows"] == "ok"
+    assert found["leaves"] == found["follows"] == "ok"
     assert found["cannot start"].startswith("could not be started")
-    assert [is_alive(int(pid)) for pid in pids.read_text().split()] == [False, False]
+    started = f"{pids.read_text()} {Path(f'{pids}2').read_text()}".split()
+    assert [is_alive(int(pid)) for pid in started] == [False, False, False]
     assert {line["results"]["step"] for line in lines(results, "gpu_quick")} == found.keys()
     text = run.write_page()
     for name, what in found.items():
@@ -203,6 +210,11 @@ def test_every_prediction_is_of_a_step_that_exists_and_has_a_name_of_its_own() -
     steps = {step.name for more in (False, True) for stage in STEPS["cuda", more]() for step in stage}
     assert {prediction.step for prediction in PREDICTIONS} <= steps
     assert len({prediction.figure for prediction in PREDICTIONS}) == len(PREDICTIONS)
+
+
+def test_every_alternative_tile_is_compiled_before_it_is_timed() -> None:
+    names = {variant.name for architecture in (80, 90) for variant in variants(architecture, 128)}
+    assert names == set(gpu_quick.TILE_VARIANTS)
 
 
 def test_the_limits_of_the_steps_are_within_the_command_s() -> None:
