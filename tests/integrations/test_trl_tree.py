@@ -244,9 +244,9 @@ def test_index_tensors_that_changed_are_read_again() -> None:
     index.sub_(1)
     assert torch.equal(layer(packed, arguments), before)
     for name in ("tree_cu_seqlens_q", "tree_cu_seqlens_k"):  # one alone is another tensor
+        assert torch.equal(layer(packed, arguments), before)
         with pytest.raises(ValueError, match=f"{name} does not cut"):
             layer(packed, arguments | {name: arguments[name] * 3})
-        assert torch.equal(layer(packed, arguments), before)
         assert torch.equal(layer(packed, arguments | {name: arguments[name].clone()}), before)
     with torch.inference_mode():
         inside = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in changed.items()}
@@ -276,11 +276,16 @@ def test_what_the_op_does_not_compute_is_refused_in_a_sentence(changes: dict[str
     assert torch.equal(layer(packed, **off), layer(packed))
 
 
-def test_two_rows_in_a_batch_are_refused() -> None:
+def test_a_batch_of_two_and_another_number_of_tokens_are_refused() -> None:
     packed = pack(ROWS["trees"])
-    q, k, v, _ = (torch.cat([x, x]) for x in heads(len(packed["input_ids"])))
+    arguments, num_rows = tree_arguments(packed), len(packed["input_ids"])
+    layer(packed, arguments)
+    q, k, v, _ = (torch.cat([x, x]) for x in heads(num_rows))
     with pytest.raises(ValueError, match="batch 1"):
-        tree_row_attention(LAYER, q, k, v, None, **tree_arguments(packed))
+        tree_row_attention(LAYER, q, k, v, None, **arguments)
+    for more in (-1, 1):
+        with pytest.raises(ValueError, match=rf"expected subtree_end \[{num_rows + more}\]"):
+            tree_row_attention(LAYER, *heads(num_rows + more)[:3], None, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

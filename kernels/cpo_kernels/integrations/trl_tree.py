@@ -186,7 +186,7 @@ def _row(
     tensors = (kv_index, cu_seqlens_q, cu_seqlens_k)
     # whatever writes to a tensor raises its version; those of inference mode have none
     versions = tuple((id(x), 0 if x.is_inference() else x._version) for x in tensors)
-    source = (versions, num_rows, device)
+    source = (versions, device)
     kept = _rows.get(kv_index)
     if kept is None or kept[0] != source:
         row = _build_row(kv_index, cu_seqlens_q, cu_seqlens_k, num_rows, device)
