@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig
 from trl.experimental.async_grpo import packing
 
@@ -203,6 +204,7 @@ def test_layers_share_one_schedule_a_row(checkpointing: bool, monkeypatch: pytes
     made = []
     build = trl_tree.tree_schedule
     monkeypatch.setattr(trl_tree, "tree_schedule", lambda *args: made.append(1) or build(*args))
+    monkeypatch.setattr(trl_tree, "_rows", WeakTensorKeyDictionary())  # others' rows may still be alive
     model = tiny_llama(attention=packing.TREE_ATTENTION, num_hidden_layers=4).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -309,6 +311,32 @@ def test_trls_own_function_on_a_stand_in_of_its_kernel_agrees(
         assert ours.shape == theirs.shape
         size = float(theirs.double().abs().max())
         assert float((ours.double() - theirs.double()).abs().max()) <= kernel_bound(0.0, dtype, 8 * size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_a_row_is_exact_and_only_its_first_layer_waits(dtype: torch.dtype) -> None:
+    packed = pack(ROWS["many"])
+    on_device = {key: value.cuda() for key, value in packed.items()}
+    arguments = tree_arguments(on_device)
+    found = []
+    for device, precision in (("cuda", dtype), ("cpu", dtype), ("cpu", torch.float64)):
+        *leaves, upstream = (x.detach().to(device, precision) for x in heads(len(packed["input_ids"]), dtype))
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        given = arguments if device == "cuda" else tree_arguments(packed)
+        out, _ = tree_row_attention(attention_layer(precision), *leaves, None, **given)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            out, _ = tree_row_attention(attention_layer(precision), *leaves, None, **given)
+            found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for ours, eager, exact in zip(*found, strict=True):
+        own = float((eager.double() - exact).abs().max())
+        bound = kernel_bound(own, dtype, float(exact.abs().max()))
+        assert float((ours.double().cpu() - exact).abs().max()) <= bound + 1e-6
 
 
 def test_autocast_and_float32_queries_of_a_16_bit_layer_are_as_in_trl() -> None:

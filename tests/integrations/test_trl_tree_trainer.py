@@ -112,7 +112,6 @@ def test_async_grpo_trains_as_if_each_sample_were_alone(
         optimizer.zero_grad()
         loss_alone(alone, batch).backward()
         optimizer.step()
-    trained = dict(trainer.model.named_parameters())
     ours, theirs = (
         {name: parameter.detach() for name, parameter in model.named_parameters()} for model in (trainer.model, alone)
     )
