@@ -71,6 +71,7 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     *(("linear_logprob", "triton_backward", "_product_gradients", {"CAPPED": capped}) for capped in (False, True)),
     ("linear_logprob", "triton_backward", "_put_targets", {}),
     ("tree_decode", "triton_forward", "_store_kernel", {}),
+    ("tree_decode", "triton_forward", "_rotate_store_kernel", {}),
     ("tree_decode", "triton_forward", "_partial_kernel", {}),
     ("tree_decode", "triton_forward", "_merge_kernel", {}),
 ]
