@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cpo_kernels import implementation, kernel_check
+from cpo_kernels.fused_layers import check as fused_check
 from cpo_kernels.kernel_check import Check, ModelShape
 from cpo_kernels.linear_logprob import check as logprob_check
 from cpo_kernels.linear_logprob import eager as logprob_eager
@@ -44,6 +45,7 @@ def posed_check(op: str, part: str = "nothing", factor: float = 1.0) -> Check:
         "tree_attention": (attention_check.check_tree_attention, _attention),
         "linear_logprob": (logprob_check.check_linear_logprob, _logprob),
         "tree_decode": (decode_check.check_tree_decode, _decode),
+        "fused_layers": (fused_check.check_fused_layers, _fused),
     }[op]
     return lambda device, shape: check(device, shape, kernels=pose(part, factor))
 
@@ -109,3 +111,20 @@ def _decode(part: str, factor: float) -> Callable[..., torch.Tensor]:
         return out * factor if part == "out" else out
 
     return forward
+
+
+def _fused(part: str, factor: float) -> fused_check.FusedLayers:
+    """Parts: the name of an op, for its output, or of an input of one, for its gradient."""
+
+    def posed(name: str, names: tuple[str, ...], function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*inputs: Any) -> torch.Tensor:
+            tensors = [
+                ScaledGradient.apply(x, factor) if key == part else x for key, x in zip(names, inputs, strict=False)
+            ]
+            out = function(*tensors, *inputs[len(names) :])
+            return out * factor if part == name else out
+
+        return call
+
+    rms_norm = posed("rms_norm", ("x", "weight"), fused_check.EAGER.rms_norm)
+    return fused_check.FusedLayers(rms_norm, posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu))

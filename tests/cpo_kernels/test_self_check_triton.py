@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cpo_kernels import kernel_check, tree_attention
+from cpo_kernels.fused_layers import check as fused_check
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.kernel_check import KernelCheckError, ModelShape
 from cpo_kernels.linear_logprob import check as logprob_check
@@ -36,10 +37,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         attention_check: {"NUM_ROWS": 83},
         logprob_check: {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131},
         decode_check: {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6},
+        fused_check: {"NUM_ROWS": 11},
     }
     for place, found in sizes.items():
         for name, size in found.items():
             monkeypatch.setattr(place, name, size)
+    from cpo_kernels.fused_layers import triton_rms_norm
+
+    monkeypatch.setattr(triton_rms_norm, "WEIGHT_PROGRAMS", 4)
     with nothing_checked():
         yield
 
@@ -74,6 +79,10 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("tree_decode", "triton_forward", "_rotate_store_kernel", {}),
     ("tree_decode", "triton_forward", "_partial_kernel", {}),
     ("tree_decode", "triton_forward", "_merge_kernel", {}),
+    ("fused_layers", "triton_rms_norm", "_norm_forward", {}),
+    *(("fused_layers", "triton_rms_norm", "_norm_backward", {"NEEDS_WEIGHT": trained}) for trained in (False, True)),
+    ("fused_layers", "triton_swiglu", "_swiglu_forward", {}),
+    ("fused_layers", "triton_swiglu", "_swiglu_backward", {}),
 ]
 
 
