@@ -56,7 +56,7 @@ class ArenaEngine:
         parts = model_parts(model)
         device, dtype = next(parts.causal_lm.parameters()).device, parts.causal_lm.dtype
         _check_device(device)
-        check_kernels(parts, ("tree_decode",))
+        check_kernels(parts, ("tree_decode", "sample_tokens"))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
         if impl == "triton":  # launches cost time there, and no bits are promised against another batch's
             parts = fewer_kernels(model)

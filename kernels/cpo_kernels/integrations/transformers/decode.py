@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
 from cpo_kernels.integrations.transformers.projections import merge_projections
@@ -24,12 +25,16 @@ ROWS_PER_THREAD = 4
 def fewer_kernels(model: torch.nn.Module) -> ModelParts:
     """Change a prepared model, in place, so that a decode step launches fewer kernels, and return its parts.
 
-    The projections of one input become one product, and rotary position encoding is left to `tree_decode`, where the
-    model's layers allow it. Names, shapes and values of weights stay. Sums may be taken in another order, so hidden states
-    agree to rounding. Forwards that take a gradient are what they were.
+    Where the model's layers allow it, the projections of one input become one product, rotary position encoding is left
+    to `tree_decode`, and norms and MLPs are fused as `fuse_layers` does. Names, shapes and values of weights stay. Sums
+    may be taken in another order, so hidden states agree to rounding.
+
+    Raises:
+        KernelCheckError: nobody chose an implementation, and the fused layers are not right on the model's device.
     """
     parts = model_parts(model)
     merge_projections(parts.backbone)
+    fuse_layers(model)
     return replace(parts, defers_rotation=defer_rotation(parts.backbone))
 
 
