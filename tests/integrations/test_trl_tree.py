@@ -400,3 +400,11 @@ def test_a_trl_without_such_rows_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(trl_tree, "MODULE", "trl.experimental.async_grpo.nothing")
         with pytest.raises(ImportError, match=version + r"has no trl.experimental.async_grpo.nothing$"):
             register_tree_attention()
+
+    def missing(name: str) -> str:
+        raise trl_tree.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(trl_tree, "MODULE", "trl.experimental.async_grpo.nothing")
+    monkeypatch.setattr(trl_tree.metadata, "version", missing)
+    with pytest.raises(ImportError, match=r"of TRL 1.16: TRL, which is not installed, has no trl\.[a-z_.]*nothing$"):
+        register_tree_attention()
