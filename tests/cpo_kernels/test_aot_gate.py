@@ -15,7 +15,8 @@ from tests.cpo_kernels import test_aot_tree_attention as attention
 from tests.cpo_kernels import test_aot_tree_decode as decode
 from tests.cpo_kernels.aot import MAX_SHARED_BYTES, Compiled, assert_fits, assert_matrix_instructions
 from tests.cpo_kernels.kernel_device import not_interpreted
-from tests.cpo_kernels.machine_code import Reach, assert_reaches, assert_resident, written_beside
+from tests.cpo_kernels.machine_code import Reach, assert_reaches
+from tests.cpo_kernels.tile_tables import written_beside
 
 pytestmark = not_interpreted
 
@@ -35,7 +36,7 @@ def test_registers_spilled_to_the_stack_fail() -> None:
     with pytest.raises(AssertionError, match="bytes of stack"):
         assert_fits(spilled, 90, attention.MAX_STACK_BYTES)
     with pytest.raises(AssertionError, match="spills in an inner loop"):
-        assert_resident(spilled, 1)
+        assert_reaches(spilled, Reach(0, 1, 255))
 
 
 @pytest.mark.parametrize(
@@ -53,18 +54,18 @@ def test_products_that_two_groups_of_warps_both_compute_fail(
     """8 warps on 64 rows or keys: no spill and a block at a time, and scores are made twice."""
     binary = attention.compiled(attention.Case(kernel, 128, "bf16"), arch, **changes)
     flops = attention.NUM_PRODUCTS[kernel] * 2 * changes["BLOCK_Q"] * 64 * 128
-    assert_reaches([binary], Reach(percent, 1, 255), flops)
+    assert_reaches(binary, Reach(percent, 1, 255), flops)
     with pytest.raises(AssertionError, match="% of the matrix peak"):
-        assert_reaches([binary], Reach(attention.written(kernel)[arch, 128].percent, 1, 255), flops)
+        assert_reaches(binary, Reach(attention.written(kernel)[arch, 128].percent, 1, 255), flops)
 
 
 def test_fewer_blocks_more_registers_or_nothing_written_fail(shipped: dict[int, Compiled]) -> None:
     binary, reach = shipped[90], replace(attention.written("_forward_kernel")[90, 128], percent=0)
-    assert_reaches([binary], reach)
+    assert_reaches(binary, reach)
     with pytest.raises(AssertionError, match="1 blocks a multiprocessor, 2 are written"):
-        assert_reaches([binary], replace(reach, blocks=2))
+        assert_reaches(binary, replace(reach, blocks=2))
     with pytest.raises(AssertionError, match="registers"):
-        assert_reaches([binary], replace(reach, registers=reach.registers - 1))
+        assert_reaches(binary, replace(reach, registers=reach.registers - 1))
     row = "        64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=3),"
     with pytest.raises(ValueError, match="beside"):
         written_beside(f"\nTILES = {{\n    90: {{\n{row}  # 100 %\n    }},\n}}\n", "TILES")

@@ -16,7 +16,8 @@ import pytest
 
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
 from tests.cpo_kernels.kernel_device import not_interpreted
-from tests.cpo_kernels.machine_code import Reach, assert_reaches, written_beside
+from tests.cpo_kernels.machine_code import Reach, assert_reaches, machine_code
+from tests.cpo_kernels.tile_tables import written_beside
 
 if TYPE_CHECKING:  # loads Triton
     from cpo_kernels.triton_tiles import Tile
@@ -143,8 +144,13 @@ def test_machine_code_reaches_what_is_written_beside_the_tile(kernel: str, head_
     padded = 128 if head_dim == 96 else head_dim
     reach = written(kernel)[arch, padded]
     flops = NUM_PRODUCTS[kernel] * 2 * tile.block_q * tile.block_kv * padded
+    if head_dim == 96:
+        reach = replace(reach, registers=255)
     binaries = [compiled(case, arch) for case in cases]
-    assert_reaches(binaries, replace(reach, registers=255) if head_dim == 96 else reach, flops)
+    for binary in binaries:
+        assert_reaches(binary, replace(reach, percent=0))
+    share = 1 / sum(1 / machine_code(binary).share(flops) for binary in binaries)  # passes take their times one by one
+    assert int(100 * share) >= reach.percent, f"{share:.0%} of the matrix peak"
 
 
 @pytest.mark.parametrize(("kernel", "arch", "percent"), [
