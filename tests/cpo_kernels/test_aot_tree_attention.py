@@ -130,6 +130,7 @@ def test_kernel_fits_the_card(case: Case, arch: int) -> None:
     assert_fits(binary, arch, MAX_STACK_BYTES)
     products = case.kernel in KERNELS and case.dtype != "fp32"
     assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)
+    assert binary.stack_bytes == 0 or machine_code(binary).inner_spills == 0
     assert arch != 80 or not products or binary.shared_bytes <= SMALL_SHARED_BYTES
 
 
