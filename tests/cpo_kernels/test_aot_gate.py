@@ -15,7 +15,7 @@ from tests.cpo_kernels import test_aot_tree_attention as attention
 from tests.cpo_kernels import test_aot_tree_decode as decode
 from tests.cpo_kernels.aot import MAX_SHARED_BYTES, Compiled, assert_fits, assert_matrix_instructions
 from tests.cpo_kernels.kernel_device import not_interpreted
-from tests.cpo_kernels.machine_code import Reach, assert_reaches
+from tests.cpo_kernels.machine_code import Reach, assert_reaches, machine_code
 from tests.cpo_kernels.tile_tables import written_beside
 
 pytestmark = not_interpreted
@@ -57,6 +57,14 @@ def test_products_that_two_groups_of_warps_both_compute_fail(
     assert_reaches(binary, Reach(percent, 1, 255), flops)
     with pytest.raises(AssertionError, match="% of the matrix peak"):
         assert_reaches(binary, Reach(attention.written(kernel)[arch, 128].percent, 1, 255), flops)
+
+
+def test_two_stages_keep_no_copies_in_flight(shipped: dict[int, Compiled]) -> None:
+    """A pass starts with a wait for all of them, as it does of three where keys wait for the list that names them."""
+    two_stages = attention.compiled(FORWARD, 90, num_stages=2)
+    for binary, in_flight in ((shipped[90], [2, 3]), (two_stages, [0, 0])):
+        loops = machine_code(binary).inner_loops
+        assert [attention.copies_in_flight(loop) for loop in loops] == in_flight
 
 
 def test_fewer_blocks_more_registers_or_nothing_written_fail(shipped: dict[int, Compiled]) -> None:
