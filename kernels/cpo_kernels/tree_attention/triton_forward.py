@@ -131,9 +131,7 @@ def _forward_kernel(
         tile = listed_tile(blocks_ptr, first, last, TILES_PER_KV)
         for step in range(first, last):
             keys = tile * BLOCK_KV + tl.arange(0, BLOCK_KV)
-            tile = listed_tile(
-                blocks_ptr, step + 1, last, TILES_PER_KV
-            )  # a step ahead: keys in flight wait for no list
+            tile = listed_tile(blocks_ptr, step + 1, last, TILES_PER_KV)  # ahead: copies wait for no list
             k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
