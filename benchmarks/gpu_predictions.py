@@ -90,6 +90,9 @@ PREDICTIONS = (
     Prediction("head 128256, 2048 rows: ours ms", "logprob", (11.5, 13.0), MIXED, (10.0, 10.8), ("<=", 10.5)),
     Prediction("head 128256, 2048 rows: floor ms", "logprob", _exactly(8.17), COMPUTED),
     Prediction("head 128256: largest error of a log-prob", "logprob", (2e-5, 4e-5), COMPUTED, None, ("<=", 1e-5)),
+    # DeepSpeed with NCCL and a process group of one
+    Prediction("training failed", "training", _exactly(0.12), GUESSED, None, NEVER),
+    # chunks of the head, side by side
     Prediction("head 128256, 2048 rows: 2^25 logits, 4 programs an SM ms", "head", (11.5, 13.0), MIXED),
     Prediction("head 128256, 2048 rows: 2^27 logits, 4 programs an SM ms", "head", (10.0, 10.8), MIXED),
     Prediction("head 32000, 2048 rows: 2^25 logits, 4 programs an SM ms", "head", (2.6, 2.9), MIXED),

@@ -5,6 +5,7 @@
     tiles      tree attention with shipped and alternative tiles side by side; --compile runs each once, untimed
     graph      recording a decode step as a CUDA graph, and replaying it, at several numbers of rows
     head       the log-prob op with chunks and programs of several sizes side by side
+    training   a few steps of `cpo-fast train` on a tiny model, DeepSpeed and its process group included
 
 Figures are named as in `gpu_predictions`. On a CPU the kernels need TRITON_INTERPRET=1, and everything is tiny.
 
@@ -12,11 +13,14 @@ Figures are named as in `gpu_predictions`. On a CPU the kernels need TRITON_INTE
 """
 
 import argparse
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,8 +244,41 @@ def head(arguments: argparse.Namespace) -> None:
             note(arguments, figures, milliseconds=times)
 
 
+def training(arguments: argparse.Namespace) -> None:
+    """Train a tiny adapter from files to files: what DeepSpeed, NCCL and one rank do together shows here first."""
+    from benchmarks.step_contestants import TINY_LLAMA, random_model, three_word_tokenizer
+    from benchmarks.workload import TINY, step_pairs
+    from cpo_fast.config import validate_config
+    from cpo_fast.train.loop import train
+
+    failed = "training failed"
+    with tempfile.TemporaryDirectory() as scratch:
+        model, data = Path(scratch) / "model", Path(scratch) / "pairs.jsonl"
+        dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
+        random_model(TINY_LLAMA, 2, dtype, torch.device("cpu")).save_pretrained(model)
+        three_word_tokenizer().save_pretrained(model)
+        names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+        pairs = [dict(zip(names, pair, strict=True)) for pair in step_pairs("questions", 8, TINY)]
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        values = {
+            "run": str(Path(scratch) / "run"),
+            "model": {"path": str(model), "device": str(arguments.device)},
+            "data": {"path": str(data), "eos": "never"},
+            "train": {"batch_pairs": 4, "num_epochs": 2},
+        }
+        try:
+            done = train(validate_config(values))
+        except TimeUp:
+            raise
+        except Exception as error:  # the sentence is the result
+            note(arguments, {failed: 1.0}, failure=reason(error))
+            return
+        steps = [json.loads(line) for line in done.metrics_path.read_text(encoding="utf-8").splitlines()]
+        note(arguments, {failed: 0.0, "training: steps": float(len(steps))}, steps=steps)
+
+
 PROBES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "ceilings": ceilings, "check": check, "tiles": tiles, "graph": graph, "head": head,
+    "ceilings": ceilings, "check": check, "tiles": tiles, "graph": graph, "head": head, "training": training,
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def gpu_steps() -> list[Stage]:
 
 
 def more_gpu_steps() -> list[Stage]:
-    """Chunk sizes of the head, FlexAttention, the tests."""
+    """Chunk sizes of the head, DeepSpeed with one rank, FlexAttention, the tests."""
     flex = "tree_attention  --set  gpu  --heads  32x32x128  --forests  trees,chain  --only  FlexAttention  --runs  10"
     tests = [
         module(f"tests {shard + 1} of {NUM_TEST_PROCESSES}", 110, f"gpu_tests  {shard}  {NUM_TEST_PROCESSES}", {})
@@ -96,6 +96,7 @@ def more_gpu_steps() -> list[Stage]:
     ]
     return [
         (module("head", 60, "gpu_probes  head"),),
+        (module("training", 60, "gpu_probes  training"),),
         (module("flex", 75, f"{flex}  --seconds-each  0.2  --max-seconds  50"),),
         tuple(tests),
     ]
@@ -121,7 +122,7 @@ def more_cpu_steps() -> list[Stage]:
     flex = "tree_attention  --device  cpu  --set  tiny  --forests  chain  --only  FlexAttention  --runs  1"
     return [
         (module("head", 60, "gpu_probes  head  --device  cpu", {}), module("flex", 60, flex, {})),
-        (module("tests", 60, "gpu_tests  0  8", {}),),
+        (module("tests", 60, "gpu_tests  0  8", {}), module("training", 60, "gpu_probes  training  --device  cpu", {})),
     ]
 
 
