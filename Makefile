@@ -66,6 +66,7 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.train_step
 	PYTHONPATH=. $(BIN)/python -m benchmarks.linear_logprob
 	PYTHONPATH=. $(BIN)/python -m benchmarks.tree_attention
+	PYTHONPATH=. $(BIN)/python -m benchmarks.trl_tree
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
 	PYTHONPATH=. $(BIN)/python -m benchmarks.scaling
@@ -93,6 +94,7 @@ gpu-linear-logprob:
 gpu-tree-attention:
 	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x32x128
 	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x8x128
+	$(GPU_RUN) -m benchmarks.trl_tree --set gpu
 
 gpu-train-step:
 	$(GPU_RUN) -m benchmarks.gpu_train_step --order pairs

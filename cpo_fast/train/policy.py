@@ -22,6 +22,7 @@ from cpo_fast.models import load_model, model_hash, weights_hash
 from cpo_kernels.implementation import Implementations, available_implementations
 from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import KernelCheckError
 from cpo_kernels.tree_attention import resolve_tree_attention
@@ -98,6 +99,7 @@ def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
         raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(choices)}")
     try:
         prepare(model, impl)
+        fuse_layers(model, impl)
         resolved = Implementations(resolve_tree_attention(impl, device_type), resolve_linear_logprob(impl, device_type))
     except KernelCheckError as error:
         raise EnvironmentProblem(str(error)) from error

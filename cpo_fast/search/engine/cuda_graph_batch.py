@@ -104,7 +104,7 @@ class DecodeStep:
         self._plan.slots.copy_(torch.where(active, self._first_slot + self._length, self._runner.arena.padding_slot))
         self._plan.suffix_len.copy_(torch.where(active, self._length + 1, 0))
         hidden = self._runner.forward(self._token, self._first_position + self._length, self._plan)  # [B, E]
-        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length)  # [B] int64, [B] float64
+        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length, self._runner.impl)
         self.out[0].copy_(tokens)
         self.out[1].copy_(logps)
         self._token.copy_(tokens.clamp_min(0))  # `NOT_FINITE` is no id that the next step could read

@@ -1,0 +1,100 @@
+"""Elementwise parts of a transformer layer in one kernel each: RMSNorm and SwiGLU.
+
+    rms_norm:  out = weight * round(x / sqrt(mean(x^2) + eps))     statistics in float32, rounded to the dtype of x
+    swiglu:    out = round(silu(gate)) * up
+
+`eager` computes them as the modules of Transformers do, to the bit, and is the specification (`reference` names the same
+function). `triton` are the GPU kernels of `triton_rms_norm` and `triton_swiglu`, which run on a CPU under
+TRITON_INTERPRET=1. They round where eager rounds, forward and backward, so results differ where a float32 sum or
+exponential that is a few units off lands on the other side of a rounding.
+"""
+
+from typing import Any
+
+import torch
+
+from cpo_kernels.fused_layers.check import check_fused_layers
+from cpo_kernels.fused_layers.eager import rms_norm_eager, swiglu_eager
+from cpo_kernels.implementation import available_implementations, resolve_implementation
+
+__all__ = ["resolve_fused_layers", "rms_norm", "swiglu"]
+
+
+def rms_norm(
+    x: torch.Tensor,  # [..., E]
+    weight: torch.Tensor,  # [E]
+    eps: float,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Root mean square normalisation of rows (Zhang and Sennrich 2019) as Llama's: the weight multiplies the rounded row.
+
+    Args:
+        x: [..., E] float64, float32, bfloat16 or float16.
+        weight: [E], same dtype or float32.
+        eps: added to the mean square.
+        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64 and E up to 32768.
+
+    Returns:
+        [..., E] in the wider dtype of x and weight, differentiable in both. "triton" against "eager": 1e-6 relative in
+        float32. In 16 bits the normalised row may be its neighbour before the weight multiplies.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run on them.
+        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
+    """
+    if x.ndim < 1 or weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"rms_norm: expected x [..., E] and weight [E] on one device, got {tuple(x.shape)} on {x.device} and "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    if resolve_fused_layers(impl, x.device.type) != "triton":
+        return rms_norm_eager(x, weight, eps)
+    from cpo_kernels.fused_layers.triton_rms_norm import TritonRMSNorm  # loads Triton: only when it is asked for
+
+    return _apply(TritonRMSNorm, x, weight, eps)
+
+
+def swiglu(
+    gate: torch.Tensor,  # [..., F]
+    up: torch.Tensor,  # [..., F]
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """silu(gate) * up, the gated unit of Shazeer 2020, with silu(x) = x / (1 + exp(-x)) rounded to the dtype of gate.
+
+    Args:
+        gate, up: [..., F] float64, float32, bfloat16 or float16, both the same. Halves of one product's columns need no
+            copy.
+        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64.
+
+    Returns:
+        [..., F] in their dtype, differentiable in both. "triton" against "eager": 1e-6 relative in float32. In 16 bits
+        silu may be its neighbour before `up` multiplies.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run on them.
+        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
+    """
+    if gate.shape != up.shape or gate.ndim < 1 or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            f"swiglu: expected gate and up [..., F] of one dtype on one device, got {tuple(gate.shape)} {gate.dtype} on "
+            f"{gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}"
+        )
+    if resolve_fused_layers(impl, gate.device.type) != "triton":
+        return swiglu_eager(gate, up)
+    from cpo_kernels.fused_layers.triton_swiglu import TritonSwiGLU  # loads Triton: only when it is asked for
+
+    return _apply(TritonSwiGLU, gate, up)
+
+
+def resolve_fused_layers(impl: str | None, device_type: str) -> str:
+    """The name of the implementation that runs on a device. See `resolve_implementation`."""
+    available = available_implementations(device_type)
+    return resolve_implementation("fused_layers", impl, device_type, available, check_fused_layers)
+
+
+@torch.compiler.disable  # as `tree_attention` does: torch 2.11 compiles a Function to a graph whose gradients are zero
+def _apply(function: Any, *arguments: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*arguments)
+    return result

@@ -1,0 +1,19 @@
+"""RMSNorm and SwiGLU in plain torch, operation by operation as `LlamaRMSNorm` and `LlamaMLP` of Transformers."""
+
+import torch
+import torch.nn.functional as F
+
+from cpo_kernels.device import accumulation_dtype
+
+
+def rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., E], weight [E] -> [..., E]. float64 stays float64, where `LlamaRMSNorm` goes through float32."""
+    hidden = x.to(accumulation_dtype(x.dtype))
+    variance = hidden.pow(2).mean(-1, keepdim=True)
+    hidden = hidden * torch.rsqrt(variance + eps)
+    return weight * hidden.to(x.dtype)
+
+
+def swiglu_eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """gate and up [..., F] -> [..., F]."""
+    return F.silu(gate) * up
