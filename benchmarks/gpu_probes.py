@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("probe", choices=sorted(PROBES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--op", default="tree_attention,tree_decode,linear_logprob", help="ops of check, with commas")
+    parser.add_argument("--op", default="linear_logprob", help="ops of check, with commas")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="default", help="of check")
     parser.add_argument("--compile", default="", help="of tiles: a variant's name; run it once on every forest")
     arguments = parser.parse_args(argv)

@@ -41,6 +41,7 @@ TILE_VARIANTS = (  # names of `attention_tiles.variants`, compiled side by side 
     "shipped", "before", "dq 64x64, 4 warps", "dq 128x64, 8 warps", "dkv 32x128, 8 warps", "dkv 64x128, 8 warps",
     "dkv 64x64, 8 warps", "forward 64x64, 4 warps",
 )  # fmt: skip
+OPS = ("linear_logprob", "tree_attention", "tree_decode", "sample_tokens", "fused_layers")  # of the self-check
 BY_NAME = {
     "CPO_KERNELS_IMPL": "triton"
 }  # not checked before use: the check's ratios stand on the page, and stop nothing
@@ -70,7 +71,7 @@ def gpu_steps() -> list[Stage]:
     checks = [
         module(f"check {op}, {shape}", 110, f"gpu_probes  check  --op  {op}  --shape  {shape}")
         for shape in ("7b", "default")
-        for op in ("linear_logprob", "tree_attention", "tree_decode")
+        for op in OPS
     ]
     compiles = [module(f"compile {name}", 110, f"gpu_probes  tiles  --compile  {name}") for name in TILE_VARIANTS]
     collect = "collect  --set  gpu  --contestants  roofline,batched  --num-questions  4  --repeats  1"

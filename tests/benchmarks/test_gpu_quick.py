@@ -19,6 +19,7 @@ from benchmarks.gpu_page import Outcome, figures, page
 from benchmarks.gpu_predictions import PREDICTIONS
 from benchmarks.gpu_quick import ROOT, STEPS, Run, Step
 from benchmarks.gpu_tests import FILES
+from cpo_kernels.self_check import OPS
 from tests.benchmarks import bare_machine
 
 
@@ -229,6 +230,11 @@ def test_every_prediction_is_of_a_step_that_exists_and_has_a_name_of_its_own() -
 def test_every_alternative_tile_is_compiled_before_it_is_timed() -> None:
     names = {variant.name for architecture in (80, 90) for variant in variants(architecture, 128)}
     assert names == set(gpu_quick.TILE_VARIANTS)
+
+
+def test_every_op_that_has_a_check_is_checked() -> None:
+    steps = {step.name for stage in STEPS["cuda", False]() for step in stage}
+    assert {f"check {op}, {shape}" for op in OPS for shape in ("7b", "default")} <= steps
 
 
 def test_the_limits_of_the_steps_are_within_the_command_s() -> None:
