@@ -76,7 +76,7 @@ def gpu_steps() -> list[Stage]:
     compiles = [module(f"compile {name}", 110, f"gpu_probes  tiles  --compile  {name}") for name in TILE_VARIANTS]
     collect = "collect  --set  gpu  --contestants  roofline,batched  --num-questions  4  --repeats  1"
     train = "gpu_train_step  --order  questions  --baselines  TRL  --repeats  2  --max-seconds  90"
-    head = "linear_logprob  --set  gpu  --heads  4096x128256  --rows  512,2048  --only  torch  --runs  10"
+    head = "linear_logprob  --set  gpu  --heads  4096x128256  --rows  512,2048  --only  torch,floor  --runs  10"
     return [
         (*checks, *compiles),
         (module("ceilings", 40, "gpu_probes  ceilings"),),
@@ -173,7 +173,9 @@ class Run:
         for path in sorted(results_folder().glob("*.jsonl")):
             with open(path, "rb") as file:
                 file.seek(self._offsets.get(path, 0))
-                lines += [json.loads(line) for line in file.read().decode().splitlines()]
+                for line in file.read().decode(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError):  # a process that was killed may leave half a line
+                        lines.append(json.loads(line))
         try:
             text = page(self.outcomes, lines, self._more)
         except Exception:  # what is measured is on disk, and the next step is worth more than this page
