@@ -8,7 +8,7 @@ from benchmarks.gpu_predictions import PREDICTIONS, Prediction
 from benchmarks.harness import table
 
 FAR = 1.5  # times the nearer end of a prediction: beyond it a figure is a surprise that wants an explanation
-FOLLOW_UP = ("flex", "head")  # steps of the second command
+FOLLOW_UP = ("flex", "head", "training")  # steps of the second command
 
 
 @dataclass(frozen=True)

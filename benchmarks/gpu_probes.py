@@ -5,6 +5,7 @@
     tiles      tree attention with shipped and alternative tiles side by side; --compile runs each once, untimed
     graph      recording a decode step as a CUDA graph, and replaying it, at several numbers of rows
     head       the log-prob op with chunks and programs of several sizes side by side
+    training   a few steps of `cpo-fast train` on a tiny model, DeepSpeed and its process group included
 
 Figures are named as in `gpu_predictions`. On a CPU the kernels need TRITON_INTERPRET=1, and everything is tiny.
 
@@ -12,11 +13,15 @@ Figures are named as in `gpu_predictions`. On a CPU the kernels need TRITON_INTE
 """
 
 import argparse
+import gc
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +202,10 @@ def graph(arguments: argparse.Namespace) -> None:
         except Exception as error:  # the next size may work, and the sentence is the result
             note(arguments, {f"graph at {num_rows} rows failed": 1.0}, failure=reason(error))
             continue
+        finally:  # an arena of 40 GiB, whose engine and searches point at each other
+            gc.collect()
+            if arguments.device.type == "cuda":
+                torch.cuda.empty_cache()
         figures = {
             f"graph at {num_rows} rows failed": 0.0,
             f"decode step at {num_rows} rows ms": found["step_seconds"] * 1e3,
@@ -232,6 +241,7 @@ def head(arguments: argparse.Namespace) -> None:
             case = make_case("flat", num_rows, hidden_size, vocab, dtype, device)
             ours = contestant(f"ours {'triton' if on_gpu else 'eager'}", case, "gathered")["step"]
             runs = {name: contestant(name, case, "gathered")["step"] for name in ("floor 3 GEMMs", "torch naive")}
+            runs["shipped"] = ours
             for bits in CHUNK_BITS[device.type]:
                 runs |= {f"2^{bits} logits, {n} programs an SM": sized(ours, bits, n) for n in PROGRAMS_AN_SM}
             times = milliseconds(runs, device)
@@ -240,8 +250,41 @@ def head(arguments: argparse.Namespace) -> None:
             note(arguments, figures, milliseconds=times)
 
 
+def training(arguments: argparse.Namespace) -> None:
+    """Train a tiny adapter from files to files: what DeepSpeed, NCCL and one rank do together shows here first."""
+    from benchmarks.step_contestants import TINY_LLAMA, random_model, three_word_tokenizer
+    from benchmarks.workload import TINY, step_pairs
+    from cpo_fast.config import validate_config
+    from cpo_fast.train.loop import train
+
+    failed = "training failed"
+    with tempfile.TemporaryDirectory() as scratch:
+        model, data = Path(scratch) / "model", Path(scratch) / "pairs.jsonl"
+        dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
+        random_model(TINY_LLAMA, 2, dtype, torch.device("cpu")).save_pretrained(model)
+        three_word_tokenizer().save_pretrained(model)
+        names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+        pairs = [dict(zip(names, pair, strict=True)) for pair in step_pairs("questions", 8, TINY)]
+        data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        values = {
+            "run": str(Path(scratch) / "run"),
+            "model": {"path": str(model), "device": "auto" if arguments.device.type == "cuda" else "cpu"},
+            "data": {"path": str(data), "eos": "never"},
+            "train": {"batch_pairs": 4, "num_epochs": 2},
+        }
+        try:
+            done = train(validate_config(values))
+        except TimeUp:
+            raise
+        except Exception as error:  # the sentence is the result
+            note(arguments, {failed: 1.0}, failure=reason(error))
+            return
+        steps = [json.loads(line) for line in done.metrics_path.read_text(encoding="utf-8").splitlines()]
+        note(arguments, {failed: 0.0, "training: steps": float(len(steps))}, steps=steps)
+
+
 PROBES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "ceilings": ceilings, "check": check, "tiles": tiles, "graph": graph, "head": head,
+    "ceilings": ceilings, "check": check, "tiles": tiles, "graph": graph, "head": head, "training": training,
 }  # fmt: skip
 
 
@@ -250,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("probe", choices=sorted(PROBES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
-    parser.add_argument("--op", default="tree_attention,tree_decode,linear_logprob", help="ops of check, with commas")
+    parser.add_argument("--op", default="linear_logprob", help="ops of check, with commas")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="default", help="of check")
     parser.add_argument("--compile", default="", help="of tiles: a variant's name; run it once on every forest")
     arguments = parser.parse_args(argv)

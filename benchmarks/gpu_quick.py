@@ -41,6 +41,7 @@ TILE_VARIANTS = (  # names of `attention_tiles.variants`, compiled side by side 
     "shipped", "before", "dq 64x64, 4 warps", "dq 128x64, 8 warps", "dkv 32x128, 8 warps", "dkv 64x128, 8 warps",
     "dkv 64x64, 8 warps", "forward 64x64, 4 warps",
 )  # fmt: skip
+OPS = ("linear_logprob", "tree_attention", "tree_decode", "sample_tokens", "fused_layers")  # of the self-check
 BY_NAME = {
     "CPO_KERNELS_IMPL": "triton"
 }  # not checked before use: the check's ratios stand on the page, and stop nothing
@@ -70,12 +71,12 @@ def gpu_steps() -> list[Stage]:
     checks = [
         module(f"check {op}, {shape}", 110, f"gpu_probes  check  --op  {op}  --shape  {shape}")
         for shape in ("7b", "default")
-        for op in ("linear_logprob", "tree_attention", "tree_decode")
+        for op in OPS
     ]
     compiles = [module(f"compile {name}", 110, f"gpu_probes  tiles  --compile  {name}") for name in TILE_VARIANTS]
     collect = "collect  --set  gpu  --contestants  roofline,batched  --num-questions  4  --repeats  1"
     train = "gpu_train_step  --order  questions  --baselines  TRL  --repeats  2  --max-seconds  90"
-    head = "linear_logprob  --set  gpu  --heads  4096x128256  --rows  512,2048  --only  torch  --runs  10"
+    head = "linear_logprob  --set  gpu  --heads  4096x128256  --rows  512,2048  --only  torch,floor  --runs  10"
     return [
         (*checks, *compiles),
         (module("ceilings", 40, "gpu_probes  ceilings"),),
@@ -88,7 +89,7 @@ def gpu_steps() -> list[Stage]:
 
 
 def more_gpu_steps() -> list[Stage]:
-    """Chunk sizes of the head, FlexAttention, the tests."""
+    """Chunk sizes of the head, DeepSpeed with one rank, FlexAttention, the tests."""
     flex = "tree_attention  --set  gpu  --heads  32x32x128  --forests  trees,chain  --only  FlexAttention  --runs  10"
     tests = [
         module(f"tests {shard + 1} of {NUM_TEST_PROCESSES}", 110, f"gpu_tests  {shard}  {NUM_TEST_PROCESSES}", {})
@@ -96,6 +97,7 @@ def more_gpu_steps() -> list[Stage]:
     ]
     return [
         (module("head", 60, "gpu_probes  head"),),
+        (module("training", 60, "gpu_probes  training"),),
         (module("flex", 75, f"{flex}  --seconds-each  0.2  --max-seconds  50"),),
         tuple(tests),
     ]
@@ -121,7 +123,7 @@ def more_cpu_steps() -> list[Stage]:
     flex = "tree_attention  --device  cpu  --set  tiny  --forests  chain  --only  FlexAttention  --runs  1"
     return [
         (module("head", 60, "gpu_probes  head  --device  cpu", {}), module("flex", 60, flex, {})),
-        (module("tests", 60, "gpu_tests  0  8", {}),),
+        (module("tests", 60, "gpu_tests  0  8", {}), module("training", 60, "gpu_probes  training  --device  cpu", {})),
     ]
 
 
@@ -171,7 +173,9 @@ class Run:
         for path in sorted(results_folder().glob("*.jsonl")):
             with open(path, "rb") as file:
                 file.seek(self._offsets.get(path, 0))
-                lines += [json.loads(line) for line in file.read().decode().splitlines()]
+                for line in file.read().decode(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError):  # a process that was killed may leave half a line
+                        lines.append(json.loads(line))
         try:
             text = page(self.outcomes, lines, self._more)
         except Exception:  # what is measured is on disk, and the next step is worth more than this page

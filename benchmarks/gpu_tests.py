@@ -23,10 +23,20 @@ FILES: dict[str, tuple[str, ...]] = {  # what it needs beside torch, Triton, Tra
     "tests/cpo_kernels/test_linear_logprob_triton_mutations.py": (),
     "tests/cpo_kernels/test_linear_logprob_large.py": (),
     "tests/cpo_kernels/test_tree_decode_large.py": (),
+    "tests/cpo_kernels/test_tree_attention_tiles.py": (),
+    "tests/cpo_kernels/test_sample_tokens.py": (),
+    "tests/cpo_kernels/test_fused_layers.py": (),
+    "tests/cpo_kernels/test_fused_models.py": ("peft",),
     "tests/search/test_gpu_engine.py": ("pydantic", "peft"),
+    "tests/train/test_deepspeed_contract.py": ("deepspeed", "pydantic", "peft"),
+    "tests/integrations/test_trl_tree.py": ("trl", "peft", "pyarrow", "pandas"),
+    "tests/benchmarks/test_trl_tree_benchmark.py": ("trl",),
 }
 # pytest's own options alone: those of plugins that are not installed would end the run
-OPTIONS = ("-q", "-o", "addopts=-ra --strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "gpu")
+OPTIONS = (
+    "-q", "-o", "addopts=-ra --strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "gpu",
+    "--continue-on-collection-errors",  # a file that cannot be imported stops no other
+)  # fmt: skip
 
 
 class Share:

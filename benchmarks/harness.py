@@ -4,6 +4,7 @@ Variants of one benchmark run in turn within one process, so that a change of cl
 them. Nothing is recorded or shown before the gate has passed: a fast wrong answer has no speed.
 """
 
+import functools
 import json
 import os
 import platform
@@ -176,6 +177,7 @@ def _answer(*command: str) -> str | None:
         return None
 
 
+@functools.cache  # as the first record of a process finds it: asking takes longer than some of what is measured
 def _gpu() -> dict[str, str] | None:
     import torch
 
@@ -184,6 +186,7 @@ def _gpu() -> dict[str, str] | None:
     return None if answer is None else dict(zip(_GPU_FIELDS, answer.split(", "), strict=False))
 
 
+@functools.cache
 def _commit() -> str | None:
     """Revision of the checkout, with `+` when files differ from it; None outside a checkout."""
     folder = str(Path(__file__).parent)
@@ -223,8 +226,8 @@ def record(benchmark: str, command: str, checks: Sequence[Check], results: Mappi
         "checks": [asdict(check) for check in checks],
         "results": dict(results),
     }
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
+    with open(path, "ab", buffering=0) as file:  # one write: processes side by side do not mix their lines
+        file.write((json.dumps(line, sort_keys=True) + "\n").encode())
     return path
 
 

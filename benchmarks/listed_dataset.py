@@ -4,7 +4,7 @@ TRL's trainers import that library at their top, and their constructors want a d
 to the trainer's own collator and loss, which never see a data set, so a constructor that is satisfied is enough.
 """
 
-import importlib.util
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -57,13 +57,21 @@ class _StandIn(types.ModuleType):
         return made
 
 
+def _can_be_imported(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # missing, or of a version that another library does not bear
+        return False
+    return True
+
+
 STAND_INS = ("datasets", "datasets.fingerprint", "pandas", "pyarrow", "pyarrow.compute", "pyarrow.types")
 
 
 def stand_in_for_datasets() -> list[str]:
     """Put `Dataset` and empty modules in the place of the libraries that are missing; returns their names."""
-    missing = {name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None}
-    if missing or importlib.util.find_spec("datasets") is None:
+    missing = {name for name in ("pyarrow", "pandas") if not _can_be_imported(name)}
+    if missing or not _can_be_imported("datasets"):
         missing.add("datasets")
     for name in STAND_INS:
         if name.split(".")[0] in missing:

@@ -154,7 +154,7 @@ def trl(base: nn.Module, checkpointing: bool) -> StepContestant:
                 per_device_train_batch_size=1, report_to=[], disable_tqdm=True, save_strategy="no",
             ),
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-            processing_class=_three_word_tokenizer(),
+            processing_class=three_word_tokenizer(),
             peft_config=lora_config(),
         )  # fmt: skip
     _with_adapter(trainer.model, checkpointing)
@@ -179,7 +179,7 @@ def _with_adapter(model: Any, checkpointing: bool) -> Any:
     return model
 
 
-def _three_word_tokenizer() -> Any:
+def three_word_tokenizer() -> Any:
     """What the trainer's constructor wants to see; the benchmark's batches are token ids already."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
