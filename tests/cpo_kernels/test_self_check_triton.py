@@ -20,6 +20,7 @@ from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.kernel_check import KernelCheckError, ModelShape
 from cpo_kernels.linear_logprob import check as logprob_check
 from cpo_kernels.linear_logprob import resolve_linear_logprob
+from cpo_kernels.sample_tokens import check as sample_check
 from cpo_kernels.self_check import OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import check as attention_check
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
@@ -40,6 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         attention_check: {"NUM_ROWS": 83},
         logprob_check: {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131},
         decode_check: {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6},
+        sample_check: {"VOCAB_SIZE": 150, "COPIES": 1},
         fused_check: {"NUM_ROWS": 11, "LORA_ROWS": 67},
     }
     for place, found in sizes.items():
@@ -78,7 +80,9 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("linear_logprob", "triton_backward", "_row_gradients", {}),
     *(("linear_logprob", "triton_backward", "_product_gradients", {"CAPPED": capped}) for capped in (False, True)),
     ("linear_logprob", "triton_backward", "_put_targets", {}),
+    *(("sample_tokens", "triton_sampler", kernel, {}) for kernel in ("_block_maxima", "_block_masses", "_choose")),
     ("tree_decode", "triton_forward", "_store_kernel", {}),
+    ("tree_decode", "triton_forward", "_rotate_store_kernel", {}),
     ("tree_decode", "triton_forward", "_partial_kernel", {}),
     ("tree_decode", "triton_forward", "_merge_kernel", {}),
     ("fused_layers", "triton_rms_norm", "_norm_forward", {}),
