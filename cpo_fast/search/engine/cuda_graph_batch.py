@@ -73,7 +73,9 @@ class DecodeStep:
         self._plan, self._sampler = to_device(plan, runner.device), to_device(sampler, runner.device)
         self._state = torch.zeros(5, self.num_slots, dtype=torch.int64, device=runner.device)
         # of each slot: the token it reads next, tokens generated, their cap, where the prompt ends, its own KV slots
-        self._token, self._length, self._max_length, self._first_position, self._first_slot = self._state.unbind()
+        self._token, self._length, self._max_length = self._state[:3]
+        self._firsts = self._state[3:]
+        self._padding_slot = torch.full((), runner.arena.padding_slot, device=runner.device)
         self.out = torch.zeros(2, self.num_slots, dtype=torch.float64, device=runner.device)
 
     def load(self, requests: Sequence[RunningRequest], plan: DecodePlan, sampler: BatchSampler) -> None:
@@ -101,13 +103,14 @@ class DecodeStep:
         # Finished requests keep running, because a CUDA graph has a fixed shape. They are masked: keys and values go to
         # the padding slot and the token is ignored.
         active = self._length < self._max_length  # [B] bool
-        self._plan.slots.copy_(torch.where(active, self._first_slot + self._length, self._runner.arena.padding_slot))
-        self._plan.suffix_len.copy_(torch.where(active, self._length + 1, 0))
-        hidden = self._runner.forward(self._token, self._first_position + self._length, self._plan)  # [B, E]
+        positions, own_slots = self._firsts + self._length  # [2, B] both in one kernel
+        torch.where(active, own_slots, self._padding_slot, out=self._plan.slots)
+        torch.mul(active, self._length + 1, out=self._plan.suffix_len)
+        hidden = self._runner.forward(self._token, positions, self._plan)  # [B, E]
         tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length, self._runner.impl)
         self.out[0].copy_(tokens)
         self.out[1].copy_(logps)
-        self._token.copy_(tokens.clamp_min(0))  # `NOT_FINITE` is no id that the next step could read
+        torch.clamp_min(tokens, 0, out=self._token)  # `NOT_FINITE` is no id that the next step could read
         self._length.add_(active)
 
     def _put(self, target: torch.Tensor, source: torch.Tensor) -> None:
