@@ -143,4 +143,7 @@ def _fused(part: str, factor: float) -> fused_check.FusedLayers:
         return call
 
     rms_norm = posed("rms_norm", ("x", "weight"), fused_check.EAGER.rms_norm)
-    return fused_check.FusedLayers(rms_norm, posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu))
+    swiglu = posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu)
+    return fused_check.FusedLayers(
+        rms_norm, swiglu, posed("add_lora", ("base", "input", "a", "b"), fused_check.EAGER.add_lora)
+    )

@@ -100,6 +100,8 @@ def test_kernel_of_swiglu_is_eager_within_one_rounding(dtype: torch.dtype) -> No
     for found, expected in zip(*results, strict=True):
         assert bool(torch.isfinite(found).all())
         assert_within_rounding(found, expected, steps=2)
+        if dtype != torch.float32:
+            assert (found == expected).double().mean() > 0.98  # a neighbour is the exception
 
 
 @runs_kernels

@@ -1,6 +1,7 @@
 """Claims about `fuse_layers`: which modules it takes, that their numbers stay, that a CPU's model is not touched."""
 
 import copy
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -129,6 +130,19 @@ def test_a_replaced_forward_and_a_subclass_with_another_are_left() -> None:
     assert fuse_layers(model, "triton") == 4
     assert unfuse_layers(model) == 4
     assert "forward" in vars(mlp)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("part", "old", "new"), [("co_consts", 2, 4), ("co_names", "mean", "sum")])
+def test_a_forward_that_differs_in_a_number_or_a_name_alone_is_left(part: str, old: Any, new: Any) -> None:
+    stock = LlamaRMSNorm.forward
+    code = stock.__code__.replace(
+        **{part: tuple(new if value == old else value for value in getattr(stock.__code__, part))}
+    )
+    other = type("Other", (LlamaRMSNorm,), {"forward": FunctionType(code, stock.__globals__)})
+    model = tiny_llama().to(DEVICE)
+    model.model.norm.__class__ = other
+    assert fuse_layers(model, "triton") == 6
 
 
 @not_interpreted

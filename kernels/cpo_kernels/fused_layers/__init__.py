@@ -1,11 +1,12 @@
-"""Elementwise parts of a transformer layer in one kernel each: RMSNorm and SwiGLU.
+"""Parts of a transformer layer in few kernels: RMSNorm, SwiGLU, and a LoRA adapter's share of a linear layer.
 
     rms_norm:  out = weight * round(x / sqrt(mean(x^2) + eps))     statistics in float32, rounded to the dtype of x
     swiglu:    out = round(silu(gate)) * up
+    add_lora:  out = round(base + scaling * x A^T B^T)             A and B in float32, rounded to the dtype of base
 
-`eager` computes them as the modules of Transformers do, to the bit, and is the specification (`reference` names the same
-function). `triton` are the GPU kernels of `triton_rms_norm` and `triton_swiglu`, which run on a CPU under
-TRITON_INTERPRET=1. They round where eager rounds, forward and backward, so results differ where a float32 sum or
+`eager` computes them as the modules of Transformers and PEFT do, to the bit, and is the specification (`reference` names
+the same function). `triton` are the GPU kernels of `triton_rms_norm`, `triton_swiglu` and `triton_lora`, which run on a CPU
+under TRITON_INTERPRET=1. They round where eager rounds, forward and backward, so results differ where a float32 sum or
 exponential that is a few units off lands on the other side of a rounding.
 """
 
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 
 from cpo_kernels.fused_layers.check import check_fused_layers
-from cpo_kernels.fused_layers.eager import rms_norm_eager, swiglu_eager
+from cpo_kernels.fused_layers.eager import add_lora_eager, rms_norm_eager, swiglu_eager
 from cpo_kernels.implementation import available_implementations, resolve_implementation
 
-__all__ = ["resolve_fused_layers", "rms_norm", "swiglu"]
+__all__ = ["add_lora", "resolve_fused_layers", "rms_norm", "swiglu"]
 
 
 def rms_norm(
@@ -86,6 +87,51 @@ def swiglu(
     from cpo_kernels.fused_layers.triton_swiglu import TritonSwiGLU  # loads Triton: only when it is asked for
 
     return _apply(TritonSwiGLU, gate, up)
+
+
+def add_lora(
+    base: torch.Tensor,  # [..., N]
+    x: torch.Tensor,  # [..., E]
+    a: torch.Tensor,  # [R, E]
+    b: torch.Tensor,  # [N, R]
+    scaling: float,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """base + scaling * x a^T b^T, the output of a linear layer with its LoRA adapter (Hu et al. 2021) added.
+
+    Args:
+        base: [..., N], the layer's output without the adapter.
+        x: [..., E], the layer's input, of base's dtype.
+        a, b: [R, E] and [N, R], any floating dtype, that of the product.
+        scaling: factor on the product.
+        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes bfloat16 base and x, float32 a
+            and b, and R up to 64.
+
+    Returns:
+        [..., N] in the dtype of base, differentiable in all four tensors. "triton" multiplies bfloat16 numbers with pairs
+        of them and sums in float32: the product and the gradients of a and b are within 2^-16 of the sum of their terms'
+        magnitudes, and what is rounded to bfloat16 may be its neighbour.
+
+    Raises:
+        ValueError: shapes do not fit, or `impl` cannot run on these inputs.
+        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
+    """
+    if (
+        a.ndim != 2
+        or b.shape != (base.shape[-1], len(a))
+        or x.shape != (*base.shape[:-1], a.shape[1])
+        or x.dtype != base.dtype
+    ):
+        raise ValueError(
+            "add_lora: expected base [..., N], x [..., E] of its dtype, a [R, E] and b [N, R], got "
+            f"{tuple(base.shape)} {base.dtype}, {tuple(x.shape)} {x.dtype}, {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if resolve_fused_layers(impl, x.device.type) != "triton":
+        return add_lora_eager(base, x, a, b, scaling)
+    from cpo_kernels.fused_layers.triton_lora import TritonLora  # loads Triton: only when it is asked for
+
+    return _apply(TritonLora, base, x, a, b, scaling)
 
 
 def resolve_fused_layers(impl: str | None, device_type: str) -> str:

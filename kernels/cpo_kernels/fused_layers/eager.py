@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU in plain torch, operation by operation as `LlamaRMSNorm` and `LlamaMLP` of Transformers."""
+"""RMSNorm, SwiGLU and LoRA in plain torch, operation by operation as in `LlamaRMSNorm`, `LlamaMLP` and PEFT's `Linear`."""
 
 import torch
 import torch.nn.functional as F
@@ -17,3 +17,10 @@ def rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 def swiglu_eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gate and up [..., F] -> [..., F]."""
     return F.silu(gate) * up
+
+
+def add_lora_eager(
+    base: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """base [..., N], x [..., E], a [R, E], b [N, R] -> [..., N]."""
+    return (base + F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(base.dtype)
