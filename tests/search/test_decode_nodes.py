@@ -52,6 +52,7 @@ def nodes(num_layers: int, fewer: bool = True, lora: bool = False, **sampling: A
         # the meta device stands for a GPU
         for op in (fused_layers, sample_tokens):
             patch.setattr(op, "available_implementations", lambda _: ("eager", "triton"))
+        patch.setattr(torch, "is_autocast_enabled", lambda _: False)  # torch knows no autocast of the meta device
         if fewer:
             fuse_layers(model, "triton")
             if lora:
