@@ -87,6 +87,30 @@ def test_kernel_fits_the_card(name: str, columns: int, dtype: str, trained: bool
     assert columns < 512 or accesses <= {"v4.b32", "b32"}, accesses  # one float32 a row alone is narrow
 
 
+@functools.cache
+def compiled_rotary(head_dim: int, dtype: str, arch: int, backward: bool) -> Compiled:
+    """The rotation of 32 query heads and 8 key heads, whose strides are multiples of 16."""
+    from cpo_kernels.fused_layers import triton_rotary as module
+
+    constants: dict[str, Any] = {"HEADS": 32, "TOTAL": 40, "HALF": head_dim // 2, "BACKWARD": backward, "UPCAST": False}
+    constants |= module._block(head_dim)
+    warps = constants.pop("num_warps")
+    signature = {key: _argument_type(key, dtype) for key in module._rotate.arg_names if key not in constants}
+    strides = [key for key in signature if key.endswith(("_batch", "_head", "_row"))]
+    return compile_kernel(module._rotate, signature, constants, arch, warps, 3, divisible=strides)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bf16"), (128, "bf16"), (128, "fp32"), (256, "fp16")])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rotation_fits_the_card_and_moves_16_bytes_at_a_time(
+    head_dim: int, dtype: str, backward: bool, arch: int
+) -> None:
+    binary = compiled_rotary(head_dim, dtype, arch, backward)
+    assert_fits(binary, arch, MAX_STACK_BYTES)
+    assert set(re.findall(r"(?:ld|st)\.global\.(\S+)", binary.ptx)) == {"v4.b32"}
+
+
 LORA_KERNELS = ("_reduce_columns", "_expand_columns", "_sum_rows")
 
 

@@ -78,7 +78,7 @@ def test_every_kernel_that_is_launched_meets_the_gate() -> None:
     gated = {("linear_logprob", name.split(".")[1]) for name in (*logprob.KERNELS, "fused._product_partials")}
     gated |= {("tree_attention", case.kernel) for case, _ in attention.BINARIES}
     gated |= {("tree_decode", name) for name, *_ in decode.BINARIES}
-    gated |= {("fused_layers", name) for name in (*fused.LORA_KERNELS, *(name for name, *_ in fused.CASES))}
+    gated |= {("fused_layers", name) for name in ("_rotate", *fused.LORA_KERNELS, *(name for name, *_ in fused.CASES))}
     gated |= {("sample_tokens", name) for name in sampler.KERNELS}
     assert launched == gated
 

@@ -89,6 +89,7 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     *(("fused_layers", "triton_rms_norm", "_norm_backward", {"NEEDS_WEIGHT": trained}) for trained in (False, True)),
     ("fused_layers", "triton_swiglu", "_swiglu_forward", {}),
     ("fused_layers", "triton_swiglu", "_swiglu_backward", {}),
+    *(("fused_layers", "triton_rotary", "_rotate", {"BACKWARD": backward}) for backward in (False, True)),
     ("fused_layers", "triton_lora", "_reduce_columns", {}),
     *(("fused_layers", "triton_lora", "_expand_columns", {"HAS_BASE": has_base}) for has_base in (False, True)),
     ("fused_layers", "triton_lora", "_sum_rows", {}),

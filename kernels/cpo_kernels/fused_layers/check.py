@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cpo_kernels.fused_layers.eager import add_lora_eager, rms_norm_eager, swiglu_eager
+from cpo_kernels.fused_layers.eager import add_lora_eager, rms_norm_eager, rotary_eager, swiglu_eager
 from cpo_kernels.kernel_check import FLOAT32_EPS, ModelShape, Results, error_ratios, random_tensor
 
 NUM_ROWS = 601  # more than the programs that sum a weight's gradient, and not a multiple of them
@@ -23,10 +23,11 @@ class FusedLayers(NamedTuple):
 
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     add_lora: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-EAGER = FusedLayers(rms_norm_eager, swiglu_eager, add_lora_eager)
+EAGER = FusedLayers(rms_norm_eager, swiglu_eager, rotary_eager, add_lora_eager)
 
 
 def check_fused_layers(device: torch.device, shape: ModelShape, kernels: FusedLayers | None = None) -> dict[str, float]:
@@ -34,9 +35,10 @@ def check_fused_layers(device: torch.device, shape: ModelShape, kernels: FusedLa
     if kernels is None:
         from cpo_kernels.fused_layers.triton_lora import TritonLora  # loads Triton
         from cpo_kernels.fused_layers.triton_rms_norm import TritonRMSNorm
+        from cpo_kernels.fused_layers.triton_rotary import TritonRotary
         from cpo_kernels.fused_layers.triton_swiglu import TritonSwiGLU
 
-        kernels = FusedLayers(TritonRMSNorm.apply, TritonSwiGLU.apply, TritonLora.apply)
+        kernels = FusedLayers(TritonRMSNorm.apply, TritonSwiGLU.apply, TritonRotary.apply, TritonLora.apply)
     ratios: dict[str, float] = {}
     # some models normalise heads too
     for place, columns in enumerate(sorted({shape.hidden_size, shape.head_dim})):
@@ -49,6 +51,13 @@ def check_fused_layers(device: torch.device, shape: ModelShape, kernels: FusedLa
             ratios |= _ratios(norm, kernels, shape.dtype)
     tensors = [random_tensor((7, GATED_COLUMNS), device, shape.dtype, 26 + at, scale=3.0) for at in range(3)]
     ratios |= _ratios(partial(_gated_results, tensors=tensors), kernels, shape.dtype)
+    heads = (shape.num_heads, shape.num_kv_heads)
+    tensors = [
+        random_tensor((2, count, 5, shape.head_dim), device, shape.dtype, 40 + at) for at, count in enumerate(heads * 2)
+    ]
+    tables = [random_tensor((2, 5, shape.head_dim), device, shape.dtype, place) for place in (38, 39)]
+    rotary = partial(_rotary_results, tensors=[*tensors, *tables])
+    ratios |= _ratios(rotary, kernels, shape.dtype)
     if shape.dtype == torch.bfloat16:  # the one dtype that LoRA's kernels take
         for place, rank in enumerate(RANKS):
             tensors = _lora_tensors(device, shape.hidden_size, rank, 30 + 5 * place)
@@ -79,6 +88,14 @@ def _gated_results(layers: FusedLayers, dtype: torch.dtype, tensors: list[torch.
     return {"swiglu: out": out.detach()} | {
         f"swiglu: gradient of {name}": gradient for name, gradient in zip(("gate", "up"), gradients, strict=True)
     }
+
+
+def _rotary_results(layers: FusedLayers, dtype: torch.dtype, tensors: list[torch.Tensor]) -> Results:
+    q, k, grad_q, grad_k, cos, sin = (tensor.to(dtype) for tensor in tensors)
+    outputs = layers.rotary(q.requires_grad_(), k.requires_grad_(), cos, sin)
+    gradients = torch.autograd.grad(outputs, (q, k), (grad_q, grad_k))
+    names = ("rotary: q", "rotary: k", "rotary: gradient of q", "rotary: gradient of k")
+    return dict(zip(names, (*(out.detach() for out in outputs), *gradients), strict=True))
 
 
 def _lora_tensors(device: torch.device, hidden_size: int, rank: int, place: int) -> list[torch.Tensor]:

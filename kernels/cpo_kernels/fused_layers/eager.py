@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and LoRA in plain torch, operation by operation as in `LlamaRMSNorm`, `LlamaMLP` and PEFT's `Linear`."""
+"""What is fused, in plain torch, operation by operation as in Transformers' Llama and in PEFT's LoRA layer."""
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,19 @@ def rms_norm_eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     variance = hidden.pow(2).mean(-1, keepdim=True)
     hidden = hidden * torch.rsqrt(variance + eps)
     return weight * hidden.to(x.dtype)
+
+
+def rotary_eager(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, T, D], k [B, Hkv, T, D], cos and sin [B or 1, T, D] -> rotated q and k."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos) + (torch.cat((-second, first), dim=-1) * sin)
+
+    return rotated(q), rotated(k)
 
 
 def swiglu_eager(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
