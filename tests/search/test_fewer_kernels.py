@@ -21,7 +21,7 @@ from cpo_fast.search.engine.forward_plans import ModelRunner
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.integrations.transformers.decode import fewer_kernels
 from cpo_kernels.integrations.transformers.model import model_parts
-from cpo_kernels.integrations.transformers.projections import MergedLinear, merge_projections
+from cpo_kernels.integrations.transformers.projections import MergedLinear, merge_projections, separate_projections
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from tests.search.engine_cases import (
     CONFIG_CLASSES,
@@ -165,6 +165,23 @@ def test_outputs_are_handed_out_for_the_very_same_input_only() -> None:
         torch.testing.assert_close(ours.up_proj(y), theirs.up_proj(y))
         torch.testing.assert_close(ours.up_proj(x), theirs.up_proj(x))
         torch.testing.assert_close(ours.up_proj(x), theirs.up_proj(x))
+
+
+def test_a_copy_holds_no_weight_twice_and_layers_can_be_separated_again() -> None:
+    model = small_model()
+    expected = model(IDS).logits
+    merge_projections(model)
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    mine, its = (one.model.layers[0].self_attn.v_proj.group for one in (model, twin))
+    assert mine is not its
+    assert mine._weight is its._weight
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.q_proj(IDS.new_zeros(1, 32).float())  # hands nothing to the other model
+    assert mine._last is None
+    assert separate_projections(twin) == 2 * 5
+    assert not any(isinstance(module, MergedLinear) for module in twin.modules())
+    assert torch.equal(twin(IDS).logits, expected)
+    assert merge_projections(model) == 4
 
 
 def _one_bias(layer: Any) -> None:
