@@ -99,6 +99,15 @@ def test_a_merge_inside_a_search_and_a_changed_weight_reach_the_common_product()
     assert found[0][0] != found[0][1]
 
 
+def test_a_search_that_begins_merged_gives_every_weight_back() -> None:
+    model = with_adapter(small_model())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    few_shot, prompts = forked_prompts(7, num_groups=1)
+    with merged_adapter(model):
+        run_searches_of(engine_of(model, fewer=True), few_shot, prompts)  # lays the merged weights out anew
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_group_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     model = small_model(attention_bias=True, mlp_bias=True)

@@ -112,7 +112,7 @@ def merge_projections(model: nn.Module) -> int:
 
 def separate_projections(model: nn.Module) -> int:
     """Let every projection multiply alone again, and return how many there were. Weights stay where they are."""
-    layers = [module for module in model.modules() if isinstance(module, MergedLinear)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, MergedLinear)]
     for layer in layers:
         layer.__class__ = nn.Linear
         del layer.group, layer.place
