@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpo_kernels.tree_decode.reference import rotate
+from cpo_kernels.tree_decode.rotation import rotate
 
 FUNCTION = "apply_rotary_pos_emb"
 Rotated = tuple[torch.Tensor, torch.Tensor]
