@@ -20,6 +20,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.search_script import TEMPERATURE, Call, Script
+from cpo_kernels.integrations.transformers.fused import unfuse_layers
+from cpo_kernels.integrations.transformers.projections import separate_projections
 
 CPU_BATCH_TOKENS = 256
 NO_EOS = -1  # an id that no token has, for the engine that wants one
@@ -28,6 +30,8 @@ NO_EOS = -1  # an id that no token has, for the engine that wants one
 def stock_copy(model: Any) -> Any:
     """A second model of the same weights (not copies of them) under `sdpa`, which nothing of ours has touched."""
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    unfuse_layers(twin)
+    separate_projections(twin)
     twin.set_attn_implementation("sdpa")
     twin.generation_config = GenerationConfig()
     return twin.eval()

@@ -251,7 +251,7 @@ class TrainConfig(Section):
     lora_input: Literal["recast", "peft"] = Field(
         "recast",
         description="recast saves memory on a 16-bit base by keeping an adapted layer's input once; peft keeps a float32 "
-        "copy; same result, bit for bit",
+        "copy; same result, bit for bit on a CPU, where a GPU's kernels differ by rounding",
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",

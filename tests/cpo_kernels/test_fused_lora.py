@@ -9,6 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from cpo_kernels.fused_layers import add_lora
 from cpo_kernels.integrations.lora import fuse_lora, keep_input_dtype
+from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.integrations.transformers.fused import fuse_layers
+from cpo_kernels.tolerances import end_to_end_bound
 from tests.cpo_kernels.kernel_device import DEVICE, not_interpreted, runs_kernels
 from tests.tiny import ALL_LINEAR, randomize_lora, tiny_llama
 
@@ -223,9 +226,9 @@ def test_switched_changed_and_zero_adapters_are_followed() -> None:
     assert torch.equal(model(draw(2, 7, 48, seed=6, dtype=torch.bfloat16)), off)  # rewards before step 1 are 0
 
 
-def adapted_llama() -> PeftModel:
+def adapted_llama(dtype: torch.dtype = torch.bfloat16) -> PeftModel:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_llama(dtype=torch.bfloat16), config, autocast_adapter_dtype=True)
+    model = get_peft_model(tiny_llama(dtype=dtype), config, autocast_adapter_dtype=True)
     randomize_lora(model)
     keep_input_dtype(model)
     return model.to(DEVICE).train()
@@ -246,6 +249,39 @@ def test_recomputed_layers_give_the_same_bits(reentrant: bool) -> None:
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(results[0]) == 2 * 2 * len(ALL_LINEAR)
     assert bitwise(*results)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forest_through_every_kernel_gives_the_log_probs_and_gradients_of_plain_torch(dtype: torch.dtype) -> None:
+    """As a step on a GPU: layers and adapters fused and recomputed, attention and head in Triton, reference online."""
+    sequences, starts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 20, 21], [5, 6, 7, 8, 30]], [3, 3, 4]
+    results = []
+    for impl in ("eager", "triton"):
+        model = adapted_llama(dtype)
+        prepare(model, impl)
+        if impl == "triton":
+            assert fuse_layers(model, impl) == 9
+            assert fuse_lora(model, impl) == 2 * len(ALL_LINEAR)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        found = packed_logps(model, sequences, starts, reference="adapter_off", impl=impl)
+        (found.segment_logps * torch.tensor([1.0, -2.0, 0.5], device=DEVICE)).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert found.ref_segment_logps is not None
+        results.append([found.segment_logps.detach(), found.ref_segment_logps, *gradients])
+        zeroed = packed_logps(zero_b(model), sequences, starts, reference="adapter_off", impl=impl)
+        assert zeroed.ref_segment_logps is not None
+        assert torch.equal(zeroed.segment_logps, zeroed.ref_segment_logps)
+    for plain, kernels in zip(*results, strict=True):
+        difference = (kernels.double() - plain.double()).norm() / plain.double().norm()
+        assert float(difference) <= (1e-5 if dtype == torch.float32 else end_to_end_bound(dtype)), float(difference)
+
+
+def zero_b(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    return model
 
 
 @not_interpreted

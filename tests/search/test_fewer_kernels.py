@@ -21,7 +21,7 @@ from cpo_fast.search.engine.forward_plans import ModelRunner
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.integrations.transformers.decode import fewer_kernels
 from cpo_kernels.integrations.transformers.model import model_parts
-from cpo_kernels.integrations.transformers.projections import MergedLinear, merge_projections
+from cpo_kernels.integrations.transformers.projections import MergedLinear, merge_projections, separate_projections
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from tests.search.engine_cases import (
     CONFIG_CLASSES,
@@ -99,6 +99,15 @@ def test_a_merge_inside_a_search_and_a_changed_weight_reach_the_common_product()
     assert found[0][0] != found[0][1]
 
 
+def test_a_search_that_begins_merged_gives_every_weight_back() -> None:
+    model = with_adapter(small_model())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    few_shot, prompts = forked_prompts(7, num_groups=1)
+    with merged_adapter(model):
+        run_searches_of(engine_of(model, fewer=True), few_shot, prompts)  # lays the merged weights out anew
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_group_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     model = small_model(attention_bias=True, mlp_bias=True)
@@ -165,6 +174,23 @@ def test_outputs_are_handed_out_for_the_very_same_input_only() -> None:
         torch.testing.assert_close(ours.up_proj(y), theirs.up_proj(y))
         torch.testing.assert_close(ours.up_proj(x), theirs.up_proj(x))
         torch.testing.assert_close(ours.up_proj(x), theirs.up_proj(x))
+
+
+def test_a_copy_holds_no_weight_twice_and_layers_can_be_separated_again() -> None:
+    model = small_model()
+    expected = model(IDS).logits
+    merge_projections(model)
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    mine, its = (one.model.layers[0].self_attn.v_proj.group for one in (model, twin))
+    assert mine is not its
+    assert mine._weight is its._weight
+    with torch.no_grad():
+        twin.model.layers[0].self_attn.q_proj(IDS.new_zeros(1, 32).float())  # hands nothing to the other model
+    assert mine._last is None
+    assert separate_projections(twin) == 2 * 5
+    assert not any(isinstance(module, MergedLinear) for module in twin.modules())
+    assert torch.equal(twin(IDS).logits, expected)
+    assert merge_projections(model) == 4
 
 
 def _one_bias(layer: Any) -> None:

@@ -1,6 +1,7 @@
 """The engine whose KV cache is the search forest: every shared prefix is computed once and read once for all below it.
 
-Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. An answer
+Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. Where that
+runs in Triton, other parts of the modules are replaced by fewer and larger kernels too (`fewer_kernels`). An answer
 depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a
 GPU, equal trees are promised for equal settings only.
 """

@@ -98,7 +98,7 @@ def _rotate(
     """Some heads of one token; those from HEADS on are of k."""
     batch = (tl.program_id(0) // num_rows).to(tl.int64)
     row = (tl.program_id(0) % num_rows).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     of_q = (head < HEADS) & (column < HALF)
     of_k = (head >= HEADS) & (head < TOTAL) & (column < HALF)

@@ -7,6 +7,7 @@ and in-place changes are what they were. The first projection of a group multipl
 their columns if they are called with the same tensor. Only forwards without gradients do so.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,13 @@ class _Group:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = _one_storage(biases) if biases else None
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # the input and all outputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Group":
+        # of a copied model: its layers, without a second copy of their weights, which are no rows of this storage
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._layers, twin._last = copy.deepcopy(self._layers, memo), None
+        return twin
 
     def output(self, place: int, x: torch.Tensor) -> torch.Tensor | None:
         """The output of one layer, or None where it must multiply alone."""
@@ -100,6 +108,15 @@ def merge_projections(model: nn.Module) -> int:
                     layer.group = group
                 num_merged += 1
     return num_merged
+
+
+def separate_projections(model: nn.Module) -> int:
+    """Let every projection multiply alone again, and return how many there were. Weights stay where they are."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, MergedLinear)]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+        del layer.group, layer.place
+    return len(layers)
 
 
 def _fit_together(layers: Sequence[nn.Linear], holders: dict[int, int]) -> bool:
