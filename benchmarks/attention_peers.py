@@ -78,7 +78,8 @@ def _batched(values: torch.Tensor, add: bool) -> torch.Tensor:
 
 def _ours(impl: str, case: AttentionCase) -> Contestant:
     # made anew, so that its cost is seen; training makes it once a forest
-    schedule = tree_schedule(case.forest.subtree_end.cpu()).to(case.q.device)
+    heads = (case.q.shape[1], case.k.shape[1])
+    schedule = tree_schedule(case.forest.subtree_end.cpu(), heads=heads).to(case.q.device)
     subtree_end = schedule.subtree_end
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

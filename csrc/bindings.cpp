@@ -93,11 +93,13 @@ nb::tuple split_pairs(Input<int64_t> tokens, Input<int64_t> offsets, Input<int64
                           shared.view(&cpo::PairSplit::batch_tokens));
 }
 
-nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t block_kv) {
+nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t block_kv, int64_t num_heads,
+                       int64_t num_kv_heads) {
     cpo::Schedule schedule;
     {
         nb::gil_scoped_release unlocked;
-        schedule = cpo::tree_schedule(subtree_end.data(), static_cast<int64_t>(subtree_end.shape(0)), block_q, block_kv);
+        schedule = cpo::tree_schedule(subtree_end.data(), static_cast<int64_t>(subtree_end.shape(0)), block_q, block_kv,
+                                      num_heads, num_kv_heads);
     }
     const Shared<cpo::Schedule> shared(std::move(schedule));
     nb::dict arrays;
@@ -135,7 +137,7 @@ NB_MODULE(_csrc, module) {
                "path_offsets, num_tokens)");
     module.def("split_pairs", &split_pairs, "tokens"_a, "offsets"_a, "prompt_lengths"_a, "max_tokens"_a,
                "tokens int64 [N], offsets int64 [2 P + 1], prompt_lengths int64 [P] -> (order, batch_offsets, batch_tokens)");
-    module.def("tree_schedule", &tree_schedule, "subtree_end"_a, "block_q"_a, "block_kv"_a,
+    module.def("tree_schedule", &tree_schedule, "subtree_end"_a, "block_q"_a, "block_kv"_a, "num_heads"_a, "num_kv_heads"_a,
                "subtree_end int32 [T] -> the arrays of a TreeSchedule by name");
     module.def("validate_subtree_end", &validate_subtree_end, "subtree_end"_a,
                "ValueError unless subtree_end int32 [T] describes nested subtrees in depth-first preorder");

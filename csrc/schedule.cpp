@@ -7,11 +7,12 @@
 // the work proportional to what is visited. n1 is n0 + block_kv even where the line ends earlier: a ragged key block is
 // never full, so a kernel needs no bounds check on the keys of a full one.
 //
-// dK and dV of a key block sum over its query range. A prompt's blocks are seen by nearly every row while most are seen
-// by a few: left whole, they are the programs that all others wait for. A range of more query blocks than
-// kMinPartBlocks and than one kMaxWorkShare-th of all of them is cut into the fewest equal parts within that limit. The
-// parts are then fewer than 2 * kMaxWorkShare whatever the line: a cut block exceeds a share, so it has more than half
-// a share in every part. A chain of 2 * kMaxWorkShare key blocks or more stays whole.
+// dK and dV of a key block sum over its query range and over the G query heads of a key head. A prompt's blocks are seen
+// by nearly every row while most are seen by a few: left whole, they are the programs that all others wait for, the more
+// so the more query heads they walk through and the fewer key heads share the card. A range of more query blocks than
+// kMinPartBlocks / G and than its share, one of kNumShares / key heads, of all of them is cut into the fewest equal parts
+// within that limit. The parts times the key heads are then fewer than 2 * kNumShares whatever the line: a cut block
+// exceeds a share, so it has more than half a share in every part. A long chain stays whole.
 
 #include "schedule.h"
 
@@ -25,10 +26,10 @@ namespace cpo {
 namespace {
 
 constexpr int64_t kMinPartBlocks = 16;  // writing and reading a part's float32 sums costs about as much as two blocks
-constexpr int64_t kMaxWorkShare = 64;   // times the key heads this fills a card; bounds the memory that parts take
+constexpr int64_t kNumShares = 1024;    // programs that fill a card several times; bounds the memory that parts take
 
 // Cuts the query range of every key block into pieces of work.
-void cut_work(Schedule& schedule, int64_t block_q) {
+void cut_work(Schedule& schedule, int64_t block_q, int64_t num_heads, int64_t num_kv_heads) {
     const size_t num_kv_blocks = schedule.kv_query_start.size();
     const auto num_q_blocks = [&](size_t block) {
         const int64_t num_rows = schedule.kv_query_stop[block] - schedule.kv_query_start[block];
@@ -38,7 +39,9 @@ void cut_work(Schedule& schedule, int64_t block_q) {
     for (size_t block = 0; block < num_kv_blocks; ++block) {
         total += num_q_blocks(block);
     }
-    const int64_t limit = std::max(kMinPartBlocks, (total + kMaxWorkShare - 1) / kMaxWorkShare);
+    const int64_t group = num_heads / num_kv_heads;
+    const int64_t limit =
+        std::max((kMinPartBlocks + group - 1) / group, (total * num_kv_heads + kNumShares - 1) / kNumShares);
     int32_t num_parts = 0;
     schedule.split_offsets.push_back(0);
     for (size_t block = 0; block < num_kv_blocks; ++block) {
@@ -82,10 +85,15 @@ void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows) {
     }
 }
 
-Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv) {
+Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv, int64_t num_heads,
+                       int64_t num_kv_heads) {
     if (block_q < 1 || block_kv < 1) {
         throw std::invalid_argument("expected block_q >= 1 and block_kv >= 1, got " + std::to_string(block_q) + " and " +
                                     std::to_string(block_kv));
+    }
+    if (num_kv_heads < 1 || num_heads < num_kv_heads || num_heads % num_kv_heads != 0) {
+        throw std::invalid_argument("expected heads that are a multiple of the key heads, got " +
+                                    std::to_string(num_heads) + " and " + std::to_string(num_kv_heads));
     }
     validate_subtree_end(subtree_end, num_rows);
 
@@ -103,7 +111,7 @@ Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t blo
         schedule.kv_full_stop.push_back(ragged ? static_cast<int32_t>(last) : std::max(*least, static_cast<int32_t>(last)));
     }
 
-    cut_work(schedule, block_q);
+    cut_work(schedule, block_q, num_heads, num_kv_heads);
 
     // Two walks over the visited blocks: count, then place. Key blocks ascend within a query block by construction.
     std::vector<int64_t> num_full(static_cast<size_t>(num_q_blocks) + 1);

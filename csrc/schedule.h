@@ -32,7 +32,9 @@ struct Schedule {
 // nest: each lies inside any other that contains its start.
 void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows);
 
-// Time O(T + visited blocks). Validates subtree_end; throws std::invalid_argument for a block size below 1 too.
-Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv);
+// Time O(T + visited blocks). Validates subtree_end; throws std::invalid_argument for a block size below 1 too, and for
+// heads that are no multiple of the key heads. The heads decide only how the work on dK and dV is cut.
+Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv, int64_t num_heads,
+                       int64_t num_kv_heads);
 
 }  // namespace cpo

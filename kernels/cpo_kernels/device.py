@@ -100,4 +100,4 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | Non
     # torch has no derivative of the product with another dtype than its inputs. Tests take "meta" for a GPU
     if a.device.type in ("cuda", "meta") and a.dtype in (torch.bfloat16, torch.float16) and not has_gradient:
         return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    return torch.matmul(a.to(dtype), b.to(dtype), out=out)

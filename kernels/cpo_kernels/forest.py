@@ -40,7 +40,9 @@ class Forest:
     path_offsets: torch.Tensor  # [S + 1] int64
     num_tokens: int  # rows before padding
     host_subtree_end: torch.Tensor | None = field(default=None, init=False, repr=False)  # the CPU's, where it is known
-    _schedules: dict[tuple[int, int], TreeSchedule] = field(default_factory=dict, init=False, repr=False)
+    _schedules: dict[tuple[int, int, tuple[int, int]], TreeSchedule] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.subtree_end.is_cpu:
@@ -50,13 +52,14 @@ class Forest:
         """The same forest with every tensor on `device`, its schedules too, as `to_device` moves them."""
         return to_device(self, device)
 
-    def schedule(self, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
-        """The block schedule of tree attention over this forest, as `tree_schedule`. Made once for each pair of blocks."""
-        if (block_q, block_kv) not in self._schedules:
+    def schedule(self, block_q: int = 128, block_kv: int = 64, heads: tuple[int, int] = (16, 16)) -> TreeSchedule:
+        """The block schedule of tree attention over this forest, as `tree_schedule`. Made once for the same arguments."""
+        key = (block_q, block_kv, heads)
+        if key not in self._schedules:
             host = self.subtree_end if self.host_subtree_end is None else self.host_subtree_end
-            schedule = tree_schedule(host, block_q, block_kv).to(self.subtree_end.device, self.subtree_end)
-            self._schedules[block_q, block_kv] = schedule
-        return self._schedules[block_q, block_kv]
+            schedule = tree_schedule(host, block_q, block_kv, heads).to(self.subtree_end.device, self.subtree_end)
+            self._schedules[key] = schedule
+        return self._schedules[key]
 
     def logprob_plan(self, starts: Sequence[int] | np.ndarray | torch.Tensor) -> LogprobPlan:
         """Score tokens starts[s]: of every sequence s into segment s.

@@ -127,15 +127,15 @@ def cast(
 
 
 @triton.jit
-def listed_keys(
+def listed_tile(
     blocks_ptr: tl.tensor,  # int32, key blocks of a schedule
     step: tl.tensor,  # counts tiles along the list
-    BLOCK_KV: tl.constexpr,
+    last: tl.tensor,  # one past the last step
     TILES_PER_KV: tl.constexpr,
 ) -> tl.tensor:
-    """[BLOCK_KV] int32, the keys of one tile of a list of key blocks."""
-    block = tl.load(blocks_ptr + step // TILES_PER_KV)
-    return (block * TILES_PER_KV + step % TILES_PER_KV) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    """int32, the tile of keys at one step of a list of key blocks, 0 past its end."""
+    block = tl.load(blocks_ptr + step // TILES_PER_KV, mask=step < last, other=0)
+    return block * TILES_PER_KV + step % TILES_PER_KV
 
 
 @triton.jit

@@ -10,8 +10,8 @@ loop is priced by a model of one multiprocessor, in clock cycles at which nothin
   operands come from shared memory by `LDSM`, 4 cycles for four matrices (`.4`), 2 and 1 for two and one. The two overlap:
   the longer counts. 9.0 has HMMA too, priced here at the peak of 9.0, which it is known not to reach.
 
-`matrix_share` is the part of the matrix peak that a kernel can reach by this model. Everything else is left out, as are
-exponentials, scalar instructions and waiting for memory. It compares tiles, and is no prediction of time.
+`Loop.share` is the part of the matrix peak that a pass can reach by this model. Everything else is left out: exponentials,
+scalar instructions, waiting for memory. It compares tiles, and is no prediction of time.
 """
 
 import functools
@@ -19,7 +19,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.cpo_kernels.aot import Compiled, nvidia_tool
@@ -36,8 +35,8 @@ BRANCH = re.compile(r"\bBRA\b.*\(?(?P<label>\.L\w+)")
 WARP_GROUP = re.compile(r"\bHGMMA\.64x(?P<columns>\d+)x16\.\S+\s+R\w+,\s*(?P<a>g?desc|R)")
 WARP = re.compile(r"\bHMMA\.(?P<shape>16816|1688)\.(?!\S*TF32)")
 MATRIX_LOAD = re.compile(r"\bLDSM\.\S*?(?:\.(?P<count>[24]))?\s")
-SPILL = re.compile(r"\b(LDL|STL)\b")
 GLOBAL_ACCESS = re.compile(r"\b(LDG|STG)\.\S*?(?:\.(U?8|S8|U?16|S16|64|128))?(?:\.CONSTANT)?\s")
+SPILL = re.compile(r"\b(LDL|STL)\b")
 MATRIX = re.compile(r"\b[A-Z]*MMA\.")
 
 
@@ -86,11 +85,19 @@ class Loop:
         # HMMA beside HGMMA would be a product without the matrix instructions of its card: `assert_matrix_instructions`
         return warp_groups + max(warps, loads)
 
+    def share(self, flops: int) -> float:
+        """Of the matrix peak that one pass can reach, where `flops` is what its products need (2 M N K each)."""
+        return flops / MATRIX_FLOPS[self.arch] / self.cycles
+
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one kernel issues."""
+    """What one kernel issues, and how many of its blocks a multiprocessor holds."""
 
+    registers: int  # per thread
+    stack_bytes: int  # per thread
+    shared_bytes: int  # per block
+    blocks: int  # of one multiprocessor at a time, by registers, shared memory and warps
     inner_loops: tuple[Loop, ...]
     outer_spills: int  # loads and stores of spilled registers in loops around these
 
@@ -98,17 +105,16 @@ class MachineCode:
     def inner_spills(self) -> int:
         return sum(loop.spills for loop in self.inner_loops)
 
-    @property
-    def cycles(self) -> float:
-        """Of the worst inner loop with products; see `Loop.cycles`.
+    def share(self, flops: int) -> float:
+        """The least of all inner loops with products; see `Loop.share`.
 
         Raises:
             ValueError: no inner loop has a matrix instruction.
         """
-        cycles = max((loop.cycles for loop in self.inner_loops), default=0)
-        if cycles == 0:
+        shares = [loop.share(flops) for loop in self.inner_loops if loop.cycles > 0]
+        if not shares:
             raise ValueError("no inner loop has matrix instructions")
-        return cycles
+        return min(shares)
 
 
 @dataclass(frozen=True)
@@ -120,38 +126,12 @@ class Reach:
     registers: int
 
 
-ROW = re.compile(r"^\s+(?P<head_dim>\d+): Tile\(.*\),(?P<comment>.*)$")
-BESIDE = re.compile(r"#\s*(?P<percent>\d+) %, (?P<blocks>\d+) blocks?, (?P<registers>\d+) registers$")
-
-
-def written_beside(source: str, table: str) -> dict[tuple[int, int], Reach]:
-    """What is written beside the tiles of a table, by architecture and padded head size.
-
-    Args:
-        source: text of the module that has `table`, tiles by head size by architecture, a line each.
-
-    Raises:
-        ValueError: a tile has nothing of this form beside it, or there is no tile.
-    """
-    found: dict[tuple[int, int], Reach] = {}
-    arch = 0
-    for line in source.split(f"\n{table} = {{\n")[-1].split("\n}\n")[0].splitlines():
-        if header := re.match(r"^    (\d+): \{$", line):
-            arch = int(header[1])
-        elif row := ROW.match(line):
-            beside = BESIDE.search(row["comment"])
-            if beside is None:
-                raise ValueError(f"{table}: expected '# 80 %, 2 blocks, 255 registers' beside {line!r}")
-            found[arch, int(row["head_dim"])] = Reach(*map(int, beside.groups()))
-    if not found:
-        raise ValueError(f"{table}: no tiles found")
-    return found
-
-
 @functools.cache
 def machine_code(binary: Compiled) -> MachineCode:
     """Disassemble a compiled kernel and count."""
-    return MachineCode(*inner_loops(disassembled(binary), binary.arch, binary.num_warps))
+    inner, outer_spills = inner_loops(disassembled(binary), binary.arch, binary.num_warps)
+    blocks = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
+    return MachineCode(binary.registers, binary.stack_bytes, binary.shared_bytes, blocks, inner, outer_spills)
 
 
 def global_accesses(disassembly: str) -> Counter[str]:
@@ -169,32 +149,19 @@ def disassembled(binary: Compiled) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
-def matrix_share(binaries: Sequence[Compiled], flops: int) -> float:
-    """Of the matrix peak that kernels reach which together make what needs `flops` a pass, 2 M N K each product."""
-    return flops / MATRIX_FLOPS[binaries[0].arch] / sum(machine_code(binary).cycles for binary in binaries)
-
-
-def assert_resident(binary: Compiled, blocks: int) -> None:
-    """Fail on a spill in an inner loop, or where a multiprocessor holds fewer than `blocks` blocks at a time."""
-    if binary.stack_bytes > 0:
-        spills = machine_code(binary).inner_spills
-        assert spills == 0, f"{spills} spills in an inner loop"
-    held = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
-    assert held >= blocks, f"{held} blocks a multiprocessor, {blocks} are written"
-
-
-def assert_reaches(binaries: Sequence[Compiled], reach: Reach, flops: int = 0) -> None:
+def assert_reaches(binary: Compiled, reach: Reach, flops: int = 0) -> None:
     """Fail on a spill in an inner loop, and where the machine code is worse than what is written beside its tile.
 
     Args:
-        binaries: of `compile_kernel`; several where each makes a part of the result.
+        binary: of `compile_kernel`.
         reach: what is written.
         flops: needed by the products of one pass through an inner loop, 2 M N K each; 0 where there is no product.
     """
-    for binary in binaries:
-        assert_resident(binary, reach.blocks)
-        assert binary.registers <= reach.registers, f"{binary.registers} registers, {reach.registers} are written"
-    percent = int(100 * matrix_share(binaries, flops)) if flops else 0
+    code = machine_code(binary)
+    assert code.inner_spills == 0, f"{code.inner_spills} spills in an inner loop"
+    assert code.blocks >= reach.blocks, f"{code.blocks} blocks a multiprocessor, {reach.blocks} are written"
+    assert code.registers <= reach.registers, f"{code.registers} registers, {reach.registers} are written"
+    percent = int(100 * code.share(flops)) if flops else 0
     assert percent >= reach.percent, f"{percent} % of the matrix peak, {reach.percent} % are written"
 
 

@@ -143,4 +143,12 @@ def _fused(part: str, factor: float) -> fused_check.FusedLayers:
         return call
 
     rms_norm = posed("rms_norm", ("x", "weight"), fused_check.EAGER.rms_norm)
-    return fused_check.FusedLayers(rms_norm, posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu))
+    swiglu = posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu)
+    add_lora = posed("add_lora", ("base", "input", "a", "b"), fused_check.EAGER.add_lora)
+
+    def rotary(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        q, k = (ScaledGradient.apply(x, factor) if name == part else x for name, x in (("q", q), ("k", k)))
+        out_q, out_k = fused_check.EAGER.rotary(q, k, cos, sin)
+        return out_q * factor if part == "rotary" else out_q, out_k
+
+    return fused_check.FusedLayers(rms_norm, swiglu, rotary, add_lora)

@@ -23,7 +23,6 @@ from tests.cpo_kernels.machine_code import (
     disassembled,
     global_accesses,
     machine_code,
-    matrix_share,
     resident_blocks,
 )
 
@@ -195,8 +194,8 @@ def test_fused_products_reach_what_is_written(
     plain = arch == 90 and block_r == 128 and not outputs and not transformed
     a_pass = width if width == 576 else 64  # elements of E: the compiler unrolls what is short
     flops = 0 if exact else 2 * block_r * 128 * a_pass
-    assert_reaches([binary], PLAIN_REACH if plain else REACH[dtype, block_r][arch], flops)
-    assert exact or matrix_share([binary], flops) <= 1
+    assert_reaches(binary, PLAIN_REACH if plain else REACH[dtype, block_r][arch], flops)
+    assert exact or machine_code(binary).share(flops) <= 1
 
 
 def test_a_step_reads_the_weight_as_seldom_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

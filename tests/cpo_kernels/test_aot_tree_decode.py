@@ -1,7 +1,7 @@
 """Every kernel of tree_decode, in every shipped tile, compiled for compute capability 8.0 and 9.0 without a GPU.
 
-Read off the binary: shared memory above the card's, registers spilled to the stack, and whether the products of the
-partial kernel use the card's matrix instructions.
+Read off the binary: shared memory above the card's, registers spilled to the stack, blocks that a multiprocessor holds at
+a time, and whether the products of the partial kernel use the card's matrix instructions.
 """
 
 import functools
@@ -10,10 +10,12 @@ import pytest
 
 from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
 from tests.cpo_kernels.kernel_device import not_interpreted
+from tests.cpo_kernels.machine_code import machine_code, resident_blocks
 
 pytestmark = [not_interpreted, pytest.mark.slow]
 HEAD_DIMS = (32, 64, 96, 128, 256)
 MAX_STACK_BYTES = 16  # registers spilled to the stack, per thread: a few loop constants
+LEAST_BLOCKS = {"_partial_kernel": 2, "_merge_kernel": 6, "_store_kernel": 32}  # waiting for memory is hidden by others
 INT_POINTERS = {"slots_ptr": "*i64", "items_ptr": "*i32", "offsets_ptr": "*i32", "index_ptr": "*i32"}
 INT_POINTERS |= {"suffix_start_ptr": "*i32", "suffix_len_ptr": "*i32"}
 STORING = ("_store_kernel", "_rotate_store_kernel")  # one warp a head
@@ -77,3 +79,6 @@ def test_kernel_fits_the_card(name: str, head_dim: int, dtype: str, arch: int) -
     assert_fits(binary, arch, MAX_STACK_BYTES)
     products = name == "_partial_kernel" and dtype != "fp32"
     assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)
+    assert binary.stack_bytes == 0 or machine_code(binary).inner_spills == 0
+    blocks = resident_blocks(arch, binary.registers, binary.shared_bytes, binary.num_warps)
+    assert blocks >= LEAST_BLOCKS[name] or (name, head_dim, blocks) == ("_partial_kernel", 256, 1)

@@ -126,6 +126,7 @@ def test_the_card_is_asked_once_and_cached_memory_counts_as_free(
         assert max_chunk_logits(GPU) == 1 << 27  # 4 GiB alone would give 2^25
         card_is_full = [chunk_rows(2048, 128256, GPU) for _ in range(3)]
     assert card_is_full == [1024] * 3
+    assert max_chunk_logits(torch.device("cuda:0")) == 1 << 27
     assert calls == ["cuda:0"]
     assert [record.message for record in caplog.records] == [
         "linear_logprob: chunks of at most 134217728 logits, 68.7 of 85.9 GB are free"

@@ -1,13 +1,13 @@
-"""Claims about `rms_norm` and `swiglu`: eager is Transformers to the bit, the kernels are eager within a stated bound."""
+"""Claims about `rms_norm`, `rotary` and `swiglu`: eager is Transformers to the bit, kernels are within a stated bound."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from cpo_kernels.fused_layers import rms_norm, swiglu
+from cpo_kernels.fused_layers import rms_norm, rotary, swiglu
 from tests.cpo_kernels.kernel_device import DEVICE, not_interpreted, runs_kernels
 
 EPS = 1e-5
@@ -104,6 +104,53 @@ def test_kernel_of_swiglu_is_eager_within_one_rounding(dtype: torch.dtype) -> No
             assert (found == expected).double().mean() > 0.98  # a neighbour is the exception
 
 
+def rotary_inputs(dtype: torch.dtype, batch: int, head_dim: int) -> list[torch.Tensor]:
+    """q of 5 heads, k of 2, as projections leave them, tables, and gradients of both outputs."""
+    q, k, grad_q, grad_k = (
+        draw(batch, 7, heads, head_dim, dtype=dtype, seed=20 + place).transpose(1, 2)
+        for place, heads in enumerate((5, 2, 5, 2))
+    )
+    angles = draw(1, 7, head_dim // 2, dtype=torch.float32, seed=24)
+    tables = [function(torch.cat((angles, angles), -1)).to(dtype) for function in (torch.cos, torch.sin)]
+    return [q, k, *tables, grad_q, grad_k]
+
+
+def rotated(impl: str, q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor) -> list[torch.Tensor]:
+    """Both outputs and both gradients."""
+    cos, sin, *upstream = rest
+    leaves = [x.detach().requires_grad_() for x in (q, k)]
+    outputs = rotary(leaves[0], leaves[1], cos, sin, impl=impl)
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eager_rotation_is_that_of_transformers_to_the_bit(dtype: torch.dtype) -> None:
+    q, k, cos, sin, *_ = rotary_inputs(dtype, 2, 16)
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    for impl in (None, "eager", "reference"):
+        assert all(torch.equal(*pair) for pair in zip(rotary(q, k, cos, sin, impl=impl), expected, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "head_dim", "tables"), [(1, 16, 1), (2, 24, 1), (2, 64, 2)])
+def test_kernel_of_rotation_has_the_bits_of_eager(dtype: torch.dtype, batch: int, head_dim: int, tables: int) -> None:
+    q, k, cos, sin, *upstream = rotary_inputs(dtype, batch, head_dim)
+    if tables == 2:  # another of each, and halves that differ
+        cos, sin = (
+            torch.cat((x, x.flip(1))) * torch.linspace(1, 2, head_dim, device=DEVICE).to(dtype) for x in (cos, sin)
+        )
+    results = [rotated(impl, q, k, cos, sin, *upstream) for impl in ("triton", "eager")]
+    for found, expected in zip(*results, strict=True):
+        if dtype == torch.float32:  # a GPU may add to an unrounded product
+            assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+        else:
+            assert torch.equal(found, expected)
+    contiguous = rotated("triton", *(x.contiguous() for x in (q, k, cos, sin, *upstream)))
+    assert all(torch.equal(*pair) for pair in zip(contiguous, results[0], strict=True))
+
+
 @runs_kernels
 def test_halves_of_one_product_and_other_strides_give_the_bits_of_copies() -> None:
     both = draw(2, 3, 80, dtype=torch.bfloat16, seed=10)
@@ -185,6 +232,9 @@ def test_what_no_kernel_is_made_for_is_refused() -> None:
         rms_norm(double, double[0], EPS, impl="triton")
     with pytest.raises(ValueError, match=r"swiglu: impl='triton' expects bfloat16"):
         swiglu(double, double, impl="triton")
+    heads = torch.ones(1, 2, 3, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"rotary: impl='triton' expects .* the same for q, k, cos and sin"):
+        rotary(heads, heads, heads[0, :1].double(), heads[0, :1].double(), impl="triton")
 
 
 @not_interpreted
@@ -196,5 +246,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         swiglu(x, x[:, :1])
     with pytest.raises(ValueError, match=r"swiglu: expected gate and up"):
         swiglu(x, x.double())
+    heads = torch.ones(1, 2, 3, 4)
+    for wrong in ((heads, heads[0], heads[0, :1]), (heads, heads, heads[0]), (heads, heads[:, :, 1:], heads[0, :1])):
+        with pytest.raises(ValueError, match=r"rotary: expected q \[B, H, T, D\]"):
+            rotary(*wrong, wrong[2])
     with pytest.raises(ValueError, match="fused_layers: impl='triton' cannot run on cpu"):
         swiglu(x, x, impl="triton")

@@ -23,10 +23,10 @@ from tests.cpo_kernels.kernel_device import DEVICE, not_interpreted, runs_kernel
 from tests.tiny import tiny_llama, tiny_model, with_lora
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 5, 20, 21, 22, 23, 24]])
-# two layers with two norms and one MLP each, and the last norm; Qwen3 normalises queries and keys of each head too
-FUSED = {LlamaConfig: 7, MistralConfig: 7, Qwen2Config: 7, SmolLM3Config: 7, GraniteConfig: 7, Qwen3Config: 11}
-# Gemma's norms add one to the weight and its MLP is gelu; Olmo2's norms multiply before they round
-LEFT = {GemmaConfig: 0, Olmo2Config: 2}
+# two layers with two norms, an MLP and an attention module each, and the last norm; Qwen3 normalises queries and keys too
+FUSED = {LlamaConfig: 9, MistralConfig: 9, Qwen2Config: 9, SmolLM3Config: 9, GraniteConfig: 9, Qwen3Config: 13}
+# Gemma's norms add one to the weight and its MLP is gelu; Olmo2's norms multiply before they round, its rotation is another
+LEFT = {GemmaConfig: 2, Olmo2Config: 2}
 
 
 def outputs(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def test_norms_and_mlps_that_repeat_llamas_are_fused_and_no_others(config: type,
     found = outputs(model)
     assert relative_errors(found, expected) <= 1e-5
     assert list(model.state_dict()) == names
-    assert bitwise(found, expected) == (count == 0)
+    assert config is GemmaConfig or not bitwise(found, expected)  # what rotates alone has the same bits here
     assert unfuse_layers(model) == count
     assert bitwise(outputs(model), expected)
 
@@ -72,7 +72,7 @@ def test_lora_and_recomputed_layers_keep_their_gradients(dtype: torch.dtype, che
     expected = outputs(model, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert fuse_layers(model, "triton") == 7
+    assert fuse_layers(model, "triton") == 9
     found = outputs(model, dtype)
     assert len(found) == 1 + 2 * 2 * 7
     assert relative_errors(found, expected) <= (1e-5 if dtype == torch.float32 else 2e-2)
@@ -127,8 +127,8 @@ def test_a_replaced_forward_and_a_subclass_with_another_are_left() -> None:
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: x
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
-    assert fuse_layers(model, "triton") == 4
-    assert unfuse_layers(model) == 4
+    assert fuse_layers(model, "triton") == 6
+    assert unfuse_layers(model) == 6
     assert "forward" in vars(mlp)
 
 
@@ -142,7 +142,7 @@ def test_a_forward_that_differs_in_a_number_or_a_name_alone_is_left(part: str, o
     other = type("Other", (LlamaRMSNorm,), {"forward": FunctionType(code, stock.__globals__)})
     model = tiny_llama().to(DEVICE)
     model.model.norm.__class__ = other
-    assert fuse_layers(model, "triton") == 6
+    assert fuse_layers(model, "triton") == 8
 
 
 @not_interpreted

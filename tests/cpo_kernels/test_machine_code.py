@@ -60,6 +60,7 @@ def test_warp_instructions_and_their_loads_overlap() -> None:
     assert Loop((product,) + (load,) * 10, 80, 4).cycles == 160
     assert Loop(("LDSM.16.M88 R176, [R11]", "@P0 LDSM.16.M88.2 R2, [R11]"), 80, 1).cycles == 3
     assert Loop(("HMMA.1688.F32 R8, R2, R4, RZ",), 80, 1).cycles == 1
+    assert Loop((product,), 80, 4).share(4 * 2 * 16 * 8 * 16) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -70,13 +71,14 @@ def test_matrix_instruction_without_a_price_is_refused(text: str) -> None:
         _ = Loop((text,), 90, 4).cycles
 
 
-def test_worst_loop_with_products_counts_and_every_spill() -> None:
+def test_share_is_that_of_the_worst_loop_with_products() -> None:
     good = Loop(("HGMMA.64x64x16.F32.BF16 R88, gdesc[UR24], R88",), 90, 4)
     bad, none = Loop(good.instructions * 2, 90, 4), Loop(("LDL R1, [R2]",), 90, 4)
-    code = MachineCode((good, bad, none), 0)
-    assert (code.cycles, code.inner_spills) == (64, 1)
+    flops = 2 * 64 * 64 * 16
+    assert MachineCode(128, 0, 0, 1, (good, bad, none), 0).share(flops) == 0.5
+    assert MachineCode(128, 0, 0, 1, (good, bad, none), 0).inner_spills == 1
     with pytest.raises(ValueError, match="no inner loop"):
-        _ = MachineCode((none,), 0).cycles
+        MachineCode(128, 0, 0, 1, (none,), 0).share(flops)
 
 
 @pytest.mark.parametrize(

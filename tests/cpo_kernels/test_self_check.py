@@ -53,7 +53,7 @@ def test_right_results_pass_and_need_no_gradients_around_the_check(
         *(("linear_logprob", part) for part in ("rows", "weight", "bias")),
         *(("tree_decode", part) for part in ("out", "keys", "values")),
         *(("sample_tokens", part) for part in ("tokens", "logps", "seen")),
-        *(("fused_layers", part) for part in ("rms_norm", "x", "weight", "swiglu", "gate", "up")),
+        *(("fused_layers", part) for part in ("rms_norm", "x", "weight", "swiglu", "gate", "up", "rotary", "q", "k")),
     ],
 )
 def test_each_wrong_result_is_refused_by_the_name_of_its_op(unchecked: None, op: str, part: str, factor: float) -> None:

@@ -17,7 +17,8 @@ from tests.cpo_kernels.attention_oracle import NAMES, excess, random_heads, trit
 from tests.cpo_kernels.kernel_device import runs_kernels
 
 MIN_PART_BLOCKS = 16
-MAX_PARTS = 127  # fewer than twice the 64th share of the work
+HEADS = (16, 16)  # query heads and key heads, unless others are named
+MAX_PARTS = 2047  # times key heads: fewer than twice the 1024th share of the work
 
 
 def prompt_and_thoughts(num_rows: int, prompt: int, thought: int) -> torch.Tensor:
@@ -58,10 +59,13 @@ LINES = {
 }
 
 
+@pytest.mark.parametrize("heads", [HEADS, (32, 8), (12, 1)])
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (32, 16)])
 @pytest.mark.parametrize("line", LINES)
-def test_pieces_cover_every_query_range_once_and_in_order(line: str, blocks: tuple[int, int]) -> None:
-    schedule = tree_schedule(LINES[line], *blocks)
+def test_pieces_cover_every_query_range_once_and_in_order(
+    line: str, blocks: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    schedule = tree_schedule(LINES[line], *blocks, heads)
     starts, stops = schedule.work_start.tolist(), schedule.work_stop.tolist()
     pieces: dict[int, list[int]] = {}
     for place, block in enumerate(schedule.work_block.tolist()):
@@ -82,7 +86,7 @@ def test_pieces_cover_every_query_range_once_and_in_order(line: str, blocks: tup
     assert schedule.split_block.tolist() == split
     offsets = schedule.split_offsets.tolist()
     assert slots == [list(range(first, last)) for first, last in pairwise(offsets)]
-    assert offsets[-1] == schedule.num_parts <= MAX_PARTS
+    assert offsets[-1] == schedule.num_parts <= MAX_PARTS // heads[1]
 
 
 def test_only_ranges_beyond_the_limit_are_cut() -> None:
@@ -93,6 +97,49 @@ def test_only_ranges_beyond_the_limit_are_cut() -> None:
     assert tree_schedule(prompt_and_thoughts(16 * MIN_PART_BLOCKS, 16, 16), 16, 16).num_parts == 0
     assert tree_schedule(torch.full((8192,), 8192, dtype=torch.int32), 64, 64).num_parts == 0
     assert tree_schedule(prompt_and_thoughts(65536, 512, 40), 128, 64).num_parts > 16
+
+
+@pytest.mark.parametrize(("heads", "limit"), [((32, 32), 16), ((32, 8), 4), ((64, 8), 2), ((28, 4), 3), ((71, 1), 1)])
+def test_query_heads_of_one_key_head_shorten_the_pieces(heads: tuple[int, int], limit: int) -> None:
+    """One program walks the range for every head of the group: 16 query blocks are 16 / group of its own."""
+    subtree_end = prompt_and_thoughts(1701, 400, 50)
+    schedule = tree_schedule(subtree_end, heads=heads)
+    rows = (schedule.work_stop - schedule.work_start).tolist()
+    assert max(rows) <= limit * schedule.block_q
+    assert max(rows) > (limit - 1) * schedule.block_q or limit == 16  # all 14 blocks stay whole
+    assert schedule.num_parts == 0 or limit < 16
+
+
+def test_the_longest_piece_is_near_the_mean_load_of_a_program() -> None:
+    """One tree, 32 query heads on 8 key heads, two programs on each of 132 multiprocessors: few wait for the prompt."""
+
+    def longest_over_load(cut_for: tuple[int, int]) -> float:
+        schedule = tree_schedule(prompt_and_thoughts(1701, 400, 50), heads=cut_for)
+        rows = schedule.work_stop - schedule.work_start
+        return float(rows.max() * 4 / (rows.sum() * 32 / (2 * 132)))
+
+    assert longest_over_load((32, 8)) < 1.5
+    assert longest_over_load((32, 32)) > 4
+
+
+def test_few_key_heads_get_more_pieces_of_a_long_line() -> None:
+    """A 1024th share times the key heads: of 8 key heads, a 128th of all query blocks."""
+    subtree_end = prompt_and_thoughts(65536, 512, 40)
+    whole = tree_schedule(subtree_end)
+    ranges = [-(-rows // 128) for rows in (whole.kv_query_stop - whole.kv_query_start).tolist()]
+    pieces = set()
+    for key_heads in (4, 8, 16, 32):
+        schedule = tree_schedule(subtree_end, heads=(key_heads, key_heads))
+        limit = max(MIN_PART_BLOCKS, -(-sum(ranges) * key_heads // 1024))
+        assert len(schedule.work_block) == sum(-(-blocks // limit) for blocks in ranges), key_heads
+        pieces.add(len(schedule.work_block))
+    assert len(pieces) == 4
+
+
+def test_heads_that_share_no_key_head_evenly_are_refused() -> None:
+    for heads in ((8, 3), (2, 4), (4, 0)):
+        with pytest.raises(ValueError, match="multiple of the key heads"):
+            tree_schedule(LINES["prompt"], heads=heads)
 
 
 SHORT = prompt_and_thoughts(100, 30, 23)  # seven query blocks see the first key block, six the second
@@ -123,6 +170,17 @@ def test_parts_that_the_schedule_makes_add_up() -> None:
     inputs, schedule = random_heads(len(PROMPT), 1, 1, 16, torch.float32), tree_schedule(PROMPT, 16, 16)
     assert schedule.split_offsets.tolist() == [0, 3, 6]
     assert max(excess(triton_results(inputs, PROMPT, schedule), inputs, PROMPT).values()) <= 1.0
+
+
+@runs_kernels
+def test_parts_that_the_schedule_makes_for_a_group_add_up() -> None:
+    """Four query heads on one key head: seven query blocks in parts of four, which stay whole for a head each."""
+    inputs, schedule = random_heads(len(SHORT), 4, 1, 16, torch.float32), tree_schedule(SHORT, 16, 16, (4, 1))
+    assert schedule.split_offsets.tolist() == [0, 2, 4]
+    assert tree_schedule(SHORT, 16, 16).num_parts == 0
+    parts = triton_results(inputs, SHORT, schedule)
+    assert max(excess(parts, inputs, SHORT).values()) <= 1.0
+    assert all(map(torch.equal, parts, triton_results(inputs, SHORT, schedule)))
 
 
 @runs_kernels

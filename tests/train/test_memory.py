@@ -153,7 +153,8 @@ def test_a_smaller_bound_on_logits_is_memory_that_is_not_needed(monkeypatch: pyt
 def test_prediction_for_a_gpu_counts_the_chunk_that_a_pass_makes_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama", "tiny", torch.bfloat16, PAPER, recast=True)
     vocab = model.config.vocab_size
-    monkeypatch.setattr(chunk_size, "_logits_of_card", lambda index: 200 * vocab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the card is elsewhere
+    monkeypatch.setattr(chunk_size, "MOST_LOGITS", 200 * vocab)
     made = chunk_size.chunk_rows(5000, vocab, torch.device("cuda")) * chunk_size.row_stride(vocab)
     assert 128 * vocab <= made < 256 * vocab
     assert predict_step_memory(model, 5000, device_type="cuda").logits_bytes == 12 * made

@@ -37,7 +37,7 @@ class TritonRMSNorm(torch.autograd.Function):
                 f"E <= {MAX_COLUMNS}, got {x.dtype}, {weight.dtype} and {num_columns}"
             )
         rows, weight = _rows(x), weight.contiguous()
-        out = torch.empty(rows.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+        out = torch.empty(rows.shape, dtype=weight.dtype, device=x.device)
         rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         if rows.numel():
             _norm_forward[(len(rows),)](

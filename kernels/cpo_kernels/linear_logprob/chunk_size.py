@@ -41,7 +41,11 @@ def max_chunk_logits(device: torch.device) -> int:
     """
     text = os.environ.get(CHUNK_VARIABLE)
     if not text:
-        return _logits_of_card(device.index) if device.type == "cuda" else CPU_LOGITS
+        if device.type != "cuda":
+            return CPU_LOGITS
+        if not torch.cuda.is_available():  # a prediction for a card that is elsewhere
+            return MOST_LOGITS
+        return _logits_of_card(torch.cuda.current_device() if device.index is None else device.index)
     if not text.isdecimal() or int(text) == 0:
         raise ValueError(f"{CHUNK_VARIABLE}={text!r}: expected a positive whole number of logits")
     return int(text)
@@ -72,11 +76,9 @@ def logits_that_fit(free_bytes: int, total_bytes: int) -> int:
 
 
 @functools.cache
-def _logits_of_card(index: int | None) -> int:
+def _logits_of_card(index: int) -> int:
     """Asked once: the driver's answer takes longer than a small kernel, and a pass must not differ from the one before."""
-    if not torch.cuda.is_available():  # a prediction for a card that is elsewhere
-        return MOST_LOGITS
-    free, total = free_and_total_bytes(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    free, total = free_and_total_bytes(torch.device("cuda", index))
     logits = logits_that_fit(free, total)
     logger.info(
         "linear_logprob: chunks of at most %d logits, %.1f of %.1f GB are free", logits, free / 1e9, total / 1e9

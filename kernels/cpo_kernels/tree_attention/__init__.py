@@ -76,7 +76,7 @@ def attention_layer(
     if impl == "reference":
         return tree_attention_reference(q, k, v, subtree_end, scale)
     if schedule is None:
-        schedule = tree_schedule(subtree_end).to(q.device)
+        schedule = tree_schedule(subtree_end, heads=(q.shape[1], k.shape[1])).to(q.device)
     if impl == "flash":
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
     if impl == "triton":

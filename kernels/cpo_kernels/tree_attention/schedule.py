@@ -5,7 +5,7 @@ emax the least and greatest `subtree_end` of the keys, the block is skipped iff 
 n1 - 1 <= m0 and emin >= m1, partial otherwise. Both tests are exact, so a kernel that follows the schedule computes
 every visible score and masks only where it must. The rows that see a key block at all are one contiguous range. dK and
 dV therefore walk [n0, emax) and need no list, only pieces of work. A range much longer than the others is cut into
-parts, whose sums are added afterwards in the order of the parts.
+parts, by the heads of the attention too, whose sums are added afterwards in the order of the parts.
 
 Computed by csrc in O(T + visited blocks). A schedule makes attention faster and never changes what it means.
 """
@@ -75,22 +75,27 @@ class TreeSchedule:
         return to_device(self if subtree_end is None else replace(self, subtree_end=subtree_end), device)
 
 
-def tree_schedule(subtree_end: torch.Tensor, block_q: int = 128, block_kv: int = 64) -> TreeSchedule:
+def tree_schedule(
+    subtree_end: torch.Tensor, block_q: int = 128, block_kv: int = 64, heads: tuple[int, int] = (16, 16)
+) -> TreeSchedule:
     """Compute the block schedule of one forest on the host.
 
     Args:
         subtree_end: [T] int32, any device (one copy to the host if it is not there already).
         block_q: query rows per block. 128 by 64 fits a head of 128 in shared memory with both operands resident.
         block_kv: keys per block.
+        heads: query heads and key heads of the attention. The work on dK and dV is cut so that no program of few key
+            heads or of many query heads on one keeps the others waiting. Other heads than the attention's change the
+            time and the order of sums, and nothing else.
 
     Returns:
         The schedule, on the device of `subtree_end`.
 
     Raises:
         ValueError: `subtree_end` is not a 1-D int32 tensor or not laminar (see `validate_subtree_end`), or a block
-            size is below 1.
+            size is below 1, or the query heads are no multiple of the key heads.
     """
-    arrays = _csrc.tree_schedule(_host_array(subtree_end), block_q, block_kv)
+    arrays = _csrc.tree_schedule(_host_array(subtree_end), block_q, block_kv, *heads)
     num_parts = int(arrays["split_offsets"][-1])
     tensors: dict[str, Any] = {
         f"host_{name}" if name.startswith("segment_") else name: torch.from_numpy(array)

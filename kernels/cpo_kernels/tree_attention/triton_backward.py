@@ -33,7 +33,7 @@ from cpo_kernels.triton_tiles import (
     as_operand,
     by_rows,
     choose_tile,
-    listed_keys,
+    listed_tile,
     load_rows,
     padded_head_dim,
     store_rows,
@@ -44,12 +44,12 @@ from cpo_kernels.triton_tiles import (
 # of a block for every product, as 64 rows do among 4 warps and 128 among 8, computes none of them twice.
 QUERY_TILES = {
     90: {
-        64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 255 registers
-        128: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=2),  # 100 %, 1 block, 186 registers
-        256: Tile(block_q=128, block_kv=32, num_warps=8, num_stages=2),  # 75 %, 1 block, 220 registers
+        64: Tile(block_q=128, block_kv=64, num_warps=4, num_stages=3),  # 100 %, 2 blocks, 255 registers
+        128: Tile(block_q=128, block_kv=64, num_warps=8, num_stages=3),  # 100 %, 1 block, 188 registers
+        256: Tile(block_q=128, block_kv=32, num_warps=8, num_stages=3),  # 75 %, 1 block, 239 registers
     },
     80: {
-        64: Tile(block_q=128, block_kv=32, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 249 registers
+        64: Tile(block_q=128, block_kv=32, num_warps=4, num_stages=3),  # 100 %, 2 blocks, 252 registers
         128: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 92 %, 2 blocks, 255 registers
         256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=1),  # 80 %, 2 blocks, 255 registers
     },
@@ -59,12 +59,12 @@ QUERY_TILES = {
 # queries at a time. Of a head of 256 they would fill all: dk and dv are made in a pass each, scores twice.
 KEY_TILES = {
     90: {
-        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 100 %, 2 blocks, 255 registers
-        128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2),  # 80 %, 2 blocks, 255 registers
+        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),  # 100 %, 2 blocks, 255 registers
+        128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=3),  # 80 %, 2 blocks, 255 registers
         256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2, num_passes=2),  # 61 %, 1 block, 255 registers
     },
     80: {
-        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),  # 88 %, 2 blocks, 255 registers
+        64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),  # 88 %, 2 blocks, 255 registers
         128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2),  # 66 %, 2 blocks, 255 registers
         256: Tile(block_q=32, block_kv=32, num_warps=4, num_stages=2),  # 61 %, 2 blocks, 255 registers
     },
@@ -231,9 +231,12 @@ def _grad_q_kernel(
     for masked in tl.static_range(2):  # full blocks, then partial ones
         offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
         blocks_ptr = partial_blocks_ptr if masked else full_blocks_ptr
-        first, last = tl.load(offsets_ptr + block_q), tl.load(offsets_ptr + block_q + 1)
-        for step in range(first * TILES_PER_KV, last * TILES_PER_KV):
-            keys = listed_keys(blocks_ptr, step, BLOCK_KV, TILES_PER_KV)
+        first = tl.load(offsets_ptr + block_q) * TILES_PER_KV
+        last = tl.load(offsets_ptr + block_q + 1) * TILES_PER_KV
+        tile = listed_tile(blocks_ptr, first, last, TILES_PER_KV)
+        for step in range(first, last):
+            keys = tile * BLOCK_KV + tl.arange(0, BLOCK_KV)
+            tile = listed_tile(blocks_ptr, step + 1, last, TILES_PER_KV)  # ahead: copies wait for no list
             k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]

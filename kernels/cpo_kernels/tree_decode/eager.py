@@ -18,7 +18,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
-from cpo_kernels.tree_decode.reference import rotate
+from cpo_kernels.tree_decode.rotation import rotate
 
 # Rows of a product come in multiples of both: the matrix library deals them out to threads by fours, and sums what is
 # left over in another order.

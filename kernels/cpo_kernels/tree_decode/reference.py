@@ -10,6 +10,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
+from cpo_kernels.tree_decode.rotation import rotate
 
 
 def tree_decode_reference(
@@ -29,20 +30,6 @@ def tree_decode_reference(
     v_arena.index_copy_(0, plan.slots, v_new)
     outs = [_attention(q[n], k_arena[keys], v_arena[keys], scale) for n, keys in enumerate(visible_slots(plan))]
     return torch.stack(outs).to(q.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads [N, H, D] under rotary position encoding, as Transformers' `apply_rotary_pos_emb` computes it.
-
-    Element i < D / 2 and element i + D / 2 turn together: x cos + (-second half, first half) sin. In the dtype of x, each
-    product and the sum rounded.
-
-    Args:
-        cos, sin: [N, D] of each row's position, same dtype.
-    """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
 def visible_slots(plan: DecodePlan) -> list[torch.Tensor]:

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import torch
 
+from cpo_kernels.integrations.lora import fuse_lora
 from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
-from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
+from cpo_kernels.integrations.transformers.model import ModelParts, model_parts, peft_configs
 from cpo_kernels.integrations.transformers.projections import merge_projections
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from cpo_kernels.tree_decode import DecodePlan, resolve_tree_decode
@@ -26,8 +27,8 @@ def fewer_kernels(model: torch.nn.Module) -> ModelParts:
     """Change a prepared model, in place, so that a decode step launches fewer kernels, and return its parts.
 
     Where the model's layers allow it, the projections of one input become one product, rotary position encoding is left
-    to `tree_decode`, and norms and MLPs are fused as `fuse_layers` does. Names, shapes and values of weights stay. Sums
-    may be taken in another order, so hidden states agree to rounding.
+    to `tree_decode`, and norms, MLPs and live adapters are fused as `fuse_layers` and `fuse_lora` do. Names, shapes and
+    values of weights stay. Sums may be taken in another order, so hidden states agree to rounding.
 
     Raises:
         KernelCheckError: nobody chose an implementation, and the fused layers are not right on the model's device.
@@ -35,6 +36,8 @@ def fewer_kernels(model: torch.nn.Module) -> ModelParts:
     parts = model_parts(model)
     merge_projections(parts.backbone)
     fuse_layers(model)
+    if peft_configs(model):
+        fuse_lora(model)
     return replace(parts, defers_rotation=defer_rotation(parts.backbone))
 
 

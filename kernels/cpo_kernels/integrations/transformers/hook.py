@@ -64,7 +64,8 @@ def cpo_tree_attention(
         raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
     if layers_seen is not None:
         layers_seen.add(getattr(module, "layer_idx", id(module)))
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    # not heads[0]: its gradient would be written into zeros first
+    q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
     if decode_plan is not None:
         k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
         impl = tree_impl or resolve_tree_decode(None, q.device.type)

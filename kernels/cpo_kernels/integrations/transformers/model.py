@@ -66,6 +66,11 @@ def kv_shape(config: Any) -> tuple[int, int]:
     return num_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def attention_heads(config: Any) -> tuple[int, int]:
+    """Number of query heads and of key heads of a text configuration."""
+    return config.num_attention_heads, kv_shape(config)[0]
+
+
 def unwrap_peft(model: torch.nn.Module) -> torch.nn.Module:
     """The base model inside a `PeftModel`, or the module itself."""
     if peft_configs(model):

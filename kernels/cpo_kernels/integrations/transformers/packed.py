@@ -22,7 +22,13 @@ from cpo_kernels.device import to_device
 from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
-from cpo_kernels.integrations.transformers.model import ModelParts, check_forward, peft_configs, reference_adapter
+from cpo_kernels.integrations.transformers.model import (
+    ModelParts,
+    attention_heads,
+    check_forward,
+    peft_configs,
+    reference_adapter,
+)
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention
@@ -120,7 +126,7 @@ def _pack(
 ) -> PackedInputs:
     """Make everything on the host, then send it to the model's device."""
     forest = build_forest(sequences)
-    plan, schedule = forest.logprob_plan(starts), forest.schedule()
+    plan, schedule = forest.logprob_plan(starts), forest.schedule(heads=attention_heads(parts.config))
     longest_path = int(forest.path_offsets.diff().max()) if len(sequences) else 0
     check_forward(model, parts, longest_path)
     inputs = PackedInputs(forest, schedule, plan, longest_path, int(forest.path_offsets[-1]))
@@ -150,7 +156,7 @@ def forest_forward(
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=forest.tokens.device),
         use_cache=False,
         subtree_end=forest.subtree_end,
-        tree_schedule=forest.schedule() if schedule is None else schedule,
+        tree_schedule=forest.schedule(heads=attention_heads(parts.config)) if schedule is None else schedule,
         tree_impl=resolve_tree_attention(impl, forest.tokens.device.type),
         layers_seen=layers_seen,
         **kwargs,

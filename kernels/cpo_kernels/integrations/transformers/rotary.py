@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpo_kernels.tree_decode.reference import rotate
+from cpo_kernels.tree_decode.rotation import rotate
 
 FUNCTION = "apply_rotary_pos_emb"
 Rotated = tuple[torch.Tensor, torch.Tensor]
@@ -79,12 +79,12 @@ def defer_rotation(model: nn.Module) -> bool:
     if not functions or not all(_is_known(function) for function in functions.values()):
         return False
     for place, function in functions.items():
-        if function is not None and not isinstance(function, _Wrapper):
-            setattr(sys.modules[place], FUNCTION, _Wrapper(function))
+        if function is not None and not isinstance(function, RotationWrapper):
+            setattr(sys.modules[place], FUNCTION, RotationWrapper(function))
     return True
 
 
-class _Wrapper:
+class RotationWrapper:
     """A model's own function, unless the rotation is left to the attention function."""
 
     def __init__(self, original: Callable[..., Rotated]) -> None:
@@ -103,7 +103,7 @@ class _Wrapper:
 
 def _is_known(function: Any) -> bool:
     """Whether a function computes what `rotate` does. Random tables show a pairing of other elements."""
-    if isinstance(function, _Wrapper):
+    if isinstance(function, RotationWrapper):
         return True
     if not callable(function):
         return False
