@@ -1,5 +1,6 @@
 """The page of a quick GPU run: figures beside predictions and bars, what was not measured, how each step ended."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,9 @@ def figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in lines:
         read = _READERS.get(line["benchmark"])
-        if read is not None:
+        if read is None:
+            continue
+        with contextlib.suppress(KeyError, TypeError):  # one odd record must not keep the others from the page
             found |= {name: value for name, value in read(line["results"]).items() if value is not None}
     return found
 

@@ -191,6 +191,9 @@ class Run:
         # one folder for all: a kernel that the check compiled is not compiled again
         environment.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "cpo_fast_triton"))
         environment.setdefault("OMP_NUM_THREADS", "4")
+        environment.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # beside other processes a thread that spins takes their time
         return environment | dict(step.environment)
 
     def _note(self, outcome: Outcome) -> None:
@@ -261,11 +264,17 @@ class _Process:
                 os.killpg(self._process.pid, number)
 
 
+def sees_gpu() -> bool:
+    """Whether torch, in a process of its own, finds a CUDA device."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def main(argv: Sequence[str] | None = None, extra: Sequence[Stage] = ()) -> int:
     """Run all steps and print the page. `extra` stages run before the others.
 
     Returns:
-        0 when every step ended well, else 1; what was measured is on the page either way.
+        0 when every step ended well, else 1: what was measured is on the page either way. 1 too without a GPU, at once.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--more", action="store_true", help="the follow-up")
@@ -274,6 +283,9 @@ def main(argv: Sequence[str] | None = None, extra: Sequence[Stage] = ()) -> int:
     parser.add_argument("--bundle", type=Path, help="a folder made by benchmarks.gpu_bundle, installed first")
     arguments = parser.parse_args(argv)
     installed = Path(tempfile.gettempdir()) / "cpo_fast_gpu" if arguments.bundle else None
+    if arguments.device == "cuda" and not sees_gpu():
+        sys.stderr.write("torch sees no CUDA device, or is not installed; --device cpu runs everything tiny\n")
+        return 1
     run = Run(arguments.seconds or SECONDS[arguments.more], installed, arguments.more)
     stages = [*extra, *STEPS[arguments.device, arguments.more]()]
     if installed is not None:

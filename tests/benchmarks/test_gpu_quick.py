@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_probes, gpu_quick
 from benchmarks.attention_tiles import variants
@@ -174,6 +175,13 @@ def test_asked_to_end_it_ends_its_steps_and_writes_the_page(results: Path, capsy
     assert "ended with the whole run" in (results / "gpu_quick" / "page.txt").read_text()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_is_begun(results: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu_quick.main([]) == 1
+    assert "torch sees no CUDA device" in capfd.readouterr().err
+    assert list(results.iterdir()) == []
+
+
 def probe(**figures: float) -> dict[str, Any]:
     return {"benchmark": "gpu_probes", "environment": {"device": "a card"}, "results": {"figures": figures}}
 
@@ -218,7 +226,8 @@ def test_a_ratio_above_its_bound_and_a_contestant_that_could_not_run_are_named()
 
 def test_the_latest_record_of_a_figure_counts_and_a_part_stands_in_for_the_whole() -> None:
     part = {"benchmark": "gpu_train_step_contestants", "results": {"name": "packed", "seconds": 0.3}}
-    assert figures([probe(a=1.0), probe(a=2.0), part]) == {"a": 2.0, "step: ours s": 0.3}
+    odd = {"benchmark": "collect", "results": {"rows": []}}
+    assert figures([probe(a=1.0), odd, probe(a=2.0), part]) == {"a": 2.0, "step: ours s": 0.3}
 
 
 def test_every_prediction_is_of_a_step_that_exists_and_has_a_name_of_its_own() -> None:
