@@ -121,12 +121,17 @@ LORA_KERNELS = ("_reduce_columns", "_expand_columns", "_sum_rows")
 def test_kernel_of_lora_fits_the_card_and_multiplies_on_its_matrix_units(
     name: str, rank: int, weight: str, arch: int
 ) -> None:
+    from cpo_kernels.fused_layers import triton_lora
+
     binary = compiled_lora(name, 4096, rank, arch, weight)
     # two tiles of 64 ranks and their low parts are some registers too many; there is no loop around them
     assert_fits(binary, arch, 64 if (name, rank) == ("_expand_columns", 64) else 8)
     # a warp group multiplies 64 rows at once, and the gradient of a weight has as many as ranks
     by_group = arch == 90 and (name != "_sum_rows" or rank == 64)
     assert_matrix_instructions(binary, by_group, not by_group)
+    if name != "_expand_columns":  # each of a thread's sums is added to outside of the matrix units
+        sums = triton_lora._block_rank(rank) * {"_reduce_columns": 64, "_sum_rows": 32}[name] // 128
+        assert len(re.findall(r"\badd\.(?:rn\.)?f32", binary.ptx)) >= sums
 
 
 def test_a_width_that_is_no_multiple_of_16_is_seen_to_move_single_numbers() -> None:

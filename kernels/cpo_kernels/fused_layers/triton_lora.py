@@ -9,6 +9,9 @@ bfloat16 numbers run on matrix units: x A^T = x A_hi^T + x A_lo^T, summed in flo
 the low parts is left out. Rounding A, B, u or d to bfloat16 alone would be off by 2^-9. The parts are made in registers
 where they are used, so that no copy of A or B exists that an optimizer step could leave behind.
 
+Matrix units cut off what does not fit where they add to a sum. So they add up one tile of 64 terms alone, and tiles are
+added outside of them, rounded to nearest: the error does not grow with the number of tokens or columns.
+
 `_reduce_columns` sums a row's products in splits of its columns. `_expand_columns` adds these up in their order and writes
 u or d for `_sum_rows`. No atomics, so results are bitwise repeatable.
 """
@@ -160,8 +163,8 @@ def _reduce_columns(
         high, low = _high_and_low(tl.load(place, mask=(ranks[None, :] < RANK) & real[:, None], other=0.0), UPCAST)
         if UPCAST:
             x = x.to(tl.float32)
-        total = tl.dot(x, high, total, input_precision="ieee")
-        total = tl.dot(x, low, total, input_precision="ieee")
+        part = tl.dot(x, low, input_precision="ieee")
+        total += tl.dot(x, high, part, input_precision="ieee")
     place = out_ptr + (tl.program_id(1) * num_rows + rows[:, None]) * RANK + ranks[None, :]
     tl.store(place, total, mask=(rows[:, None] < num_rows) & (ranks[None, :] < RANK))
 
@@ -227,7 +230,7 @@ def _sum_rows(
         high, low = _high_and_low(sums, UPCAST)
         if UPCAST:
             x = x.to(tl.float32)
-        total = tl.dot(tl.trans(high), x, total, input_precision="ieee")
-        total = tl.dot(tl.trans(low), x, total, input_precision="ieee")
+        part = tl.dot(tl.trans(low), x, input_precision="ieee")
+        total += tl.dot(tl.trans(high), x, part, input_precision="ieee")
     place = out_ptr + ranks[:, None] * rank_stride + columns[None, :] * column_stride
     tl.store(place, total * scaling, mask=(ranks[:, None] < RANK) & real[None, :])
