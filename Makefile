@@ -8,6 +8,9 @@
 #   make gpu          GPU tests, then benchmarks, each command under nine minutes, on a machine with CUDA; takes the peers
 #                     with it (pip install .[bench]). `make gpu-train-step` and the like run one part of it, and
 #                     PYTHON_GPU=python3 runs them with the packages that are there; peers that are missing are named
+#   make gpu-bundle   wheels of all that a machine with torch, triton, transformers and pytest lacks, in build/gpu-bundle
+#   make gpu-quick    the decisive figures in eight minutes on a GPU, from that bundle, without a network; a page at the end
+#                     beside what was predicted. `make gpu-quick-more` goes on for four, and PYTHON_GPU=python3 chooses the Python
 #   make clean        removes build products and caches; .venv and runs/ stay
 #
 # Needs Python >= 3.11 (PYTHON=python3.12 chooses one) and a C++17 compiler. On Linux the package index serves torch with
@@ -27,6 +30,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 GPU_HEADS := 576x49152 2048x32000 4096x32000 4096x128256 3584x152064 8192x128256 2304x256000
 PYTHON_GPU ?= $(BIN)/python
 GPU_RUN = PYTHONPATH=.:kernels timeout 540 $(PYTHON_GPU)
+GPU_BUNDLE ?= build/gpu-bundle
 GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-collect gpu-profile gpu-sanitizer
 
 # Nothing may reach for the network after the installation; two threads are what the time limits are stated for.
@@ -36,7 +40,7 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test soak lint aot bench gpu $(GPU_PARTS) clean
+.PHONY: quickstart test soak lint aot bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -62,6 +66,7 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.train_step
 	PYTHONPATH=. $(BIN)/python -m benchmarks.linear_logprob
 	PYTHONPATH=. $(BIN)/python -m benchmarks.tree_attention
+	PYTHONPATH=. $(BIN)/python -m benchmarks.trl_tree
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
 	PYTHONPATH=. $(BIN)/python -m benchmarks.scaling
@@ -70,9 +75,17 @@ bench: $(BENCH_STAMP)
 gpu: $(BENCH_STAMP)
 	$(MAKE) --keep-going --jobs=1 $(GPU_PARTS)
 
-# pytest ends with 5 where no test is marked gpu, which is not a failure
+# a machine without make runs the last commands of these by hand; the bundle is found where it was made or carried to
+gpu-bundle: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_bundle build $(GPU_BUNDLE)
+
+gpu-quick gpu-quick-more:
+	PYTHONPATH=.:kernels $(PYTHON_GPU) -m benchmarks.gpu_quick $(if $(wildcard $(GPU_BUNDLE)),--bundle $(GPU_BUNDLE)) \
+	  $(if $(filter %-more,$@),--more)
+
+# the files are named there: others import what a machine with torch, triton, transformers and pytest lacks
 gpu-test:
-	$(GPU_RUN) -m pytest -m gpu || [ $$? -eq 5 ]
+	$(GPU_RUN) -m benchmarks.gpu_tests
 
 gpu-linear-logprob:
 	status=0; for head in $(GPU_HEADS); do \
@@ -81,6 +94,7 @@ gpu-linear-logprob:
 gpu-tree-attention:
 	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x32x128
 	$(GPU_RUN) -m benchmarks.tree_attention --set gpu --heads 32x8x128
+	$(GPU_RUN) -m benchmarks.trl_tree --set gpu
 
 gpu-train-step:
 	$(GPU_RUN) -m benchmarks.gpu_train_step --order pairs

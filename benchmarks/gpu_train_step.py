@@ -6,23 +6,30 @@ for all. The baselines run at their fastest batch size, searched from 1 in power
 it could reach, and peak memory (all of it, weights too) beside that of the baseline. A further row says what a cached
 reference and no checkpointing add; it is no like-for-like comparison.
 
-First, two layers of the same shape in float32 must give the baselines' loss and gradient; otherwise nothing is timed or
-printed. The bf16 differences of the whole model are shown, not judged: both sides round.
+TRL's trainer runs as it ships, its fused head on.
 
-    python -m benchmarks.gpu_train_step [--order pairs|questions] [--num-pairs 32] [--shape llama-2-7b|tiny] [--device cpu]
+First, two layers of the same shape in float32 must give the baselines' loss and gradient; otherwise nothing is timed or
+printed. The bf16 differences of the whole model are shown, not judged: both sides round. Ours is measured first, and
+every contestant is written to gpu_train_step_contestants.jsonl as it comes, so that a command whose time is up leaves
+what it has.
+
+    python -m benchmarks.gpu_train_step [--order pairs|questions] [--baselines TRL] [--shape llama-2-7b|tiny] ...
 """
 
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.clock import Clock, peak_bytes, reason
-from benchmarks.harness import Check, InexactError, Timing, gate, record, show
+from benchmarks.harness import Check, InexactError, TimeUp, Timing, end_in_time, gate, record, show
 from benchmarks.step_contestants import (
     LLAMA_2_7B,
     TINY_LLAMA,
@@ -65,11 +72,13 @@ class Measured:
     searched: dict[int, float | str]
 
 
-def check_exact(model_shape: dict[str, Any], pairs: Sequence[Pair], device: torch.device) -> tuple[list[Check], dict]:
+def check_exact(
+    model_shape: dict[str, Any], pairs: Sequence[Pair], baselines: Sequence[str], device: torch.device
+) -> tuple[list[Check], dict]:
     """Loss and gradient of ours against each baseline in float32, and why a baseline cannot run."""
     results: dict[str, tuple[float, torch.Tensor]] = {}
     failures: dict[str, str] = {}
-    for name, make in {OURS: packed, **BASELINES}.items():
+    for name, make in {OURS: packed, **{name: BASELINES[name] for name in baselines}}.items():
         try:
             base = random_model(model_shape, CHECKED_LAYERS, torch.float32, device)
             contestant = make(base, True)
@@ -103,9 +112,9 @@ def padded_tokens(batches: Sequence[Sequence[Pair]]) -> int:
 
 
 def fastest(
-    contestant: StepContestant, pairs: Sequence[Pair], device: torch.device
+    contestant: StepContestant, pairs: Sequence[Pair], device: torch.device, deadline: float
 ) -> tuple[int, dict[int, float | str]]:
-    """The batch size with the shortest step, and seconds or the failure of each that was tried."""
+    """The batch size with the shortest step, and seconds or the failure of each that was tried until the deadline."""
     clock, searched, size = Clock(device), {}, 1
     while True:
         batches = split(pairs, size)
@@ -115,7 +124,7 @@ def fastest(
         except torch.OutOfMemoryError as error:
             searched[size] = reason(error)
             break
-        if size >= len(pairs):
+        if size >= len(pairs) or time.monotonic() > deadline:
             break
         size *= 2
     seconds = {size: value for size, value in searched.items() if isinstance(value, float)}
@@ -138,41 +147,57 @@ def measure_step(
     return Measured(name=name, timing=Timing(seconds), peak_bytes=peak, loss=loss, gradient=gradient, **facts)
 
 
-def run_all(pairs: list[Pair], arguments: argparse.Namespace, failures: dict[str, str]) -> list[Measured]:
-    """One contestant in memory at a time, so that a peak is its own. Failures are added to `failures`."""
+def run_all(
+    pairs: list[Pair], arguments: argparse.Namespace, failures: dict[str, str], deadline: float
+) -> Iterator[Measured]:
+    """Measure one contestant after another, alone in memory, so that a peak is its own. Failures join `failures`.
+
+    A contestant that has not begun at `deadline`, a `time.monotonic()`, is left out, and so are all that follow a request
+    to end. One that fails stops no other, ours included.
+    """
     model_shape, _, _, max_tokens, dtype = SHAPES[arguments.shape]
     device, num_layers = arguments.device, model_shape["num_hidden_layers"]
-    measured = []
-    for name, make in BASELINES.items():
-        if name in failures:
-            continue
-        try:
-            contestant = make(random_model(model_shape, num_layers, dtype, device), True)
-            size, searched = fastest(contestant, pairs, device)
-            contestant = None  # running out of memory may leave a trainer without its checkpointing
-            _release(device)
-            contestant = make(random_model(model_shape, num_layers, dtype, device), True)
-            batches = split(pairs, size)
-            facts = {"batch_size": size, "num_tokens": padded_tokens(batches), "passes": 3, "searched": searched}
-            measured.append(measure_step(name, contestant, batches, arguments, **facts))
-        except Exception as error:  # a peer that breaks is a result
-            failures[name] = reason(error)
-        contestant = None
-        _release(device)
     batches = [[pairs[index] for index in part] for part in split_pairs(pairs, max_tokens)]
     num_tokens = sum(build_forest(sequences_of(batch)[0]).num_tokens for batch in batches)
-    facts = {"batch_size": None, "num_tokens": num_tokens, "searched": {}}
-    contestant = packed(random_model(model_shape, num_layers, dtype, device), True)
-    measured.append(measure_step(OURS, contestant, batches, arguments, passes=3, **facts))
-    known = cached_reference(contestant, batches)
-    contestant = None
-    _release(device)
-    try:
-        contestant = packed(random_model(model_shape, num_layers, dtype, device), False, known)
-        measured.append(measure_step(FURTHER, contestant, batches, arguments, passes=2, **facts))
-    except torch.OutOfMemoryError as error:
-        failures[FURTHER] = reason(error)
-    return measured
+    by_tokens = {"batch_size": None, "num_tokens": num_tokens, "searched": {}}
+    known: dict[tuple[int, ...], float] = {}
+
+    def base() -> nn.Module:
+        return random_model(model_shape, num_layers, dtype, device)
+
+    def ours() -> Measured:
+        contestant = packed(base(), True)
+        measured = measure_step(OURS, contestant, batches, arguments, passes=3, **by_tokens)
+        known.update(cached_reference(contestant, batches))
+        return measured
+
+    def further() -> Measured:
+        return measure_step(FURTHER, packed(base(), False, known), batches, arguments, passes=2, **by_tokens)
+
+    def baseline(name: str) -> Measured:
+        # half of what is left: the other half is for the step itself
+        until = time.monotonic() + (deadline - time.monotonic()) / 2
+        size, searched = fastest(BASELINES[name](base(), True), pairs, device, until)
+        _release(device)  # running out of memory may leave a trainer without its checkpointing: a new one is measured
+        padded_batches = split(pairs, size)
+        facts = {"batch_size": size, "num_tokens": padded_tokens(padded_batches), "passes": 3, "searched": searched}
+        return measure_step(name, BASELINES[name](base(), True), padded_batches, arguments, **facts)
+
+    makers = {OURS: ours, **{name: partial(baseline, name) for name in arguments.baselines}, FURTHER: further}
+    for name, make in makers.items():
+        if name in failures:
+            continue
+        if time.monotonic() > deadline:
+            failures[name] = "left out: the time was up"
+            continue
+        try:
+            yield make()
+        except TimeUp as error:
+            failures[name] = str(error)
+            deadline = 0.0
+        except Exception as error:  # a peer that breaks is a result
+            failures[name] = reason(error)
+        _release(device)
 
 
 def _release(device: torch.device) -> None:
@@ -198,24 +223,30 @@ def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float | None:
     return 2 * MATMUL_SIZE**3 / min(seconds) / 1e12
 
 
+def facts_of(measured: Measured) -> dict[str, Any]:
+    """What is written down of a contestant by itself."""
+    timing = measured.timing
+    row = {name: value for name, value in asdict(measured).items() if name not in ("timing", "gradient")}
+    return row | {"seconds": timing.median, "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
+
+
 def summarize(measured: list[Measured], pairs: list[Pair], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rows, ratios to every baseline, and the verdicts against TRL."""
+    """Rows, ratios to every baseline, and the verdicts against TRL; no ratios where ours could not be measured."""
     device = arguments.device
     flop = backbone_flop(SHAPES[arguments.shape][0])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = next((peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
     reached = matmul_tflops(SHAPES[arguments.shape][4], device)
-    ours = next(m for m in measured if m.name == OURS)
+    ours = next((m for m in measured if m.name == OURS), None)
     num_sequence_tokens = sum(map(len, sequences_of(pairs)[0]))
     rows = []
     for m in measured:
         tflops = flop * m.num_tokens * m.passes / m.timing.median / 1e12
-        row = {k: v for k, v in asdict(m).items() if k not in ("timing", "gradient")}
-        row |= {"seconds": m.timing.median, "p10": m.timing.quantile(0.1), "p90": m.timing.quantile(0.9)}
-        row |= {"tflops": tflops, "mfu": tflops / sheet if sheet else None}
+        row = facts_of(m) | {"tflops": tflops, "mfu": tflops / sheet if sheet else None}
         row["share_of_matmul"] = tflops / reached if reached else None
-        row["gradient_difference"] = float((m.gradient - ours.gradient).norm() / ours.gradient.norm())
-        if m.name in BASELINES:
+        if ours is not None:
+            row["gradient_difference"] = float((m.gradient - ours.gradient).norm() / ours.gradient.norm())
+        if m.name in BASELINES and ours is not None:
             speedup, ratio = m.timing.median / ours.timing.median, m.num_tokens / ours.num_tokens
             row |= {"speedup": speedup, "token_ratio": ratio, "share_of_token_ratio": speedup / ratio}
             row |= {"sequence_token_ratio": num_sequence_tokens / ours.num_tokens}
@@ -223,7 +254,7 @@ def summarize(measured: list[Measured], pairs: list[Pair], arguments: argparse.N
         rows.append(row)
     theirs = next((row for row in rows if row["name"] == "TRL"), None)
     bars = {}
-    if device.type == "cuda" and theirs is not None:
+    if device.type == "cuda" and theirs is not None and ours is not None:
         met = theirs["share_of_token_ratio"] >= MIN_SHARE
         bars[f"at least {MIN_SHARE} of the token ratio against TRL"] = "met" if met else "missed"
         bars[f"at most {MAX_MEMORY} of TRL's peak memory"] = "met" if theirs["memory_ratio"] <= MAX_MEMORY else "missed"
@@ -244,7 +275,7 @@ def show_results(results: dict[str, Any], checks: Sequence[Check], failures: dic
          f"{row['p10']:.3f} - {row['p90']:.3f}", text(row.get("token_ratio"), ".1f"), text(row.get("speedup"), ".1f"),
          text(row.get("share_of_token_ratio"), ".2f"), f"{row['peak_bytes'] / 2**30:.2f}",
          text(row.get("memory_ratio"), ".2f"), text(row["mfu"], ".1%"), text(row["share_of_matmul"], ".1%"),
-         f"{row['loss']:.5f}", f"{row['gradient_difference']:.1e}"]
+         f"{row['loss']:.5f}", text(row.get("gradient_difference"), ".1e")]
         for row in results["rows"]
     ]  # fmt: skip
     columns = [
@@ -282,34 +313,46 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-2-7b")
     parser.add_argument("--order", choices=("pairs", "questions"), default="pairs")
     parser.add_argument("--num-pairs", type=int, help="default: 32 in order pairs, one tree in order questions")
+    parser.add_argument("--baselines", default=",".join(BASELINES), help="whom to compare with, separated by commas")
+    parser.add_argument("--max-seconds", type=float, default=400, help="no contestant is begun after this")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of a contestant")
     parser.add_argument("--no-record", action="store_true", help="show only")
     arguments = parser.parse_args(argv)
+    arguments.baselines = arguments.baselines.split(",")
+    if not set(arguments.baselines) <= BASELINES.keys():
+        parser.error(f"--baselines: expected names out of {', '.join(BASELINES)}, got {','.join(arguments.baselines)}")
     if arguments.device.type == "cpu" and arguments.shape != "tiny":
         parser.error("a model of this shape needs a GPU; --shape tiny runs anywhere")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, time, record and show; 1 when inexact."""
+    """Check, time, record and show; 1 when ours is inexact or could not be measured."""
     arguments = parse(argv)
+    deadline = time.monotonic() + arguments.max_seconds
+    end_in_time()
     model_shape, trees, in_order_pairs, *_ = SHAPES[arguments.shape]
     per_tree = trees.num_levels * trees.num_rejected
     default = in_order_pairs if arguments.order == "pairs" else per_tree
     pairs = step_pairs(arguments.order, arguments.num_pairs or default, trees)
+    command = " ".join(["python -m benchmarks.gpu_train_step", *(sys.argv[1:] if argv is None else argv)])
     try:
-        checks, failures = check_exact(model_shape, pairs[:CHECKED_PAIRS], arguments.device)
+        checks, failures = check_exact(model_shape, pairs[:CHECKED_PAIRS], arguments.baselines, arguments.device)
         gate(checks)
     except InexactError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     _release(arguments.device)
-    results = summarize(run_all(pairs, arguments, failures), pairs, arguments)
+    measured = []
+    for contestant in run_all(pairs, arguments, failures, deadline):
+        measured.append(contestant)
+        if not arguments.no_record:
+            record("gpu_train_step_contestants", command, checks, facts_of(contestant))
+    results = summarize(measured, pairs, arguments)
     if not arguments.no_record:
-        command = " ".join(["python -m benchmarks.gpu_train_step", *(sys.argv[1:] if argv is None else argv)])
         record("gpu_train_step", command, checks, results | {"failures": failures})
     show_results(results, checks, failures)
-    return 0
+    return int(OURS in failures)
 
 
 if __name__ == "__main__":

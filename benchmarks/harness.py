@@ -4,12 +4,14 @@ Variants of one benchmark run in turn within one process, so that a change of cl
 them. Nothing is recorded or shown before the gate has passed: a fast wrong answer has no speed.
 """
 
+import functools
 import json
 import os
 import platform
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -175,6 +177,7 @@ def _answer(*command: str) -> str | None:
         return None
 
 
+@functools.cache  # as the first record of a process finds it: asking takes longer than some of what is measured
 def _gpu() -> dict[str, str] | None:
     import torch
 
@@ -183,6 +186,7 @@ def _gpu() -> dict[str, str] | None:
     return None if answer is None else dict(zip(_GPU_FIELDS, answer.split(", "), strict=False))
 
 
+@functools.cache
 def _commit() -> str | None:
     """Revision of the checkout, with `+` when files differ from it; None outside a checkout."""
     folder = str(Path(__file__).parent)
@@ -222,24 +226,28 @@ def record(benchmark: str, command: str, checks: Sequence[Check], results: Mappi
         "checks": [asdict(check) for check in checks],
         "results": dict(results),
     }
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + "\n")
+    with open(path, "ab", buffering=0) as file:  # one write: processes side by side do not mix their lines
+        file.write((json.dumps(line, sort_keys=True) + "\n").encode())
     return path
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
-    """Write a table to the terminal; the first column to the left, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, the others, which are numbers, to the right."""
+    lines = [columns, *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
 
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    # a pipe has no width, and a table cut to 80 columns loses its numbers
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    def text(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(columns), "  ".join("-" * width for width in widths), *map(text, rows)])
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+    """Write a table to standard output, in plain text: a pipe has no width, and a machine may have torch and no more."""
+    sys.stdout.write(f"{title}\n{table(columns, rows)}\n{caption}\n")
+    sys.stdout.flush()
 
 
 def plot(

@@ -215,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", choices=sorted(SETS), help="shapes; default by device")
     parser.add_argument("--heads", help="E x V of the set to keep or to add, such as 4096x128256,576x49152")
     parser.add_argument("--rows", help="scored rows, such as 512,2048")
-    parser.add_argument("--only", help="contestants whose name contains this")
+    parser.add_argument("--only", help="contestants whose name contains one of these, separated by commas")
     parser.add_argument("--skip", help="contestants whose name contains this are left out")
     parser.add_argument("--runs", type=int, default=MAX_RUNS, help="timed runs of a variant, at most")
     parser.add_argument(
@@ -230,9 +230,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.rows:
         rows = tuple(int(x) for x in arguments.rows.split(","))
     arguments.shapes = [(hidden_size, vocab, t) for hidden_size, vocab in heads for t in rows]
-    keep, drop = arguments.only or "", arguments.skip
+    keep, drop = (arguments.only or "").split(","), arguments.skip
     # ours stays: without it nothing would be gated
-    arguments.names = [n for n in NAMES if n in OURS or (keep in n and not (drop and drop in n))]
+    arguments.names = [n for n in NAMES if n in OURS or (any(k in n for k in keep) and not (drop and drop in n))]
     return arguments
 
 

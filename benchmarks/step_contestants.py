@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.listed_dataset import stand_in_for_datasets
 from benchmarks.train_step import BETA, lora_config, randomize_adapter
 from benchmarks.workload import Pair, sequences_of
 from cpo_kernels import preference_loss
@@ -134,11 +135,12 @@ def padded(base: nn.Module, checkpointing: bool) -> StepContestant:
 
 
 def trl(base: nn.Module, checkpointing: bool) -> StepContestant:
-    """The installed DPOTrainer's own collator and compute_loss.
+    """The installed DPOTrainer's own collator and compute_loss, its fused head on, as it ships.
 
     Raises:
-        ImportError: TRL or datasets is not installed.
+        ImportError: TRL is not installed.
     """
+    stand_in_for_datasets()
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -152,7 +154,7 @@ def trl(base: nn.Module, checkpointing: bool) -> StepContestant:
                 per_device_train_batch_size=1, report_to=[], disable_tqdm=True, save_strategy="no",
             ),
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-            processing_class=_three_word_tokenizer(),
+            processing_class=three_word_tokenizer(),
             peft_config=lora_config(),
         )  # fmt: skip
     _with_adapter(trainer.model, checkpointing)
@@ -177,7 +179,7 @@ def _with_adapter(model: Any, checkpointing: bool) -> Any:
     return model
 
 
-def _three_word_tokenizer() -> Any:
+def three_word_tokenizer() -> Any:
     """What the trainer's constructor wants to see; the benchmark's batches are token ids already."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -84,12 +84,10 @@ def resolve_device(name: str) -> "torch.device":
 
 def free_device_bytes(device: "torch.device") -> int:
     """Bytes that this process can still allocate on a device: free ones, and those that torch holds unused."""
-    import torch
-
     if device.type == "cuda":
-        # what torch keeps of freed tensors is free to this process, and used to the driver
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        from cpo_kernels.device import free_and_total_bytes
+
+        return free_and_total_bytes(device)[0]
     import psutil  # type: ignore[import-untyped]  # comes with DeepSpeed and accelerate
 
     return int(psutil.virtual_memory().available)

@@ -6,14 +6,16 @@ asked: at B = 0 every gradient into A vanishes, and policy equals reference what
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 from transformers.modeling_utils import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Pair = tuple[list[int], list[int], list[int]]
 
@@ -73,9 +75,11 @@ def with_lora(
     dropout: float = 0.0,
     zero_b: bool = False,
     **changes: Any,
-) -> PeftModel:
+) -> "PeftModel":
     """Wrap `model` by a LoRA adapter in the model's own dtype; A and B random, or B zero as PEFT leaves it."""
     dtype = next(model.parameters()).dtype
+    from peft import LoraConfig, get_peft_model  # tests of kernels run where it is not installed
+
     config = LoraConfig(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **changes
     )

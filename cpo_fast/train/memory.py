@@ -33,7 +33,7 @@ from cpo_fast.errors import OutOfMemory
 from cpo_fast.models import free_device_bytes, model_folder, numbers_by_dtype
 from cpo_fast.ranks import Ranks
 from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
-from cpo_kernels.linear_logprob.results import max_chunk_logits
+from cpo_kernels.linear_logprob.chunk_size import BYTES_A_LOGIT, chunk_rows, row_stride
 from cpo_kernels.tree_attention.eager import BLOCK_KEYS, MAX_RUN_SCORES
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ def predict_step_memory(
     """
     parts = model_parts(model)
     config, dtype = parts.config, parts.causal_lm.dtype
-    on_cpu = (device_type or next(model.parameters()).device.type) == "cpu"
+    device = torch.device(device_type) if device_type else next(model.parameters()).device
+    on_cpu = device.type == "cpu"
     size = dtype.itemsize
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads, head_dim = kv_shape(config)
@@ -125,12 +126,12 @@ def predict_step_memory(
     attention = size * head_dim * (2 * heads + 2 * kv_heads) + 4 * heads
     layer = 8 * hidden + 8 + attention + 3 * size * intermediate
     num_rows = num_tokens if num_rows is None else num_rows
-    chunk = 4 * min(max_chunk_logits(), num_rows * config.vocab_size)  # a chunk's logits in float32
+    chunk = chunk_rows(num_rows, config.vocab_size, device)  # rows
     # logits, probabilities and a temporary; with the entropy a second one, where no kernel reads the logits in place
-    logits = (4 if on_cpu else 3) * chunk
+    logits = chunk * (16 * config.vocab_size if on_cpu else BYTES_A_LOGIT * row_stride(config.vocab_size))
     if on_cpu and size < 4:
         # a CPU has no product of 16-bit numbers that adds up in float32, so the head is copied
-        logits = max(logits, 2 * chunk + 4 * config.vocab_size * hidden)
+        logits = max(logits, 4 * config.vocab_size * (2 * chunk + hidden))
     # a layer's forward and backward hold about the float32 input of a norm and the MLP's tensors twice
     working = 2.0 * (4 * hidden + 3 * size * intermediate)
     if on_cpu:

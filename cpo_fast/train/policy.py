@@ -20,8 +20,9 @@ from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model, model_hash, weights_hash
 from cpo_kernels.implementation import Implementations, available_implementations
-from cpo_kernels.integrations.lora import keep_input_dtype
+from cpo_kernels.integrations.lora import fuse_lora, keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import KernelCheckError
 from cpo_kernels.tree_attention import resolve_tree_attention
@@ -98,6 +99,9 @@ def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
         raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(choices)}")
     try:
         prepare(model, impl)
+        fuse_layers(model, impl)
+        if config.train.lora_input == "recast":
+            fuse_lora(model, impl)
         resolved = Implementations(resolve_tree_attention(impl, device_type), resolve_linear_logprob(impl, device_type))
     except KernelCheckError as error:
         raise EnvironmentProblem(str(error)) from error

@@ -93,9 +93,10 @@ class Trainer:
         self.first: dict[str, Any] = {}  # metrics of the first and of the newest step
         self.last: dict[str, Any] = {}
         self.unvalidated: dict[str, Any] | None = None  # metrics of a step whose validation has not ended
-        self.gradients_finite = torch.ones((), dtype=torch.bool, device=communicator.device)
-        for parameter in self.trainable:
-            parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
+        self.watched_finite = torch.ones((), dtype=torch.bool, device=communicator.device)
+        if stage > 0:
+            for parameter in self.trainable:
+                parameter.register_hook(self._watch)  # ZeRO takes gradients away before a step could look at them
 
     def with_whole_weights(self, function: Callable[[torch.nn.Module], T]) -> T:
         """Call `function` with the model inside the engine's forward, where ZeRO 3 gathers weights as they are used."""
@@ -217,11 +218,12 @@ class Trainer:
         with self._memory_errors():
             result = self.engine(chosen)
             self.engine.backward(result.loss_sum * 0, scale_wrt_gas=False)
+        gradient_finite, _ = self._gradient()
         if self.stage == 0:
             for parameter in self.trainable:
                 parameter.grad = None
         finite = torch.isfinite(result.columns["losses"])
-        flags = torch.cat([self.gradients_finite.reshape(1), finite]).float()
+        flags = torch.cat([gradient_finite.reshape(1), finite]).float()
         bad = self.communicator.gather(flags).cpu().eq(0).any(dim=0).tolist()
         rows = [example.source for example, wrong in zip(chosen.examples, bad[1:], strict=True) if wrong]
         self._refuse_nonfinite(rows, not bad[0], chosen.examples)
@@ -252,7 +254,7 @@ class Trainer:
         if self.stage == 0:
             self._sum_gradients()
         with record_function("read"):
-            found = metrics.read(self.gradients_finite, self._gradient_norm(), signal=signal)
+            found = metrics.read(*self._gradient(), signal=signal)
         self.signal = int(found[:, 2].max())
         self._refuse_nonfinite(metrics.nonfinite(), bool(found[:, 0].all()), batch)
         learning_rate = self.engine.get_lr()[0]
@@ -297,7 +299,6 @@ class Trainer:
         parts = total.split([parameter.numel() for parameter in self.trainable])
         for parameter, part in zip(self.trainable, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        self._watch(total)
 
     def _watch_collapse(self, step: int, values: dict[str, Any]) -> None:
         if "logps/chosen_drift" not in values:
@@ -307,15 +308,20 @@ class Trainer:
             logger.warning("%s", text)
         values["alarm"] = self.alarm.raised_at is not None
 
-    def _gradient_norm(self) -> torch.Tensor:
-        """Global norm before clipping, or 0 under ZeRO, which keeps gradients in its own buffers until its step."""
+    def _gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether the gradient is finite, and its global norm before clipping: a few kernels for all parameters.
+
+        Under ZeRO, which keeps gradients in its own buffers until its step, the norm is 0 and hooks have looked.
+        """
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         if self.stage > 0 or not gradients:
-            return torch.zeros((), device=self.gradients_finite.device)
-        return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+            return self.watched_finite, torch.zeros((), device=self.watched_finite.device)
+        # in float64 no square of a float32 overflows, so the norm is finite where every number is
+        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
+        return torch.isfinite(norm), norm
 
     def _watch(self, gradient: torch.Tensor) -> None:
-        self.gradients_finite &= torch.isfinite(gradient).all()
+        self.watched_finite &= torch.isfinite(gradient).all()
 
     def _refuse_nonfinite(self, bad: list[str], gradients_finite: bool, batch: Sequence[Example]) -> None:
         what = f"the loss of {len(bad)} rows"

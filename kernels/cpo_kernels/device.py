@@ -1,4 +1,4 @@
-"""Moving plans to a device, and the one rule about accumulation.
+"""Moving plans to a device, what a GPU is and has free, and the one rule about accumulation.
 
 Forests, schedules and plans are built on the CPU, where their checks and sorts cost the device nothing. `to_device` then
 queues their copies behind the device's work. A plain `.to("cuda")` waits until that work is done. With
@@ -62,12 +62,35 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def architecture(device: torch.device) -> str:
+    """What kernels are tuned for: "sm80", "sm90" or "other"."""
+    if device.type != "cuda":
+        return "other"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm80", (9, 0): "sm90"}.get(capability, "other")
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of a GPU. Where Triton's interpreter runs kernels, as many as an H200 has."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)  # torch has asked the driver once
+
+
+def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
+    """What this process can still allocate on a CUDA device, memory that torch holds unused included, and all of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    # what torch keeps of freed tensors is free to this process, and used to the driver
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def matmul_accumulated(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`a @ b` for 2-D inputs of one dtype, returned in the accumulation dtype without rounding to 16 bits on the way.
 
     Args:
         a: [M, K] floating point.
         b: [K, N] same dtype.
+        out: [M, N] in the accumulation dtype, where the product is written, or None. No input may then take a gradient.
 
     Returns:
         [M, N] float32, or float64 for float64 inputs.
@@ -76,5 +99,5 @@ def matmul_accumulated(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     has_gradient = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     # torch has no derivative of the product with another dtype than its inputs. Tests take "meta" for a GPU
     if a.device.type in ("cuda", "meta") and a.dtype in (torch.bfloat16, torch.float16) and not has_gradient:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.matmul(a.to(dtype), b.to(dtype), out=out)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from cpo_kernels.fused_layers.check import check_fused_layers
 from cpo_kernels.kernel_check import Check, KernelCheckError, ModelShape, run_check
 from cpo_kernels.linear_logprob.check import check_linear_logprob
+from cpo_kernels.sample_tokens.check import check_sample_tokens
 from cpo_kernels.tree_attention.check import check_tree_attention
 from cpo_kernels.tree_decode.check import check_tree_decode
 
@@ -19,6 +21,8 @@ CHECKS: dict[str, Check] = {
     "tree_attention": check_tree_attention,
     "linear_logprob": check_linear_logprob,
     "tree_decode": check_tree_decode,
+    "sample_tokens": check_sample_tokens,
+    "fused_layers": check_fused_layers,
 }
 OPS = tuple(CHECKS)
 TRAINING_OPS = ("tree_attention", "linear_logprob")  # of a forward on a forest, with gradients or without

@@ -137,6 +137,46 @@ def test_a_benchmark_that_is_asked_to_end_records_what_it_has(
         assert len(found["left_out"]) == 7
 
 
+def test_a_step_that_is_asked_to_end_keeps_the_contestants_that_have_ended(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, fastest = signal.getsignal(signal.SIGTERM), gpu_train_step.fastest
+
+    def stopped(*args: Any) -> Any:  # while the first baseline, behind ours, looks for its batch size
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fastest(*args)
+
+    monkeypatch.setattr(gpu_train_step, "fastest", stopped)
+    try:
+        assert gpu_train_step.main(STEP) == 0
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    (line,) = records(results, "gpu_train_step")
+    assert [row["name"] for row in line["results"]["rows"]] == ["packed"]
+    left_out = "left out: the time was up"
+    further = "packed, cached reference, no checkpointing"
+    assert line["results"]["failures"] == {"TRL": "the time was up", "padded": left_out, further: left_out}
+    assert [part["results"]["name"] for part in records(results, "gpu_train_step_contestants")] == ["packed"]
+    assert "TRL: the time was up" in capsys.readouterr().out
+
+
+def test_a_step_of_ours_that_fails_is_named_and_the_baselines_are_measured(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_step = gpu_train_step.measure_step
+
+    def broken(name: str, *args: Any, **facts: Any) -> Any:
+        if name == "packed":
+            raise torch.OutOfMemoryError("no room")
+        return measure_step(name, *args, **facts)
+
+    monkeypatch.setattr(gpu_train_step, "measure_step", broken)
+    assert gpu_train_step.main([*STEP, "--baselines", "padded"]) == 1
+    (line,) = records(results, "gpu_train_step")
+    assert "padded" in [row["name"] for row in line["results"]["rows"]]
+    assert line["results"]["failures"]["packed"] == "out of memory"
+
+
 def test_continuous_batching_generates_the_lengths_of_the_script(results: Path) -> None:
     assert collect.main([*SEARCH, "--contestants", "continuous batching"]) == 0
     (line,) = records(results, "collect")
@@ -250,7 +290,7 @@ def test_peers_that_are_not_installed_are_named(
     for name in ("TRL chunked", "Liger FLCE", "CCE exact", "Liger DPO", "TRL"):
         assert f"{name}: not installed" in shown
     (line,) = records(results, "gpu_train_step")
-    assert [row["name"] for row in line["results"]["rows"]][:2] == ["padded", "packed"]
+    assert [row["name"] for row in line["results"]["rows"]][:2] == ["packed", "padded"]
 
 
 def test_a_profile_follows_the_latest_verdicts(results: Path) -> None:

@@ -71,9 +71,15 @@ def compile_kernel(
     binary = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
+    return read_binary(binary, arch)
+
+
+def read_binary(binary: Any, arch: int) -> Compiled:
+    """What a result of `triton.compile` needs."""
     code = binary.asm["cubin"]
     registers, stack_bytes = _resources(code)
-    return Compiled(int(binary.metadata.shared), registers, stack_bytes, binary.asm["ptx"], code, arch, num_warps)
+    shared_bytes, num_warps = int(binary.metadata.shared), int(binary.metadata.num_warps)
+    return Compiled(shared_bytes, registers, stack_bytes, binary.asm["ptx"], code, arch, num_warps)
 
 
 def assert_fits(binary: Compiled, arch: int, max_stack_bytes: int) -> None:

@@ -35,6 +35,7 @@ BRANCH = re.compile(r"\bBRA\b.*\(?(?P<label>\.L\w+)")
 WARP_GROUP = re.compile(r"\bHGMMA\.64x(?P<columns>\d+)x16\.\S+\s+R\w+,\s*(?P<a>g?desc|R)")
 WARP = re.compile(r"\bHMMA\.(?P<shape>16816|1688)\.(?!\S*TF32)")
 MATRIX_LOAD = re.compile(r"\bLDSM\.\S*?(?:\.(?P<count>[24]))?\s")
+GLOBAL_ACCESS = re.compile(r"\b(LDG|STG)\.\S*?(?:\.(U?8|S8|U?16|S16|64|128))?(?:\.CONSTANT)?\s")
 SPILL = re.compile(r"\b(LDL|STL)\b")
 MATRIX = re.compile(r"\b[A-Z]*MMA\.")
 
@@ -128,14 +129,24 @@ class Reach:
 @functools.cache
 def machine_code(binary: Compiled) -> MachineCode:
     """Disassemble a compiled kernel and count."""
+    inner, outer_spills = inner_loops(disassembled(binary), binary.arch, binary.num_warps)
+    blocks = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
+    return MachineCode(binary.registers, binary.stack_bytes, binary.shared_bytes, blocks, inner, outer_spills)
+
+
+def global_accesses(disassembly: str) -> Counter[str]:
+    """Loads from and stores to global memory of `disassembled`, loops or not, by width: "LDG.128", "STG.32", "LDG.U16"."""
+    return Counter(f"{name}.{width or 32}" for name, width in GLOBAL_ACCESS.findall(disassembly))
+
+
+@functools.cache
+def disassembled(binary: Compiled) -> str:
+    """The output of `nvdisasm -c`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.cubin)
         file.flush()
         command = [str(nvidia_tool("nvdisasm")), "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-    inner, outer_spills = inner_loops(text, binary.arch, binary.num_warps)
-    blocks = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
-    return MachineCode(binary.registers, binary.stack_bytes, binary.shared_bytes, blocks, inner, outer_spills)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def assert_reaches(binary: Compiled, reach: Reach, flops: int = 0) -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from cpo_kernels import implementation, kernel_check
+from cpo_kernels.fused_layers import check as fused_check
 from cpo_kernels.kernel_check import Check, ModelShape
 from cpo_kernels.linear_logprob import check as logprob_check
 from cpo_kernels.linear_logprob import eager as logprob_eager
+from cpo_kernels.sample_tokens import check as sample_check
+from cpo_kernels.sample_tokens.eager import sample_tokens_eager
 from cpo_kernels.tree_attention import check as attention_check
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_decode import check as decode_check
@@ -44,6 +47,8 @@ def posed_check(op: str, part: str = "nothing", factor: float = 1.0) -> Check:
         "tree_attention": (attention_check.check_tree_attention, _attention),
         "linear_logprob": (logprob_check.check_linear_logprob, _logprob),
         "tree_decode": (decode_check.check_tree_decode, _decode),
+        "fused_layers": (fused_check.check_fused_layers, _fused),
+        "sample_tokens": (sample_check.check_sample_tokens, _sample),
     }[op]
     return lambda device, shape: check(device, shape, kernels=pose(part, factor))
 
@@ -102,10 +107,48 @@ def _logprob(part: str, factor: float) -> SimpleNamespace:
 
 
 def _decode(part: str, factor: float) -> Callable[..., torch.Tensor]:
-    def forward(q: Any, k_new: Any, v_new: Any, k_arena: Any, v_arena: Any, plan: Any, scale: float) -> torch.Tensor:
-        out = tree_decode_eager(q, k_new, v_new, k_arena, v_arena, plan, scale)
+    def forward(q: Any, k_new: Any, v_new: Any, k_arena: Any, v_arena: Any, *rest: Any) -> torch.Tensor:
+        out = tree_decode_eager(q, k_new, v_new, k_arena, v_arena, *rest)
         if part in ("keys", "values"):
             (k_arena if part == "keys" else v_arena).mul_(factor)
         return out * factor if part == "out" else out
 
     return forward
+
+
+def _sample(part: str, factor: float) -> sample_check.Sampler:
+    def sample(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, logps = sample_tokens_eager(*given)
+        seen = given[-1]
+        if part == "seen" and seen is not None:
+            seen[:, int(tokens[0])] = factor == 1.0
+        if part == "tokens":
+            tokens = torch.where(tokens == tokens[0], tokens + 1, tokens)
+        return tokens, logps * factor if part == "logps" else logps
+
+    return sample
+
+
+def _fused(part: str, factor: float) -> fused_check.FusedLayers:
+    """Parts: the name of an op, for its output, or of an input of one, for its gradient."""
+
+    def posed(name: str, names: tuple[str, ...], function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*inputs: Any) -> torch.Tensor:
+            tensors = [
+                ScaledGradient.apply(x, factor) if key == part else x for key, x in zip(names, inputs, strict=False)
+            ]
+            out = function(*tensors, *inputs[len(names) :])
+            return out * factor if part == name else out
+
+        return call
+
+    rms_norm = posed("rms_norm", ("x", "weight"), fused_check.EAGER.rms_norm)
+    swiglu = posed("swiglu", ("gate", "up"), fused_check.EAGER.swiglu)
+    add_lora = posed("add_lora", ("base", "input", "a", "b"), fused_check.EAGER.add_lora)
+
+    def rotary(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        q, k = (ScaledGradient.apply(x, factor) if name == part else x for name, x in (("q", q), ("k", k)))
+        out_q, out_k = fused_check.EAGER.rotary(q, k, cos, sin)
+        return out_q * factor if part == "rotary" else out_q, out_k
+
+    return fused_check.FusedLayers(rms_norm, swiglu, rotary, add_lora)

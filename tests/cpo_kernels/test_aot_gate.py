@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import cpo_kernels
+from tests.cpo_kernels import test_aot_fused_layers as fused
 from tests.cpo_kernels import test_aot_linear_logprob as logprob
+from tests.cpo_kernels import test_aot_sample_tokens as sampler
 from tests.cpo_kernels import test_aot_tree_attention as attention
 from tests.cpo_kernels import test_aot_tree_decode as decode
 from tests.cpo_kernels.aot import MAX_SHARED_BYTES, Compiled, assert_fits, assert_matrix_instructions
@@ -113,13 +115,15 @@ def test_what_is_shipped_passes_and_any_bound_below_what_it_needs_fails(
 def test_every_kernel_that_is_launched_meets_the_gate() -> None:
     launched = {
         (op, kernel)
-        for op in ("linear_logprob", "tree_attention", "tree_decode")
+        for op in ("linear_logprob", "tree_attention", "tree_decode", "fused_layers", "sample_tokens")
         for path in (FOLDER / op).glob("*.py")
         for kernel in re.findall(r"^\s+(_\w+)\[\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    gated = {("linear_logprob", name.split(".")[1]) for name in (*logprob.KERNELS, "fused._product_partials")}
+    gated = {("linear_logprob", name) for name in logprob.GATED}
     gated |= {("tree_attention", case.kernel) for case, _ in attention.BINARIES}
     gated |= {("tree_decode", name) for name, *_ in decode.BINARIES}
+    gated |= {("fused_layers", name) for name in ("_rotate", *fused.LORA_KERNELS, *(name for name, *_ in fused.CASES))}
+    gated |= {("sample_tokens", name) for name in sampler.KERNELS}
     assert launched == gated
 
 

@@ -1,111 +1,223 @@
-"""Every Triton kernel of linear_logprob, in every shipped variant, compiles for compute capability 8.0 and 9.0.
+"""Every Triton kernel of linear_logprob, as calls launch it, compiles for compute capability 8.0 and 9.0 and is read.
 
 No GPU is needed. What would fail or crawl at the first launch fails here: shared memory above the card's limit, spilled
-registers, a product without the card's matrix instructions.
+registers, a product without the card's matrix instructions or with more of them than it needs, fewer blocks a
+multiprocessor than hide the latency of memory, and logits that are read or written less than 16 bytes at a time.
 """
 
-import importlib
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import torch
 
-from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions, compile_kernel
+from cpo_kernels.linear_logprob import chunk_size
+from cpo_kernels.linear_logprob.results import OUTPUTS, Head
+from cpo_kernels.logprob_plan import LogprobPlan
+from tests.cpo_kernels.aot import Compiled, assert_fits, assert_matrix_instructions
 from tests.cpo_kernels.kernel_device import not_interpreted
+from tests.cpo_kernels.launches import Launch, launches
+from tests.cpo_kernels.machine_code import (
+    Reach,
+    assert_reaches,
+    disassembled,
+    global_accesses,
+    machine_code,
+    resident_blocks,
+)
 
 pytestmark = not_interpreted
 
 MAX_STACK_BYTES = 16  # four registers a thread: the assembler parks that many to reach the next step of occupancy
-WIDTH = 4096
+LEAST_BLOCKS = 8  # of what is bound by memory, on one multiprocessor: see PROGRAMS_AN_SM in `triton_chunked`
+META = torch.device("meta")
+VOCABS = (32000, 32001, 128256)
 
-INT64 = ("pair_row", "target", "row_offsets", "top")
-INT32 = ("first_row", "num_rows", "vocab", "num_splits", "tiles_per_split", "plane")
-FLOATS = ("slope", "inner", "cap")
-HEAD_TYPED = (  # in the dtype of the head
-    "hidden", "weight", "bias", "probabilities", "target_weights", "grad_rows", "grad_products",
-)  # fmt: skip
-BIAS = {"HAS_BIAS": True, "CAPPED": True}
-KERNELS = {
-    "triton_chunked._take_targets": {**BIAS, "BLOCK_U": "BLOCK_TARGETS"},
-    "triton_chunked._logit_partials": {**BIAS, "WITH_OUTPUTS": True, "BLOCK_V": "BLOCK_LOGITS"},
-    "triton_chunked._conditional": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
-    "triton_sums._merge": {"TARGETS_APART": True, "WITH_OUTPUTS": True, "BLOCK_S": "MAX_SPLITS"},
-    "triton_fused._target_logits": {**BIAS, "ONE_A_ROW": False, "WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH"},
-    "triton_backward._row_gradients": {"WIDTH": WIDTH, "BLOCK_E": "BLOCK_WIDTH", "INTERPRETED": False},
-    "triton_backward._product_gradients": {**BIAS, "BLOCK_V": "BLOCK_LOGITS", "INTERPRETED": False},
-    "triton_backward._put_targets": {"BLOCK_U": "BLOCK_TARGETS", "INTERPRETED": False},
-}
-# the variants of one kernel that differ from the above
-NO_BIAS = {"HAS_BIAS": False, "CAPPED": False}
-PLAIN = [
-    ("triton_chunked._take_targets", NO_BIAS),
-    ("triton_chunked._logit_partials", {**NO_BIAS, "WITH_OUTPUTS": False}),
-    ("triton_chunked._conditional", NO_BIAS),
-    ("triton_backward._product_gradients", NO_BIAS),
-    ("triton_sums._merge", {"TARGETS_APART": False}),
-    ("triton_sums._merge", {"TARGETS_APART": False, "WITH_OUTPUTS": False}),
-    ("triton_sums._merge", {"WITH_OUTPUTS": False}),
-    ("triton_fused._target_logits", {**NO_BIAS, "ONE_A_ROW": True}),
+
+@dataclass(frozen=True)
+class Call:
+    """A pass over a head, with its backward if there is one."""
+
+    mode: str  # see `results`; "chunk" and "fused" are the two paths of rows without a gradient
+    dtype: torch.dtype = torch.bfloat16
+    transformed: bool = False  # a bias and a soft-cap
+    outputs: bool = False
+    vocab: int = 32000
+    width: int = 4096
+    num_rows: int = 2048
+
+    def launched(self) -> list[Launch]:
+        """The kernels, on tensors without data."""
+        from cpo_kernels.linear_logprob import triton as kernels
+
+        hidden, weight, upstream = (
+            torch.empty(shape, dtype=dtype, device=META)
+            for shape, dtype in (
+                ((self.num_rows, self.width), self.dtype),
+                ((self.vocab, self.width), self.dtype),
+                ((self.num_rows,), torch.float32),
+            )
+        )
+        bias = torch.empty(self.vocab, dtype=self.dtype, device=META) if self.transformed else None
+        head = Head(weight, bias, softcap=30.0 if self.transformed else None)
+        rows = torch.arange(self.num_rows)
+        plan = LogprobPlan.build(rows, rows, torch.zeros_like(rows), 1).to(META)
+        mode, path = ("none", self.mode) if self.mode in kernels.PATHS else (self.mode, None)
+
+        def step() -> None:
+            scores = kernels.score(hidden, head, plan, OUTPUTS if self.outputs else (), mode, path)
+            if mode == "expected":
+                kernels.row_gradients(upstream, scores, plan)
+            elif mode == "recompute":
+                kernels.head_gradients(upstream, scores, hidden, head, plan, (True, True, self.transformed))
+
+        return launches(step)
+
+    def binaries(self, arch: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Compiled]]:
+        """Each kernel by its name, once for all launches that are specialised alike."""
+        from cpo_kernels.linear_logprob import triton_fused
+
+        monkeypatch.setattr(triton_fused, "architecture", lambda device: f"sm{arch}")
+        return list(dict.fromkeys((launch.name, launch.compiled(arch)) for launch in self.launched()))
+
+
+DTYPES = (torch.bfloat16, torch.float32)
+STORED = [  # through stored logits: frozen and trained heads
+    *(Call("expected", dtype, transformed) for dtype in DTYPES for transformed in (False, True)),
+    *(Call("recompute", dtype, transformed) for dtype in DTYPES for transformed in (False, True)),
+    Call("expected", outputs=True),
+    Call("expected", outputs=True, transformed=True),
 ]
+MEMORY_BOUND = {
+    "_take_targets", "_logit_partials", "_conditional", "_merge", "_target_logits", "_row_gradients",
+    "_product_gradients", "_put_targets",
+}  # fmt: skip
+GATED = {*MEMORY_BOUND, "_product_partials"}
 
 
-def compiled(name: str, constants: dict[str, object], arch: int, warps: int, stages: int, dtype: str) -> Compiled:
-    """Compile `module.kernel` of linear_logprob; a constant given as text is that module's constant."""
-    module_name, kernel_name = name.split(".")
-    module = importlib.import_module(f"cpo_kernels.linear_logprob.{module_name}")
-    kernel = getattr(module, kernel_name)
-    constants = {key: getattr(module, value) if isinstance(value, str) else value for key, value in constants.items()}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in HEAD_TYPED:
-            signature[argument] = f"*{dtype}"
-        elif argument in INT64:
-            signature[argument] = "*i64"
-        elif argument in INT32:
-            signature[argument] = "i32"
-        elif argument in FLOATS or (argument == "scale" and kernel_name == "_conditional"):
-            signature[argument] = "fp32"
-        elif argument not in constants:
-            signature[argument] = "*fp32"
-    return compile_kernel(kernel, signature, constants, arch, warps, stages)
+def assert_hides_latency(name: str, binary: Compiled) -> None:
+    """Fail unless a kernel that is bound by memory fits, spills in no loop, and has blocks enough on a multiprocessor."""
+    assert_fits(binary, binary.arch, MAX_STACK_BYTES)
+    assert binary.stack_bytes == 0 or machine_code(binary).inner_spills == 0, name
+    blocks = resident_blocks(binary.arch, binary.registers, binary.shared_bytes, binary.num_warps)
+    assert blocks >= LEAST_BLOCKS, f"{name}: {blocks} blocks a multiprocessor"
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles_within_the_card(name: str, dtype: str, arch: int) -> None:
-    if name == "triton_sums._merge" and dtype == "bf16":
-        pytest.skip("takes float32 alone")
-    one_warp = name in ("triton_chunked._take_targets", "triton_backward._put_targets")
-    assert_fits(compiled(name, KERNELS[name], arch, 1 if one_warp else 4, 3, dtype), arch, MAX_STACK_BYTES)
+@pytest.mark.parametrize("call", STORED, ids=str)
+def test_kernels_of_stored_logits_fit_the_card(call: Call, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    binaries = call.binaries(arch, monkeypatch)
+    last = {"expected": ["_conditional", "_row_gradients"], "recompute": ["_product_gradients", "_put_targets"]}
+    assert [name for name, _ in binaries] == ["_take_targets", "_logit_partials", "_merge", *last[call.mode]]
+    for name, binary in binaries:
+        assert_hides_latency(name, binary)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("index", range(len(PLAIN)))
-def test_plainer_variant_compiles_within_the_card(index: int, arch: int) -> None:
-    name, constants = PLAIN[index]
-    warps = 1 if name == "triton_chunked._take_targets" else 4
-    assert_fits(compiled(name, KERNELS[name] | constants, arch, warps, 3, "bf16"), arch, MAX_STACK_BYTES)
+# Accesses that are narrower, of numbers by row: (loads, stores).
+SCALARS = {"_logit_partials": (0, 2), "_conditional": (2, 0), "_product_gradients": (4, 0)}
 
 
-def tiles() -> list[tuple[str, tuple[int | None, int, int, int, int, int]]]:
-    """Shipped tiles by dtype; loaded by the tests, so that collection does not import Triton."""
-    from cpo_kernels.linear_logprob.triton_fused import TILES_16_BIT, TILES_32_BIT
-
-    return [*(("bf16", tile) for tile in TILES_16_BIT), *(("fp32", tile) for tile in TILES_32_BIT)]
+def assert_wide(name: str, binary: Compiled) -> None:
+    """Fail unless a kernel reads and writes a chunk 16 bytes at a time."""
+    accesses = global_accesses(disassembled(binary))
+    narrow = {name: sum(n for access, n in accesses.items() if access[:3] == name and access[3:] != ".128")
+              for name in ("LDG", "STG")}  # fmt: skip
+    assert (narrow["LDG"], narrow["STG"]) == SCALARS[name], f"{name}: {dict(accesses)}"
+    assert accesses["LDG.128"] >= 2, f"{name}: {dict(accesses)}"  # 8 logits a thread
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("width", "outputs", "capped"), [(WIDTH, False, False), (WIDTH, True, True), (576, True, False)]
+    ("dtype", "transformed"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)], ids=str
 )
-@pytest.mark.parametrize("index", range(5))
-def test_tile_compiles_within_the_card(index: int, width: int, outputs: bool, capped: bool, arch: int) -> None:
-    assert len(tiles()) == 5
-    dtype, (_, block_r, block_v, block_e, warps, stages) = tiles()[index]
-    constants = {
-        "WIDTH": width, "HAS_BIAS": False, "CAPPED": capped, "WITH_OUTPUTS": outputs, "BLOCK_R": block_r,
-        "BLOCK_V": block_v, "BLOCK_E": block_e, "GROUP": 8, "UPCAST": False,
-    }  # fmt: skip
-    binary = compiled("triton_fused._product_partials", constants, arch, warps, stages, dtype)
+@pytest.mark.parametrize("mode", ["expected", "recompute"])
+def test_chunks_of_any_vocabulary_are_read_and_written_16_bytes_at_a_time(
+    mode: str, dtype: torch.dtype, transformed: bool, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one binary for all of them, so that the self-check's vocabulary stands for a model's."""
+    found = {vocab: Call(mode, dtype, transformed, vocab=vocab).binaries(arch, monkeypatch) for vocab in VOCABS}
+    wide = [(name, binary) for name, binary in found[VOCABS[0]] if name in SCALARS]
+    assert len(wide) == 2
+    for name, binary in wide:
+        assert_wide(name, binary)
+    assert found[32000] == found[32001] == found[128256]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("mode", ["expected", "recompute"])
+def test_rows_that_begin_anywhere_fail(mode: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate sees what it is there for."""
+    from cpo_kernels.linear_logprob import triton_chunked
+
+    monkeypatch.setattr(triton_chunked, "row_stride", lambda vocab: vocab)
+    for vocab in (32000, 32001):
+        for name, binary in Call(mode, vocab=vocab).binaries(arch, monkeypatch):
+            if name in SCALARS and vocab == 32001:
+                with pytest.raises(AssertionError, match=name):
+                    assert_wide(name, binary)
+            elif name in SCALARS:
+                assert_wide(name, binary)
+
+
+# Of the fused product by dtype and rows of a tile: share of the matrix peak, blocks a multiprocessor, registers a thread.
+# 16 rows are bound by reading the weight. A plain head without outputs on 9.0 has a second block: see PLAIN_REGISTERS.
+REACH = {
+    (torch.bfloat16, 16): {80: Reach(66, 2, 128), 90: Reach(33, 4, 128)},
+    (torch.bfloat16, 64): {80: Reach(100, 2, 248), 90: Reach(100, 3, 168)},
+    (torch.bfloat16, 128): {80: Reach(100, 1, 248), 90: Reach(100, 1, 176)},
+    (torch.float32, 16): {80: Reach(0, 4, 128), 90: Reach(0, 4, 128)},
+    (torch.float32, 64): {80: Reach(0, 2, 128), 90: Reach(0, 2, 128)},
+}
+PLAIN_REACH = Reach(100, 2, 128)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("width", "outputs", "transformed"),
+    [(4096, False, False), (4096, True, True), (576, False, False), (576, True, False)],
+)
+@pytest.mark.parametrize(("dtype", "block_r"), REACH, ids=str)
+def test_fused_products_reach_what_is_written(
+    dtype: torch.dtype, block_r: int, width: int, outputs: bool, transformed: bool, arch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    call = Call("fused", dtype, transformed, outputs, 32001, width, block_r - 3)
+    (product, binary), *others = call.binaries(arch, monkeypatch)
+    assert product == "_product_partials"
+    assert {name for name, _ in others} == {"_target_logits", "_merge"}
+    for name, other in others:
+        assert_hides_latency(name, other)
     assert_fits(binary, arch, MAX_STACK_BYTES)
     hopper = arch == 90 and block_r >= 64  # a smaller tile has no warp-group product
-    assert_matrix_instructions(binary, hopper and dtype == "bf16", not hopper and dtype == "bf16")
+    exact = dtype == torch.float32
+    assert_matrix_instructions(binary, hopper and not exact, not hopper and not exact)
+    plain = arch == 90 and block_r == 128 and not outputs and not transformed
+    a_pass = width if width == 576 else 64  # elements of E: the compiler unrolls what is short
+    flops = 0 if exact else 2 * block_r * 128 * a_pass
+    assert_reaches(binary, PLAIN_REACH if plain else REACH[dtype, block_r][arch], flops)
+    assert exact or machine_code(binary).share(flops) <= 1
+
+
+def test_a_step_reads_the_weight_as_seldom_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card of 80 GB. One `_take_targets` a chunk, of as many programs as it has rows."""
+
+    def chunks(call: Call) -> list[int]:
+        return [launch.grid[0] for launch in call.launched() if launch.name == "_take_targets"]
+
+    monkeypatch.setattr(chunk_size, "CPU_LOGITS", chunk_size.logits_that_fit(60 << 30, 79 << 30))  # of "meta" too
+    assert chunks(Call("expected", vocab=128256)) == [1024, 1024]
+    assert chunks(Call("expected", vocab=128256, num_rows=1300)) == [768, 532]
+    assert chunks(Call("chunk", vocab=32001, num_rows=4000)) == [1024, 1024, 1024, 928]
+
+
+def test_partial_sums_fill_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows or many: at least as many programs as an H200 holds at once, unless a split would be less than a tile."""
+    monkeypatch.setattr(chunk_size, "CPU_LOGITS", 1 << 27)  # of "meta" too
+
+    def programs(**shape: Any) -> int:
+        (grid,) = {launch.grid for launch in Call("chunk", **shape).launched() if launch.name == "_logit_partials"}
+        return grid[0] * grid[1]
+
+    for shape in ({"vocab": 128256, "num_rows": 2048}, {"vocab": 128256, "num_rows": 256}, {"num_rows": 1000}):
+        assert 16 * 132 <= programs(**shape) <= 2 * 16 * 132
+    assert programs(num_rows=5) == 5 * 32  # tiles

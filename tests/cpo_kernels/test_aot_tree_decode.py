@@ -18,6 +18,7 @@ MAX_STACK_BYTES = 16  # registers spilled to the stack, per thread: a few loop c
 LEAST_BLOCKS = {"_partial_kernel": 2, "_merge_kernel": 6, "_store_kernel": 32}  # waiting for memory is hidden by others
 INT_POINTERS = {"slots_ptr": "*i64", "items_ptr": "*i32", "offsets_ptr": "*i32", "index_ptr": "*i32"}
 INT_POINTERS |= {"suffix_start_ptr": "*i32", "suffix_len_ptr": "*i32"}
+STORING = ("_store_kernel", "_rotate_store_kernel")  # one warp a head
 FLOAT_POINTERS = ("partial_out_ptr", "partial_lse_ptr", "lse_ptr")
 
 
@@ -33,7 +34,8 @@ def compiled(name: str, head_dim: int, dtype: str, arch: int, group: int = 4) ->
     kernel = getattr(triton_forward, name)
     block_d = padded_head_dim(head_dim)
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": group, "UPCAST": False}
-    warps, stages = 1 if name == "_store_kernel" else 4, 3  # 4 and 3: what a launch gets that names none
+    constants["BLOCK_HALF"] = 1 << (head_dim // 2 - 1).bit_length()
+    warps, stages = 1 if name in STORING else 4, 3  # 4 and 3: what a launch gets that names none
     if name == "_partial_kernel":
         torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         tables = triton_forward.TILES, triton_forward.EXACT_TILES
@@ -61,7 +63,7 @@ def argument_type(argument: str, dtype: str, kernel: str) -> str:
 CASES = [(name, head_dim, "bf16") for name in ("_partial_kernel", "_merge_kernel") for head_dim in HEAD_DIMS]
 CASES += [("_partial_kernel", head_dim, "fp32") for head_dim in (64, 128, 256)]
 CASES += [("_partial_kernel", 128, "fp16"), ("_merge_kernel", 128, "fp32")]
-CASES += [("_store_kernel", 128, dtype) for dtype in ("bf16", "fp32")]
+CASES += [(name, 128, dtype) for name in STORING for dtype in ("bf16", "fp32")]
 # As in `test_aot_tree_attention`: float32 products are the same on both cards, float16 takes what bfloat16 does.
 LEFT_OUT = {
     ("_partial_kernel", 128, "fp32", 90),

@@ -22,7 +22,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arch", "width", "num_rows", "path"),
     [
         ("sm90", 576, 100_000, "fused"),
-        ("sm90", 1024, 100_000, "fused"),
+        ("sm90", 577, 100_000, "chunk"),
+        ("sm90", 1024, 160, "fused"),
         ("sm90", 4096, 160, "fused"),
         ("sm90", 4096, 161, "chunk"),
         ("sm80", 576, 100_000, "fused"),
@@ -66,6 +67,6 @@ def test_each_choice_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatc
 @pytest.mark.parametrize("programs_per_split", [1, 2, 7, 600])
 def test_splits_hold_every_tile_once_and_are_no_more_than_a_merge_takes(programs_per_split: int) -> None:
     for num_tiles in (1, 2, 255, 256, 257, 300, 513, 1003):
-        num_splits, tiles_per_split = splits(num_tiles, programs_per_split)
+        num_splits, tiles_per_split = splits(num_tiles, programs_per_split, 2112)
         assert num_splits <= MAX_SPLITS
         assert (num_splits - 1) * tiles_per_split < num_tiles <= num_splits * tiles_per_split

@@ -191,9 +191,10 @@ def test_targets_on_both_sides_of_tile_and_split_edges_are_found(width: int, voc
 @runs_kernels
 def test_splits_of_several_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies of tests are so small that every tile would be a split of its own."""
-    from cpo_kernels.linear_logprob import triton_sums
+    from cpo_kernels.linear_logprob import triton_chunked, triton_fused
 
-    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", 1)
+    for module in (triton_chunked, triton_fused):
+        monkeypatch.setattr(module, "PROGRAMS_AN_SM", 0)
     ratios = excess(crowded(2500, 8, softcap=30.0, bias=True), torch.float32)
     assert max(ratios.values()) <= 1, ratios
 
@@ -214,6 +215,43 @@ def test_chunks_of_rows_give_the_same_numbers(dtype: torch.dtype, monkeypatch: p
     monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(129 * 2))
     ratios = excess(crowded(129), dtype)
     assert max(ratios.values()) <= 1, ratios
+
+
+@runs_kernels
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("vocab", "train_head"), [(517, False), (1041, True)])
+def test_what_lies_between_two_rows_of_a_chunk_is_never_a_logit(
+    vocab: int, train_head: bool, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, every output and every gradient: the same bits as with zeros there."""
+    from cpo_kernels.linear_logprob import triton as forward
+    from cpo_kernels.linear_logprob import triton_backward as backward
+
+    original = forward.empty_chunk
+    filled: list[float] = []
+
+    def poisoned(value: float) -> Callable[..., torch.Tensor]:
+        def empty_chunk(num_rows: int, num_columns: int, *others: Any) -> torch.Tensor:
+            chunk = original(num_rows, num_columns, *others)
+            assert chunk.stride(0) % 16 == 0 < chunk.stride(0) - num_columns
+            filled.append(value)
+            chunk.as_strided((num_rows, chunk.stride(0)), (chunk.stride(0), 1)).fill_(value)
+            return chunk
+
+        return empty_chunk
+
+    def values(value: float) -> dict[str, torch.Tensor]:
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "empty_chunk", poisoned(value))
+        return measured(case, "triton", torch.float32, train_head)
+
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(vocab * 2))  # several chunks of rows
+    case = crowded(vocab, bias=train_head, softcap=3.0 if train_head else None)
+    want, got = values(0.0), values(poison)
+    assert len(filled) > 8  # both values, of products and of what is made of them
+    for name, value in want.items():
+        assert bool(value.isfinite().all()), name
+        assert torch.equal(got[name], value), name
 
 
 @runs_kernels
@@ -363,13 +401,14 @@ def test_any_number_of_rows_is_complete(num_rows: int, monkeypatch: pytest.Monke
 
 
 @runs_kernels
-@pytest.mark.parametrize(("path", "programs"), [("chunk", 512), ("fused", 512), ("fused", 1)])
+@pytest.mark.parametrize(("path", "programs"), [("chunk", 4), ("fused", 4), ("fused", 0)])
 def test_equal_largest_logits_are_all_top(path: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the second largest is not, though it is larger than any of the tile before; tiles are splits, or in one."""
-    from cpo_kernels.linear_logprob import triton_sums
+    from cpo_kernels.linear_logprob import triton_chunked, triton_fused
 
     monkeypatch.setenv("CPO_KERNELS_LOGPROB_PATH", path)
-    monkeypatch.setattr(triton_sums, "TARGET_PROGRAMS", programs)
+    for module in (triton_chunked, triton_fused):
+        monkeypatch.setattr(module, "PROGRAMS_AN_SM", programs)
     weight = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     weight[[3, 190]] = 4 * weight[3]  # two equal rows, which win
     weight[150], weight[160] = 9 * weight[5], 8 * weight[5]

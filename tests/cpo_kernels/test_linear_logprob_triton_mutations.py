@@ -18,8 +18,8 @@ from tests.cpo_kernels.test_linear_logprob_triton import (  # noqa: F401  (the f
 
 
 def without_last_split(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(num_tiles: int, programs: int) -> tuple[int, int]:
-        splits, tiles = original(num_tiles, programs)
+    def wrong(*sizes: int) -> tuple[int, int]:
+        splits, tiles = original(*sizes)
         return splits - 1, tiles
 
     return wrong

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cpo_kernels.machine_code import Loop, MachineCode, inner_loops, resident_blocks
+from tests.cpo_kernels.machine_code import Loop, MachineCode, global_accesses, inner_loops, resident_blocks
 
 # An outer loop with a spill, an inner one with products and a spill, a product outside both, and a branch to itself.
 TEXT = """
@@ -95,3 +95,14 @@ def test_share_is_that_of_the_worst_loop_with_products() -> None:
 )
 def test_blocks_of_a_multiprocessor(arch: int, registers: int, shared_bytes: int, num_warps: int, blocks: int) -> None:
     assert resident_blocks(arch, registers, shared_bytes, num_warps) == blocks
+
+
+def test_accesses_of_global_memory_are_counted_by_width() -> None:
+    """A copy to shared memory is none of them, nor is a store there."""
+    lines = (
+        "LDG.E.128 R4, desc[UR4][R2.64]", "@!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64]", "LDG.E R0, desc[UR4][R2.64]",
+        "LDG.E.U16 R0, [R2.64]", "@P3 STG.E.64 desc[UR4][R2.64], R6", "STG.E desc[UR4][R2.64+0x128], R6",
+        "LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64]", "STS.128 [R5], R8",
+    )  # fmt: skip
+    text = "\n".join(f"        /*{place:04x}*/    {line} ;" for place, line in enumerate(lines))
+    assert global_accesses(text) == {"LDG.128": 2, "LDG.32": 1, "LDG.U16": 1, "STG.64": 1, "STG.32": 1}

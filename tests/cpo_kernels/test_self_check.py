@@ -23,7 +23,8 @@ from tests.cpo_kernels.posed_checks import CPU, SHAPE, checked_ops, nothing_chec
 from tests.tiny import tiny_llama
 
 ALL = ("reference", "eager", "triton")
-PART_OF = {"tree_attention": "out", "linear_logprob": "logps", "tree_decode": "out"}
+PART_OF = {"tree_attention": "out", "linear_logprob": "logps", "tree_decode": "out", "fused_layers": "rms_norm"}
+PART_OF["sample_tokens"] = "logps"
 
 
 @pytest.fixture
@@ -51,6 +52,8 @@ def test_right_results_pass_and_need_no_gradients_around_the_check(
         *(("linear_logprob", part) for part in ("logps", "ref_logps", "entropy", "mean_logit", "is_top1")),
         *(("linear_logprob", part) for part in ("rows", "weight", "bias")),
         *(("tree_decode", part) for part in ("out", "keys", "values")),
+        *(("sample_tokens", part) for part in ("tokens", "logps", "seen")),
+        *(("fused_layers", part) for part in ("rms_norm", "x", "weight", "swiglu", "gate", "up", "rotary", "q", "k")),
     ],
 )
 def test_each_wrong_result_is_refused_by_the_name_of_its_op(unchecked: None, op: str, part: str, factor: float) -> None:

@@ -11,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from cpo_kernels import kernel_check, tree_attention
+from cpo_kernels.fused_layers import check as fused_check
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.kernel_check import KernelCheckError, ModelShape
 from cpo_kernels.linear_logprob import check as logprob_check
 from cpo_kernels.linear_logprob import resolve_linear_logprob
+from cpo_kernels.sample_tokens import check as sample_check
 from cpo_kernels.self_check import OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import check as attention_check
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
 from cpo_kernels.tree_decode import check as decode_check
+from cpo_kernels.triton_tiles import as_operand
 from tests.cpo_kernels.kernel_device import interpreted
 from tests.cpo_kernels.posed_checks import CPU, checked_ops, nothing_checked
 from tests.tiny import tiny_llama
@@ -36,10 +41,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         attention_check: {"NUM_ROWS": 83},
         logprob_check: {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131},
         decode_check: {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6},
+        sample_check: {"VOCAB_SIZE": 150, "COPIES": 1},
+        fused_check: {"NUM_ROWS": 11, "LORA_ROWS": 67},
     }
     for place, found in sizes.items():
         for name, size in found.items():
             monkeypatch.setattr(place, name, size)
+    from cpo_kernels.fused_layers import triton_rms_norm
+
+    monkeypatch.setattr(triton_rms_norm, "WEIGHT_PROGRAMS", 4)
     with nothing_checked():
         yield
 
@@ -70,9 +80,19 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("linear_logprob", "triton_backward", "_row_gradients", {}),
     *(("linear_logprob", "triton_backward", "_product_gradients", {"CAPPED": capped}) for capped in (False, True)),
     ("linear_logprob", "triton_backward", "_put_targets", {}),
+    *(("sample_tokens", "triton_sampler", kernel, {}) for kernel in ("_block_maxima", "_block_masses", "_choose")),
     ("tree_decode", "triton_forward", "_store_kernel", {}),
+    ("tree_decode", "triton_forward", "_rotate_store_kernel", {}),
     ("tree_decode", "triton_forward", "_partial_kernel", {}),
     ("tree_decode", "triton_forward", "_merge_kernel", {}),
+    ("fused_layers", "triton_rms_norm", "_norm_forward", {}),
+    *(("fused_layers", "triton_rms_norm", "_norm_backward", {"NEEDS_WEIGHT": trained}) for trained in (False, True)),
+    ("fused_layers", "triton_swiglu", "_swiglu_forward", {}),
+    ("fused_layers", "triton_swiglu", "_swiglu_backward", {}),
+    *(("fused_layers", "triton_rotary", "_rotate", {"BACKWARD": backward}) for backward in (False, True)),
+    ("fused_layers", "triton_lora", "_reduce_columns", {}),
+    *(("fused_layers", "triton_lora", "_expand_columns", {"HAS_BASE": has_base}) for has_base in (False, True)),
+    ("fused_layers", "triton_lora", "_sum_rows", {}),
 ]
 
 
@@ -165,6 +185,20 @@ def test_rows_without_a_gradient_go_by_both_paths_whatever_the_environment_says(
     for name, ratio in found.items():
         if name.startswith("log-probs, path"):
             assert (ratio <= 1) == (f"path {path}" in name), name
+
+
+@interpreted
+def test_lora_without_the_low_parts_of_its_numbers_is_refused(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpo_kernels.fused_layers import triton_lora
+
+    @triton.jit
+    def high_alone(x: Any, UPCAST: tl.constexpr) -> Any:
+        high = as_operand(x, tl.bfloat16, UPCAST)
+        return high, high * 0.0
+
+    monkeypatch.setattr(triton_lora, "_high_and_low", high_alone)
+    with pytest.raises(KernelCheckError, match=r"^fused_layers: .* gradient of [ab] is"):
+        self_check("cpu", TINY_SHAPE, ("fused_layers",))
 
 
 @interpreted

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
@@ -50,6 +51,22 @@ def test_default_scale_is_that_of_sdpa() -> None:
     expected = dense_attention(frontier, inputs, 16**-0.5, torch.float64)
     actual = tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, frontier.plan())
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_inside_has_the_bits_of_rotated_before_by_transformers(impl: str, dtype: torch.dtype) -> None:
+    frontier = random_frontier(4, num_prefilled=5)
+    inside, before = (random_inputs(frontier, 4, 2, 16, dtype) for _ in range(2))
+    angles = torch.randn(frontier.num_rows, 16, generator=torch.Generator().manual_seed(4))
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    heads = (x.transpose(0, 1)[None] for x in (before.q, before.k_new))
+    q, k_new = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*heads, cos[None], sin[None]))
+    plan = frontier.plan()
+    expected = run(replace(before, q=q, k_new=k_new), plan, impl)
+    new = (inside.q, inside.k_new, inside.v_new)
+    assert torch.equal(tree_decode(*new, *inside.arena, plan, SCALE, impl, rotary=(cos, sin)), expected)
+    assert torch.equal(inside.arena[:, plan.slots], before.arena[:, plan.slots])
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -201,3 +218,6 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         run(inputs, plan, impl="triton")
     with pytest.raises(ValueError, match="at least"):
         plan.padded(len(plan.items) - 1, plan.num_partials)
+    for tables in ((inputs.q[:, 0], inputs.q[:1, 0]), (inputs.q[:, 0], inputs.q[:, 0].double())):
+        with pytest.raises(ValueError, match="expected rotary tables"):
+            tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, rotary=tables)

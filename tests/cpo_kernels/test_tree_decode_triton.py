@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cpo_kernels.tolerances import kernel_bound
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
@@ -180,3 +181,40 @@ def test_float64_and_heads_of_more_than_256_are_refused() -> None:
     frontier, inputs = case(2, 1, 16, torch.float64)
     with pytest.raises(ValueError, match=r"float32, got torch\.float64"):
         run(inputs, frontier.plan())
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [
+        (GQA, 16, torch.float32),
+        (MHA, 80, torch.bfloat16),
+        pytest.param(MQA, 128, torch.float16, marks=gpu_alone_unless(False)),
+    ],
+    ids=str,
+)
+def test_heads_are_rotated_as_transformers_rotates_them(
+    heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    """Keys are stored rotated, in float32 to rounding and in 16 bits with one rounding, and queries attend rotated."""
+    frontier, inputs = case(*heads, head_dim, dtype, depth=1, max_node=20, num_prefilled=3)
+    plan = frontier.plan()
+    angles = torch.randn(frontier.num_rows, head_dim, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    cos, sin = (table.to(DEVICE, dtype) for table in (angles.cos(), angles.sin()))
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:  # [N, H, D] float64, by Transformers' own function
+        exact = (part.double() for part in (x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos[None], sin[None]))
+        return apply_rotary_pos_emb(*exact)[0][0].transpose(0, 1)
+
+    q, k_new = rotated(inputs.q), rotated(inputs.k_new)
+    before = inputs.q.clone()
+    given = (inputs.q, inputs.k_new, inputs.v_new, *(part.clone() for part in inputs.arena))
+    got = tree_decode(*given, plan.to(DEVICE), scale=SCALE, impl="triton", rotary=(cos, sin))
+    assert torch.equal(inputs.q, before)
+    stored = given[3][plan.slots.to(DEVICE)].double()
+    one_rounding = 0.51 * torch.finfo(dtype).eps * k_new.abs()
+    float32_rounding = 4 * torch.finfo(torch.float32).eps * float(inputs.k_new.abs().max())
+    assert bool(((stored - k_new).abs() <= one_rounding + float32_rounding).all())
+    assert torch.equal(given[4][plan.slots.to(DEVICE)], inputs.v_new)
+    # the queries and keys that were rounded here are the ones rounded there, but for ties
+    assert excess(got, frontier, replace(inputs, q=q.to(dtype), k_new=k_new.to(dtype))) <= 1.0

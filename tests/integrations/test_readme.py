@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from cpo_kernels.integrations.trl_tree import tree_row_attention
 from tests.cpo_kernels.padded_oracle import padded_step, trained_gradients, worst_gradient_error
 from tests.integrations.trainers import base_model, save_model, text_pairs
 from tests.tiny import random_pairs, tiny_llama, tiny_tokenizer, with_exact_norms, with_lora
@@ -51,3 +53,12 @@ def test_the_trl_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     exec(compile(block_with("PackedDPOTrainer"), "README.md", "exec"), names)
     assert names["trainer"].state.global_step == 1
+
+
+def test_the_async_grpo_example_registers_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+    monkeypatch.setattr(packing, "tree_attention", packing.tree_attention)  # put back afterwards
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+    exec(compile(block_with("register_tree_attention"), "README.md", "exec"), {})
+    assert AttentionInterface()[packing.TREE_ATTENTION] is tree_row_attention

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.cuda_graph_batch import CudaGraphBatch, Record, power_bucket, slot_bucket
+from cpo_fast.search.engine.cuda_graph_batch import CudaGraphBatch, Record, slot_bucket
 from cpo_fast.search.engine.decode_batch import RunningRequest
 from cpo_fast.search.engine.forward_plans import ModelRunner, compute_nodes
 from cpo_fast.search.engine.kv_arena import KVArena, KVTrie
@@ -237,8 +237,3 @@ def test_slots_are_refilled_in_turns_and_few_requests_take_few_slots() -> None:
 @pytest.mark.parametrize(("count", "bucket"), [(1, 16), (16, 16), (17, 32), (97, 128), (512, 512), (513, 1024)])
 def test_batch_slots_come_in_buckets(count: int, bucket: int) -> None:
     assert slot_bucket(count) == bucket
-
-
-@pytest.mark.parametrize(("count", "bucket"), [(0, 16), (1, 16), (16, 16), (17, 32), (33, 64), (1024, 1024)])
-def test_other_sizes_come_in_powers_of_two(count: int, bucket: int) -> None:
-    assert power_bucket(count) == bucket

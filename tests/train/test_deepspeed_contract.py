@@ -5,12 +5,17 @@ on any object, so a name that is gone would be noticed late, or never.
 """
 
 import inspect
+import subprocess
+import sys
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import yaml
 
 from cpo_fast.config import TrainConfig
 from cpo_fast.errors import EnvironmentProblem
@@ -268,3 +273,34 @@ def test_an_older_deepspeed_is_refused_by_name(
 def test_the_oldest_deepspeed_is_the_one_that_the_package_asks_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert f"deepspeed>={OLDEST}" in project["optional-dependencies"]["train"]
+
+
+def test_store_of_one_process_answers_all_that_nccl_asks_a_store() -> None:
+    """A lone process meets nobody, so its group has a store in memory. NCCL's groups take more of a store than gloo's."""
+    store = dist.PrefixStore("default_pg", dist.HashStore()).clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+    store.set_timeout(timedelta(seconds=60))
+    store.set("id", b"\0\xff")  # NCCL's name for a communicator is binary
+    store.wait(["id"], timedelta(seconds=60))
+    assert store.get("id") == b"\0\xff"
+    assert store.check(["id"])
+    assert not store.check(["dump"])  # its watchdog looks for this one
+    assert store.add("count", 1) == 1
+    assert store.compare_set("who", "", "me") == b"me"
+    store.multi_set(["a", "b"], ["1", "2"])
+    assert store.multi_get(["a", "b"]) == [b"1", b"2"]
+    assert store.delete_key("a")
+    assert store.has_extended_api()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_gpu_trains(make_config: MakeConfig, stage: int) -> None:
+    """In a process of its own: the group of this one is gloo's."""
+    config = make_config(max_steps=2, zero_stage=stage, model={"device": "cuda"})
+    path = Path(config.run).parent / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "cpo_fast", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len((Path(config.run) / "metrics.jsonl").read_text().splitlines()) == 2

@@ -269,14 +269,22 @@ def test_kept_lora_input_does_not_change_the_adapter_of_a_16_bit_base(make_confi
     assert layers == [6, 0]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(make_config: MakeConfig, factor: float) -> None:
     config = make_config(reference="online")
     policy = build_policy(config)
     weights = [parameter for name, parameter in policy.model.named_parameters() if "lora_B" in name]
-    weights[0].register_hook(lambda gradient: gradient * float("inf"))
+    weights[0].register_hook(lambda gradient: gradient * factor)
     before = [weight.detach().clone() for weight in weights]
     with pytest.raises(NonFiniteError, match="the gradient is not finite at step 1"):
         train(config, policy.model, policy.tokenizer)
     assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
+def test_a_gradient_whose_squares_float32_cannot_hold_is_finite(make_config: MakeConfig) -> None:
+    config = make_config(reference="online", max_steps=1)
+    policy = build_policy(config)
+    weights = [parameter for name, parameter in policy.model.named_parameters() if "lora_B" in name]
+    weights[0].register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    result = train(config, policy.model, policy.tokenizer)
+    assert result.first["grad_norm"] == pytest.approx(1e30 * weights[0].numel() ** 0.5)

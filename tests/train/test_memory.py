@@ -25,6 +25,7 @@ from cpo_kernels.integrations.lora import keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.linear_logprob import chunk_size
 from tests.cpo_kernels.random_forests import random_sequences
 from tests.tiny import ALL_LINEAR, tiny_model
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, largest_difference, metrics_of, sgd
@@ -144,9 +145,19 @@ def test_memory_grows_with_tokens_and_checkpointing_saves_most_of_it() -> None:
 def test_a_smaller_bound_on_logits_is_memory_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama", "tiny", torch.float32, PAPER, recast=True)
     whole = predict_step_memory(model, 5000).head_bytes
-    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", "1000")
-    saved = 5000 * model.config.vocab_size - 1000
+    monkeypatch.setenv("CPO_KERNELS_MAX_CHUNK_LOGITS", str(3 * model.config.vocab_size))
+    saved = (5000 - 3) * model.config.vocab_size
     assert whole - predict_step_memory(model, 5000).head_bytes == 4 * 4 * saved
+
+
+def test_prediction_for_a_gpu_counts_the_chunk_that_a_pass_makes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama", "tiny", torch.bfloat16, PAPER, recast=True)
+    vocab = model.config.vocab_size
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the card is elsewhere
+    monkeypatch.setattr(chunk_size, "MOST_LOGITS", 200 * vocab)
+    made = chunk_size.chunk_rows(5000, vocab, torch.device("cuda")) * chunk_size.row_stride(vocab)
+    assert 128 * vocab <= made < 256 * vocab
+    assert predict_step_memory(model, 5000, device_type="cuda").logits_bytes == 12 * made
 
 
 def test_free_memory_of_the_cpu_is_asked_for() -> None:

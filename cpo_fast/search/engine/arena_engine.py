@@ -21,6 +21,7 @@ from cpo_fast.search.engine.requests import Answer, AnswerCache, R, Requests, Se
 from cpo_fast.search.engine.scheduler import Scheduler
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.decode import fewer_kernels
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
 from cpo_kernels.tree_decode import resolve_tree_decode
@@ -55,8 +56,10 @@ class ArenaEngine:
         parts = model_parts(model)
         device, dtype = next(parts.causal_lm.parameters()).device, parts.causal_lm.dtype
         _check_device(device)
-        check_kernels(parts, ("tree_decode",))
+        check_kernels(parts, ("tree_decode", "sample_tokens"))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
+        if impl == "triton":  # launches cost time there, and no bits are promised against another batch's
+            parts = fewer_kernels(model)
         num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
         self.arena = KVArena(parts.config, num_tokens, dtype, device)
         self._permanent = KVTrie()  # of the prompts that all questions share

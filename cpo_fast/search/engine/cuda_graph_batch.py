@@ -29,11 +29,19 @@ from cpo_kernels.tree_decode import DecodePlan
 
 # batch slots: fine where a wasted one costs most, coarse where few shapes must serve many batches
 SLOT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-SMALLEST_BUCKET = 16  # of items, partials and uniforms, whose buckets are powers of two
+# Buckets of all else begin at so many and double: every shape that is recorded costs a tenth of a second and memory. An
+# item too many is a program that ends at once, a partial and a uniform too many are memory that nobody touches.
+ITEMS_PER_SLOT, PARTIALS_PER_SLOT, NUM_UNIFORMS = 0.5, 16, 128
 LAG = 1  # steps that the device is ahead of the host
 REFILL_STEPS = 8  # a rebuild costs the host a few milliseconds, a request that waits a step costs its share of one
 MIN_ACTIVE = 0.75  # of the batch slots. Below, a smaller bucket saves more than the rebuild costs
 MAX_SHAPES = 32  # recorded steps that are kept
+
+# of samplers, and what cuts nothing off
+CUTS: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "top_p": lambda num_slots, vocab_size: torch.ones(num_slots, dtype=torch.float64),
+    "top_k": lambda num_slots, vocab_size: torch.full((num_slots,), vocab_size),
+}
 
 Record = Callable[[Callable[[], None]], Callable[[], Any]]  # a step -> what repeats it
 
@@ -44,9 +52,11 @@ def slot_bucket(count: int) -> int:
     return next((bucket for bucket in SLOT_BUCKETS if bucket >= count), -(-count // largest) * largest)
 
 
-def power_bucket(count: int) -> int:
-    """The smallest power of two that is at least `count` and at least `SMALLEST_BUCKET`."""
-    return max(SMALLEST_BUCKET, 1 << (count - 1).bit_length() if count > 1 else 1)
+def doubled_bucket(count: int, least: int) -> int:
+    """The first of `least`, 2 `least`, 4 `least`, .. that is at least `count`."""
+    while least < count:
+        least *= 2
+    return least
 
 
 class DecodeStep:
@@ -73,7 +83,9 @@ class DecodeStep:
         self._plan, self._sampler = to_device(plan, runner.device), to_device(sampler, runner.device)
         self._state = torch.zeros(5, self.num_slots, dtype=torch.int64, device=runner.device)
         # of each slot: the token it reads next, tokens generated, their cap, where the prompt ends, its own KV slots
-        self._token, self._length, self._max_length, self._first_position, self._first_slot = self._state.unbind()
+        self._token, self._length, self._max_length = self._state[:3]
+        self._firsts = self._state[3:]
+        self._padding_slot = torch.full((), runner.arena.padding_slot, device=runner.device)
         self.out = torch.zeros(2, self.num_slots, dtype=torch.float64, device=runner.device)
 
     def load(self, requests: Sequence[RunningRequest], plan: DecodePlan, sampler: BatchSampler) -> None:
@@ -101,13 +113,14 @@ class DecodeStep:
         # Finished requests keep running, because a CUDA graph has a fixed shape. They are masked: keys and values go to
         # the padding slot and the token is ignored.
         active = self._length < self._max_length  # [B] bool
-        self._plan.slots.copy_(torch.where(active, self._first_slot + self._length, self._runner.arena.padding_slot))
-        self._plan.suffix_len.copy_(torch.where(active, self._length + 1, 0))
-        hidden = self._runner.forward(self._token, self._first_position + self._length, self._plan)  # [B, E]
-        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length)  # [B] int64, [B] float64
+        positions, own_slots = self._firsts + self._length  # [2, B] both in one kernel
+        torch.where(active, own_slots, self._padding_slot, out=self._plan.slots)
+        torch.mul(active, self._length + 1, out=self._plan.suffix_len)
+        hidden = self._runner.forward(self._token, positions, self._plan)  # [B, E]
+        tokens, logps = self._sampler.sample(self._runner.logits(hidden), self._length, self._runner.impl)
         self.out[0].copy_(tokens)
         self.out[1].copy_(logps)
-        self._token.copy_(tokens.clamp_min(0))  # `NOT_FINITE` is no id that the next step could read
+        torch.clamp_min(tokens, 0, out=self._token)  # `NOT_FINITE` is no id that the next step could read
         self._length.add_(active)
 
     def _put(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -154,6 +167,7 @@ class CudaGraphBatch(DecodeBatch):
         self._lengths: list[int] = []  # of the requests in slots, once all that was launched is done
         self._age = 0  # steps since the last rebuild
         self._pending: deque[_Pending] = deque()
+        self._cuts: set[str] = set()  # those that a request has asked for
 
     def num_free(self, max_running: int) -> int:
         # the slots stay as they are between rebuilds
@@ -210,10 +224,17 @@ class CudaGraphBatch(DecodeBatch):
         self.num_rebuilds += 1
         num_slots = slot_bucket(len(self.running))
         plan, self._num_node_keys = self._plan(num_slots - len(self.running))
-        plan = plan.padded(power_bucket(len(plan.items)), power_bucket(plan.num_partials))
+        plan = plan.padded(
+            doubled_bucket(len(plan.items), int(ITEMS_PER_SLOT * num_slots)),
+            doubled_bucket(plan.num_partials, PARTIALS_PER_SLOT * num_slots),
+        )
         sampler = self._build_sampler(num_slots, torch.device("cpu"))
         num_uniforms = sampler.uniforms.shape[1]
-        sampler.uniforms = pad(sampler.uniforms, (0, power_bucket(num_uniforms) - num_uniforms))
+        sampler.uniforms = pad(sampler.uniforms, (0, doubled_bucket(num_uniforms, NUM_UNIFORMS) - num_uniforms))
+        self._cuts |= {name for name in CUTS if getattr(sampler, name) is not None}
+        for name in self._cuts:  # once asked for, for good: a batch without it needs no recording of its own
+            if getattr(sampler, name) is None:
+                setattr(sampler, name, CUTS[name](num_slots, self._runner.vocab_size))
         # whatever has a shape, or is read by Python while the step is recorded
         inputs = (plan.slots, plan.items, plan.partial_index, *vars(sampler).values())
         shape = tuple(value.shape if isinstance(value, torch.Tensor) else value for value in inputs)

@@ -14,10 +14,11 @@ import torch
 from cpo_fast.search.engine.forward_plans import ModelRunner, decode_plan
 from cpo_fast.search.engine.kv_arena import KVPath
 from cpo_fast.search.engine.requests import SampleRequest
-from cpo_fast.search.engine.sampler import NOT_FINITE, BatchSampler
+from cpo_fast.search.engine.sampler import BatchSampler
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_fast.tree import Stop
 from cpo_kernels.device import to_device
+from cpo_kernels.sample_tokens import NOT_FINITE
 from cpo_kernels.tree_decode import DecodePlan
 
 
@@ -122,7 +123,7 @@ class DecodeBatch:
             self._in_slots = self.running
             self._sampler = self._build_sampler(len(self.running), device)
         logits = self._runner.logits(hidden[: len(self.running)])  # [B, V] float32
-        tokens, logps = self._sampler.sample(logits, torch.tensor(lengths, device=device))
+        tokens, logps = self._sampler.sample(logits, torch.tensor(lengths, device=device), self._runner.impl)
         return self._receive(self.running, tokens.tolist(), logps.tolist())
 
     def _plan(self, num_padding: int) -> tuple[DecodePlan, int]:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from cpo_fast.search.engine.requests import SampleRequest
+from cpo_kernels.sample_tokens import sample_tokens
 
 Float64Array = npt.NDArray[np.float64]
-NOT_FINITE = -1  # in place of a token: the row's logits hold NaN or +inf, or exclude every token
 NOT_FINITE_MESSAGE = "the model's logits are not finite; check the weights and the dtype"
 
 
@@ -176,65 +176,20 @@ class BatchSampler:
             all_greedy=all(request.temperature == 0 for request in requests),
         )
 
-    def sample(self, logits: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose each row's token.
+    def sample(
+        self, logits: torch.Tensor, step: torch.Tensor, impl: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose each row's token, as `cpo_kernels.sample_tokens` does. Nothing waits for the device.
 
         Args:
             logits: [B, V] float32, unprocessed.
             step: [B] int64, how many tokens the row has generated. Picks its uniform.
+            impl: of `sample_tokens`. None chooses by device.
 
         Returns:
             tokens [B] int64, `NOT_FINITE` where the logits are not usable, and raw log-probs [B] float64: natural,
             temperature 1, of the unprocessed logits.
         """
-        # no line here waits for the device or draws a number, so that a CUDA graph can be recorded of it
-        raw = logits.double()  # [B, V]
-        raw_max = raw.amax(dim=1, keepdim=True)  # [B, 1]
-        scores = raw
-        if self.penalty is not None:
-            assert self.seen is not None
-            factor = self.penalty.unsqueeze(1)
-            scores = torch.where(self.seen, torch.where(raw < 0, raw * factor, raw / factor), raw)
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        largest = scores.amax(dim=1, keepdim=True)
-        # the smallest id among equals, as numpy's argmax
-        tokens = torch.where(scores == largest, ids, logits.shape[1] - 1).amin(dim=1)
-        if not self.all_greedy:
-            # what is drawn for a greedy row is thrown away
-            tokens = torch.where(self.temperature > 0, self._draw(scores, largest, step), tokens)
-        # NaN has no place in an order. Such rows are marked below
-        tokens = tokens.clamp(0, logits.shape[1] - 1)
-        log_normaliser = (raw - raw_max).exp_().sum(dim=1).log()
-        logps = raw.gather(1, tokens.unsqueeze(1)).squeeze(1) - raw_max.squeeze(1) - log_normaliser
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens.unsqueeze(1), True)
-        return torch.where(torch.isfinite(raw_max.squeeze(1)), tokens, NOT_FINITE), logps
-
-    def _draw(self, scores: torch.Tensor, largest: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        temperature = torch.where(self.temperature > 0, self.temperature, 1.0).unsqueeze(1)
-        probabilities = ((scores - largest) / temperature).exp_()
-        if self.top_k is not None:
-            # a whole sort, because each row has a k of its own
-            ordered = scores.sort(dim=1, descending=True).values  # [B, V]
-            least = ordered.gather(1, (self.top_k - 1).unsqueeze(1))
-            probabilities = torch.where(scores < least, 0.0, probabilities)
-        if self.top_p is not None:
-            mass, order = probabilities.sort(dim=1, descending=True, stable=True)
-            total = mass.cumsum(dim=1)
-            limit = torch.where(self.top_p < 1, self.top_p, float("inf")).unsqueeze(1) * total[:, -1:]
-            kept = torch.where(total - mass < limit, mass, 0.0)
-            probabilities = torch.zeros_like(probabilities).scatter_(1, order, kept)
-        cumulative = (
-            probabilities.cumsum_(dim=1) if self.top_k is None and self.top_p is None else probabilities.cumsum(1)
-        )
-        # a row at its cap has no number left, and its token is not read
-        uniform = self.uniforms.gather(1, step.clamp_max(self.uniforms.shape[1] - 1).unsqueeze(1))
-        return _first_above(cumulative, uniform * cumulative[:, -1:])
-
-
-def _first_above(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """First place whose cumulative mass exceeds `wanted`. Where none does, the first that reaches the whole mass."""
-    place = torch.searchsorted(cumulative, wanted, right=True)
-    # u just below 1 can round up to the whole mass: then the last token that has any
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
-    return torch.minimum(place, last).squeeze(1)
+        uniforms = None if self.all_greedy else self.uniforms
+        processors = (self.temperature, self.top_p, self.top_k, self.penalty, self.seen)
+        return sample_tokens(logits, uniforms, step, *processors, impl)

@@ -107,7 +107,7 @@ def _entropy_gradients(
     parts = []
     hidden, weight, bias = ctx.leaves
     with torch.autocast(hidden.device.type, enabled=False):
-        step = Head(weight).chunk_rows
+        step = Head(weight).chunk_rows(hidden.shape[0])
         for first in range(0, hidden.shape[0], step):
             with torch.enable_grad():
                 head = Head(weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), **ctx.transform)

@@ -7,13 +7,24 @@ for q, k and v, which share their input. The cast is exact, so backward can make
 once for all layers that read it, and every number stays bitwise what PEFT computes. PEFT's own switch
 (`cast_input_dtype_enabled`) and a linear module in the place of A do this. Parameters, their names and files do not
 change. Layers of another variant than plain LoRA (DoRA reads the cast input itself) or with LoRA dropout stay as they are.
+
+That is `keep_input_dtype`. `fuse_lora` goes further where Triton runs: to the output of a bfloat16 layer with one plain
+float32 adapter `cpo_kernels.fused_layers.add_lora` adds the adapter's in two kernels. PEFT takes seven, and four float32
+passes over the output. The results differ by rounding, as is stated there. What it cannot compute goes PEFT's way at each
+call: several active adapters, another dtype, autocast, dropout, biases, hooks on A or B (by which ZeRO 3 gathers them).
+Merged and disabled adapters are PEFT's too.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from cpo_kernels.fused_layers import add_lora, resolve_fused_layers
+
+MAX_FUSED_RANK = 64  # of `add_lora`
 
 
 def keep_input_dtype(model: torch.nn.Module) -> int:
@@ -33,6 +44,64 @@ def keep_input_dtype(model: torch.nn.Module) -> int:
             if not isinstance(linear, RecastLinear):
                 layer.lora_A[name] = RecastLinear.of(linear)
     return len(layers)
+
+
+def fuse_lora(model: torch.nn.Module, impl: str | None = None) -> int:
+    """Let the LoRA linear layers of a model compute by fused kernels, in place, and return how many may.
+
+    Nothing is changed where the implementation is not "triton", as on a CPU. Every call decides anew whether its dtypes and
+    adapters allow it, so adapters may be added, switched, merged and changed afterwards.
+
+    Args:
+        model: a `PeftModel` on its device. Any other module gives 0.
+        impl: implementation of `fused_layers`, None to choose by device.
+
+    Raises:
+        ValueError: `impl` cannot run on the model's device.
+        KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
+    """
+    from peft.tuners.lora.layer import Linear as LoraLinear
+
+    layers = [module for module in model.modules() if getattr(type(module), "forward", None) is LoraLinear.forward]
+    if not layers or resolve_fused_layers(impl, next(model.parameters()).device.type) != "triton":
+        return 0
+    for layer in layers:
+        if "forward" not in vars(layer):
+            layer.forward = MethodType(_fused_forward, layer)
+    return sum(getattr(layer.forward, "__func__", None) is _fused_forward for layer in layers)
+
+
+def _fused_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    pair = None if args or kwargs else _fused_pair(self, x)
+    if pair is None:
+        output: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return output
+    base = self.base_layer(x)
+    return add_lora(base, x, pair[0].weight, pair[1].weight, self.scaling[self.active_adapters[0]], impl="triton")
+
+
+def _fused_pair(layer: Any, x: torch.Tensor) -> tuple[torch.nn.Linear, torch.nn.Linear] | None:
+    """A and B of a layer whose output is its base's plus one plain float32 adapter's, both in bfloat16. Else None."""
+    adapters = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(adapters) != 1 or adapters[0] not in layer.lora_A:
+        return None
+    adapter, weight = adapters[0], layer.get_base_layer().weight
+    if adapter in layer.lora_variant or getattr(layer.lora_dropout[adapter], "p", False):
+        return None
+    if not x.dtype == weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
+        return None
+    pair = layer.lora_A[adapter], layer.lora_B[adapter]
+    shapes = (layer.r[adapter], layer.in_features), (layer.out_features, layer.r[adapter])
+    if layer.r[adapter] > MAX_FUSED_RANK or not all(map(_is_simple, pair, shapes)):
+        return None
+    return pair
+
+
+def _is_simple(linear: torch.nn.Linear, shape: tuple[int, int]) -> bool:
+    """Whether a module computes with a whole float32 weight and nothing else, so that it need not be called."""
+    weight, hooks = linear.weight, (*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks)
+    has_hooks = hooks or linear._backward_pre_hooks
+    return not has_hooks and linear.bias is None and weight.dtype == torch.float32 and weight.shape == shape
 
 
 class RecastLinear(torch.nn.Linear):

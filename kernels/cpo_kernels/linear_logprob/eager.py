@@ -99,7 +99,7 @@ def head_gradients(
 
 def _chunks(plan: LogprobPlan, head: Head, num_rows: int) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """Rows of a chunk, its pairs, and these as (row in the chunk, target)."""
-    step = head.chunk_rows
+    step = head.chunk_rows(num_rows)
     edges = [*plan.host_offsets[:-1:step].tolist(), plan.pair_row.shape[0]]
     for index, first in enumerate(range(0, num_rows, step)):
         span = slice(edges[index], edges[index + 1])

@@ -41,12 +41,13 @@ def _token_logps(
     """Token log-probs [P] (differentiable) and `OUTPUTS` [P] each (not)."""
     row_index = plan.pair_row[plan.pair_index]
     order = torch.argsort(row_index, stable=True)
-    first_rows = torch.arange(0, rows.shape[0], head.chunk_rows, device=rows.device)
+    chunk_rows = head.chunk_rows(rows.shape[0])
+    first_rows = torch.arange(0, rows.shape[0], chunk_rows, device=rows.device)
     edges = [*torch.searchsorted(row_index[order], first_rows).tolist(), row_index.shape[0]]
     pieces: list[tuple[torch.Tensor, ...]] = []
     for index, first_row in enumerate(first_rows.tolist()):
         tokens = order[edges[index] : edges[index + 1]]
-        chunk = rows[first_row : first_row + head.chunk_rows]
+        chunk = rows[first_row : first_row + chunk_rows]
         arguments = (chunk, row_index[tokens] - first_row, plan.targets[tokens], head)
         if torch.is_grad_enabled():
             pieces.append(checkpoint(_chunk, *arguments, use_reentrant=False))

@@ -13,35 +13,17 @@ U pairs, R distinct rows, S segments. What a pass leaves besides log-probs depen
 * `recompute`: the head takes a gradient too. Backward makes the logits again, a chunk of rows at a time.
 """
 
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from cpo_kernels.device import accumulation_dtype, matmul_accumulated
+from cpo_kernels.linear_logprob.chunk_size import chunk_rows, max_chunk_logits
 from cpo_kernels.logprob_plan import LogprobPlan
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 GRADED = ("expected", "recompute")  # modes that a backward follows
-
-MAX_CHUNK_LOGITS = 1 << 25  # 128 MiB in float32
-CHUNK_VARIABLE = "CPO_KERNELS_MAX_CHUNK_LOGITS"
-ROW_TILE = 128  # rows of a matrix product's tile on sm80 and sm90
-
-
-def max_chunk_logits() -> int:
-    """Logits held at once: `CPO_KERNELS_MAX_CHUNK_LOGITS`, or 2^25.
-
-    Raises:
-        ValueError: the variable holds no positive whole number.
-    """
-    text = os.environ.get(CHUNK_VARIABLE)
-    if not text:
-        return MAX_CHUNK_LOGITS
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"{CHUNK_VARIABLE}={text!r}: expected a positive whole number of logits")
-    return int(text)
 
 
 @dataclass(frozen=True)
@@ -61,16 +43,14 @@ class Head:
     def trainable(self) -> bool:
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows whose logits are held at once: whole tiles of a matrix product where that many fit."""
-        rows = max(1, max_chunk_logits() // self.weight.shape[0])
-        return rows if rows < ROW_TILE else rows // ROW_TILE * ROW_TILE
+    def chunk_rows(self, num_rows: int) -> int:
+        """Rows of `num_rows` whose logits are held at once."""
+        return chunk_rows(num_rows, self.weight.shape[0], self.weight.device)
 
     @property
     def chunk_columns(self) -> int:
         """Rows of the weight's gradient that are held at once beside their sum."""
-        return max(1, max_chunk_logits() // self.weight.shape[1])
+        return max(1, max_chunk_logits(self.weight.device) // self.weight.shape[1])
 
     def contiguous(self) -> "Head":
         """The same head, detached, for kernels that address it by row and column."""

@@ -9,8 +9,24 @@ go the same path, kernel for kernel and variant for variant, so equal hidden sta
 `TABLE` holds, for an architecture and a width E, the largest number of rows that goes fused. Every entry is a prediction,
 none is a measurement. The cost model behind them: a fused pass wins if its product reaches the share x of the library's
 speed at which the saved traffic of the logits pays, x = 0.47 at E = 576, 0.63 at 1024, 0.77 at 2048, 0.87 at 4096, 0.93
-at 8192. Triton products were reported at 0.26 to 0.9 of the library on compute capability 9.0 and near 0.3 on 8.0. Below
-about 160 rows the matrix product is memory-bound, so saving the logits' traffic wins even with a slower product.
+at 8192. What a fused product can reach on an H200 is bounded by L2: a step of 64 elements of E reads (128 + 128) x 64 x 2
+bytes for a tile of 128 x 128, 32 KiB for 512 clocks of tensor cores at 4,096 operations, so 64 bytes a clock and SM. On 132
+SMs at 1.75 GHz that is 14.8 TB/s, of which L2 gives 5.5 to 7: 37 to 47 % of the peak of 990 TFLOP/s, x = 0.46 to 0.59 of
+the 790 that a library's product was measured at. Break-even at 576, where it needs no memory for logits, and a loss at
+1024. On an A100 the tile needs 32 bytes a clock and SM, 4.9 TB/s, about what its L2 gives. Products of Triton were
+reported near 0.3 of the library there. Below about 160 rows the matrix product is memory-bound, so saving the logits'
+traffic wins even with a slower product.
+
+Predicted, not measured: a step (policy forward and backward, reference) on an H200 in bf16 with E 4096, against its floor,
+three products of 2 R V E operations at 790 TFLOP/s. A step adds 24 bytes a logit at 4.3 TB/s: 4 written and 4 read, twice,
+and of the policy 4 read, 2 written and 2 read. Chunks of 1,024 rows read the weight behind their products: 0.24 ms a
+product for 1.05 GB where 1,024 rows compute for 1.36. The lower end has products at 790, the upper at 0.9 of it.
+
+    V          rows     floor, ms    predicted, ms
+    128,256     512        2.04       2.4 -  2.6
+    128,256   2,048        8.17       9.6 - 10.5
+    128,256   8,192        32.7      38.5 - 42.2
+     32,000   2,048        2.04       2.4 -  2.6
 """
 
 import functools
@@ -19,10 +35,15 @@ import os
 
 import torch
 
-from cpo_kernels.device import matmul_accumulated
+from cpo_kernels.device import architecture, matmul_accumulated
 from cpo_kernels.linear_logprob.results import GRADED, Head, PairScores
 from cpo_kernels.linear_logprob.triton_backward import head_gradients, row_gradients
-from cpo_kernels.linear_logprob.triton_chunked import PROBABILITY_SCALE, chunk_scores, conditional_probabilities
+from cpo_kernels.linear_logprob.triton_chunked import (
+    PROBABILITY_SCALE,
+    chunk_scores,
+    conditional_probabilities,
+    empty_chunk,
+)
 from cpo_kernels.linear_logprob.triton_fused import fused_scores
 from cpo_kernels.linear_logprob.triton_sums import (
     ENTROPY,
@@ -47,7 +68,7 @@ MEMORY_BOUND_ROWS = 160  # below it the head's bytes take longer than its produc
 
 # (architecture, largest E) -> largest number of rows that goes fused; the first entry that fits counts
 TABLE: tuple[tuple[str, int, int], ...] = (
-    ("sm90", 1024, ANY),
+    ("sm90", 576, ANY),
     ("sm90", ANY, MEMORY_BOUND_ROWS),
     ("sm80", 576, ANY),
     ("sm80", ANY, MEMORY_BOUND_ROWS),
@@ -72,14 +93,6 @@ def choose_path(device: torch.device, width: int, num_rows: int) -> str:
     path = "fused" if num_rows <= max_rows else "chunk"
     _log_choice(path, arch, max_width, max_rows)
     return path
-
-
-def architecture(device: torch.device) -> str:
-    """Row of the table for a device: "sm80", "sm90" or "other"."""
-    if device.type != "cuda":
-        return "other"
-    capability = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm80", (9, 0): "sm90"}.get(capability, "other")
 
 
 @functools.cache
@@ -145,12 +158,17 @@ def _through_chunks(
     picked, logps = (rows.new_empty(plan.pair_row.shape, dtype=torch.float32) for _ in range(2))
     stats = rows.new_empty(NUM_STATS, rows.shape[0], dtype=torch.float32)
     expected = rows.new_empty(rows.shape if with_expected else (0,), dtype=torch.float32)
-    for first in range(0, rows.shape[0], head.chunk_rows):
-        chunk = slice(first, first + head.chunk_rows)
-        products = matmul_accumulated(rows[chunk], head.weight.t())
-        chunk_scores(products, head, plan, first, picked, logps, stats, with_outputs)
+    num_rows, vocab = rows.shape[0], head.weight.shape[0]
+    step = head.chunk_rows(num_rows)
+    # made once: the next chunk's would be made before the last one's are gone
+    products = empty_chunk(step, vocab, rows, torch.float32)
+    probabilities = empty_chunk(step if with_expected else 0, vocab, rows, head.weight.dtype)
+    for first in range(0, num_rows, step):
+        chunk, count = slice(first, first + step), min(step, num_rows - first)
+        logits = matmul_accumulated(rows[chunk], head.weight.t(), out=products[:count])
+        chunk_scores(logits, head, plan, first, picked, logps, stats, with_outputs)
         if with_expected:
-            probabilities = conditional_probabilities(products, head, stats[:, chunk])
+            others = conditional_probabilities(logits, head, stats[:, chunk], probabilities[:count])
             scale = stats[REST, chunk] * (Transform.of(head).slope / PROBABILITY_SCALE)
-            expected[chunk] = matmul_accumulated(probabilities, head.weight).mul_(scale.unsqueeze(1))
+            matmul_accumulated(others, head.weight, out=expected[chunk]).mul_(scale.unsqueeze(1))
     return picked, logps, stats, expected

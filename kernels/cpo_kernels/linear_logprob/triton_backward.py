@@ -16,7 +16,14 @@ import triton.language as tl
 
 from cpo_kernels.device import matmul_accumulated
 from cpo_kernels.linear_logprob.results import Head, HeadGradients, PairScores, pair_coefficients
-from cpo_kernels.linear_logprob.triton_chunked import BLOCK_LOGITS, BLOCK_TARGETS, PROBABILITY_SCALE, chunk_logits
+from cpo_kernels.linear_logprob.triton_chunked import (
+    BLOCK_LOGITS,
+    BLOCK_TARGETS,
+    PROBABILITY_SCALE,
+    bias_argument,
+    chunk_logits,
+    empty_chunk,
+)
 from cpo_kernels.linear_logprob.triton_sums import Transform, slope_factor
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED, cast
@@ -61,27 +68,27 @@ def _row_gradients(
 
 
 # slices by row begin at any float: an aligned one and another would be two variants
-@triton.jit(do_not_specialize_on_alignment=["row_max", "row_sum", "row_grad"])
+@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["row_max", "row_sum", "row_grad"])
 def _product_gradients(
     products,  # [C, V] fp32
-    bias,  # [V] or unused
+    bias,  # [stride] or unused
     row_max,  # [C] fp32
     row_sum,  # [C] fp32
     row_grad,  # [C] fp32, G
     scale,  # [1] fp32
-    grad_products,  # [C, V]
-    vocab,
+    grad_products,  # [C, V], and 0 beyond
+    vocab, stride,
     slope, inner, cap,  # `Transform`
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """scale times -G p f, as if no column were a target."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = chunk_logits(products, bias, row, column, vocab, slope, inner, cap, HAS_BIAS, CAPPED)
+    z = chunk_logits(products, bias, row, column, vocab, stride, slope, inner, cap, HAS_BIAS, CAPPED)
     factor = -tl.load(row_grad + row) / tl.load(row_sum + row) * tl.load(scale) * slope
     values = tl.exp(z - tl.load(row_max + row)) * factor * slope_factor(tl.where(column < vocab, z, 0.0), cap, CAPPED)
-    place = grad_products + row * vocab + column
-    tl.store(place, cast(values, grad_products.dtype.element_ty, INTERPRETED), mask=column < vocab)
+    place = grad_products + row * stride + column
+    tl.store(place, cast(values, grad_products.dtype.element_ty, INTERPRETED), mask=column < stride)
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -91,7 +98,7 @@ def _put_targets(
     row_offsets,  # [R + 1] int64
     scale,  # [1] fp32
     grad_products,  # [C, V], written at targets
-    first_row, vocab,
+    first_row, stride,
     BLOCK_U: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """scale times the gradient at targets. It is a kernel of its own because the end of the one before is the barrier."""
@@ -101,7 +108,7 @@ def _put_targets(
         u = start + tl.arange(0, BLOCK_U)
         mask = u < last
         values = tl.load(coefficients + u, mask=mask, other=0.0) * tl.load(scale)
-        place = grad_products + row * vocab + tl.load(target + u, mask=mask, other=0)
+        place = grad_products + row * stride + tl.load(target + u, mask=mask, other=0)
         tl.store(place, cast(values, grad_products.dtype.element_ty, INTERPRETED), mask=mask)
 
 
@@ -141,18 +148,24 @@ def head_gradients(
     coefficient, row_grad = (coefficient * scores.slopes).float(), row_grad.float()
     size = (coefficient.abs().amax() + row_grad.abs().amax() * abs(Transform.of(head).slope)).clamp_min(SMALLEST_SIZE)
     scale = PROBABILITY_SCALE / size
-    for first in range(0, rows.shape[0], head.chunk_rows):
-        chunk = slice(first, first + head.chunk_rows)
-        products = matmul_accumulated(rows[chunk], head.weight.t())
-        grad_products = product_gradients(
-            products, head, scores.normalizer[:, chunk], row_grad[chunk], coefficient, plan, first, scale
+    num_rows, vocab = rows.shape[0], head.weight.shape[0]
+    step = head.chunk_rows(num_rows)
+    products, grad_products = (empty_chunk(step, vocab, rows, dtype) for dtype in (torch.float32, head.weight.dtype))
+    for first in range(0, num_rows, step):
+        chunk, count = slice(first, first + step), min(step, num_rows - first)
+        logits = matmul_accumulated(rows[chunk], head.weight.t(), out=products[:count])
+        normalizer, upstream = scores.normalizer[:, chunk], row_grad[chunk]
+        gradients.add(
+            product_gradients(
+                logits, head, normalizer, upstream, coefficient, plan, first, scale, grad_products[:count]
+            ),
+            chunk,
         )
-        gradients.add(grad_products, chunk)
     return gradients.rounded(scale)
 
 
 def product_gradients(
-    products: torch.Tensor,  # [C, V] float32, h W^T of rows [first_row, first_row + C)
+    products: torch.Tensor,  # [C, V] float32 of `empty_chunk`, h W^T of rows [first_row, first_row + C)
     head: Head,
     normalizer: torch.Tensor,  # [2, C] float32 of these rows: p = exp(z - normalizer[0]) / normalizer[1]
     row_grad: torch.Tensor,  # [C] float32, sum of upstream gradients of these rows
@@ -160,18 +173,19 @@ def product_gradients(
     plan: LogprobPlan,
     first_row: int,
     scale: torch.Tensor,  # [1] float32, on the device
+    grad_products: torch.Tensor,  # [C, V] of `empty_chunk` in the dtype of the head
 ) -> torch.Tensor:
-    """[C, V] in the dtype of the head: `scale` times the gradient of the products."""
-    num_rows, vocab = products.shape
-    transform, bias = Transform.of(head), products if head.bias is None else head.bias
-    grad_products = torch.empty_like(products, dtype=head.weight.dtype)
+    """`grad_products`: `scale` times the gradient of the products."""
+    (num_rows, vocab), stride = products.shape, products.stride(0)
+    transform, bias = Transform.of(head), bias_argument(head, products)
     with torch.cuda.device_of(products):
         _product_gradients[(num_rows, triton.cdiv(vocab, BLOCK_LOGITS))](
-            products, bias, normalizer[0], normalizer[1], row_grad, scale, grad_products, vocab, *transform,
+            products, bias, normalizer[0], normalizer[1], row_grad, scale, grad_products, vocab, stride,
+            *transform,
             HAS_BIAS=head.bias is not None, CAPPED=transform.capped, BLOCK_V=BLOCK_LOGITS, INTERPRETED=INTERPRETED,
         )  # fmt: skip
         _put_targets[(num_rows,)](
-            coefficients, plan.pair_target, plan.row_offsets, scale, grad_products, first_row, vocab,
+            coefficients, plan.pair_target, plan.row_offsets, scale, grad_products, first_row, stride,
             BLOCK_U=BLOCK_TARGETS, INTERPRETED=INTERPRETED, num_warps=1,
         )  # fmt: skip
     return grad_products

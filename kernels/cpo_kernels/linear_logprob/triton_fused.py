@@ -11,22 +11,27 @@ import torch
 import triton
 import triton.language as tl
 
+from cpo_kernels.device import architecture, multiprocessors
 from cpo_kernels.linear_logprob.results import Head
 from cpo_kernels.linear_logprob.triton_sums import NUM_STATS, Transform, accumulate, final_logits, merge, splits
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.triton_tiles import INTERPRETED
 
 BLOCK_WIDTH = 512  # products of a target's dot per step: 1 KiB of a bf16 row
+PROGRAMS_AN_SM = 4  # one or two at a time: enough to even out the last wave
 GROUP_ROWS = 8  # row tiles that walk the vocabulary together: 8 x 128 rows x 4096 x 2 bytes = 8 MiB stay in L2
 
 # Tiles of the fused products: (largest number of rows or None, BLOCK_R, BLOCK_V, BLOCK_E, warps, stages). A Hopper
 # warp-group product needs 64 rows; a smaller tile wastes less of a small step. Products of float32 are exact (ieee),
 # without tensor cores: registers bound their tiles. `make aot` bounds what a tile may spill.
 TILES_16_BIT = ((16, 16, 128, 64, 4, 4), (64, 64, 128, 64, 4, 3), (None, 128, 128, 64, 8, 3))
+# On sm90 two programs of the largest tile fit an SM at 128 registers a thread, which hold all that a plain head without
+# outputs keeps; left alone the compiler takes 132 at E 576. With outputs or a soft-cap 40 to 224 bytes would spill.
+PLAIN_REGISTERS = {"sm90": 128}
 TILES_32_BIT = ((16, 16, 128, 32, 4, 2), (None, 64, 64, 32, 8, 2))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["num_rows", "vocab", "num_splits", "tiles_per_split"])
 def _product_partials(
     hidden,  # [R, E]
     weight,  # [V, E]
@@ -136,16 +141,19 @@ def fused_scores(
     limit_and_tile = next(entry for entry in table if entry[0] is None or num_rows <= entry[0])
     block_r, block_v, block_e, warps, stages = limit_and_tile[1:]
     row_tiles = triton.cdiv(num_rows, block_r)
-    num_splits, tiles_per_split = splits(triton.cdiv(vocab, block_v), row_tiles)
+    wanted = PROGRAMS_AN_SM * multiprocessors(rows.device)
+    num_splits, tiles_per_split = splits(triton.cdiv(vocab, block_v), row_tiles, wanted)
     partials = rows.new_empty(5 if with_outputs else 2, num_rows, num_splits, dtype=torch.float32)
     stats = rows.new_empty(NUM_STATS, num_rows, dtype=torch.float32)
     top = plan.unique_rows.new_empty(num_rows)
     constants = {"WIDTH": width, "HAS_BIAS": head.bias is not None, "CAPPED": transform.capped}
+    plain = block_r == 128 and not with_outputs and not transform.capped
     with torch.cuda.device_of(rows):
         _product_partials[(row_tiles * num_splits,)](
             rows, weight, bias, partials, num_rows, vocab, num_splits, tiles_per_split, *transform,
             WITH_OUTPUTS=with_outputs, BLOCK_R=block_r, BLOCK_V=block_v, BLOCK_E=block_e, GROUP=GROUP_ROWS,
-            UPCAST=INTERPRETED, num_warps=warps, num_stages=stages, **constants,
+            UPCAST=INTERPRETED, num_warps=warps, num_stages=stages,
+            maxnreg=PLAIN_REGISTERS.get(architecture(rows.device)) if plain else None, **constants,
         )  # fmt: skip
         _target_logits[(target.shape[0],)](
             rows, weight, bias, plan.pair_row, target, picked, *transform,

@@ -21,7 +21,6 @@ import triton.language as tl
 from cpo_kernels.linear_logprob.results import Head
 
 MAX_SPLITS = 256  # partial sums of a row, merged by one program; one row tile alone then fills a card of 132 SMs
-TARGET_PROGRAMS = 512  # about four per SM: enough to even out the last wave
 MAX_VOCAB = 1 << 24  # the column of the largest logit is kept as a float32, exact below this
 
 # Planes of `partials` [5, R, splits] (the first two alone where no output is asked) and of `stats` [7, R].
@@ -173,9 +172,9 @@ def _merge(
         tl.store(stat + 6 * plane, total / vocab)
 
 
-def splits(num_tiles: int, programs_per_split: int) -> tuple[int, int]:
-    """How many splits of how many tiles each, none empty. Shapes alone decide, so that sums repeat on any card."""
-    wanted = min(MAX_SPLITS, num_tiles, triton.cdiv(TARGET_PROGRAMS, programs_per_split))
+def splits(num_tiles: int, programs_per_split: int, wanted_programs: int) -> tuple[int, int]:
+    """How many splits of how many tiles each, none empty. Shapes and the card decide, so sums repeat on equal cards."""
+    wanted = max(1, min(MAX_SPLITS, num_tiles, triton.cdiv(wanted_programs, programs_per_split)))
     tiles_per_split = triton.cdiv(num_tiles, wanted)
     return triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
 

@@ -25,12 +25,13 @@ class ChainLengths(NamedTuple):
 
 
 def load_varlen() -> Callable[..., torch.Tensor]:
-    """`flash_attn.flash_attn_varlen_func`. ValueError where the package is not installed."""
+    """`flash_attn.flash_attn_varlen_func` (2.6 or newer). ValueError where the package is not installed."""
     try:
         varlen: Callable[..., torch.Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # flash-attn-4 has a module of the same name without this function
         raise ValueError(
-            f"tree_attention: impl='flash' needs the package flash-attn, which cannot be imported ({error})"
+            f"tree_attention: impl='flash' needs flash-attn 2, which cannot be imported ({error}); it is the "
+            "extra cpo-fast[flash]"
         ) from error
     return varlen
 

@@ -24,17 +24,21 @@ def tree_decode(
     plan: DecodePlan,
     scale: float | None = None,
     impl: str | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
 ) -> torch.Tensor:
     """Write the new keys and values to `plan.slots`, then attend as the plan says. Prefill and decode rows may mix.
 
     Args:
-        q: [N, H, D] float64, float32, bfloat16 or float16, position encoding applied.
+        q: [N, H, D] float64, float32, bfloat16 or float16, position encoding applied unless `rotary` is given.
         k_new, v_new: [N, Hkv, D], same dtype. Hkv divides H.
         k_arena, v_arena: [C, Hkv, D], same dtype, changed in place. Any strides, last dimension contiguous.
         plan: of these N rows, on the device of q.
         scale: factor on q . k, default D ** -0.5.
         impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64 and head sizes up to
             256.
+        rotary: cosines and sines [N, D] of each row's position, dtype of q. q and k_new are rotated by them first, as
+            Transformers' `apply_rotary_pos_emb` does, and the keys are stored so. "triton" computes it in float32 and
+            rounds once. D must be even.
 
     Returns:
         [N, H, D] in the dtype of q. A row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
@@ -45,7 +49,7 @@ def tree_decode(
         KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
     """
     impl = resolve_tree_decode(impl, q.device.type)
-    return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl)
+    return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl, rotary)
 
 
 def resolve_tree_decode(impl: str | None, device_type: str) -> str:
@@ -64,18 +68,31 @@ def decode_layer(
     plan: DecodePlan,
     scale: float | None,
     impl: str,  # of `resolve_tree_decode`
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
 ) -> torch.Tensor:
     """`tree_decode` by an implementation that was resolved before, once for all layers and steps."""
     _check(q, k_new, v_new, k_arena, v_arena, plan)
+    if rotary is not None:
+        _check_rotary(q, *rotary)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "triton":
         from cpo_kernels.tree_decode.triton_forward import (
             tree_decode_forward,
         )  # loads Triton: only when it is asked for
 
-        return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale)
+        return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary)
     run = {"reference": tree_decode_reference, "eager": tree_decode_eager}[impl]
-    return run(q, k_new, v_new, k_arena, v_arena, plan, scale)
+    return run(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary)
+
+
+def _check_rotary(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    num_rows, head_dim = q.shape[0], q.shape[2]
+    for table in (cos, sin):
+        if table.shape != (num_rows, head_dim) or table.dtype != q.dtype or table.device != q.device or head_dim % 2:
+            raise ValueError(
+                f"tree_decode: expected rotary tables [{num_rows}, {head_dim}] of {q.dtype} on {q.device} and an even "
+                f"head size, got {tuple(table.shape)} of {table.dtype} on {table.device}"
+            )
 
 
 def _check(

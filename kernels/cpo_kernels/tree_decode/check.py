@@ -12,12 +12,16 @@ ROOT_KEYS = 291  # of the node under all rows that decode: more than the 256 key
 PREFILLED_ROWS = 70  # more than the 64 queries of one item
 SUFFIX_STEP = 11  # the twelfth row has decoded 122 keys, more than one step of a merge
 
-# q [N, H, D], k_new, v_new [N, Hkv, D], k_arena, v_arena [C, Hkv, D], a plan and the scale -> out [N, H, D]
+# q [N, H, D], k_new, v_new [N, Hkv, D], k_arena, v_arena [C, Hkv, D], a plan, the scale and rotary tables or None
+# -> out [N, H, D]
 Forward = Callable[..., torch.Tensor]
 
 
 def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward | None = None) -> dict[str, float]:
-    """Error over bound of the output of `kernels`, by default the Triton kernels, and of the keys and values stored."""
+    """Error over bound of the output of `kernels`, by default the Triton kernels, and of the keys and values stored.
+
+    Once as they come, and once rotated.
+    """
     if kernels is None:
         from cpo_kernels.tree_decode.triton_forward import tree_decode_forward  # loads Triton
 
@@ -34,15 +38,23 @@ def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward 
     for arena in arenas:
         arena[unseen.to(device)] = float("nan")  # a key too many shows, and one that was not stored
 
+    # angles that differ between the halves of a head too, which a model's do not
+    angles = random_tensor((num_rows, shape.head_dim), device, torch.float32, 14)
+    tables = [table.to(shape.dtype) for table in (angles.cos(), angles.sin())]
+
     def run(forward: Forward, dtype: torch.dtype) -> Results:
-        k_arena, v_arena = (arena.to(dtype, copy=True) for arena in arenas)
-        new = (x.to(dtype) for x in (q, k_new, v_new))
-        out = forward(*new, k_arena, v_arena, plan, shape.head_dim**-0.5)
-        return {"out": out, "stored keys": k_arena[plan.slots], "stored values": v_arena[plan.slots]}
+        results: Results = {}
+        for name, rotary in (("", None), ("rotated ", tuple(table.to(dtype) for table in tables))):
+            k_arena, v_arena = (arena.to(dtype, copy=True) for arena in arenas)
+            new = (x.to(dtype) for x in (q, k_new, v_new))
+            results[f"{name}out"] = forward(*new, k_arena, v_arena, plan, shape.head_dim**-0.5, rotary)
+            results[f"{name}stored keys"], results[f"{name}stored values"] = (x[plan.slots] for x in (k_arena, v_arena))
+        return results
 
     largest = max(float(x.double().norm(dim=-1).nan_to_num().max()) for x in (v_new, arenas[1]))
+    bands = {"out": 8 * FLOAT32_EPS * largest, "rotated out": 16 * FLOAT32_EPS * largest}
     exact, eager = run(tree_decode_eager, torch.float64), run(tree_decode_eager, shape.dtype)
-    return error_ratios(exact, eager, run(kernels, shape.dtype), {"out": 8 * FLOAT32_EPS * largest})
+    return error_ratios(exact, eager, run(kernels, shape.dtype), bands)
 
 
 def _frontier() -> tuple[DecodePlan, int, torch.Tensor]:

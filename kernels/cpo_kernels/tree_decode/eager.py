@@ -18,6 +18,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
+from cpo_kernels.tree_decode.rotation import rotate
 
 # Rows of a product come in multiples of both: the matrix library deals them out to threads by fours, and sums what is
 # left over in another order.
@@ -65,8 +66,11 @@ def tree_decode_eager(
     v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
     scale: float,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
 ) -> torch.Tensor:
     """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
+    if rotary is not None:
+        q, k_new = (rotate(x, *rotary) for x in (q, k_new))
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
     num_rows, num_heads, head_dim = q.shape

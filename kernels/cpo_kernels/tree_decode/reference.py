@@ -10,6 +10,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
+from cpo_kernels.tree_decode.rotation import rotate
 
 
 def tree_decode_reference(
@@ -20,8 +21,11 @@ def tree_decode_reference(
     v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
     scale: float,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
 ) -> torch.Tensor:
     """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
+    if rotary is not None:
+        q, k_new = (rotate(x, *rotary) for x in (q, k_new))
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
     outs = [_attention(q[n], k_arena[keys], v_arena[keys], scale) for n, keys in enumerate(visible_slots(plan))]

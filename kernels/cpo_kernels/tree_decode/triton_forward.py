@@ -58,14 +58,16 @@ def tree_decode_forward(
     v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
     scale: float,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
 ) -> torch.Tensor:
-    """Store, attend and merge by three launches.
+    """Store, attend and merge by three launches. The first also rotates queries and keys where `rotary` is given.
 
     Args:
         q, k_new, v_new: bfloat16, float16 or float32, all the same, any strides. Hkv divides H.
         k_arena, v_arena: same dtype, changed in place, last dimension contiguous.
         plan: of these N rows, on the device of q.
         scale: factor on q . k.
+        rotary: cosines and sines, same dtype.
 
     Returns:
         [N, H, D] contiguous, in the dtype of q, 0 for a row without keys.
@@ -82,11 +84,22 @@ def tree_decode_forward(
     if num_rows == 0:
         return out
     block_d = padded_head_dim(head_dim)
-    _store_kernel[(num_rows, num_kv_heads)](
-        k_new, v_new, k_arena, v_arena, plan.slots,
-        *k_new.stride()[:2], *v_new.stride()[:2], *k_arena.stride()[:2], *v_arena.stride()[:2],
-        HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=1,  # a head of 128 is four elements a lane
-    )  # fmt: skip
+    stored = (k_new, v_new, k_arena, v_arena, plan.slots)
+    stored_strides = [stride for tensor in stored[:4] for stride in tensor.stride()[:2]]
+    if rotary is None:
+        _store_kernel[(num_rows, num_kv_heads)](
+            *stored, *stored_strides,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=1,  # a head of 128 is four elements a lane
+        )  # fmt: skip
+    else:
+        cos, sin = (table.contiguous() for table in rotary)
+        rotated = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
+        _rotate_store_kernel[(num_rows, num_kv_heads)](
+            q, rotated, cos, sin, *stored, num_heads, *q.stride()[:2], *stored_strides,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_D=block_d,
+            UPCAST=INTERPRETED, num_warps=1,
+        )  # fmt: skip
+        q = rotated
     partial_out = torch.empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((plan.num_partials, num_heads), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k_arena.stride()[:2], *v_arena.stride()[:2])
@@ -126,6 +139,67 @@ def _store_kernel(
     v = tl.load(v_new_ptr + row * v_new_row_stride + head * v_new_head_stride + columns, mask=real)
     tl.store(k_ptr + slot * k_row_stride + head * k_head_stride + columns, k, mask=real)
     tl.store(v_ptr + slot * v_row_stride + head * v_head_stride + columns, v, mask=real)
+
+
+@triton.jit
+def _rotate_store_kernel(
+    q_ptr,  # [N, H, D]
+    rotated_ptr,  # [N, H, D] contiguous
+    cos_ptr,  # [N, D] contiguous
+    sin_ptr,  # [N, D] contiguous
+    k_new_ptr,  # [N, Hkv, D]
+    v_new_ptr,  # [N, Hkv, D]
+    k_ptr,  # [C, Hkv, D]
+    v_ptr,  # [C, Hkv, D]
+    slots_ptr,  # [N] int64
+    num_heads,
+    q_row_stride, q_head_stride,
+    k_new_row_stride, k_new_head_stride, v_new_row_stride, v_new_head_stride,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """As `_store_kernel` with the key rotated, and the query heads that share it, which go to a tensor of their own."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    columns = tl.arange(0, BLOCK_D)
+    real = columns < HEAD_DIM
+    v = tl.load(v_new_ptr + row * v_new_row_stride + head * v_new_head_stride + columns, mask=real)
+    tl.store(v_ptr + slot * v_row_stride + head * v_head_stride + columns, v, mask=real)
+    k_new_ptr += row * k_new_row_stride + head * k_new_head_stride
+    _rotate_head(k_new_ptr, k_ptr + slot * k_row_stride + head * k_head_stride, cos_ptr + row * HEAD_DIM,
+                 sin_ptr + row * HEAD_DIM, HEAD_DIM, BLOCK_HALF, UPCAST)  # fmt: skip
+    for member in tl.static_range(GROUP):
+        q_head = head * GROUP + member
+        target_ptr = rotated_ptr + (row * num_heads + q_head) * HEAD_DIM
+        _rotate_head(q_ptr + row * q_row_stride + q_head * q_head_stride, target_ptr, cos_ptr + row * HEAD_DIM,
+                     sin_ptr + row * HEAD_DIM, HEAD_DIM, BLOCK_HALF, UPCAST)  # fmt: skip
+
+
+@triton.jit
+def _rotate_head(
+    source_ptr: tl.tensor,  # [D]
+    target_ptr: tl.tensor,  # [D]
+    cos_ptr: tl.tensor,  # [D]
+    sin_ptr: tl.tensor,  # [D]
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Rotate one head: elements i and i + D / 2 by angle i of the first half and of the second."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    low = tl.arange(0, BLOCK_HALF)
+    real = low < HALF
+    high = low + HALF
+    first = tl.load(source_ptr + low, mask=real, other=0.0).to(tl.float32)
+    second = tl.load(source_ptr + high, mask=real, other=0.0).to(tl.float32)
+    first_cos = tl.load(cos_ptr + low, mask=real, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin_ptr + low, mask=real, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos_ptr + high, mask=real, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin_ptr + high, mask=real, other=0.0).to(tl.float32)
+    dtype = target_ptr.dtype.element_ty
+    tl.store(target_ptr + low, cast(first * first_cos - second * first_sin, dtype, UPCAST), mask=real)
+    tl.store(target_ptr + high, cast(second * second_cos + first * second_sin, dtype, UPCAST), mask=real)
 
 
 @triton.jit

@@ -6,15 +6,39 @@ Prefill and decode are the same call under different plans. The model must be pr
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
+from cpo_kernels.integrations.lora import fuse_lora
+from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
-from cpo_kernels.integrations.transformers.model import ModelParts
+from cpo_kernels.integrations.transformers.model import ModelParts, model_parts, peft_configs
+from cpo_kernels.integrations.transformers.projections import merge_projections
+from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from cpo_kernels.tree_decode import DecodePlan, resolve_tree_decode
 
 # A CPU's matrix library deals rows out to threads by fours. What is left over is summed in another order.
 ROWS_PER_THREAD = 4
+
+
+def fewer_kernels(model: torch.nn.Module) -> ModelParts:
+    """Change a prepared model, in place, so that a decode step launches fewer kernels, and return its parts.
+
+    Where the model's layers allow it, the projections of one input become one product, rotary position encoding is left
+    to `tree_decode`, and norms, MLPs and live adapters are fused as `fuse_layers` and `fuse_lora` do. Names, shapes and
+    values of weights stay. Sums may be taken in another order, so hidden states agree to rounding.
+
+    Raises:
+        KernelCheckError: nobody chose an implementation, and the fused layers are not right on the model's device.
+    """
+    parts = model_parts(model)
+    merge_projections(parts.backbone)
+    fuse_layers(model)
+    if peft_configs(model):
+        fuse_lora(model)
+    return replace(parts, defers_rotation=defer_rotation(parts.backbone))
 
 
 @torch.no_grad()
@@ -48,17 +72,19 @@ def decode_forward(
     """
     parts = prepared_parts(model, "decode_forward")
     layers_seen: set[int] = set()
-    hidden: torch.Tensor = parts.backbone(
-        input_ids=token_ids.long().unsqueeze(0),
-        position_ids=position_ids.long().unsqueeze(0),
-        # a mask of four dimensions is handed through as it is: no N x N mask is made, and tree_decode reads none
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token_ids.device),
-        use_cache=False,
-        decode_plan=plan,
-        decode_arena=arena,
-        tree_impl=impl or resolve_tree_decode(None, token_ids.device.type),
-        layers_seen=layers_seen,
-    ).last_hidden_state[0]
+    with deferred_rotation() if parts.defers_rotation else nullcontext() as rotation:
+        hidden: torch.Tensor = parts.backbone(
+            input_ids=token_ids.long().unsqueeze(0),
+            position_ids=position_ids.long().unsqueeze(0),
+            # a mask of four dimensions is handed through as it is: no N x N mask is made, and tree_decode reads none
+            attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.bool, device=token_ids.device),
+            use_cache=False,
+            decode_plan=plan,
+            decode_arena=arena,
+            decode_rotation=rotation,
+            tree_impl=impl or resolve_tree_decode(None, token_ids.device.type),
+            layers_seen=layers_seen,
+        ).last_hidden_state[0]
     check_layers_seen("tree_decode", layers_seen, parts)
     return hidden if rows is None else hidden.index_select(0, rows)
 

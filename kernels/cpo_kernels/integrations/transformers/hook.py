@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
+from cpo_kernels.integrations.transformers.rotary import DeferredRotation
 from cpo_kernels.tree_attention import TreeSchedule, attention_layer, resolve_tree_attention
 from cpo_kernels.tree_decode import DecodePlan, decode_layer, resolve_tree_decode
 
@@ -37,11 +38,13 @@ def cpo_tree_attention(
     layers_seen: set[int] | None = None,
     decode_plan: DecodePlan | None = None,
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
+    decode_rotation: DeferredRotation | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, [B, T, H, D], where B is 1 for a forest. Adds the layer's index to `layers_seen`.
 
-    With `decode_plan` the rows are those of a search tree's frontier, which read and write `decode_arena`.
+    With `decode_plan` the rows are those of a search tree's frontier, which read and write `decode_arena`. With
+    `decode_rotation` their queries and keys may come without position encoding, which is then applied here.
 
     Raises:
         ValueError: a forest call with attention dropout, a batch above 1, a KV cache, or an option that changes the
@@ -61,11 +64,13 @@ def cpo_tree_attention(
         raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
     if layers_seen is not None:
         layers_seen.add(getattr(module, "layer_idx", id(module)))
-    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    # not heads[0]: its gradient would be written into zeros first
+    q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
     if decode_plan is not None:
         k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
         impl = tree_impl or resolve_tree_decode(None, q.device.type)
-        output = decode_layer(q, k, v, k_arena, v_arena, decode_plan, scaling, impl)
+        rotary = None if decode_rotation is None else decode_rotation.take(query, key)
+        output = decode_layer(q, k, v, k_arena, v_arena, decode_plan, scaling, impl, rotary)
     else:
         assert subtree_end is not None
         impl = tree_impl or resolve_tree_attention(None, q.device.type)

@@ -36,6 +36,7 @@ class ModelParts:
     backbone: torch.nn.Module
     head: torch.nn.Module
     config: Any  # the text configuration
+    defers_rotation: bool = False  # a decode forward leaves rotary position encoding to the attention function
 
 
 def model_parts(model: torch.nn.Module) -> ModelParts:
