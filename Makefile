@@ -57,7 +57,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# compiles every Triton kernel for sm80 and sm90 without a GPU and checks registers, stack and shared memory
+# compiles every Triton kernel for sm80 and sm90 without a GPU and checks registers, stack, shared memory and machine code
 aot: $(STAMP)
 	$(BIN)/python -m pytest $(wildcard tests/cpo_kernels/test_aot_*.py)
 

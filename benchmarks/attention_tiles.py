@@ -44,17 +44,23 @@ def variants(architecture: int, head_dim: int) -> list[Variant]:
     found = [
         Variant(SHIPPED),
         Variant(BEFORE, forward=Tile(128, 64, 8, 2), grad_q=Tile(64, 64, 8, 2), grad_kv=Tile(32, 64, 8, 2)),
-        Variant("dq 128x64, 8 warps", grad_q=Tile(128, 64, 8, 2)),
-        Variant("dq 64x64, 4 warps", grad_q=Tile(64, 64, 4, 2)),
     ]
     if architecture >= 90:
         return [
             *found,
-            Variant("dkv 32x128, 8 warps", grad_kv=Tile(32, 128, 8, 2)),
-            Variant("dkv 64x128, 8 warps", grad_kv=Tile(64, 128, 8, 2)),
-            Variant("forward 64x64, 4 warps", forward=Tile(64, 64, 4, 2)),
+            # a block waits for its copies, which of three stages are on their way while it computes
+            Variant("two stages", Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+            Variant("dq 64x64, 4 warps", grad_q=Tile(64, 64, 4, 2)),
+            Variant("dkv 32x128, 8 warps", grad_kv=Tile(32, 128, 8, 3)),
+            Variant("dkv 64x128, 8 warps", grad_kv=Tile(64, 128, 8, 3)),
+            Variant("forward 64x64, 4 warps", forward=Tile(64, 64, 4, 3)),
         ]
-    return [*found, Variant("dkv 64x64, 8 warps", grad_kv=Tile(64, 64, 8, 2))]
+    return [
+        *found,
+        Variant("two stages", forward=Tile(128, 32, 4, 2)),
+        Variant("dq 128x64, 8 warps", grad_q=Tile(128, 64, 8, 2)),
+        Variant("dkv 64x64, 8 warps", grad_kv=Tile(64, 64, 8, 2)),
+    ]
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def tiles(arguments: argparse.Namespace) -> None:
         results: dict[str, tuple[torch.Tensor, ...]] = {}
         failures: dict[str, str] = {}
         for variant in chosen:
-            schedule = tree_schedule(forest.subtree_end, block_kv=variant.block_kv).to(device)
+            schedule = tree_schedule(forest.subtree_end, block_kv=variant.block_kv, heads=(heads, groups)).to(device)
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
             def attend(leaves: Any = leaves, schedule: Any = schedule) -> torch.Tensor:

@@ -38,8 +38,8 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 12  # of a step's output in its record
 NUM_TEST_PROCESSES = 8
 TILE_VARIANTS = (  # names of `attention_tiles.variants`, compiled side by side before they are timed
-    "shipped", "before", "dq 64x64, 4 warps", "dq 128x64, 8 warps", "dkv 32x128, 8 warps", "dkv 64x128, 8 warps",
-    "dkv 64x64, 8 warps", "forward 64x64, 4 warps",
+    "shipped", "before", "two stages", "dq 64x64, 4 warps", "dq 128x64, 8 warps", "dkv 32x128, 8 warps",
+    "dkv 64x128, 8 warps", "dkv 64x64, 8 warps", "forward 64x64, 4 warps",
 )  # fmt: skip
 OPS = ("linear_logprob", "tree_attention", "tree_decode", "sample_tokens", "fused_layers")  # of the self-check
 BY_NAME = {
