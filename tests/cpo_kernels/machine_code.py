@@ -36,6 +36,7 @@ WARP_GROUP = re.compile(r"\bHGMMA\.64x(?P<columns>\d+)x16\.\S+\s+R\w+,\s*(?P<a>g
 WARP = re.compile(r"\bHMMA\.(?P<shape>16816|1688)\.(?!\S*TF32)")
 MATRIX_LOAD = re.compile(r"\bLDSM\.\S*?(?:\.(?P<count>[24]))?\s")
 GLOBAL_ACCESS = re.compile(r"\b(LDG|STG)\.\S*?(?:\.(U?8|S8|U?16|S16|64|128))?(?:\.CONSTANT)?\s")
+WAIT = re.compile(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)")  # until no more groups of copies are on their way
 SPILL = re.compile(r"\b(LDL|STL)\b")
 MATRIX = re.compile(r"\b[A-Z]*MMA\.")
 
@@ -52,6 +53,11 @@ class Loop:
     def spills(self) -> int:
         """Loads and stores of spilled registers."""
         return sum(bool(SPILL.search(text)) for text in self.instructions)
+
+    @property
+    def copies_in_flight(self) -> int:
+        """Groups of copies to shared memory on their way while a pass computes, 0 where it waits for all of them."""
+        return min((int(found[1], 16) for text in self.instructions if (found := WAIT.search(text))), default=0)
 
     @property
     def matrix_instructions(self) -> Counter[str]:

@@ -64,7 +64,7 @@ def test_two_stages_keep_no_copies_in_flight(shipped: dict[int, Compiled]) -> No
     two_stages = attention.compiled(FORWARD, 90, num_stages=2)
     for binary, in_flight in ((shipped[90], [2, 3]), (two_stages, [0, 0])):
         loops = machine_code(binary).inner_loops
-        assert [attention.copies_in_flight(loop) for loop in loops] == in_flight
+        assert [loop.copies_in_flight for loop in loops] == in_flight
 
 
 def test_fewer_blocks_more_registers_or_nothing_written_fail(shipped: dict[int, Compiled]) -> None:

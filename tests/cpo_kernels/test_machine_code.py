@@ -53,6 +53,13 @@ def test_warp_group_instruction_costs_its_products_or_its_reads(text: str, cycle
     assert Loop((text, text), 90, 8).cycles == 4 * cycles
 
 
+def test_copies_that_no_wait_of_a_pass_waits_for_are_in_flight() -> None:
+    waits = ("DEPBAR.LE SB0, 0x4", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "DEPBAR.LE SB0, 0xa")
+    assert Loop(waits, 90, 4).copies_in_flight == 4
+    assert Loop((*waits, "DEPBAR.LE SB0, 0x0"), 90, 4).copies_in_flight == 0
+    assert Loop(("EXIT",), 90, 4).copies_in_flight == 0
+
+
 def test_warp_instructions_and_their_loads_overlap() -> None:
     product, load = "HMMA.16816.F32.BF16 R120, R128, R176.reuse, RZ", "LDSM.16.MT88.4 R176, [R11+0x8000]"
     assert Loop((product,) * 10, 80, 4).cycles == 80

@@ -203,7 +203,7 @@ def layer(packed: dict[str, Any], arguments: dict[str, Any] | None = None, **cha
 def test_layers_share_one_schedule_a_row(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     build = trl_tree.tree_schedule
-    monkeypatch.setattr(trl_tree, "tree_schedule", lambda *args: made.append(1) or build(*args))
+    monkeypatch.setattr(trl_tree, "tree_schedule", lambda *args, **named: made.append(1) or build(*args, **named))
     monkeypatch.setattr(trl_tree, "_rows", WeakTensorKeyDictionary())  # others' rows may still be alive
     model = tiny_llama(attention=packing.TREE_ATTENTION, num_hidden_layers=4).train()
     if checkpointing:

@@ -78,7 +78,8 @@ def tree_row_attention(
         ValueError: the index tensors do not describe segments of tries in depth-first preorder, or the layer asks for
             what tree attention does not compute: a soft-cap, a window shorter than a path, a mask, dropout, sinks.
     """
-    row = _row(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k, query.shape[2], query.device)
+    heads = (query.shape[1], key.shape[1])
+    row = _row(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k, query.shape[2], heads, query.device)
     if tree_max_seqlen_q < row.longest_segment or tree_max_seqlen_k < row.longest_path:
         raise ValueError(
             f"tree-packed row: its longest segment has {row.longest_segment} tokens and its longest path "
@@ -181,22 +182,32 @@ _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _row(
-    kv_index: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_rows: int, device: torch.device
+    kv_index: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_rows: int,
+    heads: tuple[int, int],
+    device: torch.device,
 ) -> _Row:
     tensors = (kv_index, cu_seqlens_q, cu_seqlens_k)
     # whatever writes to a tensor raises its version; those of inference mode have none
     versions = tuple((id(x), 0 if x.is_inference() else x._version) for x in tensors)
-    source = (versions, device)
+    source = (versions, heads, device)
     kept = _rows.get(kv_index)
     if kept is None or kept[0] != source:
-        row = _build_row(kv_index, cu_seqlens_q, cu_seqlens_k, num_rows, device)
+        row = _build_row(kv_index, cu_seqlens_q, cu_seqlens_k, num_rows, heads, device)
         kept = _rows[kv_index] = (source, (cu_seqlens_q, cu_seqlens_k), row)
     result: _Row = kept[2]
     return result
 
 
 def _build_row(
-    kv_index: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_rows: int, device: torch.device
+    kv_index: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_rows: int,
+    heads: tuple[int, int],
+    device: torch.device,
 ) -> _Row:
     tensors = (cu_seqlens_q, cu_seqlens_k, kv_index)
     if any(x.dim() != 1 or x.is_floating_point() for x in tensors) or not 1 < len(cu_seqlens_q) == len(cu_seqlens_k):
@@ -209,7 +220,7 @@ def _build_row(
     offsets_q, offsets_k = host[:bounds], host[bounds : 2 * bounds]
     subtree_end = torch.from_numpy(subtree_end_of_row(host[2 * bounds :], offsets_q, offsets_k, num_rows))
     return _Row(
-        schedule=tree_schedule(subtree_end).to(device),
+        schedule=tree_schedule(subtree_end, heads=heads).to(device),
         longest_segment=int(np.diff(offsets_q).max()),
         longest_path=int(np.diff(offsets_k).max()),
         impl=resolve_tree_attention(None, device.type),

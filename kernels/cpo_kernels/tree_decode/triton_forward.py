@@ -31,11 +31,12 @@ from cpo_kernels.triton_tiles import (
 )
 
 # By padded head size. 64 rows are the least that compute capability 9.0's matrix instructions take, and hold 16 queries
-# of 4 heads; keys are read from memory once, so more rows would only help items of more queries.
+# of 4 heads; keys are read from memory once, so more rows would only help items of more queries. Of three stages a tile
+# of keys is on its way while the one before is computed with; two blocks and more share a multiprocessor of 8.0 and 9.0.
 TILES = {
-    64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),
-    128: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=2),
-    256: Tile(block_q=64, block_kv=32, num_warps=8, num_stages=2),
+    64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),
+    128: Tile(block_q=64, block_kv=32, num_warps=4, num_stages=3),
+    256: Tile(block_q=64, block_kv=16, num_warps=4, num_stages=3),
 }
 # float32 products run outside the matrix units and hold their operands in registers.
 EXACT_TILES = {
