@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import MixtralConfig
+from transformers import GraniteConfig, MixtralConfig
 from trl import DPOConfig, DPOTrainer
 
 from cpo_kernels import build_forest
@@ -166,6 +166,14 @@ def test_dropout_that_trl_switches_off_is_no_obstacle(folder: Path) -> None:
     movement, difference, _ = movement_and_difference(
         folder, lambda folder: with_lora(base_model(folder), dropout=0.1), max_steps=3
     )
+    assert difference <= 1e-4 * movement
+
+
+def test_scaled_logits_train_as_in_trl(folder: Path) -> None:
+    def granite(_: Path) -> Any:
+        return with_lora(tiny_model(GraniteConfig, vocab_size=len(tiny_tokenizer()), logits_scaling=0.5))
+
+    movement, difference, _ = movement_and_difference(folder, granite, max_steps=3)
     assert difference <= 1e-4 * movement
 
 

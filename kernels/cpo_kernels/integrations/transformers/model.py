@@ -4,7 +4,7 @@ A `PeftModel` with LoRA injects its layers into the base model in place, so call
 adapters. Nothing else of the wrapper's forward matters here.
 
 What a packed forward cannot compute exactly is refused before anything runs. The probe of `prepare` catches what differs
-in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's logits, an
+in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's scores, an
 adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
 """
 
@@ -16,14 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# configuration key -> what it is. Refused when set to something other than the value that means "off"
-_HEAD_TRANSFORMS = {
-    "final_logit_softcapping": ("a soft-cap on the final logits", None),
-    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
-    "logits_scaling": ("a scale on the final logits", 1.0),
-    "logit_scale": ("a scale on the final logits", 1.0),
-    "lm_head_multiplier": ("a scale on the final logits", 1.0),
-}
 # rotary tables of these kinds depend on the longest position of the batch, so packing would change them
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -116,10 +108,12 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
             raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
     parts = model_parts(model)
     config = parts.config
-    for key, (meaning, off) in _HEAD_TRANSFORMS.items():
-        value = getattr(config, key, None)
-        if value is not None and value != off:
-            raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} has a soft-cap on the attention scores (attn_logit_softcapping={softcap}), "
+            "which is not supported"
+        )
     if type(parts.head) is not torch.nn.Linear:
         raise ValueError(
             f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"

@@ -22,6 +22,7 @@ from cpo_kernels.device import to_device
 from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
     attention_heads,
@@ -88,13 +89,20 @@ def packed_logps(
     shares_head = ref_parts is not None and ref_parts.head is head
     with record_function("head"):
         result = logps(
-            hidden, head.weight, ref_hidden=ref_hidden if shares_head else None, bias=head.bias, outputs=outputs
+            hidden,
+            head.weight,
+            ref_hidden=ref_hidden if shares_head else None,
+            bias=head.bias,
+            outputs=outputs,
+            **logit_transform(parts),
         )
         ref_segment_logps = result.ref_segment_logps
         if ref_parts is not None and ref_hidden is not None and not shares_head:
             ref_head: Any = ref_parts.head
             with torch.no_grad():
-                ref_segment_logps = logps(ref_hidden, ref_head.weight, bias=ref_head.bias).segment_logps
+                ref_segment_logps = logps(
+                    ref_hidden, ref_head.weight, bias=ref_head.bias, **logit_transform(ref_parts)
+                ).segment_logps
     return PackedLogps(
         result.segment_logps,
         ref_segment_logps,

@@ -4,7 +4,8 @@ A 32-token forest with two branches runs through the hook and our head. Its two 
 `sdpa`. Every layer of the forest starts from the stock model's own hidden states, so the rounding of one layer is not
 taken for an error of the next: a deep 16-bit model is right however much it amplifies them, and the bound holds for one
 layer. The first layer that differs by more is named and the model refused, which catches attention variants, logit
-transforms and architectures that nobody has listed. Where the Triton kernels are the device's default, they are checked
+transforms and architectures that nobody has listed. The head reads larger hidden states than the model gives it, so that
+a soft-cap shows far above today's logits. Where the Triton kernels are the device's default, they are checked
 there first in the model's own shapes (`cpo_kernels.self_check`).
 """
 
@@ -18,6 +19,7 @@ import torch
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
+from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, sliding_window
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.linear_logprob import linear_logprob
@@ -25,6 +27,7 @@ from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
+HEAD_FACTOR = 16.0  # on the hidden states that the head reads. A power of two, which is exact in every dtype
 LAYER_SHARE = 0.4  # of the bound for a whole model. Measured: 0.13 of that bound in bfloat16, 0.005 in float32
 
 
@@ -83,11 +86,12 @@ def _probe(parts: ModelParts, impl: Implementations) -> None:
     device = next(parts.causal_lm.parameters()).device
     forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
     forest = forest.to(device)
-    parts.causal_lm.set_attn_implementation("sdpa")
+    # some families (Gemma 2) are loaded with their own attention only
+    parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
     layers = _decoder_layers(parts)
     stock, logits = [], []
     for path in paths:
-        with _recorded(layers) as states:
+        with _recorded(layers) as states, _louder(parts.head):
             ids = torch.tensor([path], device=device)
             logits.append(parts.causal_lm(input_ids=ids, use_cache=False).logits)
         stock.append(states)
@@ -148,6 +152,16 @@ def _recorded(
             hook.remove()
 
 
+@contextmanager
+def _louder(head: torch.nn.Module) -> Iterator[None]:
+    """The head reads its input times `HEAD_FACTOR`."""
+    hook = head.register_forward_pre_hook(lambda _module, args: (HEAD_FACTOR * args[0],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Hidden states of the paths, [1, path, E] each, as those of the forest [1, T, E]."""
     packed = states[0].new_empty(1, forest.num_tokens, states[0].shape[-1])
@@ -191,8 +205,15 @@ def _compare_head(
 ) -> None:
     bound = end_to_end_bound(parts.causal_lm.dtype)
     plan = forest.logprob_plan([1] * len(paths))
-    weight, bias = parts.head.weight, parts.head.bias
-    ours = linear_logprob(hidden, weight, plan, bias=bias, impl=impl).token_logps  # type: ignore[arg-type]
+    head: Any = parts.head
+    weight, bias = head.weight, head.bias
+    if logits[0].shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} cannot run on a forest: its output head has {weight.shape[0]} rows, and "
+            f"the model gives {logits[0].shape[-1]} logits"
+        )
+    louder, transform = HEAD_FACTOR * hidden, logit_transform(parts)
+    ours = linear_logprob(louder, weight, plan, bias=bias, impl=impl, **transform).token_logps
     expected = torch.cat(
         [
             torch.log_softmax(row[0, :-1].to(ours.dtype), dim=-1)
