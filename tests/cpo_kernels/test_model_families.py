@@ -19,6 +19,7 @@ from transformers import (
     GraniteConfig,
     HyperCLOVAXConfig,
     NanoChatConfig,
+    Phi3Config,
 )
 
 from cpo_kernels.integrations.transformers import packed_logps, prepare
@@ -75,6 +76,47 @@ def test_family_equals_one_unpadded_forward_a_sequence(name: str, lora: bool, im
         with stock.disable_adapter(), torch.no_grad():
             want = one_by_one(stock, sequences, starts)
         assert relative_error(got.ref_segment_logps, want) <= 1e-5
+
+
+def with_rope(kind: str, limit: int, lora: bool = False) -> nn.Module:
+    """A Llama or Phi-3 whose rotary table is the same for rows of up to `limit` tokens."""
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+    if kind == "dynamic":
+        model = tiny_llama(rope_parameters=rope, max_position_embeddings=limit + 1)
+    else:
+        rope |= {"short_factor": [1.0, 1.5, 2.0, 1.0], "long_factor": [2.0, 4.0, 9.0, 3.0]}
+        model = tiny_model(
+            Phi3Config, rope_parameters=rope, original_max_position_embeddings=limit, sliding_window=None
+        )
+    return with_lora(model, targets=("o_proj", "down_proj")) if lora else model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_row_is_exact_up_to_its_original_length(kind: str, lora: bool) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    longest = max(map(len, sequences))
+    stock, packed = (with_rope(kind, longest, lora) for _ in range(2))
+    prepare(packed)
+    with torch.no_grad():  # a longer row before, as `generate` may write one, leaves no trace
+        packed(input_ids=torch.randint(3, 97, (1, longest + 9)), use_cache=False)
+    want = one_by_one(stock, sequences, starts)
+    got = packed_logps(packed, sequences, starts)
+    assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
+    assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_row_is_refused_beyond(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    longest = max(map(len, sequences))
+    model = prepare(with_rope(kind, longest - 1))
+    with pytest.raises(ValueError, match=rf"path of {longest} tokens is longer than {longest - 1}, .* type {kind}"):
+        packed_logps(model, sequences, starts)
+    if kind == "longrope":  # what it would be: one row too long changes the tables of all the others
+        monkeypatch.setattr("cpo_kernels.integrations.transformers.model.rope_limit", lambda _: None)
+        want = one_by_one(with_rope(kind, longest - 1), sequences, starts).detach()
+        assert relative_error(packed_logps(model, sequences, starts).segment_logps.detach(), want) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["granite", "nanochat"])

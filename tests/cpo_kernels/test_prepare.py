@@ -109,7 +109,6 @@ def score(model: nn.Module) -> None:
     packed_logps(prepare(model), ROWS, STARTS)
 
 
-ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "soft-cap on attention": (
         lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, attn_logit_softcapping=50.0),
@@ -122,16 +121,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sliding window shorter than a path": (lambda: tiny_mistral(sliding_window=8), "(?i)sliding.window.*8|8.*sliding"),
     "attention dropout": (lambda: tiny_llama(attention_dropout=0.1).train(), "(?i)attention.?dropout"),
     "LoRA dropout in training": (lambda: with_lora(tiny_llama(), dropout=0.1).train(), "(?i)lora.?dropout"),
-    "dynamic RoPE": (lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", **ROPE}), "(?i)rope.*dynamic"),
-    "longrope": (
-        lambda: tiny_llama(
-            rope_parameters={
-                "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 16, **ROPE,
-            }
-        ),
-        "(?i)rope.*longrope",
-    ),
     "prompt learning": (
         lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
         "(?i)prompt",

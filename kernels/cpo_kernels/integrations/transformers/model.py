@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
 
 @dataclass(frozen=True)
 class ModelParts:
@@ -118,16 +115,11 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
         raise ValueError(
             f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
         )
-    rope = _rope_types(config)
-    if rope & set(_LENGTH_DEPENDENT_ROPE):
-        raise ValueError(
-            f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes"
-        )
     return parts
 
 
 def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
-    """Raise ValueError for what depends on the call: dropout in training mode, a window shorter than a path."""
+    """Raise ValueError for what depends on the call: dropout in training mode, a path that is too long for the model."""
     if parts.causal_lm.training:
         for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
             if getattr(parts.config, key, 0.0):
@@ -147,6 +139,12 @@ def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) 
             f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
             "shorten the rows or use a model without a sliding window"
         )
+    rope = rope_limit(parts.config)
+    if rope is not None and longest_path > rope[1]:
+        raise ValueError(
+            f"a path of {longest_path} tokens is longer than {rope[1]}, up to which RoPE of type {rope[0]} is the same for "
+            "rows of any length; shorten the rows"
+        )
 
 
 def sliding_window(config: Any) -> int | None:
@@ -160,8 +158,30 @@ def sliding_window(config: Any) -> int | None:
     return min((window for window in windows if window), default=None)
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_limit(config: Any) -> tuple[str, int] | None:
+    """The longest path in tokens that leaves the rotary table what it is, behind the kind of RoPE. None: any length.
+
+    Tables of these kinds change when the longest row of a call outgrows the length that the model was trained at. A
+    forest has one table for all its rows, so they are exact up to there. Read from `dynamic_rope_update` of Transformers.
+    """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    found = (entry.get("rope_type") or entry.get("type") for entry in [parameters, *nested])
-    return {kind for kind in found if isinstance(kind, str)}
+    limits = []
+    # some models have one entry for each type of layer
+    for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = entry.get("rope_type") or entry.get("type") or ""
+        if kind == "longrope":
+            limits.append((kind, entry.get("original_max_position_embeddings") or config.max_position_embeddings))
+        elif "dynamic" in kind:
+            # a row as long as the model's positions keeps the table of a longer one before it
+            limits.append((kind, config.max_position_embeddings - 1))
+    return min(limits, key=lambda limit: limit[1], default=None)
+
+
+def path_limit(config: Any) -> tuple[int, str] | None:
+    """The longest path in tokens that is computed exactly, and what of the model sets it. None: any length."""
+    limits = []
+    if (window := sliding_window(config)) is not None:
+        limits.append((window, f"a sliding window of {window}"))
+    if (rope := rope_limit(config)) is not None:
+        limits.append((rope[1], f"RoPE of type {rope[0]}, the same up to {rope[1]}"))
+    return min(limits, default=None)

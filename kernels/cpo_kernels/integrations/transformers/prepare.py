@@ -20,7 +20,7 @@ from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.integrations.transformers.logits import logit_transform
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, sliding_window
+from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, path_limit
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
@@ -84,7 +84,7 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
 def _probe(parts: ModelParts, impl: Implementations) -> None:
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
-    forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
+    forest, paths = _two_branches(parts.config.vocab_size, path_limit(parts.config))
     forest = forest.to(device)
     # some families (Gemma 2) are loaded with their own attention only
     parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
@@ -170,10 +170,10 @@ def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return packed
 
 
-def _two_branches(vocab_size: int, window: int | None) -> tuple[Forest, list[list[int]]]:
+def _two_branches(vocab_size: int, limit: tuple[int, str] | None) -> tuple[Forest, list[list[int]]]:
     trunk, branch = TRUNK_TOKENS, BRANCH_TOKENS
-    if window is not None and window < trunk + branch:
-        trunk, branch = max(1, window // 2), max(1, window - window // 2)
+    if limit is not None and limit[0] < trunk + branch:
+        trunk, branch = max(1, limit[0] // 2), max(1, limit[0] - limit[0] // 2)
     # 7919 is prime: the ids spread over the vocabulary without repeating in a path
     ids = [(7919 * i + 11) % vocab_size for i in range(trunk + 2 * branch)]
     paths = [ids[: trunk + branch], ids[:trunk] + ids[trunk + branch :]]
