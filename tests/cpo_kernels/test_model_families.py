@@ -133,6 +133,28 @@ def test_frozen_reference_has_logits_of_its_own(name: str) -> None:
         assert relative_error(packed.ref_segment_logps, want) <= 1e-5
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_weights_under_autocast_are_no_further_from_float32_than_stock(
+    dtype: torch.dtype, lora: bool, impl: str
+) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    exact, stock, packed = (with_lora(tiny_llama()) if lora else tiny_llama() for _ in range(3))
+    want = one_by_one(exact, sequences, starts)
+    with torch.autocast("cpu", dtype):
+        theirs = one_by_one(stock, sequences, starts)
+        ours = packed_logps(prepare(packed), sequences, starts, impl=impl).segment_logps
+    assert ours.dtype == torch.float32
+    assert 0 < relative_error(ours.detach(), want.detach()) <= 2 * relative_error(theirs.detach(), want.detach())
+    errors = []
+    expected = gradients(exact, want)
+    for model, logps in ((packed, ours), (stock, theirs)):
+        found = gradients(model, logps)
+        errors.append(relative_error(*(torch.cat([g[name].flatten() for name in expected]) for g in (found, expected))))
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
 @pytest.mark.parametrize("change", ["cap", "key", "rows"])
 def test_logits_that_the_configuration_does_not_describe_are_refused(change: str) -> None:
     """A soft-cap 50 times above the logits, one that only the configuration has, and logits that the model drops."""

@@ -54,7 +54,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(next(parts.causal_lm.parameters()).device.type, enabled=False):
             _probe(parts, impl)
     finally:
         for module in was_training:
