@@ -1,7 +1,8 @@
 """Families whose forward is not Llama's: one forest equals one unpadded forward a sequence, in values and every gradient.
 
-Each case changes one thing: what is done to the head's products (a scale, a soft-cap), or positions whose rotary table
-depends on the longest of them. The oracle is the stock model with its own attention, a sequence at a time.
+Each case changes one thing: what is done to the head's products (a scale, a soft-cap), how attention's output is read,
+positions whose rotary table depends on the longest of them. The oracle is the stock model with its own attention, a
+sequence at a time.
 """
 
 import copy
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AfmoeConfig,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
+    JetMoeConfig,
     NanoChatConfig,
     Phi3Config,
 )
@@ -36,13 +39,22 @@ FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "gemma2": (Gemma2Config, "eager", {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
     "gemma3": (Gemma3TextConfig, "sdpa", {"head_dim": 8, "final_logit_softcapping": 2.0, "layer_types": FULL}),
     "nanochat": (NanoChatConfig, "sdpa", {"final_logit_softcapping": 2.0}),
-}
+    # their attention takes a view of what the hook gives
+    "afmoe": (
+        AfmoeConfig,
+        "sdpa",
+        {"head_dim": 8, "layer_types": FULL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "num_dense_layers": 1, "num_shared_experts": 1},
+    ),
+    "jetmoe": (JetMoeConfig, "sdpa", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
 
 
 def build(name: str, lora: bool, seed: int = 0) -> nn.Module:
     config_class, attention, changes = FAMILIES[name]
     model = tiny_model(config_class, seed, attention=attention, **changes)
-    return with_lora(model, targets=("q_proj", "k_proj", "v_proj")) if lora else model
+    targets = ("kv_proj",) if name == "jetmoe" else ("q_proj", "k_proj", "v_proj")
+    return with_lora(model, targets=targets) if lora else model
 
 
 def one_by_one(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:

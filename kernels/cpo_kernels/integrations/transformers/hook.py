@@ -77,7 +77,7 @@ def cpo_tree_attention(
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
         with autocast_inputs(q, k, v) as (q, k, v):
             output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl)
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
 
 
 def register() -> None:
