@@ -1,8 +1,8 @@
 """Families whose forward is not Llama's: one forest equals one unpadded forward a sequence, in values and every gradient.
 
 Each case changes one thing: what is done to the head's products (a scale, a soft-cap), how attention's output is read,
-positions whose rotary table depends on the longest of them. The oracle is the stock model with its own attention, a
-sequence at a time.
+positions whose rotary table depends on the longest of them, a window on what a row sees. The oracle is the stock model
+with its own attention, a sequence at a time.
 """
 
 import copy
@@ -16,16 +16,21 @@ from transformers import (
     AfmoeConfig,
     Cohere2Config,
     CohereConfig,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
     JetMoeConfig,
+    MistralConfig,
     NanoChatConfig,
+    Olmo3Config,
     Phi3Config,
+    Qwen2Config,
 )
 
 from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.tree_attention import Window, attention_layer
 from tests.cpo_kernels.padded_oracle import pair_sequences, relative_error, trained_gradients, worst_gradient_error
 from tests.tiny import random_pairs, tiny_llama, tiny_model, with_lora
 
@@ -90,6 +95,38 @@ def test_family_equals_one_unpadded_forward_a_sequence(name: str, lora: bool, im
         assert relative_error(got.ref_segment_logps, want) <= 1e-5
 
 
+MIXED = ["sliding_attention", "full_attention"]
+WINDOWS: dict[str, tuple[type, dict[str, Any]]] = {
+    "mistral": (MistralConfig, {"sliding_window": 6}),
+    "mistral, two tokens": (MistralConfig, {"sliding_window": 2}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 6, "head_dim": 8, "layer_types": MIXED}),
+    "olmo3": (Olmo3Config, {"sliding_window": 6, "layer_types": MIXED}),
+    "cohere2": (Cohere2Config, {"sliding_window": 6, "layer_types": MIXED, "logit_scale": 0.5}),
+    "exaone4": (Exaone4Config, {"sliding_window": 6, "layer_types": MIXED}),
+    "qwen2": (Qwen2Config, {"sliding_window": 6, "use_sliding_window": True, "layer_types": MIXED}),
+    "phi3": (Phi3Config, {"sliding_window": 6}),
+    # families that do not read the key by which the window would be off
+    "mistral, switched off": (MistralConfig, {"sliding_window": 6, "use_sliding_window": False}),
+    "phi3, full layers": (Phi3Config, {"sliding_window": 6, "layer_types": FULL}),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_shorter_than_a_path_are_counted_in_depth(name: str, lora: bool, impl: str) -> None:
+    config_class, changes = WINDOWS[name]
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    stock, packed = (
+        with_lora(model, targets=("o_proj", "down_proj")) if lora else model
+        for model in (tiny_model(config_class, **changes) for _ in range(2))
+    )
+    want = one_by_one(stock, sequences, starts)
+    got = packed_logps(prepare(packed), sequences, starts, impl=impl)
+    assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
+    assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
+
+
 def with_rope(kind: str, limit: int, lora: bool = False) -> nn.Module:
     """A Llama or Phi-3 whose rotary table is the same for rows of up to `limit` tokens."""
     rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
@@ -143,6 +180,43 @@ def test_frozen_reference_has_logits_of_its_own(name: str) -> None:
             prepare(copy.deepcopy(policy)), sequences, starts, reference=prepare(copy.deepcopy(reference))
         )
         assert relative_error(packed.ref_segment_logps, want) <= 1e-5
+
+
+def test_chunks_of_attention_and_masks_that_a_model_makes_itself_are_refused() -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    model = prepare(tiny_model(MistralConfig, sliding_window=24))
+    chunk = lambda batch, head, query, key: (key <= query) & (key // 24 == query // 24)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.masking_utils.sliding_window_causal_mask_function", lambda _: chunk)
+        with pytest.raises(ValueError, match="neither causal nor a sliding window"):
+            packed_logps(model, sequences, starts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask",
+            lambda *_, **__: torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        )
+        with pytest.raises(ValueError, match="makes a mask of its own"):
+            packed_logps(model, sequences, starts)
+    packed_logps(model, sequences, starts)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_keep_their_windows(reentrant: bool) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    found = []
+    for checkpointing in (False, True):
+        model = prepare(tiny_model(Gemma3TextConfig, sliding_window=6, head_dim=8, layer_types=MIXED)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(gradients(model, packed_logps(model, sequences, starts).segment_logps))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_window_is_refused_by_an_implementation_without_one() -> None:
+    q = torch.zeros(3, 1, 8)
+    with pytest.raises(ValueError, match="impl='triton' computes no sliding window"):
+        attention_layer(q, q, q, torch.full((3,), 3), None, None, "triton", Window(torch.arange(3), 2))
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpo_kernels import tree_attention, tree_schedule
+from cpo_kernels.tree_attention import Window, attention_layer
 
 IMPLS = ("reference", "eager")
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
@@ -131,6 +132,25 @@ def test_fp64_forward_and_gradients_equal_dense_softmax(num_tokens: int, impl: s
         exact = dense_results(inputs, forest.visible, HEAD_DIM**-0.5 if scale is None else scale)
         for got, want in zip(tree_results(inputs, forest, impl, scale=scale), exact, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1, 2, 7, 300])
+@pytest.mark.parametrize("chain", [False, True], ids=["forest", "chain"])
+def test_window_hides_ancestors_by_depth(chain: bool, size: int, impl: str) -> None:
+    """Runs of more keys than a block, of which a query may see none at all, and siblings far apart in rows."""
+    forest = random_forest(700, seed=size, num_padding=0 if chain else 5)
+    if chain:
+        visible = torch.ones(700, 700, dtype=torch.bool).tril()
+        forest = RandomForest(torch.full((700,), 700, dtype=torch.int32), visible, 700)
+    depths = forest.visible.sum(dim=1) - 1
+    visible = forest.visible & (depths[:, None] - depths[None] < size)
+    inputs = random_heads(700, 4, 2, torch.float64, seed=size)
+    exact = dense_results(inputs, visible, HEAD_DIM**-0.5)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    out = attention_layer(*leaves, forest.subtree_end, None, None, impl, Window(depths, size))
+    for got, want in zip([out.detach(), *torch.autograd.grad(out, leaves, inputs[3])], exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

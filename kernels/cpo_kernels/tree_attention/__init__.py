@@ -16,8 +16,20 @@ from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
+from cpo_kernels.tree_attention.window import Window
 
-__all__ = ["TreeSchedule", "attention_layer", "resolve_tree_attention", "tree_attention", "tree_schedule"]
+# implementations that compute a `Window`
+WINDOWED = ("reference", "eager")
+
+__all__ = [
+    "WINDOWED",
+    "TreeSchedule",
+    "Window",
+    "attention_layer",
+    "resolve_tree_attention",
+    "tree_attention",
+    "tree_schedule",
+]
 
 
 def tree_attention(
@@ -67,14 +79,21 @@ def attention_layer(
     schedule: TreeSchedule | None,
     scale: float | None,
     impl: str,  # of `resolve_tree_attention`
+    window: Window | None = None,
 ) -> torch.Tensor:
-    """`tree_attention` by an implementation that was resolved before, once for all layers."""
+    """`tree_attention` by an implementation that was resolved before, once for all layers, under a window if any.
+
+    Raises:
+        ValueError: as `tree_attention`, or a window that `impl` does not compute.
+    """
     _check_shapes(q, k, v, subtree_end)
+    if window is not None and impl not in WINDOWED:
+        raise ValueError(f"tree_attention: impl={impl!r} computes no sliding window; use one of {list(WINDOWED)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if schedule is not None:
         _check_schedule(schedule, subtree_end)
     if impl == "reference":
-        return tree_attention_reference(q, k, v, subtree_end, scale)
+        return tree_attention_reference(q, k, v, subtree_end, scale, window)
     if schedule is None:
         schedule = tree_schedule(subtree_end, heads=(q.shape[1], k.shape[1])).to(q.device)
     if impl == "flash":
@@ -82,7 +101,7 @@ def attention_layer(
     if impl == "triton":
         return _triton(q, k, v, schedule, scale)
     assert impl == "eager", impl
-    return _apply(EagerTreeAttention, q, k, v, key_runs(schedule, q.shape[1], q.device), scale)
+    return _apply(EagerTreeAttention, q, k, v, key_runs(schedule, q.shape[1], q.device), scale, window)
 
 
 @torch.compiler.disable  # torch 2.11 compiles such a Function to a graph whose gradients are zero

@@ -14,6 +14,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype, to_device
 from cpo_kernels.tree_attention.schedule import TreeSchedule
+from cpo_kernels.tree_attention.window import Window
 
 BLOCK_KEYS = 256  # at most, of one run: the prompt, the longest run, is a few hundred tokens
 MAX_RUN_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
@@ -69,7 +70,13 @@ class EagerTreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: KeyRuns, scale: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: KeyRuns,
+        scale: float,
+        window: Window | None = None,
     ) -> torch.Tensor:
         grouped_q, grouped_k, grouped_v = (_grouped(x, k.shape[1]) for x in (q, k, v))
         grouped_q = grouped_q * scale  # once per query rather than once per score
@@ -78,10 +85,14 @@ class EagerTreeAttention(torch.autograd.Function):
         total = torch.zeros_like(maximum)
         for run in plan.runs:
             queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
-            scores = _scores(grouped_q, grouped_k, run)  # [Hkv, G, nq, nk]
+            scores = _scores(grouped_q, grouped_k, run, window)  # [Hkv, G, nq, nk]
+            if scores is None:
+                continue
             new_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
-            weights = torch.exp_(scores.sub_(new_maximum.unsqueeze(-1)))
-            decay = torch.exp(maximum[:, :, queries] - new_maximum)
+            # a window may hide all that a query has met so far
+            shift = new_maximum if window is None else new_maximum.masked_fill(new_maximum.isneginf(), 0.0)
+            weights = torch.exp_(scores.sub_(shift.unsqueeze(-1)))
+            decay = torch.exp(maximum[:, :, queries] - shift)
             maximum[:, :, queries] = new_maximum
             total[:, :, queries] = total[:, :, queries] * decay + weights.sum(dim=-1)
             out[:, :, queries] = out[:, :, queries] * decay.unsqueeze(-1) + weights @ grouped_v[:, :, keys]
@@ -92,7 +103,7 @@ class EagerTreeAttention(torch.autograd.Function):
         out /= total.unsqueeze(-1)
         result = _ungrouped(out, q.dtype)
         ctx.save_for_backward(q, k, v, result, maximum + total.log())
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scale, ctx.window = plan, scale, window
         return result
 
     @staticmethod
@@ -108,7 +119,9 @@ class EagerTreeAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
         for run in ctx.plan.runs:
             queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
-            scores = _scores(grouped_q, grouped_k, run)
+            scores = _scores(grouped_q, grouped_k, run, ctx.window)
+            if scores is None:
+                continue
             weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
             run_grad = grad_out[:, :, queries]
             if wants_v:
@@ -130,10 +143,19 @@ class EagerTreeAttention(torch.autograd.Function):
             _ungrouped(grad_v, v.dtype) if wants_v else None,
             None,
             None,
+            None,
         )
 
 
-def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun) -> torch.Tensor:
+def _scores(
+    grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun, window: Window | None
+) -> torch.Tensor | None:
+    """Scores [Hkv, G, nq, nk] of a run, -inf where a query does not see a key. None: a window hides all of them."""
+    too_far = None
+    if window is not None:
+        too_far = window.hides(slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop))
+        if bool(too_far.all()):
+            return None
     queries = grouped_q[:, :, run.query_start : run.query_stop]
     scores = queries @ grouped_k[:, :, run.key_start : run.key_stop].transpose(2, 3)
     if run.query_start < run.key_stop:  # the diagonal: these queries see the run only up to themselves
@@ -141,6 +163,8 @@ def _scores(grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun) -> to
         height, width = min(run.query_stop, run.key_stop) - run.query_start, run.key_stop - run.key_start
         hidden = _later_keys(scores.device)[first : first + height, :width]
         scores[:, :, :height].masked_fill_(hidden, float("-inf"))
+    if too_far is not None:
+        scores.masked_fill_(too_far, float("-inf"))
     return scores
 
 

@@ -2,6 +2,7 @@
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]   over   { j : j <= i < subtree_end[j] }
 
+Under a window W a row sees only those that are less than W tokens above it: depth[i] - depth[j] < W.
 The T x T mask is written out, so this is for small T, any device, any float dtype, and differentiable by autograd.
 Scores, softmax and the weighted sum are in float32 (float64 for float64 inputs).
 """
@@ -9,6 +10,7 @@ Scores, softmax and the weighted sum are in float32 (float64 for float64 inputs)
 import torch
 
 from cpo_kernels.device import accumulation_dtype
+from cpo_kernels.tree_attention.window import Window
 
 
 def visible(subtree_end: torch.Tensor) -> torch.Tensor:
@@ -30,6 +32,7 @@ def tree_attention_reference(
     v: torch.Tensor,  # [T, Hkv, D]
     subtree_end: torch.Tensor,  # [T] int32
     scale: float,
+    window: Window | None = None,
 ) -> torch.Tensor:
     """Dense masked softmax attention, [T, H, D] in the dtype of q."""
     dtype = accumulation_dtype(q.dtype)
@@ -38,6 +41,8 @@ def tree_attention_reference(
     keys = k.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1)  # [H, T, D]
     values = v.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1)  # [H, T, D]
     mask = visible(subtree_end)
+    if window is not None:
+        mask &= ~window.hides(slice(None), slice(None))
     scores = (queries @ keys.transpose(1, 2)) * scale  # [H, T, T]
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
     # a masked score is dropped, but 0 * NaN is NaN: rows that are never seen must not leak through the product

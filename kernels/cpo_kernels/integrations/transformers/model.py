@@ -5,7 +5,7 @@ adapters. Nothing else of the wrapper's forward matters here.
 
 What a packed forward cannot compute exactly is refused before anything runs. The probe of `prepare` catches what differs
 in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's scores, an
-adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
+adapter on the head that is still zero, dropout in evaluation mode, a window or a rotary table that a row outgrows.
 """
 
 from collections.abc import Iterator
@@ -118,8 +118,13 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
     return parts
 
 
-def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
-    """Raise ValueError for what depends on the call: dropout in training mode, a path that is too long for the model."""
+def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int, computes_windows: bool = False) -> None:
+    """Raise ValueError for what depends on the call: dropout in training mode, a path that is too long for the model.
+
+    Args:
+        longest_path: in tokens.
+        computes_windows: the attention that will run lets no row see beyond its layer's window.
+    """
     if parts.causal_lm.training:
         for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
             if getattr(parts.config, key, 0.0):
@@ -134,15 +139,15 @@ def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) 
                     "so it would not match padded training; set lora_dropout=0"
                 )
     window = sliding_window(parts.config)
-    if window is not None and longest_path > window:
+    if window is not None and longest_path > window and not computes_windows:
         raise ValueError(
-            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
-            "shorten the rows or use a model without a sliding window"
+            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}, which is computed in "
+            "training by impl='eager' only; shorten the rows or use a model without a sliding window"
         )
     rope = rope_limit(parts.config)
-    if rope is not None and longest_path > rope[1]:
+    if rope is not None and longest_path > rope[0]:
         raise ValueError(
-            f"a path of {longest_path} tokens is longer than {rope[1]}, up to which RoPE of type {rope[0]} is the same for "
+            f"a path of {longest_path} tokens is longer than {rope[0]}, up to which RoPE of type {rope[1]} is the same for "
             "rows of any length; shorten the rows"
         )
 
@@ -154,12 +159,17 @@ def sliding_window(config: Any) -> int | None:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
         return None
+    return shortest_window(config)
+
+
+def shortest_window(config: Any) -> int | None:
+    """The shortest window in tokens that a layer may have, whatever else the configuration says of its layers."""
     windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
     return min((window for window in windows if window), default=None)
 
 
-def rope_limit(config: Any) -> tuple[str, int] | None:
-    """The longest path in tokens that leaves the rotary table what it is, behind the kind of RoPE. None: any length.
+def rope_limit(config: Any) -> tuple[int, str] | None:
+    """The longest path in tokens that leaves the rotary table what it is, and the kind of RoPE. None: any length.
 
     Tables of these kinds change when the longest row of a call outgrows the length that the model was trained at. A
     forest has one table for all its rows, so they are exact up to there. Read from `dynamic_rope_update` of Transformers.
@@ -170,11 +180,11 @@ def rope_limit(config: Any) -> tuple[str, int] | None:
     for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = entry.get("rope_type") or entry.get("type") or ""
         if kind == "longrope":
-            limits.append((kind, entry.get("original_max_position_embeddings") or config.max_position_embeddings))
+            limits.append((entry.get("original_max_position_embeddings") or config.max_position_embeddings, kind))
         elif "dynamic" in kind:
             # a row as long as the model's positions keeps the table of a longer one before it
-            limits.append((kind, config.max_position_embeddings - 1))
-    return min(limits, key=lambda limit: limit[1], default=None)
+            limits.append((config.max_position_embeddings - 1, kind))
+    return min(limits, default=None)
 
 
 def path_limit(config: Any) -> tuple[int, str] | None:
@@ -183,5 +193,5 @@ def path_limit(config: Any) -> tuple[int, str] | None:
     if (window := sliding_window(config)) is not None:
         limits.append((window, f"a sliding window of {window}"))
     if (rope := rope_limit(config)) is not None:
-        limits.append((rope[1], f"RoPE of type {rope[0]}, the same up to {rope[1]}"))
+        limits.append((rope[0], f"RoPE of type {rope[1]}, the same up to {rope[0]}"))
     return min(limits, default=None)

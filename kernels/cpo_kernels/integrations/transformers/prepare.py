@@ -20,8 +20,8 @@ from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.integrations.transformers.logits import logit_transform
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, path_limit
-from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, path_limit, rope_limit
+from cpo_kernels.integrations.transformers.packed import computes_windows, forest_forward, has_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -84,7 +84,8 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
 def _probe(parts: ModelParts, impl: Implementations) -> None:
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
-    forest, paths = _two_branches(parts.config.vocab_size, path_limit(parts.config))
+    limit = rope_limit(parts.config) if computes_windows(parts, impl.tree_attention) else path_limit(parts.config)
+    forest, paths = _two_branches(parts.config.vocab_size, limit)
     forest = forest.to(device)
     # some families (Gemma 2) are loaded with their own attention only
     parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
@@ -98,7 +99,8 @@ def _probe(parts: ModelParts, impl: Implementations) -> None:
     parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
     try:
         with _recorded(layers, [_packed(forest, states) for states in zip(*stock, strict=True)]) as states:
-            output = forest_forward(parts, forest, impl=impl.tree_attention)
+            windows = has_windows(parts, len(paths[0]), impl.tree_attention)
+            output = forest_forward(parts, forest, impl=impl.tree_attention, windows=windows)
         _compare_layers(parts, forest, states, stock)
         _compare_head(parts, forest, output.last_hidden_state[0], logits, paths, impl.linear_logprob)
     except Exception:
