@@ -24,7 +24,8 @@ from trl import DPOTrainer
 
 from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.model import unwrap_peft
+from cpo_kernels.integrations.transformers.model import model_parts, unwrap_peft
+from cpo_kernels.integrations.transformers.proof import check_training
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -42,6 +43,7 @@ REFUSED_OPTIONS = {
     "activation_offloading": "it was never tried on a forest",
     "torch_compile": "a forest's shape changes with every batch",
     "fsdp": "the output head is read as one tensor and would be sharded",
+    "neftune_noise_alpha": "its noise is drawn anew for every row, and rows share the embeddings of their prefix",
     "parallelism_config": "a forest is one line of tokens and is not cut over devices",
 }
 # TRL's name of a per-token output -> the name it has here
@@ -77,15 +79,16 @@ class PackedDPOTrainer(DPOTrainer):
         models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
         for model in models:
             prepare(model)
+            try:
+                check_training(model, model_parts(model))
+            except ValueError as error:
+                raise _refusal(f"disable_dropout={self.args.disable_dropout}", str(error)) from None
             _route_forward(unwrap_peft(model), self._packed_forward)
         self._is_packed = True
 
     def _refuse_models(self) -> None:
         if self.aux_loss_enabled:
             raise _refusal("router_aux_loss_coef", "expert routing statistics differ when prefixes are shared")
-        dropout = [name for name, module in self.model.named_modules() if _drops(module)]
-        if dropout:
-            raise _refusal("disable_dropout=False", f"{dropout[0]} has dropout; a shared prefix is dropped once")
         causal_lm: Any = unwrap_peft(self.model)
         if (self.args.bf16 or self.args.fp16) and causal_lm.dtype == torch.float32:
             raise _refusal(
@@ -160,7 +163,3 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
 
 def _refusal(what: str, why: str) -> ValueError:
     return ValueError(f"PackedDPOTrainer does not support {what}: {why}")
-
-
-def _drops(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Dropout) and module.p > 0

@@ -60,6 +60,27 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
     return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
 
 
+def decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
+    """The decoder layers in the order they run.
+
+    Raises:
+        ValueError: the model holds no list of them.
+    """
+    decoder: Any = parts.causal_lm.get_decoder() or parts.backbone
+    for module in (
+        parts.backbone,
+        decoder,
+        *decoder.modules(),
+    ):  # OPT and multimodal models hold them one module deeper
+        for child in module.children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == parts.config.num_hidden_layers:
+                return list(child)
+    raise ValueError(
+        f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
+        f"{parts.config.num_hidden_layers} decoder layers"
+    )
+
+
 def kv_shape(config: Any) -> tuple[int, int]:
     """Number of key heads and head size of a text configuration."""
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -109,21 +130,37 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
             parameter.requires_grad_(flag)
 
 
-def check_supported(model: torch.nn.Module) -> ModelParts:
-    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+def check_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError for adapters of a `PeftModel` that live around its forward, which packed forwards go past."""
     for name, config in peft_configs(model).items():
         if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
             raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
+
+
+def moves_weights_only(hook: Any) -> bool:
+    """Whether a forward hook is one of a library that fetches weights or asks for gradients and changes no number."""
+    function = getattr(hook, "func", hook)
+    library = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
+
+
+def check_supported(model: torch.nn.Module) -> ModelParts:
+    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+    check_adapters(model)
     parts = model_parts(model)
     config = parts.config
     for key, (meaning, off) in _HEAD_TRANSFORMS.items():
         value = getattr(config, key, None)
         if value is not None and value != off:
             raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
-    if type(parts.head) is not torch.nn.Linear:
-        raise ValueError(
-            f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
-        )
+    _check_head(parts.head)
+    for name, module in parts.causal_lm.named_modules():
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if "ALora" in getattr(variant, "__name__", type(variant).__name__):
+                raise ValueError(
+                    f"adapter '{adapter}' on {name} is an activated LoRA: PEFT tells it around the model's forward where "
+                    "it begins in a row, which a forest has no place for; use a plain LoRA (alora_invocation_tokens=None)"
+                )
     rope = _rope_types(config)
     if rope & set(_LENGTH_DEPENDENT_ROPE):
         raise ValueError(
@@ -132,27 +169,19 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
     return parts
 
 
-def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
-    """Raise ValueError for what depends on the call: dropout in training mode, a window shorter than a path."""
-    if parts.causal_lm.training:
-        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
-            if getattr(parts.config, key, 0.0):
-                raise ValueError(
-                    f"dropout is on ({key}={getattr(parts.config, key)}): branches share their prefix's activations, "
-                    "so it would not match padded training; set it to 0 or call model.eval()"
-                )
-        for name, config in peft_configs(model).items():
-            if getattr(config, "lora_dropout", 0.0):
-                raise ValueError(
-                    f"adapter '{name}' has LoRA dropout {config.lora_dropout}: branches share their prefix's activations, "
-                    "so it would not match padded training; set lora_dropout=0"
-                )
-    window = sliding_window(parts.config)
-    if window is not None and longest_path > window:
+def _check_head(head: torch.nn.Module) -> None:
+    """Raise ValueError for a head that is more than the weight and bias that are read from it."""
+    if type(head) is not torch.nn.Linear:
         raise ValueError(
-            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
-            "shorten the rows or use a model without a sliding window"
+            f"the output head is a {type(head).__name__}: an adapter, a trained copy or a replacement of the head is not "
+            "supported; leave it out of target_modules and modules_to_save"
         )
+    for hook in (*head._forward_hooks.values(), *head._forward_pre_hooks.values()):
+        if not moves_weights_only(hook):
+            raise ValueError(
+                f"the output head has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)}): its weight is "
+                "read directly, so what the hook does to the logits would be left out; remove the hook"
+            )
 
 
 def sliding_window(config: Any) -> int | None:

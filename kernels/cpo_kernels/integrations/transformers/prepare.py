@@ -18,8 +18,15 @@ import torch
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, sliding_window
+from cpo_kernels.integrations.transformers.model import (
+    ModelParts,
+    check_supported,
+    decoder_layers,
+    kv_shape,
+    sliding_window,
+)
 from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -45,6 +52,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
         KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
     """
     parts, impl = check_supported(model), Implementations.of(impl)
+    drop_proof(parts)
     if impl == Implementations():
         check_kernels(parts)
     register()
@@ -52,10 +60,13 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     parts.causal_lm.eval()
     try:
         with torch.no_grad():
-            _probe(parts, impl)
+            _probe(model, parts, impl)
     finally:
         for module in was_training:
             module.training = True
+    window = sliding_window(parts.config)
+    windows = {} if window is None else dict.fromkeys(range(parts.config.num_hidden_layers), window)
+    keep_proof(parts, partial(prepare, impl=impl), windows)
     return model
 
 
@@ -78,18 +89,18 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
         self_check(device, shape, ops)
 
 
-def _probe(parts: ModelParts, impl: Implementations) -> None:
+def _probe(model: Any, parts: ModelParts, impl: Implementations) -> None:
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
     forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
     forest = forest.to(device)
     parts.causal_lm.set_attn_implementation("sdpa")
-    layers = _decoder_layers(parts)
+    layers = decoder_layers(parts)
     stock, logits = [], []
     for path in paths:
         with _recorded(layers) as states:
             ids = torch.tensor([path], device=device)
-            logits.append(parts.causal_lm(input_ids=ids, use_cache=False).logits)
+            logits.append(model(input_ids=ids, use_cache=False).logits)
         stock.append(states)
     parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
     try:
@@ -100,17 +111,6 @@ def _probe(parts: ModelParts, impl: Implementations) -> None:
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
-
-
-def _decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
-    """The decoder layers in the order they run."""
-    for module in parts.backbone.children():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == parts.config.num_hidden_layers:
-            return list(module)
-    raise ValueError(
-        f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
-        f"{parts.config.num_hidden_layers} decoder layers"
-    )
 
 
 @contextmanager
