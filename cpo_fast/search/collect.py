@@ -63,7 +63,8 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
 
         return HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
     from cpo_fast.search.engine.arena_engine import ArenaEngine
-    from cpo_kernels.integrations.transformers.model import model_parts, sliding_window
+    from cpo_kernels.integrations.transformers.model import model_parts
+    from cpo_kernels.integrations.transformers.proof import shortest_window
     from cpo_kernels.self_check import KernelCheckError
 
     try:
@@ -73,7 +74,7 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
     except ValueError as error:
         raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
     # else every question would fail by itself
-    window = sliding_window(model_parts(model).config)
+    window = shortest_window(model_parts(model))
     num_shared = max(map(len, prompts.prefixes))
     if window is not None and num_shared >= window:
         raise ConfigError(

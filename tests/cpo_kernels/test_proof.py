@@ -10,13 +10,23 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, OPTConfig, PhimoeConfig, SeedOssConfig, Starcoder2Config
+from transformers import (
+    Gemma3TextConfig,
+    MixtralConfig,
+    Olmo3Config,
+    OPTConfig,
+    Phi3Config,
+    PhimoeConfig,
+    Qwen2Config,
+    SeedOssConfig,
+    Starcoder2Config,
+)
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from cpo_kernels.integrations.transformers import packed_logps, prepare
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.proof import check_call, check_training
-from tests.tiny import tiny_llama, tiny_model, with_lora
+from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
 
 ROWS = [list(range(3, 23)), [*range(3, 13), *range(40, 50)]]  # two paths of 20 tokens, shared to the tenth
 STARTS = [10, 10]
@@ -122,6 +132,49 @@ def test_dropout_in_a_configuration_whose_modules_have_none_is_accepted() -> Non
         score(each.train(), **({"reference": "adapter_off"} if each is adapted else {}))
     with pytest.raises(ValueError, match=r"lora_dropout\.other"):
         score(adapted, reference="other")
+
+
+FIRST_SLIDES = ["sliding_attention", "full_attention"]
+# model with a window of 8 that a key denies, or that one layer alone has; the layer that is named
+WINDOWS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "use_sliding_window of Mistral": (lambda: tiny_mistral(sliding_window=8, use_sliding_window=False), 0),
+    "layer_types of Mistral": (lambda: tiny_mistral(sliding_window=8, layer_types=["full_attention"] * 2), 0),
+    "use_sliding_window of Phi-3": (
+        lambda: tiny_model(Phi3Config, sliding_window=8, use_sliding_window=False),
+        0,
+    ),
+    "one layer of Gemma 3": (
+        lambda: tiny_model(
+            Gemma3TextConfig, head_dim=8, sliding_window=8, use_sliding_window=False, layer_types=FIRST_SLIDES[::-1]
+        ),
+        1,
+    ),
+    "one layer of OLMo 3": (lambda: tiny_model(Olmo3Config, sliding_window=8, layer_types=FIRST_SLIDES), 0),
+    "last layer of Qwen2": (
+        lambda: tiny_model(Qwen2Config, sliding_window=8, use_sliding_window=True, max_window_layers=1),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window_of_a_layer_is_the_one_that_it_runs_with(name: str) -> None:
+    build, layer = WINDOWS[name]
+    model = prepare(build())
+    assert model.config._attn_implementation == "cpo_tree"
+    packed_logps(model, [row[:8] for row in ROWS], [1, 1])
+    with pytest.raises(ValueError, match=f"sliding window of 8 of decoder layer {layer}"):
+        packed_logps(model, [row[:9] for row in ROWS], [1, 1])
+
+
+def test_window_that_a_model_does_not_use_is_no_obstacle_and_one_given_later_is_seen() -> None:
+    model = prepare(tiny_model(Qwen2Config, sliding_window=8, use_sliding_window=False))
+    torch.testing.assert_close(score(model).detach(), stock(model), rtol=1e-5, atol=1e-5)
+    late = prepare(tiny_mistral())
+    score(late)
+    late.config.sliding_window = 8
+    with pytest.raises(ValueError, match="sliding window of 8 of decoder layer 0"):
+        score(late)
 
 
 CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -184,17 +184,6 @@ def _check_head(head: torch.nn.Module) -> None:
             )
 
 
-def sliding_window(config: Any) -> int | None:
-    """The shortest attention window over the layers in tokens, or None when every layer sees everything."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
-        return None
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=None)
-
-
 def _rope_types(config: Any) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]

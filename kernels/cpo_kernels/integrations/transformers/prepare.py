@@ -23,10 +23,10 @@ from cpo_kernels.integrations.transformers.model import (
     check_supported,
     decoder_layers,
     kv_shape,
-    sliding_window,
 )
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof
+from cpo_kernels.integrations.transformers.windows import layer_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -60,12 +60,10 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     parts.causal_lm.eval()
     try:
         with torch.no_grad():
-            _probe(model, parts, impl)
+            windows = _probe(model, parts, impl)
     finally:
         for module in was_training:
             module.training = True
-    window = sliding_window(parts.config)
-    windows = {} if window is None else dict.fromkeys(range(parts.config.num_hidden_layers), window)
     keep_proof(parts, partial(prepare, impl=impl), windows)
     return model
 
@@ -89,12 +87,14 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
         self_check(device, shape, ops)
 
 
-def _probe(model: Any, parts: ModelParts, impl: Implementations) -> None:
+def _probe(model: Any, parts: ModelParts, impl: Implementations) -> dict[int, int]:
+    """Compare forest and stock model, and return the windows of the layers."""
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
-    forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
-    forest = forest.to(device)
     parts.causal_lm.set_attn_implementation("sdpa")
+    windows = layer_windows(parts)
+    forest, paths = _two_branches(parts.config.vocab_size, min(windows.values(), default=None))
+    forest = forest.to(device)
     layers = decoder_layers(parts)
     stock, logits = [], []
     for path in paths:
@@ -111,6 +111,7 @@ def _probe(model: Any, parts: ModelParts, impl: Implementations) -> None:
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
+    return windows
 
 
 @contextmanager
