@@ -11,8 +11,13 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    FalconConfig,
     Gemma3TextConfig,
+    JambaConfig,
+    Lfm2Config,
+    MiniMaxConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo3Config,
     OPTConfig,
     Phi3Config,
@@ -175,6 +180,63 @@ def test_window_that_a_model_does_not_use_is_no_obstacle_and_one_given_later_is_
     late.config.sliding_window = 8
     with pytest.raises(ValueError, match="sliding window of 8 of decoder layer 0"):
         score(late)
+
+
+CONV_FIRST = ["conv", "full_attention"]
+# a layer with a state along the row, or with an attention that nothing can be put in for; its name in the sentence
+LAYERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
+    "convolution before attention": (
+        lambda **dtype: tiny_model(Lfm2Config, layer_types=CONV_FIRST, **dtype),
+        r"model\.layers\.0\.conv \(Lfm2ShortConv\) carries a state",
+    ),
+    "selective state space": (
+        lambda **dtype: tiny_model(JambaConfig, num_experts=2, use_mamba_kernels=False, **dtype),
+        r"layers\.0\.mamba \(JambaMambaMixer\) carries a state",
+    ),
+    "linear attention": (
+        lambda **dtype: tiny_model(MiniMaxConfig, head_dim=8, **dtype),
+        r"self_attn \(MiniMaxLightningAttention\) carries a state",
+    ),
+    "own attention": (
+        lambda **dtype: tiny_model(FalconConfig, **dtype),
+        r"decoder layer 0 of FalconForCausalLM \(FalconAttention\) does not ask",
+    ),
+    "keyword arguments kept": (
+        lambda **dtype: tiny_model(NemotronConfig, head_dim=8, **dtype),
+        r"decoder layer 0 of NemotronForCausalLM .* keeps the caller's keyword arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_that_no_forest_can_run_is_refused_by_its_name(name: str, dtype: torch.dtype) -> None:
+    build, words = LAYERS[name]
+    model: Any = build(dtype=dtype)
+    with pytest.raises(ValueError, match=words):
+        prepare(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+class _Leak(nn.Module):
+    """The MLP of a layer, to which a token gives a little of what it is to its neighbour in the row."""
+
+    def __init__(self, mlp: nn.Module, share: float) -> None:
+        super().__init__()
+        self.mlp, self.share = mlp, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.mlp(hidden + self.share * hidden.roll(1, dims=1))
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_structure_that_rounding_would_hide_is_seen_in_float32(dtype: torch.dtype) -> None:
+    prepare(tiny_llama(dtype=dtype))
+    model = tiny_llama(dtype=dtype)
+    model.model.layers[1].mlp = _Leak(model.model.layers[1].mlp, 1e-3)
+    with pytest.raises(ValueError, match=r"decoder layer 1 (in float32 )?differs"):
+        prepare(model)
 
 
 CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {

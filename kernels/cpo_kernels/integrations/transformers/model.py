@@ -8,6 +8,7 @@ in numbers. The checks here catch what a random 32-token forest would not show: 
 adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ _HEAD_TRANSFORMS = {
     "logit_scale": ("a scale on the final logits", 1.0),
     "lm_head_multiplier": ("a scale on the final logits", 1.0),
 }
+# classes of modules whose output at a token depends on its neighbours in the row
+_ROW_STATE = re.compile(
+    r"Mamba(2?Mixer|2|Layer|Block)?$|MambaMixer|Mamba2|SSM|Rwkv|Rglru|RecurrentBlock|Delta(Net|Attention)|ShortConv"
+    r"|LinearAttention|LightningAttention|Retention|[xms]LSTM"
+)
 # rotary tables of these kinds depend on the longest position of the batch, so packing would change them
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -144,6 +150,18 @@ def moves_weights_only(hook: Any) -> bool:
     return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
 
 
+def check_layers(parts: ModelParts) -> None:
+    """Raise ValueError for a decoder layer with a state that runs along the row: a recurrence or a convolution."""
+    names = {id(module): name for name, module in parts.causal_lm.named_modules()}
+    for layer in decoder_layers(parts):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.RNNBase | torch.nn.Conv1d) or _ROW_STATE.search(type(module).__name__):
+                raise ValueError(
+                    f"{names[id(module)]} ({type(module).__name__}) carries a state from token to token, which in a forest "
+                    "would run from one branch into the next; use a model whose layers are all attention"
+                )
+
+
 def check_supported(model: torch.nn.Module) -> ModelParts:
     """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
     check_adapters(model)
@@ -161,6 +179,7 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
                     f"adapter '{adapter}' on {name} is an activated LoRA: PEFT tells it around the model's forward where "
                     "it begins in a row, which a forest has no place for; use a plain LoRA (alora_invocation_tokens=None)"
                 )
+    check_layers(parts)
     rope = _rope_types(config)
     if rope & set(_LENGTH_DEPENDENT_ROPE):
         raise ValueError(
