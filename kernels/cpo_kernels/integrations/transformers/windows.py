@@ -43,6 +43,7 @@ def layer_windows(parts: ModelParts) -> dict[int, int]:
     ) -> tuple[torch.Tensor, None]:
         if id(attention_mask) in made:
             candidates = [made[id(attention_mask)][1]]
+            attention_mask = None  # two tokens see each other under any window, as sdpa finds without one
         else:  # a mask of the model's own making: the shortest that it may be
             candidates = [kwargs.get("sliding_window"), *(size for _, size in made.values())]
         candidates += [getattr(each, "index_topk", None) for each in module.modules()]
