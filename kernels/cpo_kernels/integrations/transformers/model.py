@@ -4,7 +4,7 @@ A `PeftModel` with LoRA injects its layers into the base model in place, so call
 adapters. Nothing else of the wrapper's forward matters here.
 
 What a packed forward cannot compute exactly is refused before anything runs. The probe of `prepare` catches what differs
-in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's logits, an
+in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's scores, an
 adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
 """
 
@@ -17,21 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# configuration key -> what it is. Refused when set to something other than the value that means "off"
-_HEAD_TRANSFORMS = {
-    "final_logit_softcapping": ("a soft-cap on the final logits", None),
-    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
-    "logits_scaling": ("a scale on the final logits", 1.0),
-    "logit_scale": ("a scale on the final logits", 1.0),
-    "lm_head_multiplier": ("a scale on the final logits", 1.0),
-}
 # classes of modules whose output at a token depends on its neighbours in the row
 _ROW_STATE = re.compile(
     r"Mamba(2?Mixer|2|Layer|Block)?$|MambaMixer|Mamba2|SSM|Rwkv|Rglru|RecurrentBlock|Delta(Net|Attention)|ShortConv"
     r"|LinearAttention|LightningAttention|Retention|[xms]LSTM"
 )
-# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -167,10 +157,12 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
     check_adapters(model)
     parts = model_parts(model)
     config = parts.config
-    for key, (meaning, off) in _HEAD_TRANSFORMS.items():
-        value = getattr(config, key, None)
-        if value is not None and value != off:
-            raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} has a soft-cap on the attention scores (attn_logit_softcapping={softcap}), "
+            "which is not supported"
+        )
     _check_head(parts.head)
     for name, module in parts.causal_lm.named_modules():
         for adapter, variant in getattr(module, "lora_variant", {}).items():
@@ -180,11 +172,6 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
                     "it begins in a row, which a forest has no place for; use a plain LoRA (alora_invocation_tokens=None)"
                 )
     check_layers(parts)
-    rope = _rope_types(config)
-    if rope & set(_LENGTH_DEPENDENT_ROPE):
-        raise ValueError(
-            f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes"
-        )
     return parts
 
 
@@ -203,8 +190,20 @@ def _check_head(head: torch.nn.Module) -> None:
             )
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_limit(config: Any) -> tuple[str, int] | None:
+    """The longest path in tokens that leaves the rotary table what it is, behind the kind of RoPE. None: any length.
+
+    Tables of these kinds change when the longest row of a call outgrows the length that the model was trained at. A
+    forest has one table for all its rows, so they are exact up to there. Read from `dynamic_rope_update` of Transformers.
+    """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    found = (entry.get("rope_type") or entry.get("type") for entry in [parameters, *nested])
-    return {kind for kind in found if isinstance(kind, str)}
+    limits = []
+    # some models have one entry for each type of layer
+    for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = entry.get("rope_type") or entry.get("type") or ""
+        if kind == "longrope":
+            limits.append((kind, entry.get("original_max_position_embeddings") or config.max_position_embeddings))
+        elif "dynamic" in kind:
+            # a row as long as the model's positions keeps the table of a longer one before it
+            limits.append((kind, config.max_position_embeddings - 1))
+    return min(limits, key=lambda limit: limit[1], default=None)

@@ -18,10 +18,11 @@ import torch
 from torch.profiler import record_function
 
 import cpo_kernels._csrc as _csrc
-from cpo_kernels.device import to_device
+from cpo_kernels.device import autocast_inputs, to_device
 from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
     attention_heads,
@@ -59,6 +60,8 @@ def packed_logps(
 ) -> PackedLogps:
     """Score tokens starts[s]: of every sequence in one forward over the sequences' forest.
 
+    Under `torch.autocast` the backbone, attention and the head's inputs are in its dtype. Logits are not rounded to it.
+
     Args:
         model: a prepared `PreTrainedModel` or `PeftModel`, not a wrapper around one.
         sequences: S sequences of token ids, prompt and response. Equal prefixes are computed once.
@@ -89,14 +92,14 @@ def packed_logps(
     head: Any = parts.head
     shares_head = ref_parts is not None and ref_parts.head is head
     with record_function("head"):
-        result = logps(
-            hidden, head.weight, ref_hidden=ref_hidden if shares_head else None, bias=head.bias, outputs=outputs
-        )
+        frozen = ref_hidden if shares_head else None
+        with autocast_inputs(hidden, head.weight, head.bias, frozen) as (hidden, weight, bias, frozen):
+            result = logps(hidden, weight, ref_hidden=frozen, bias=bias, outputs=outputs, **logit_transform(parts))
         ref_segment_logps = result.ref_segment_logps
         if ref_parts is not None and ref_hidden is not None and not shares_head:
             ref_head: Any = ref_parts.head
-            with torch.no_grad():
-                ref_segment_logps = logps(ref_hidden, ref_head.weight, bias=ref_head.bias).segment_logps
+            with torch.no_grad(), autocast_inputs(ref_hidden, ref_head.weight, ref_head.bias) as (rows, weight, bias):
+                ref_segment_logps = logps(rows, weight, bias=bias, **logit_transform(ref_parts)).segment_logps
     return PackedLogps(
         result.segment_logps,
         ref_segment_logps,

@@ -5,8 +5,8 @@ A 32-token forest with two branches runs through the hook and our head. Its two 
 taken for an error of the next: a deep 16-bit model is right however much it amplifies them, and the bound holds for one
 layer. The layers of a 16-bit model are compared in float32 too, one copy at a time. The first layer that differs by more is
 named and the model refused, which catches attention variants, logit transforms and architectures that nobody has listed.
-Where the Triton kernels are the device's default, they are checked there first in the model's own shapes
-(`cpo_kernels.self_check`).
+The head reads larger hidden states than the model gives it, so that a soft-cap shows far above today's logits. Where the
+Triton kernels are the device's default, they are checked there first in the model's own shapes (`cpo_kernels.self_check`).
 """
 
 import copy
@@ -22,14 +22,10 @@ from torch.utils._pytree import tree_map
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
-from cpo_kernels.integrations.transformers.model import (
-    ModelParts,
-    check_supported,
-    decoder_layers,
-    kv_shape,
-)
+from cpo_kernels.integrations.transformers.logits import logit_transform
+from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, decoder_layers, kv_shape
 from cpo_kernels.integrations.transformers.packed import forest_forward
-from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof
+from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
 from cpo_kernels.integrations.transformers.windows import layer_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
@@ -37,6 +33,7 @@ from cpo_kernels.tolerances import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
 MAX_FLOAT32_PARAMETERS = 2**30  # of a layer that is copied in float32: 4 GiB
+HEAD_FACTOR = 16.0  # on the hidden states that the head reads. A power of two, which is exact in every dtype
 LAYER_SHARE = 0.4  # of the bound for a whole model. Measured: 0.13 of that bound in bfloat16, 0.005 in float32
 
 
@@ -64,7 +61,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(next(parts.causal_lm.parameters()).device.type, enabled=False):
             windows = _probe(model, parts, impl)
     finally:
         for module in was_training:
@@ -97,16 +94,19 @@ def _probe(model: Any, parts: ModelParts, impl: Implementations) -> dict[int, in
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
     try:
-        parts.causal_lm.set_attn_implementation("sdpa")
+        # some families (Gemma 2) are loaded with their own attention only
+        parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
         windows = layer_windows(parts)
-        forest, paths = _two_branches(parts.config.vocab_size, min(windows.values(), default=None))
+        forest, paths = _two_branches(parts.config.vocab_size, shortest(windows, parts.config))
         forest = forest.to(device)
         layers = decoder_layers(parts)
+        # accelerate keeps the forward here when it puts autocast around it
+        forward = vars(model).get("_original_forward", model)
         stock, logits = [], []
         for path in paths:
-            with _recorded(layers) as recorded:
+            with _recorded(layers) as recorded, _louder(parts.head):
                 ids = torch.tensor([path], device=device)
-                logits.append(model(input_ids=ids, use_cache=False).logits)
+                logits.append(forward(input_ids=ids, use_cache=False).logits)
             stock.append(recorded)
         parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
         packed = [_packed(forest, states) for states in zip(*(each.states for each in stock), strict=True)]
@@ -171,6 +171,16 @@ def _first(output: Any) -> torch.Tensor:
     return hidden
 
 
+@contextmanager
+def _louder(head: torch.nn.Module) -> Iterator[None]:
+    """The head reads its input times `HEAD_FACTOR`."""
+    hook = head.register_forward_pre_hook(lambda _module, args: (HEAD_FACTOR * args[0],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Hidden states of the paths, [1, path, E] each, as those of the forest [1, T, E]."""
     packed = states[0].new_empty(1, forest.num_tokens, states[0].shape[-1])
@@ -179,10 +189,10 @@ def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return packed
 
 
-def _two_branches(vocab_size: int, window: int | None) -> tuple[Forest, list[list[int]]]:
+def _two_branches(vocab_size: int, limit: tuple[int, str] | None) -> tuple[Forest, list[list[int]]]:
     trunk, branch = TRUNK_TOKENS, BRANCH_TOKENS
-    if window is not None and window < trunk + branch:
-        trunk, branch = max(1, window // 2), max(1, window - window // 2)
+    if limit is not None and limit[0] < trunk + branch:
+        trunk, branch = max(1, limit[0] // 2), max(1, limit[0] - limit[0] // 2)
     # 7919 is prime: the ids spread over the vocabulary without repeating in a path
     ids = [(7919 * i + 11) % vocab_size for i in range(trunk + 2 * branch)]
     paths = [ids[: trunk + branch], ids[:trunk] + ids[trunk + branch :]]
@@ -264,8 +274,15 @@ def _compare_head(
 ) -> None:
     bound = end_to_end_bound(parts.causal_lm.dtype)
     plan = forest.logprob_plan([1] * len(paths))
-    weight, bias = parts.head.weight, parts.head.bias
-    ours = linear_logprob(hidden, weight, plan, bias=bias, impl=impl).token_logps  # type: ignore[arg-type]
+    head: Any = parts.head
+    weight, bias = head.weight, head.bias
+    if logits[0].shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} cannot run on a forest: its output head has {weight.shape[0]} rows, and "
+            f"the model gives {logits[0].shape[-1]} logits"
+        )
+    louder, transform = HEAD_FACTOR * hidden, logit_transform(parts)
+    ours = linear_logprob(louder, weight, plan, bias=bias, impl=impl, **transform).token_logps
     expected = torch.cat(
         [
             torch.log_softmax(row[0, :-1].to(ours.dtype), dim=-1)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only
+from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only, rope_limit
 
 # attributes of modules and of the configuration, by name
 _STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
@@ -154,18 +154,32 @@ def check_training(model: torch.nn.Module, parts: ModelParts) -> None:
 
 
 def check_path(parts: ModelParts, longest_path: int) -> None:
-    """Raise ValueError, naming the layer, if a path of so many tokens is longer than a layer's window."""
+    """Raise ValueError for a path of so many tokens: longer than a layer's window, or than the rotary table stays."""
     for layer, window in _proof(parts).windows.items():
         if longest_path > window:
             raise ValueError(
                 f"a path of {longest_path} tokens is longer than the sliding window of {window} of decoder layer "
                 f"{layer}; shorten the rows or use a model without a sliding window"
             )
+    rope = rope_limit(parts.config)
+    if rope is not None and longest_path > rope[1]:
+        raise ValueError(
+            f"a path of {longest_path} tokens is longer than {rope[1]}, up to which RoPE of type {rope[0]} is the same for "
+            "rows of any length; shorten the rows"
+        )
 
 
-def shortest_window(parts: ModelParts) -> int | None:
-    """The shortest attention window over the layers in tokens, or None when every layer sees everything."""
-    return min(_proof(parts).windows.values(), default=None)
+def path_limit(parts: ModelParts) -> tuple[int, str] | None:
+    """The longest path in tokens that is computed exactly, and what of the model sets it. None: any length."""
+    return shortest(_proof(parts).windows, parts.config)
+
+
+def shortest(windows: dict[int, int], config: Any) -> tuple[int, str] | None:
+    """As `path_limit`, by the windows of the layers and the text configuration."""
+    limits = [(window, f"a sliding window of {window}") for window in windows.values()]
+    if (rope := rope_limit(config)) is not None:
+        limits.append((rope[1], f"RoPE of type {rope[0]}, the same up to {rope[1]}"))
+    return min(limits, default=None)
 
 
 def _proof(parts: ModelParts) -> Proof:
