@@ -63,7 +63,8 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
 
         return HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
     from cpo_fast.search.engine.arena_engine import ArenaEngine
-    from cpo_kernels.integrations.transformers.model import model_parts, path_limit
+    from cpo_kernels.integrations.transformers.model import model_parts
+    from cpo_kernels.integrations.transformers.proof import path_limit
     from cpo_kernels.self_check import KernelCheckError
 
     try:
@@ -73,7 +74,7 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
     except ValueError as error:
         raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
     # else every question would fail by itself
-    limit = path_limit(model_parts(model).config)
+    limit = path_limit(model_parts(model))
     num_shared = max(map(len, prompts.prefixes))
     if limit is not None and num_shared >= limit[0]:
         raise ConfigError(

@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
 )
+from transformers.masking_utils import create_causal_mask
 
 from cpo_kernels.integrations.transformers import packed_logps, prepare
 from cpo_kernels.tree_attention import Window, attention_layer
@@ -163,7 +164,7 @@ def test_rope_that_depends_on_the_longest_row_is_refused_beyond(kind: str, monke
     with pytest.raises(ValueError, match=rf"path of {longest} tokens is longer than {longest - 1}, .* type {kind}"):
         packed_logps(model, sequences, starts)
     if kind == "longrope":  # what it would be: one row too long changes the tables of all the others
-        monkeypatch.setattr("cpo_kernels.integrations.transformers.model.rope_limit", lambda _: None)
+        monkeypatch.setattr("cpo_kernels.integrations.transformers.proof.rope_limit", lambda _: None)
         want = one_by_one(with_rope(kind, longest - 1), sequences, starts).detach()
         assert relative_error(packed_logps(model, sequences, starts).segment_logps.detach(), want) > 1e-3
 
@@ -182,22 +183,34 @@ def test_frozen_reference_has_logits_of_its_own(name: str) -> None:
         assert relative_error(packed.ref_segment_logps, want) <= 1e-5
 
 
-def test_chunks_of_attention_and_masks_that_a_model_makes_itself_are_refused() -> None:
-    sequences, starts = pair_sequences(random_pairs(seed=4))
-    model = prepare(tiny_model(MistralConfig, sliding_window=24))
-    chunk = lambda batch, head, query, key: (key <= query) & (key // 24 == query // 24)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.masking_utils.sliding_window_causal_mask_function", lambda _: chunk)
-        with pytest.raises(ValueError, match="neither causal nor a sliding window"):
-            packed_logps(model, sequences, starts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask",
-            lambda *_, **__: torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        )
-        with pytest.raises(ValueError, match="makes a mask of its own"):
-            packed_logps(model, sequences, starts)
-    packed_logps(model, sequences, starts)
+def chunk_of_24(size: int) -> Any:
+    return lambda batch, head, query, key: (key <= query) & (key // 24 == query // 24)
+
+
+def causal_mask_of_its_own(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    mask = create_causal_mask(*args, **kwargs)
+    return None if mask is None else mask.clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("transformers.masking_utils.sliding_window_causal_mask_function", chunk_of_24),
+        ("transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask", causal_mask_of_its_own),
+    ],
+    ids=["in chunks", "made by the model itself"],
+)
+def test_masks_that_are_no_sliding_window_are_refused_beyond_it(
+    name: str, function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = list(range(3, 28))
+    with monkeypatch.context() as patch:
+        patch.setattr(name, function)
+        model = prepare(tiny_model(MistralConfig, sliding_window=24))
+        packed_logps(model, [row[:24]], [1])
+        with pytest.raises(ValueError, match="longer than 24, up to which decoder layer 0 sees whole rows"):
+            packed_logps(model, [row], [1])
+    packed_logps(prepare(model), [row], [1])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

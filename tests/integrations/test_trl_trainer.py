@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GraniteConfig, MixtralConfig
+from transformers import GraniteConfig, LlamaConfig, MixtralConfig
 from trl import DPOConfig, DPOTrainer
 
 from cpo_kernels import build_forest
@@ -297,9 +297,21 @@ def test_dropout_and_expert_losses_are_refused(folder: Path) -> None:
 
     with pytest.raises(ValueError, match="does not support disable_dropout=False"):
         make(with_lora(base_model(folder), dropout=0.1), disable_dropout=False)
+    functional = tiny_model(LlamaConfig, attention_dropout=0.1, vocab_size=len(tiny_tokenizer()))
+    with pytest.raises(ValueError, match=r"disable_dropout=True: .*self_attn.*attention_dropout=0\.1"):
+        make(functional)  # TRL switches off modules only
+    with pytest.raises(ValueError, match="activated LoRA"):
+        make(with_lora(base_model(folder), alora_invocation_tokens=[5, 6]))
     experts = tiny_model(MixtralConfig, num_local_experts=2, vocab_size=len(tiny_tokenizer()), sliding_window=None)
     with pytest.raises(ValueError, match="does not support router_aux_loss_coef"):
         make(experts)
+
+
+def test_noise_that_comes_after_the_trainer_is_refused_at_the_step(folder: Path) -> None:
+    trainer = make_trainer(PackedDPOTrainer, adapted_model(folder), folder, max_steps=1)
+    trainer.neftune_noise_alpha = 5.0  # its hook is put on the embeddings where training begins
+    with pytest.raises(ValueError, match=r"embed_tokens.*neftune_noise_alpha=5"):
+        trainer.train()
 
 
 def test_input_without_a_place_in_a_forest_is_refused(trainers: tuple[DPOTrainer, DPOTrainer]) -> None:

@@ -32,7 +32,7 @@ from tests.search.engine_cases import (
     two_level_searches,
     with_adapter,
 )
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_lora
 
 
 def arena_engine(
@@ -236,3 +236,26 @@ def test_refill_fills_slots_sooner_and_changes_no_answer() -> None:
     emptied = arena_engine(make_batch=partial(DecodeBatch, refill=False), batch_size=6)
     assert ask(refilled, requests) == ask(emptied, requests) == expected
     assert refilled.scheduler.batch.counts.num_steps < emptied.scheduler.batch.counts.num_steps
+
+
+def test_model_changed_after_the_engine_was_made_is_proved_again_or_refused() -> None:
+    """An activated LoRA would give the tokens of the base: its offsets are told around the model's forward."""
+    model = small_model()
+    engine, (few_shot, prompts) = arena_engine(model), forked_prompts(0)
+    ask(engine, greedy(prompts), few_shot)
+    with_adapter(model)  # injected in place
+    for prompt, sample in zip(prompts, ask(engine, greedy(prompts), few_shot), strict=True):
+        assert sample.token_ids == generated(model, prompt)
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: -logits)
+    with pytest.raises(ValueError, match="head has a forward hook"):
+        ask(engine, greedy(prompts), few_shot)
+    activated = with_lora(small_model(), targets=("q_proj",), alora_invocation_tokens=[5, 6])
+    for each in (activated, activated.get_base_model()):
+        with pytest.raises(ValueError, match="activated LoRA"):
+            arena_engine(each)
+    dropping = with_lora(small_model(), dropout=0.2)
+    engine = arena_engine(dropping)
+    ask(engine, greedy(prompts[:1]), few_shot)
+    dropping.train()
+    with pytest.raises(ValueError, match=r"lora_dropout.*p=0\.2"):
+        ask(engine, greedy(prompts[:1]), few_shot)

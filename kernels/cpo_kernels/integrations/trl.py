@@ -24,7 +24,8 @@ from trl import DPOTrainer
 
 from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.model import unwrap_peft
+from cpo_kernels.integrations.transformers.model import model_parts, unwrap_peft
+from cpo_kernels.integrations.transformers.proof import check_training
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -42,6 +43,7 @@ REFUSED_OPTIONS = {
     "activation_offloading": "it was never tried on a forest",
     "torch_compile": "a forest's shape changes with every batch",
     "fsdp": "the output head is read as one tensor and would be sharded",
+    "neftune_noise_alpha": "its noise is drawn anew for every row, and rows share the embeddings of their prefix",
     "parallelism_config": "a forest is one line of tokens and is not cut over devices",
 }
 # TRL's name of a per-token output -> the name it has here
@@ -80,6 +82,10 @@ class PackedDPOTrainer(DPOTrainer):
             # accelerate has put autocast around the reference's forward, and prepare compares exactly
             wrapped = causal_lm.__dict__.pop("forward", None)
             prepare(model)
+            try:
+                check_training(model, model_parts(model))
+            except ValueError as error:
+                raise _refusal(f"disable_dropout={self.args.disable_dropout}", str(error)) from None
             if wrapped is not None:
                 causal_lm.forward = wrapped
             _route_forward(causal_lm, self._packed_forward)
@@ -88,9 +94,6 @@ class PackedDPOTrainer(DPOTrainer):
     def _refuse_models(self) -> None:
         if self.aux_loss_enabled:
             raise _refusal("router_aux_loss_coef", "expert routing statistics differ when prefixes are shared")
-        dropout = [name for name, module in self.model.named_modules() if _drops(module)]
-        if dropout:
-            raise _refusal("disable_dropout=False", f"{dropout[0]} has dropout; a shared prefix is dropped once")
 
     def _packed_forward(
         self,
@@ -160,7 +163,3 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
 
 def _refusal(what: str, why: str) -> ValueError:
     return ValueError(f"PackedDPOTrainer does not support {what}: {why}")
-
-
-def _drops(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Dropout) and module.p > 0

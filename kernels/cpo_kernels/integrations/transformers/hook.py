@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from cpo_kernels.device import autocast_inputs
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
 from cpo_kernels.integrations.transformers.rotary import DeferredRotation
-from cpo_kernels.integrations.transformers.windows import tree_mask
 from cpo_kernels.tree_attention import TreeSchedule, Window, attention_layer, resolve_tree_attention
 from cpo_kernels.tree_decode import DecodePlan, decode_layer, resolve_tree_decode
 
@@ -36,7 +36,7 @@ def cpo_tree_attention(
     subtree_end: torch.Tensor | None = None,  # [T] int32
     tree_schedule: TreeSchedule | None = None,
     tree_impl: str | None = None,  # resolved; None where somebody calls the model itself
-    tree_depths: torch.Tensor | None = None,  # [T] int, given where some layer has a window shorter than a path
+    tree_windows: dict[int, Window] | None = None,  # by layer, those that are shorter than a path
     layers_seen: set[int] | None = None,
     decode_plan: DecodePlan | None = None,
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
@@ -76,27 +76,16 @@ def cpo_tree_attention(
     else:
         assert subtree_end is not None
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
-        window = None if tree_depths is None else _window(module, attention_mask, tree_depths)
+        window = tree_windows.get(module.layer_idx) if tree_windows else None  # type: ignore[call-overload]
         with autocast_inputs(q, k, v) as (q, k, v):
             output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl, window)
     return output.unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
 
 
-def _window(module: torch.nn.Module, mask: torch.Tensor | None, depths: torch.Tensor) -> Window | None:
-    """The window of a layer, from the mask that `tree_mask` made for it."""
-    if mask is None or mask.dtype != torch.int64 or mask.shape != (1, 1, 1, 1):
-        raise ValueError(
-            f"cpo_tree: {module.__class__.__name__} makes a mask of its own, so its sliding window is not known; shorten "
-            "the rows to the window"
-        )
-    size = int(mask)
-    return Window(depths, size) if size else None
-
-
 def register() -> None:
-    """Make `cpo_tree` known to Transformers, with the masks of `sdpa` for calls that are no forest."""
+    """Make `cpo_tree` known to Transformers, with the mask function of `sdpa` for calls that are no forest."""
     AttentionInterface.register(IMPLEMENTATION, cpo_tree_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, tree_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def prepared_parts(model: torch.nn.Module | ModelParts, caller: str) -> ModelParts:

@@ -8,6 +8,7 @@ in numbers. The checks here catch what a random 32-token forest would not show: 
 adapter on the head that is still zero, dropout in evaluation mode, a window or a rotary table that a row outgrows.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+# classes of modules whose output at a token depends on its neighbours in the row
+_ROW_STATE = re.compile(
+    r"Mamba(2?Mixer|2|Layer|Block)?$|MambaMixer|Mamba2|SSM|Rwkv|Rglru|RecurrentBlock|Delta(Net|Attention)|ShortConv"
+    r"|LinearAttention|LightningAttention|Retention|[xms]LSTM"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,27 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
             f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head"
         )
     return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
+
+
+def decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
+    """The decoder layers in the order they run.
+
+    Raises:
+        ValueError: the model holds no list of them.
+    """
+    decoder: Any = parts.causal_lm.get_decoder() or parts.backbone
+    for module in (
+        parts.backbone,
+        decoder,
+        *decoder.modules(),
+    ):  # OPT and multimodal models hold them one module deeper
+        for child in module.children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == parts.config.num_hidden_layers:
+                return list(child)
+    raise ValueError(
+        f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
+        f"{parts.config.num_hidden_layers} decoder layers"
+    )
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -98,11 +126,35 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
             parameter.requires_grad_(flag)
 
 
-def check_supported(model: torch.nn.Module) -> ModelParts:
-    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+def check_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError for adapters of a `PeftModel` that live around its forward, which packed forwards go past."""
     for name, config in peft_configs(model).items():
         if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
             raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
+
+
+def moves_weights_only(hook: Any) -> bool:
+    """Whether a forward hook is one of a library that fetches weights or asks for gradients and changes no number."""
+    function = getattr(hook, "func", hook)
+    library = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
+
+
+def check_layers(parts: ModelParts) -> None:
+    """Raise ValueError for a decoder layer with a state that runs along the row: a recurrence or a convolution."""
+    names = {id(module): name for name, module in parts.causal_lm.named_modules()}
+    for layer in decoder_layers(parts):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.RNNBase | torch.nn.Conv1d) or _ROW_STATE.search(type(module).__name__):
+                raise ValueError(
+                    f"{names[id(module)]} ({type(module).__name__}) carries a state from token to token, which in a forest "
+                    "would run from one branch into the next; use a model whose layers are all attention"
+                )
+
+
+def check_supported(model: torch.nn.Module) -> ModelParts:
+    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+    check_adapters(model)
     parts = model_parts(model)
     config = parts.config
     softcap = getattr(config, "attn_logit_softcapping", None)
@@ -111,61 +163,31 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
             f"{type(parts.causal_lm).__name__} has a soft-cap on the attention scores (attn_logit_softcapping={softcap}), "
             "which is not supported"
         )
-    if type(parts.head) is not torch.nn.Linear:
-        raise ValueError(
-            f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
-        )
+    _check_head(parts.head)
+    for name, module in parts.causal_lm.named_modules():
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if "ALora" in getattr(variant, "__name__", type(variant).__name__):
+                raise ValueError(
+                    f"adapter '{adapter}' on {name} is an activated LoRA: PEFT tells it around the model's forward where "
+                    "it begins in a row, which a forest has no place for; use a plain LoRA (alora_invocation_tokens=None)"
+                )
+    check_layers(parts)
     return parts
 
 
-def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int, computes_windows: bool = False) -> None:
-    """Raise ValueError for what depends on the call: dropout in training mode, a path that is too long for the model.
-
-    Args:
-        longest_path: in tokens.
-        computes_windows: the attention that will run lets no row see beyond its layer's window.
-    """
-    if parts.causal_lm.training:
-        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
-            if getattr(parts.config, key, 0.0):
-                raise ValueError(
-                    f"dropout is on ({key}={getattr(parts.config, key)}): branches share their prefix's activations, "
-                    "so it would not match padded training; set it to 0 or call model.eval()"
-                )
-        for name, config in peft_configs(model).items():
-            if getattr(config, "lora_dropout", 0.0):
-                raise ValueError(
-                    f"adapter '{name}' has LoRA dropout {config.lora_dropout}: branches share their prefix's activations, "
-                    "so it would not match padded training; set lora_dropout=0"
-                )
-    window = sliding_window(parts.config)
-    if window is not None and longest_path > window and not computes_windows:
+def _check_head(head: torch.nn.Module) -> None:
+    """Raise ValueError for a head that is more than the weight and bias that are read from it."""
+    if type(head) is not torch.nn.Linear:
         raise ValueError(
-            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}, which is computed in "
-            "training by impl='eager' only; shorten the rows or use a model without a sliding window"
+            f"the output head is a {type(head).__name__}: an adapter, a trained copy or a replacement of the head is not "
+            "supported; leave it out of target_modules and modules_to_save"
         )
-    rope = rope_limit(parts.config)
-    if rope is not None and longest_path > rope[0]:
-        raise ValueError(
-            f"a path of {longest_path} tokens is longer than {rope[0]}, up to which RoPE of type {rope[1]} is the same for "
-            "rows of any length; shorten the rows"
-        )
-
-
-def sliding_window(config: Any) -> int | None:
-    """The shortest attention window over the layers in tokens, or None when every layer sees everything."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
-        return None
-    return shortest_window(config)
-
-
-def shortest_window(config: Any) -> int | None:
-    """The shortest window in tokens that a layer may have, whatever else the configuration says of its layers."""
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=None)
+    for hook in (*head._forward_hooks.values(), *head._forward_pre_hooks.values()):
+        if not moves_weights_only(hook):
+            raise ValueError(
+                f"the output head has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)}): its weight is "
+                "read directly, so what the hook does to the logits would be left out; remove the hook"
+            )
 
 
 def rope_limit(config: Any) -> tuple[int, str] | None:
@@ -184,14 +206,4 @@ def rope_limit(config: Any) -> tuple[int, str] | None:
         elif "dynamic" in kind:
             # a row as long as the model's positions keeps the table of a longer one before it
             limits.append((config.max_position_embeddings - 1, kind))
-    return min(limits, default=None)
-
-
-def path_limit(config: Any) -> tuple[int, str] | None:
-    """The longest path in tokens that is computed exactly, and what of the model sets it. None: any length."""
-    limits = []
-    if (window := sliding_window(config)) is not None:
-        limits.append((window, f"a sliding window of {window}"))
-    if (rope := rope_limit(config)) is not None:
-        limits.append((rope[0], f"RoPE of type {rope[1]}, the same up to {rope[0]}"))
     return min(limits, default=None)

@@ -26,15 +26,14 @@ from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
     attention_heads,
-    check_forward,
     peft_configs,
     reference_adapter,
-    shortest_window,
 )
-from cpo_kernels.integrations.transformers.windows import asking_mask
+from cpo_kernels.integrations.transformers.proof import check_call, check_path, proved_windows
+from cpo_kernels.integrations.transformers.windows import forest_windows
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.tree_attention import WINDOWED, TreeSchedule, resolve_tree_attention
+from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention
 
 ADAPTER_OFF = "adapter_off"
 
@@ -78,12 +77,14 @@ def packed_logps(
 
     Raises:
         TypeError: the model is a wrapper.
-        ValueError: the model was not prepared, or the rows, starts or reference do not fit.
+        ValueError: the model was not prepared, was changed since into one that is not exact (`proof.check_call`), or the
+            rows, starts or reference do not fit.
         RuntimeError: a layer did not run tree attention.
     """
     parts, impl = prepared_parts(model, "packed_logps"), Implementations.of(impl)
+    check_call(model, parts)
     with record_function("pack"):
-        inputs = _pack(model, parts, sequences, starts, impl.tree_attention)
+        inputs = _pack(parts, sequences, starts, impl.tree_attention)
     with record_function("backbone reference"):
         ref_hidden, ref_parts = _reference_hidden(model, parts, inputs, reference, impl.tree_attention)
     with record_function("backbone policy"):
@@ -122,45 +123,26 @@ class PackedInputs:
 
     def hidden(self, parts: ModelParts, impl: str | None) -> torch.Tensor:
         """Last hidden states [T, E] of the forest's rows."""
-        output = forest_forward(parts, self.forest, self.schedule, impl, has_windows(parts, self.longest_path, impl))
+        windows = forest_windows(proved_windows(parts), self.forest.position_ids, self.longest_path)
+        output = forest_forward(parts, self.forest, self.schedule, impl, tree_windows=windows)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
 
 def _pack(
-    model: torch.nn.Module,
-    parts: ModelParts,
-    sequences: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    impl: str | None,
+    parts: ModelParts, sequences: Sequence[Sequence[int]], starts: Sequence[int], impl: str | None
 ) -> PackedInputs:
     """Make everything on the host, then send it to the model's device."""
     forest = build_forest(sequences)
     plan, schedule = forest.logprob_plan(starts), forest.schedule(heads=attention_heads(parts.config))
     longest_path = int(forest.path_offsets.diff().max()) if len(sequences) else 0
-    check_forward(model, parts, longest_path, computes_windows(parts, impl))
-    inputs = PackedInputs(forest, schedule, plan, longest_path, int(forest.path_offsets[-1]))
-    return to_device(inputs, next(parts.causal_lm.parameters()).device)
-
-
-def computes_windows(parts: ModelParts, impl: str | None) -> bool:
-    """Whether the attention that `impl` names on the model's device computes sliding windows."""
-    return resolve_tree_attention(impl, next(parts.causal_lm.parameters()).device.type) in WINDOWED
-
-
-def has_windows(parts: ModelParts, longest_path: int, impl: str | None) -> bool:
-    """What `forest_forward` is told: which layers have a window is then read from the masks that the model makes."""
-    window = shortest_window(parts.config)
-    return window is not None and longest_path > window and computes_windows(parts, impl)
+    device = next(parts.causal_lm.parameters()).device
+    check_path(parts, longest_path, resolve_tree_attention(impl, device.type))
+    return to_device(PackedInputs(forest, schedule, plan, longest_path, int(forest.path_offsets[-1])), device)
 
 
 def forest_forward(
-    parts: ModelParts,
-    forest: Forest,
-    schedule: TreeSchedule | None = None,
-    impl: str | None = None,
-    windows: bool = False,
-    **kwargs: Any,
+    parts: ModelParts, forest: Forest, schedule: TreeSchedule | None = None, impl: str | None = None, **kwargs: Any
 ) -> Any:
     """Backbone output over a forest on the model's device, whose `last_hidden_state` is [1, T, E] after the final norm.
 
@@ -169,29 +151,21 @@ def forest_forward(
         forest: on the device of the model.
         schedule: the forest's, on the same device. None makes it here and waits for a CUDA device.
         impl: implementation of tree attention, None to choose by device. It is resolved here, once for all layers.
-        windows: a path may be longer than some layer's sliding window. Only where `impl` computes windows.
-        kwargs: handed to the backbone.
+        kwargs: handed to the backbone. `tree_windows` (of `forest_windows`) where a path outgrows a sliding window.
 
     Raises:
-        ValueError: with `windows`, a layer whose mask is neither causal nor a sliding window.
         RuntimeError: a layer did not run tree attention (its attention was swapped, or ignores keyword arguments).
     """
     layers_seen: set[int] = set()
-    device = forest.tokens.device
-    if windows:
-        mask = asking_mask(forest.num_tokens, device)
-        kwargs["tree_depths"] = forest.position_ids
-    else:
-        # a mask of four dimensions is handed through as it is: no T x T mask is made, and tree attention reads none
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     output = parts.backbone(
         input_ids=forest.tokens.long().unsqueeze(0),
         position_ids=forest.position_ids.long().unsqueeze(0),
-        attention_mask=mask,
+        # a mask of four dimensions is handed through as it is: no T x T mask is made, and tree attention reads none
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=forest.tokens.device),
         use_cache=False,
         subtree_end=forest.subtree_end,
         tree_schedule=forest.schedule(heads=attention_heads(parts.config)) if schedule is None else schedule,
-        tree_impl=resolve_tree_attention(impl, device.type),
+        tree_impl=resolve_tree_attention(impl, forest.tokens.device.type),
         layers_seen=layers_seen,
         **kwargs,
     )
@@ -212,7 +186,8 @@ def _reference_hidden(
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
             ref_parts = prepared_parts(reference, "packed_logps")
-            check_forward(reference, ref_parts, inputs.longest_path, computes_windows(ref_parts, impl))
+            check_call(reference, ref_parts)
+            check_path(ref_parts, inputs.longest_path, resolve_tree_attention(impl, inputs.forest.tokens.device.type))
             return inputs.hidden(ref_parts, impl), ref_parts
         adapters = peft_configs(model)
         if not adapters or (reference != ADAPTER_OFF and reference not in adapters):
@@ -221,6 +196,8 @@ def _reference_hidden(
                 f"{sorted(adapters)}"
             )
         with reference_adapter(model, None if reference == ADAPTER_OFF else reference):
+            if reference != ADAPTER_OFF:  # with adapters off less runs than what was checked
+                check_call(model, parts)
             return inputs.hidden(parts, impl), parts
 
 

@@ -1,53 +1,137 @@
-"""Which sliding window each layer of a forest's forward has, as the model itself says it.
+"""The attention window of every decoder layer, as the layers themselves get it: not what a configuration key says.
 
-A stock model makes one mask for each kind of its layers, by functions of Transformers that hand (query index, key index)
--> visible, beside the padding mask of the call, to the mask function of the attention implementation. Where that padding
-mask is `asking_mask`, ours answers with the window alone, as a mask of one element, and the layers hand that to the
-attention hook. So no configuration key has to be trusted, and no T x T mask is made.
+Two tokens run through the stock model. Its mask functions are told a window, and an attention layer is handed one of the
+masks. Both are recorded, so a key that the model ignores (`use_sliding_window`, `layer_types`) cannot mislead. The mask's
+own function says whether the window slides: attention in chunks is told its size in the same place.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-_ASKS = "asks_for_windows"  # attribute of a tensor; Transformers hands a bool mask on its device through as it is
+from cpo_kernels.integrations.transformers.model import ModelParts, decoder_layers
+from cpo_kernels.tree_attention import WINDOWED, Window
 
-
-def asking_mask(num_rows: int, device: torch.device) -> torch.Tensor:
-    """A padding mask [1, T] without padding, for which `tree_mask` answers with windows."""
-    mask = torch.ones(1, num_rows, dtype=torch.bool, device=device)
-    setattr(mask, _ASKS, True)
-    return mask
+_RECORDING = "cpo_windows"  # attention implementation
 
 
-def tree_mask(
-    *args: Any,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The mask function of the attention hook: that of `sdpa`, or [1, 1, 1, 1] int64, a layer's window, 0 for none.
+class LayerWindow(NamedTuple):
+    """A layer sees whole rows of up to `size` tokens, and of longer ones not everything."""
+
+    size: int
+    slides: bool  # a token of a longer row sees the last `size`, itself included. False: something else, or not known
+
+
+def forest_windows(windows: dict[int, LayerWindow], depths: torch.Tensor, longest_path: int) -> dict[int, Window]:
+    """What a forest's forward is told, by layer, from the sliding windows that some path outgrows.
+
+    Args:
+        windows: of `layer_windows`.
+        depths: [T] integer, each row's place on its own path.
+        longest_path: in tokens. `proof.check_path` has let it through.
+    """
+    return {layer: Window(depths, window.size) for layer, window in windows.items() if longest_path > window.size}
+
+
+def limiting_windows(windows: dict[int, LayerWindow], impl: str | None) -> dict[int, LayerWindow]:
+    """The windows that no path may outgrow: all but the sliding ones that tree attention by `impl` computes.
+
+    Args:
+        impl: of `resolve_tree_attention`, None where no forest is computed but a search.
+    """
+    return {layer: window for layer, window in windows.items() if not (window.slides and impl in WINDOWED)}
+
+
+def layer_windows(parts: ModelParts) -> dict[int, LayerWindow]:
+    """The windows of the decoder layers, by layer. Layers that see everything are left out.
+
+    Chunked attention counts with its chunk, and sparse attention with the number of keys that it keeps (`index_topk`):
+    up to so many tokens both see everything. The model's attention is put back as it was.
 
     Raises:
-        ValueError: behind `asking_mask`, a mask that is neither causal nor a sliding window (in chunks, bidirectional).
+        ValueError: a layer does not ask Transformers' attention interface, or hands it no keyword arguments.
     """
-    if attention_mask is None or not hasattr(attention_mask, _ASKS):
-        given = {} if mask_function is None else {"mask_function": mask_function}
-        return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **given, **kwargs)
-    assert mask_function is not None
-    device, window, last = kwargs["device"], local_size or 0, kwargs["q_length"] - 1
-    places = sorted(
-        {place for place in (0, 1, window - 1, window, last // 2, last - window, last) if 0 <= place <= last}
-    )
+    asked: dict[int, list[LayerWindow]] = {}  # by layer, size 0 for none
+    made: dict[int, tuple[torch.Tensor, LayerWindow]] = {}  # masks by id, kept so that no id is used twice
+    layer_now: list[int] = []
+    reached: set[int] = set()  # layers that ask the attention interface
+    handed: set[int] = set()  # those that also hand on what the caller says, as `subtree_end` will be
+
+    def mask(
+        *args: Any,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        local_size: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # else a short row has no mask
+        result = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **(kwargs | skips))
+        if result is not None:
+            slides = local_size is not None and _slides(mask_function, local_size, result.device)
+            made[id(result)] = (result, LayerWindow(local_size or 0, slides))
+        return result
+
+    def attention(
+        module: torch.nn.Module, q: Any, k: Any, v: Any, attention_mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        if id(attention_mask) in made:
+            candidates = [made[id(attention_mask)][1]]
+            attention_mask = None  # two tokens see each other under any window, as sdpa finds without one
+        else:  # a mask of the model's own making: the shortest that it may be
+            sizes = [kwargs.get("sliding_window"), *(window.size for _, window in made.values())]
+            candidates = [LayerWindow(size or 0, False) for size in sizes]
+        candidates += [LayerWindow(getattr(each, "index_topk", None) or 0, False) for each in module.modules()]
+        found = min((window for window in candidates if window.size), default=LayerWindow(0, False))
+        reached.update(layer_now[-1:])
+        if kwargs.get("layers_seen") is reached:
+            handed.update(layer_now[-1:])
+        if layer_now:
+            # a forest finds a layer's window by this index
+            named = getattr(module, "layer_idx", None) == layer_now[-1]
+            asked.setdefault(layer_now[-1], []).append(found._replace(slides=found.slides and named))
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)[0], None
+
+    AttentionInterface.register(_RECORDING, attention)
+    AttentionMaskInterface.register(_RECORDING, mask)
+    previous = parts.config._attn_implementation
+    layers, hooks = decoder_layers(parts), []
+    for index, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(lambda *_, index=index: layer_now.append(index)))
+    try:
+        parts.causal_lm.set_attn_implementation(_RECORDING)
+        ids = torch.tensor([[0, 1]], device=next(parts.causal_lm.parameters()).device)
+        with torch.no_grad():
+            parts.backbone(input_ids=ids, use_cache=False, layers_seen=reached)
+    finally:
+        parts.causal_lm.set_attn_implementation(previous)
+        for hook in hooks:
+            hook.remove()
+    for index, layer in enumerate(layers):
+        if index not in handed:
+            own = [type(each).__name__ for each in layer.modules() if "ttention" in type(each).__name__]
+            name = f"{type(parts.causal_lm).__name__} ({own[0] if own else type(layer).__name__})"
+            how = "keeps the caller's keyword arguments from" if index in reached else "does not ask"
+            raise ValueError(
+                f"decoder layer {index} of {name} {how} "
+                "Transformers' attention interface, so tree attention cannot take its place; use another model"
+            )
+    windows: dict[int, LayerWindow] = {}
+    for index, found in asked.items():
+        if sizes := [window.size for window in found if window.size]:
+            # attention that is asked twice in a layer may mean two windows
+            windows[index] = LayerWindow(min(sizes), len(found) == 1 and found[0].slides)
+    return windows
+
+
+def _slides(mask_function: Callable[..., Any], size: int, device: torch.device) -> bool:
+    """Whether a mask function of Transformers, (batch, head, query, key) -> visible, is causal with a sliding window."""
+    last = 3 * size + 1
+    places = sorted({place for place in (0, 1, size - 1, size, size + 1, last // 2, last - size, last) if place >= 0})
     index = torch.tensor(places, device=device)
     query, key = index[:, None], index[None]
-    expected = (key <= query) & (key > query - window if window else key >= 0)
     first = torch.zeros((), dtype=torch.int64, device=device)
-    if not torch.equal(mask_function(first, first, query, key), expected):
-        raise ValueError(
-            "a layer's attention mask is neither causal nor a sliding window, which a forest does not compute"
-        )
-    return torch.full((1, 1, 1, 1), window, dtype=torch.int64, device=device)
+    visible = mask_function(first, first, query, key)
+    return torch.equal(visible.expand(len(places), len(places)), (key <= query) & (key > query - size))
