@@ -32,7 +32,7 @@ from cpo_kernels.integrations.transformers.model import (
 )
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
-from cpo_kernels.integrations.transformers.windows import layer_windows
+from cpo_kernels.integrations.transformers.layer_windows import layer_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
