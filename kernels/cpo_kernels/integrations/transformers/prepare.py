@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
+from cpo_kernels.integrations.transformers.layer_windows import layer_windows
 from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
@@ -32,7 +33,6 @@ from cpo_kernels.integrations.transformers.model import (
 )
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
-from cpo_kernels.integrations.transformers.layer_windows import layer_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
