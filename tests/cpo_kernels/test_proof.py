@@ -252,6 +252,19 @@ def test_structure_that_rounding_would_hide_is_seen_in_float32(dtype: torch.dtyp
         prepare(model)
 
 
+def test_layer_whose_weights_a_library_fetches_is_not_copied() -> None:
+    """Under ZeRO 3 a copy would run the hook of the original and ask its own parameters for what they have not."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+
+    def fetch(module: nn.Module, _inputs: Any) -> None:
+        assert module is layer
+
+    fetch.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    layer.register_forward_pre_hook(fetch)
+    score(prepare(model))
+
+
 CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "adapter on the head": (lambda base: with_lora(base, targets=("q_proj", "lm_head")), "output head is a"),
     "trained copy of the head": (lambda base: with_lora(base, modules_to_save=["lm_head"]), "output head is a"),

@@ -140,6 +140,11 @@ def moves_weights_only(hook: Any) -> bool:
     return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
 
 
+def fetches_weights(module: torch.nn.Module) -> bool:
+    """Whether a hook of a library gives a module its weights only while it runs, as under ZeRO 3."""
+    return any(map(moves_weights_only, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+
+
 def check_layers(parts: ModelParts) -> None:
     """Raise ValueError for a decoder layer with a state that runs along the row: a recurrence or a convolution."""
     names = {id(module): name for name, module in parts.causal_lm.named_modules()}

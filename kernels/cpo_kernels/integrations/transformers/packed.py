@@ -22,6 +22,7 @@ from cpo_kernels.device import autocast_inputs, to_device
 from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.layer_windows import forest_windows
 from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
@@ -30,7 +31,6 @@ from cpo_kernels.integrations.transformers.model import (
     reference_adapter,
 )
 from cpo_kernels.integrations.transformers.proof import check_call, check_path, proved_windows
-from cpo_kernels.integrations.transformers.windows import forest_windows
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention

@@ -22,11 +22,22 @@ from torch.utils._pytree import tree_map
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
+from cpo_kernels.integrations.transformers.layer_windows import (
+    LayerWindow,
+    forest_windows,
+    layer_windows,
+    limiting_windows,
+)
 from cpo_kernels.integrations.transformers.logits import logit_transform
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, decoder_layers, kv_shape
+from cpo_kernels.integrations.transformers.model import (
+    ModelParts,
+    check_supported,
+    decoder_layers,
+    fetches_weights,
+    kv_shape,
+)
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
-from cpo_kernels.integrations.transformers.windows import LayerWindow, forest_windows, layer_windows, limiting_windows
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -222,8 +233,8 @@ def _compare_layers_in_float32(
 ) -> None:
     """Compare the layers of a 16-bit model once more as float32 copies, where rounding hides nothing of their structure.
 
-    One copy lives at a time. Left out are layers that cannot be copied so: quantised ones, those too large, and those that
-    insist on their dtype.
+    One copy lives at a time. Left out are layers that cannot be copied so: quantised ones, those too large, those whose
+    weights are fetched as they run (ZeRO 3), and those that insist on their dtype.
     """
     if parts.causal_lm.dtype not in (torch.float16, torch.bfloat16):
         return
@@ -231,7 +242,8 @@ def _compare_layers_in_float32(
     for index, layer in enumerate(layers):
         parameters = list(layer.parameters())
         small = sum(parameter.numel() for parameter in parameters) <= MAX_FLOAT32_PARAMETERS
-        if not small or not all(parameter.is_floating_point() for parameter in parameters):
+        whole = not any(map(fetches_weights, layer.modules()))
+        if not (small and whole and all(parameter.is_floating_point() for parameter in parameters)):
             continue
         try:
             # under one configuration, whose attention implementation is the one that the forest needs

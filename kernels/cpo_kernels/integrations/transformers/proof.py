@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from cpo_kernels.integrations.transformers.layer_windows import LayerWindow, limiting_windows
 from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only, rope_limit
-from cpo_kernels.integrations.transformers.windows import LayerWindow, limiting_windows
 
 # attributes of modules and of the configuration, by name
 _STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
