@@ -56,8 +56,8 @@ QUERY_TILES = {
 }
 # Keys and values stay, queries and output gradients stream. The two float32 accumulators of 64 keys, the least that the
 # matrix instructions of 9.0 take, fill half the registers of a head of 128, and so two blocks a multiprocessor go with 32
-# queries at a time. Of a head of 256 they would fill all: on 9.0 dk and dv take a pass each, which computes scores anew, and
-# on 8.0 32 keys at a time.
+# queries at a time. Of a head of 256 they would fill all: on 9.0 dk and dv take a pass each, which computes scores anew,
+# and on 8.0 a block takes 32 keys.
 KEY_TILES = {
     90: {
         64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),  # 100 %, 2 blocks, 255 registers
