@@ -135,14 +135,16 @@ def _numbers(version: str) -> list[int]:
 
 
 def loads_extension() -> bool:
-    """Whether a new process finds the checkout's extension and can load it."""
+    """Whether the checkout has its extension, newer than its sources, and a new process can load it."""
     code = (
         "import sys, importlib.machinery as m, importlib.util as u\n"
         "loader = m.ExtensionFileLoader('_csrc', sys.argv[1])\n"
         "loader.exec_module(u.module_from_spec(u.spec_from_loader('_csrc', loader)))"
     )
     path = EXTENSION_FOLDER / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return path.exists() and subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
+    newest = max(source.stat().st_mtime for source in (ROOT / "csrc").iterdir())
+    current = path.exists() and path.stat().st_mtime >= newest
+    return current and subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
 
 
 def compile_extension(installed: Path) -> None:

@@ -27,6 +27,8 @@ FILES: dict[str, tuple[str, ...]] = {  # what it needs beside torch, Triton, Tra
     "tests/cpo_kernels/test_sample_tokens.py": (),
     "tests/cpo_kernels/test_fused_layers.py": (),
     "tests/cpo_kernels/test_fused_models.py": ("peft",),
+    "tests/cpo_kernels/test_fused_lora.py": ("peft",),
+    "tests/cpo_kernels/test_fewer_kernels_triton.py": ("peft",),
     "tests/search/test_gpu_engine.py": ("pydantic", "peft"),
     "tests/train/test_deepspeed_contract.py": ("deepspeed", "pydantic", "peft"),
     "tests/integrations/test_trl_tree.py": ("trl", "peft", "pyarrow", "pandas"),

@@ -18,7 +18,9 @@ from benchmarks.listed_dataset import stand_in_for_datasets
 from benchmarks.train_step import BETA, lora_config, randomize_adapter
 from benchmarks.workload import Pair, sequences_of
 from cpo_kernels import preference_loss
+from cpo_kernels.integrations.lora import fuse_lora, keep_input_dtype
 from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.integrations.transformers.fused import fuse_layers
 
 LLAMA_2_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -75,6 +77,9 @@ def packed(
     from peft import get_peft_model
 
     model = prepare(_with_adapter(get_peft_model(base, lora_config()), checkpointing))
+    keep_input_dtype(model)  # as training does
+    fuse_layers(model)
+    fuse_lora(model)
 
     def loss(pairs: Sequence[Pair]) -> torch.Tensor:
         sequences, starts = sequences_of(list(pairs))

@@ -1,6 +1,7 @@
 """The bundle for a machine without a network: what is installed from it, and how the extension is had there."""
 
 import json
+import os
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -49,6 +50,8 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_what_is_missing_is_installed_and_what_is_newer_stays(bundle: Path, checkout: Path, tmp_path: Path) -> None:
+    (checkout / EXTENSION).write_bytes(b"of earlier sources")
+    os.utime(checkout / EXTENSION, (0, 0))
     install(bundle, tmp_path / "target")
     installed = {path.name for path in (tmp_path / "target").iterdir()}
     assert "carried_for_a_test.py" in installed

@@ -85,23 +85,23 @@ def _fused_pair(layer: Any, x: torch.Tensor) -> tuple[torch.nn.Linear, torch.nn.
     adapters = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(adapters) != 1 or adapters[0] not in layer.lora_A:
         return None
-    adapter, weight = adapters[0], layer.get_base_layer().weight
+    adapter = adapters[0]
     if adapter in layer.lora_variant or getattr(layer.lora_dropout[adapter], "p", False):
         return None
-    if not x.dtype == weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.bfloat16 or torch.is_autocast_enabled(x.device.type):
         return None
     pair = layer.lora_A[adapter], layer.lora_B[adapter]
     shapes = (layer.r[adapter], layer.in_features), (layer.out_features, layer.r[adapter])
     if layer.r[adapter] > MAX_FUSED_RANK or not all(map(_is_simple, pair, shapes)):
         return None
-    return pair
+    return pair if layer.get_base_layer().weight.dtype == torch.bfloat16 else None
 
 
 def _is_simple(linear: torch.nn.Linear, shape: tuple[int, int]) -> bool:
     """Whether a module computes with a whole float32 weight and nothing else, so that it need not be called."""
-    weight, hooks = linear.weight, (*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks)
-    has_hooks = hooks or linear._backward_pre_hooks
-    return not has_hooks and linear.bias is None and weight.dtype == torch.float32 and weight.shape == shape
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return False  # before the weight is touched: ZeRO 3 may gather it for that
+    return linear.bias is None and linear.weight.dtype == torch.float32 and linear.weight.shape == shape
 
 
 class RecastLinear(torch.nn.Linear):
