@@ -63,7 +63,8 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
 
         return HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
     from cpo_fast.search.engine.arena_engine import ArenaEngine
-    from cpo_kernels.integrations.transformers.model import model_parts, sliding_window
+    from cpo_kernels.integrations.transformers.model import model_parts
+    from cpo_kernels.integrations.transformers.proof import path_limit
     from cpo_kernels.self_check import KernelCheckError
 
     try:
@@ -73,12 +74,12 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any) -> Eng
     except ValueError as error:
         raise ConfigError(f"search.engine: arena: {error}; set search.engine=hf") from None
     # else every question would fail by itself
-    window = sliding_window(model_parts(model).config)
+    limit = path_limit(model_parts(model))
     num_shared = max(map(len, prompts.prefixes))
-    if window is not None and num_shared >= window:
+    if limit is not None and num_shared >= limit[0]:
         raise ConfigError(
-            f"search.engine: arena: every prompt of the task has more than {num_shared} tokens and the model has a "
-            f"sliding window of {window}; set search.engine=hf"
+            f"search.engine: arena: every prompt of the task has more than {num_shared} tokens and the model has "
+            f"{limit[1]}; set search.engine=hf"
         )
     return engine
 

@@ -23,6 +23,8 @@ from cpo_kernels.implementation import Implementations, available_implementation
 from cpo_kernels.integrations.lora import fuse_lora, keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.fused import fuse_layers
+from cpo_kernels.integrations.transformers.model import model_parts, reference_adapter
+from cpo_kernels.integrations.transformers.proof import check_training
 from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import KernelCheckError
 from cpo_kernels.tree_attention import resolve_tree_attention
@@ -99,6 +101,10 @@ def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
         raise ConfigError(f"train.impl: {impl} cannot run on {device_type}; choose one of {', '.join(choices)}")
     try:
         prepare(model, impl)
+        check_training(model, model_parts(model))
+        if policy.reference == REFERENCE_ADAPTER:
+            with reference_adapter(model, REFERENCE_ADAPTER):
+                check_training(model, model_parts(model))
         fuse_layers(model, impl)
         if config.train.lora_input == "recast":
             fuse_lora(model, impl)

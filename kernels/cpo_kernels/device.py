@@ -9,6 +9,8 @@ float64 stays float64. Everything else is accumulated and returned in float32.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
@@ -60,6 +62,21 @@ def _moved(value: Any, device: torch.device, copies: dict[int, Any]) -> Any:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of accumulators and log-probabilities for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def autocast_inputs(*tensors: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors as an active autocast gives them to a matrix product; in the block it is off.
+
+    Otherwise it would round what an op accumulates in float32. Without one, and to float64, nothing happens.
+    """
+    device, given = next((tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device) or given == torch.float64:
+        yield tensors
+        return
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        yield tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def architecture(device: torch.device) -> str:

@@ -9,10 +9,8 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
-    CohereConfig,
     Gemma2Config,
     GemmaConfig,
-    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -111,23 +109,11 @@ def score(model: nn.Module) -> None:
     packed_logps(prepare(model), ROWS, STARTS)
 
 
-def tiny_gemma2(**caps: float | None) -> nn.Module:
-    """Transformers loads this family with its own attention only."""
-    return tiny_model(Gemma2Config, attention="eager", head_dim=8, **caps)
-
-
-ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "soft-cap on the final logits": (
-        lambda: tiny_gemma2(final_logit_softcapping=30.0, attn_logit_softcapping=None),
-        "(?i)soft-?cap.*final|final.*soft-?cap",
-    ),
     "soft-cap on attention": (
-        lambda: tiny_gemma2(final_logit_softcapping=None, attn_logit_softcapping=50.0),
+        lambda: tiny_model(Gemma2Config, attention="eager", head_dim=8, attn_logit_softcapping=50.0),
         "(?i)soft-?cap.*att|att.*soft-?cap",
     ),
-    "logit scale of Granite": (lambda: tiny_model(GraniteConfig, logits_scaling=8.0), "(?i)scal"),
-    "logit scale of Cohere": (lambda: tiny_model(CohereConfig, logit_scale=0.0625), "(?i)scale"),
     "adapter on the head": (
         lambda: with_lora(tiny_llama(), targets=("q_proj", "lm_head"), zero_b=True),
         "(?i)head",
@@ -135,16 +121,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sliding window shorter than a path": (lambda: tiny_mistral(sliding_window=8), "(?i)sliding.window.*8|8.*sliding"),
     "attention dropout": (lambda: tiny_llama(attention_dropout=0.1).train(), "(?i)attention.?dropout"),
     "LoRA dropout in training": (lambda: with_lora(tiny_llama(), dropout=0.1).train(), "(?i)lora.?dropout"),
-    "dynamic RoPE": (lambda: tiny_llama(rope_parameters={"rope_type": "dynamic", **ROPE}), "(?i)rope.*dynamic"),
-    "longrope": (
-        lambda: tiny_llama(
-            rope_parameters={
-                "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 16, **ROPE,
-            }
-        ),
-        "(?i)rope.*longrope",
-    ),
     "prompt learning": (
         lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
         "(?i)prompt",

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    NanoChatConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits, row_multiple
@@ -20,6 +28,8 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 8}),
     "gemma": (GemmaConfig, {"head_dim": 8}),
+    "granite": (GraniteConfig, {"logits_scaling": 0.5}),
+    "nanochat": (NanoChatConfig, {"final_logit_softcapping": 2.0}),
 }
 # parent and number of tokens of each node, parents first; states at depths 1 to 4, one of them below a single token
 TREE = [(None, 140), (0, 9), (0, 1), (1, 66), (3, 5), (2, 17), (0, 3)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import MixtralConfig
+from transformers import GraniteConfig, LlamaConfig, MixtralConfig
 from trl import DPOConfig, DPOTrainer
 
 from cpo_kernels import build_forest
@@ -169,6 +169,14 @@ def test_dropout_that_trl_switches_off_is_no_obstacle(folder: Path) -> None:
     assert difference <= 1e-4 * movement
 
 
+def test_scaled_logits_train_as_in_trl(folder: Path) -> None:
+    def granite(_: Path) -> Any:
+        return with_lora(tiny_model(GraniteConfig, vocab_size=len(tiny_tokenizer()), logits_scaling=0.5))
+
+    movement, difference, _ = movement_and_difference(folder, granite, max_steps=3)
+    assert difference <= 1e-4 * movement
+
+
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])
 def test_reference_log_probs_to_be_precomputed_equal_those_of_trl(
     trainers: tuple[DPOTrainer, DPOTrainer], ld_alpha: float | None, monkeypatch: pytest.MonkeyPatch
@@ -199,6 +207,47 @@ def test_a_sixteen_bit_model_trains_close_to_trl(folder: Path) -> None:
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
     assert abs(losses[0][-1] - losses[0][0]) > 0.05
+
+
+def test_the_default_call_trains_float32_weights_under_autocast(folder: Path) -> None:
+    """A path and no option but the CPU: TRL loads float32 weights, and computes in bfloat16 with gradient checkpointing."""
+    ends = []
+    for trainer_class in (DPOTrainer, PackedDPOTrainer):
+        config = DPOConfig(
+            output_dir=str(folder / "run"), use_cpu=True, max_steps=2, report_to=[], save_strategy="no", logging_steps=1
+        )
+        assert config.bf16
+        assert config.gradient_checkpointing
+        trainer = trainer_class(str(folder / "model"), args=config, train_dataset=Dataset.from_list(text_pairs()))
+        assert trainer.model.dtype == trainer.ref_model.dtype == torch.float32
+        trainer.train()
+        ends.append([row for row in trainer.state.log_history if "loss" in row])
+    for ours, theirs in zip(ends[1], ends[0], strict=True):
+        for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2), name
+    assert ends[1][0]["rewards/chosen"] == ends[1][0]["rewards/rejected"] == 0.0
+
+
+@pytest.mark.parametrize("make_model", [adapted_model, base_model], ids=["lora", "full"])
+def test_autocast_ends_nearer_to_trl_than_another_order_of_the_rows(folder: Path, make_model: Any) -> None:
+    """Three SGD steps under bfloat16 autocast; and no further from float32 than TRL, but for rows it rounds more often."""
+    rows = text_pairs(3 * BATCH)
+
+    def end(trainer_class: type[DPOTrainer], rows: list[dict[str, str]], bf16: bool = True) -> dict[str, torch.Tensor]:
+        reference = {"ref_model": base_model(folder)} if make_model is base_model else {}
+        trainer = make_trainer(
+            trainer_class, make_model(folder), folder, rows=rows, max_steps=3, bf16=bf16, **reference
+        )
+        trainer.train()
+        return trained(trainer.model)
+
+    theirs, ours, exact = end(DPOTrainer, rows), end(PackedDPOTrainer, rows), end(DPOTrainer, rows, bf16=False)
+    difference, reordered = largest_difference(ours, theirs), largest_difference(end(DPOTrainer, rows[::-1]), theirs)
+    error, their_error = largest_difference(ours, exact), largest_difference(theirs, exact)
+    print(f"from TRL {difference:.1e}, TRL reordered {reordered:.1e}; from float32 {error:.1e}, TRL {their_error:.1e}")
+    assert difference <= reordered
+    assert 0 < difference <= 2 * their_error
+    assert error <= 2 * their_error
 
 
 @pytest.mark.parametrize("sync", [False, True], ids=["separate reference", "synchronised reference"])
@@ -242,17 +291,27 @@ def test_vision_data_is_refused(folder: Path) -> None:
         make_trainer(PackedDPOTrainer, base_model(folder), folder, rows=rows)
 
 
-def test_dropout_autocast_and_expert_losses_are_refused(folder: Path) -> None:
+def test_dropout_and_expert_losses_are_refused(folder: Path) -> None:
     def make(model: Any, **options: Any) -> None:
         make_trainer(PackedDPOTrainer, model, folder, ref_model=base_model(folder), **options)
 
     with pytest.raises(ValueError, match="does not support disable_dropout=False"):
         make(with_lora(base_model(folder), dropout=0.1), disable_dropout=False)
-    with pytest.raises(ValueError, match="does not support bf16=True"):
-        make(base_model(folder), bf16=True)
+    functional = tiny_model(LlamaConfig, attention_dropout=0.1, vocab_size=len(tiny_tokenizer()))
+    with pytest.raises(ValueError, match=r"disable_dropout=True: .*self_attn.*attention_dropout=0\.1"):
+        make(functional)  # TRL switches off modules only
+    with pytest.raises(ValueError, match="activated LoRA"):
+        make(with_lora(base_model(folder), alora_invocation_tokens=[5, 6]))
     experts = tiny_model(MixtralConfig, num_local_experts=2, vocab_size=len(tiny_tokenizer()), sliding_window=None)
     with pytest.raises(ValueError, match="does not support router_aux_loss_coef"):
         make(experts)
+
+
+def test_noise_that_comes_after_the_trainer_is_refused_at_the_step(folder: Path) -> None:
+    trainer = make_trainer(PackedDPOTrainer, adapted_model(folder), folder, max_steps=1)
+    trainer.neftune_noise_alpha = 5.0  # its hook is put on the embeddings where training begins
+    with pytest.raises(ValueError, match=r"embed_tokens.*neftune_noise_alpha=5"):
+        trainer.train()
 
 
 def test_input_without_a_place_in_a_forest_is_refused(trainers: tuple[DPOTrainer, DPOTrainer]) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from cpo_fast.config import SearchConfig
@@ -28,6 +35,7 @@ CONFIG_CLASSES = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma": GemmaConfig,
+    "granite": GraniteConfig,
 }
 
 

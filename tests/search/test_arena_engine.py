@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GraniteConfig, NanoChatConfig, Phi3Config
 
 from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine import ScoreRequest
@@ -31,6 +32,7 @@ from tests.search.engine_cases import (
     two_level_searches,
     with_adapter,
 )
+from tests.tiny import tiny_model, with_lora
 
 
 def arena_engine(
@@ -119,6 +121,44 @@ def test_bits_depend_on_nothing_but_the_search(changes: dict[str, Any]) -> None:
     assert not any(isinstance(result, Exception) for result in actual.values())
 
 
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [(GraniteConfig, {"logits_scaling": 0.25}), (NanoChatConfig, {"final_logit_softcapping": 2.0})],
+)
+def test_scaled_and_capped_logits_are_those_of_the_model(config: type, changes: dict[str, Any]) -> None:
+    """Greedy tokens stay what they are under a scale, samples and scores do not."""
+    few_shot, prompts = forked_prompts(9)
+    model = tiny_model(config, vocab_size=len(TOKENIZER), initializer_range=0.1, **changes)
+    requests = [*sampled(prompts), *(ScoreRequest(prompt, ((5,), (6, 7, 8))) for prompt in prompts)]
+    expected = ask(HuggingFaceEngine(model, TOKENIZER, 16), requests, keep=False)
+    actual = ask(arena_engine(model), requests, few_shot, keep=False)
+    for one, other in zip(actual, expected, strict=True):
+        if isinstance(one, list):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+        else:
+            assert one.token_ids == other.token_ids
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+
+
+def test_longrope_is_exact_for_paths_that_cannot_outgrow_its_original_length() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0,
+        "short_factor": [1.0, 1.5, 2.0, 1.0], "long_factor": [2.0, 4.0, 9.0, 3.0],
+    }  # fmt: skip
+    model = tiny_model(
+        Phi3Config, vocab_size=len(TOKENIZER), initializer_range=0.4, sliding_window=None, rope_parameters=rope,
+        original_max_position_embeddings=110,
+    )  # fmt: skip
+    few_shot, prompts = forked_prompts(15)
+    engine = arena_engine(model)
+    for prompt, sample in zip(prompts, ask(engine, greedy(prompts), few_shot), strict=True):
+        assert sample.token_ids == generated(model, prompt)
+    room = 110 - len(prompts[0])
+    ask(engine, greedy(prompts[:1], max_new_tokens=room))
+    with pytest.raises(ValueError, match=r"path of 111 tokens is longer than 110, .* type longrope"):
+        ask(engine, greedy(prompts[:1], max_new_tokens=room + 1))
+
+
 def test_everything_but_the_permanent_nodes_is_given_back() -> None:
     few_shot, prompts = forked_prompts(13)
     engine = arena_engine()
@@ -196,3 +236,26 @@ def test_refill_fills_slots_sooner_and_changes_no_answer() -> None:
     emptied = arena_engine(make_batch=partial(DecodeBatch, refill=False), batch_size=6)
     assert ask(refilled, requests) == ask(emptied, requests) == expected
     assert refilled.scheduler.batch.counts.num_steps < emptied.scheduler.batch.counts.num_steps
+
+
+def test_model_changed_after_the_engine_was_made_is_proved_again_or_refused() -> None:
+    """An activated LoRA would give the tokens of the base: its offsets are told around the model's forward."""
+    model = small_model()
+    engine, (few_shot, prompts) = arena_engine(model), forked_prompts(0)
+    ask(engine, greedy(prompts), few_shot)
+    with_adapter(model)  # injected in place
+    for prompt, sample in zip(prompts, ask(engine, greedy(prompts), few_shot), strict=True):
+        assert sample.token_ids == generated(model, prompt)
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: -logits)
+    with pytest.raises(ValueError, match="head has a forward hook"):
+        ask(engine, greedy(prompts), few_shot)
+    activated = with_lora(small_model(), targets=("q_proj",), alora_invocation_tokens=[5, 6])
+    for each in (activated, activated.get_base_model()):
+        with pytest.raises(ValueError, match="activated LoRA"):
+            arena_engine(each)
+    dropping = with_lora(small_model(), dropout=0.2)
+    engine = arena_engine(dropping)
+    ask(engine, greedy(prompts[:1]), few_shot)
+    dropping.train()
+    with pytest.raises(ValueError, match=r"lora_dropout.*p=0\.2"):
+        ask(engine, greedy(prompts[:1]), few_shot)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import build_policy
 from cpo_kernels.implementation import DEFAULT_BY_DEVICE
 from cpo_kernels.integrations.lora import RecastLinear
+from cpo_kernels.integrations.transformers import proof
 from cpo_kernels.self_check import CHECKS
 from tests.data.hand_made import node, tree, write_trees
 from tests.processor import Processor
@@ -288,3 +290,19 @@ def test_a_gradient_whose_squares_float32_cannot_hold_is_finite(make_config: Mak
     weights[0].register_hook(lambda gradient: torch.full_like(gradient, 1e30))
     result = train(config, policy.model, policy.tokenizer)
     assert result.first["grad_norm"] == pytest.approx(1e30 * weights[0].numel() ** 0.5)
+
+
+def test_dropout_of_an_adapter_is_refused_before_the_run_and_its_absence_is_looked_for_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(reference="online", max_steps=2)
+    policy = build_policy(config)
+    looked: list[Any] = []
+    monkeypatch.setattr(proof, "_random_module", lambda *args: looked.append(args))
+    train(config, policy.model, policy.tokenizer)
+    assert len(looked) == 1  # by the proof before the first step
+    monkeypatch.undo()
+    layer = next(module for module in policy.model.modules() if isinstance(module, LoraLayer))
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    with pytest.raises(ConfigError, match=r"cannot be trained on forests: dropout.*lora_dropout\.default.*p=0\.1"):
+        train(config, policy.model, policy.tokenizer)

@@ -25,6 +25,7 @@ from cpo_kernels.integrations.transformers import prepare
 from cpo_kernels.integrations.transformers.decode import fewer_kernels
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
+from cpo_kernels.integrations.transformers.proof import check_call
 from cpo_kernels.tree_decode import resolve_tree_decode
 
 
@@ -101,12 +102,17 @@ class ArenaEngine:
     def run(
         self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
     ) -> Iterator[tuple[str, R | Exception, float]]:
-        """As `Engine.run`. Weights must not change before it ends."""
+        """As `Engine.run`. Weights must not change before it ends.
+
+        Raises:
+            ValueError: the model was changed into one that cannot be computed exactly this way (`proof.check_call`).
+        """
         self._check_weights()
         return self.scheduler.run(searches, cache)
 
     def _check_weights(self) -> None:
-        """Drop every stored node when a weight or the choice of adapters has changed."""
+        """Refuse a model that was changed into one that is not exact. Drop stored nodes of other weights or adapters."""
+        check_call(self.model, self._runner.parts)
         now = weights_fingerprint(self.model)
         if now == self._weights:
             return

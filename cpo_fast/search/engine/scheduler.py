@@ -32,7 +32,7 @@ from cpo_fast.search.engine.requests import (
 )
 from cpo_fast.search.engine.sampler import NOT_FINITE_MESSAGE
 from cpo_fast.search.engine.stopping import StopChecker
-from cpo_kernels.integrations.transformers.model import check_forward
+from cpo_kernels.integrations.transformers.proof import check_path
 
 
 @dataclass(eq=False)
@@ -173,7 +173,7 @@ class Scheduler:
     def _check(self, item: SampleRequest | ScoreRequest) -> None:
         parts, num_tokens = self._runner.parts, len(item.token_ids)
         check_length(num_tokens, item.max_new_tokens, getattr(parts.config, "max_position_embeddings", None))
-        check_forward(parts.causal_lm, parts, num_tokens + item.max_new_tokens)
+        check_path(parts, num_tokens + item.max_new_tokens)
 
     def _admit(self) -> tuple[list[KVNode], list[RunningRequest], list[Scored]]:
         """Take pending requests, in the order of the searches, as far as KV slots and batch slots go.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cpo_kernels.integrations.transformers import packed_logps
+from cpo_kernels.integrations.transformers.model import unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ def packed_token_logps(
 ) -> PaddedLogps:
     """Log-probs of the scored tokens of a padded batch, each given the real tokens before it in its row.
 
-    Autocast is off inside: the model runs in its own dtype and logits are never rounded to 16 bits. A scored token that
-    opens its row has nothing to be predicted from and counts as not scored.
+    A float32 model runs under the caller's autocast, one in 16 bits in its own dtype. Logits are never rounded to 16 bits.
+    A scored token that opens its row has nothing to be predicted from and counts as not scored.
 
     Args:
         model: a prepared model, as `packed_logps` takes it.
@@ -63,7 +64,9 @@ def packed_token_logps(
     wanted &= real & (position > first[:, None])
     start = torch.where(wanted.any(dim=1), wanted.int().argmax(dim=1) - first, length)
     runs = [(f, f + n, s) for f, n, s in zip(first.tolist(), length.tolist(), start.tolist(), strict=True)]
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+    device_type, is_float32 = next(model.parameters()).device.type, unwrap_peft(model).dtype == torch.float32
+    dtype, is_on = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, dtype, enabled=is_on and is_float32):
         packed = packed_logps(
             model,
             [ids[row, low:high].tolist() for row, (low, high, _) in enumerate(runs)],

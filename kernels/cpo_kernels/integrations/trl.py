@@ -8,8 +8,8 @@ f-divergences, `ld_alpha`, truncation, the reference (adapter off, copied adapte
 precomputed log-probs), `compute_metrics`, gradient checkpointing. Logs gain `packing/tokens`, `packing/padded_tokens`
 and `packing/tokens_saved` per batch.
 
-`REFUSED_OPTIONS`, vision data, mixture-of-experts losses, dropout, sharded weights (FSDP, ZeRO-3) and autocast over
-float32 weights are refused by name. DDP works. ZeRO 1 and 2 are let through and untried.
+Under `bf16=True` a float32 model runs under autocast, as in TRL. `REFUSED_OPTIONS`, vision data, mixture-of-experts losses,
+dropout and sharded weights (FSDP, ZeRO-3) are refused by name. DDP works. ZeRO 1 and 2 are let through and untried.
 """
 
 import functools
@@ -24,7 +24,8 @@ from trl import DPOTrainer
 
 from cpo_kernels.integrations.padded import PaddedLogps, packed_token_logps
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.model import unwrap_peft
+from cpo_kernels.integrations.transformers.model import model_parts, unwrap_peft
+from cpo_kernels.integrations.transformers.proof import check_training
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -42,6 +43,7 @@ REFUSED_OPTIONS = {
     "activation_offloading": "it was never tried on a forest",
     "torch_compile": "a forest's shape changes with every batch",
     "fsdp": "the output head is read as one tensor and would be sharded",
+    "neftune_noise_alpha": "its noise is drawn anew for every row, and rows share the embeddings of their prefix",
     "parallelism_config": "a forest is one line of tokens and is not cut over devices",
 }
 # TRL's name of a per-token output -> the name it has here
@@ -76,22 +78,22 @@ class PackedDPOTrainer(DPOTrainer):
         self._refuse_models()
         models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
         for model in models:
+            causal_lm = unwrap_peft(model)
+            # accelerate has put autocast around the reference's forward, and prepare compares exactly
+            wrapped = causal_lm.__dict__.pop("forward", None)
             prepare(model)
-            _route_forward(unwrap_peft(model), self._packed_forward)
+            try:
+                check_training(model, model_parts(model))
+            except ValueError as error:
+                raise _refusal(f"disable_dropout={self.args.disable_dropout}", str(error)) from None
+            if wrapped is not None:
+                causal_lm.forward = wrapped
+            _route_forward(causal_lm, self._packed_forward)
         self._is_packed = True
 
     def _refuse_models(self) -> None:
         if self.aux_loss_enabled:
             raise _refusal("router_aux_loss_coef", "expert routing statistics differ when prefixes are shared")
-        dropout = [name for name, module in self.model.named_modules() if _drops(module)]
-        if dropout:
-            raise _refusal("disable_dropout=False", f"{dropout[0]} has dropout; a shared prefix is dropped once")
-        causal_lm: Any = unwrap_peft(self.model)
-        if (self.args.bf16 or self.args.fp16) and causal_lm.dtype == torch.float32:
-            raise _refusal(
-                "bf16=True or fp16=True with a float32 model",
-                "packed batches run without autocast; load the model in 16 bits or set bf16=False",
-            )
 
     def _packed_forward(
         self,
@@ -108,7 +110,8 @@ class PackedDPOTrainer(DPOTrainer):
             raise ValueError(f"PackedDPOTrainer: the collator gives {unknown}, which a forest has no place for")
         is_reference = self.model.training and not torch.is_grad_enabled()
         asked = () if is_reference else tuple(_OUTPUTS.values())
-        batch = packed_token_logps(model, input_ids, attention_mask, labels != -100, asked, self._packing_impl)
+        with self.accelerator.autocast():  # the policy's call comes under it, a separate reference's does not
+            batch = packed_token_logps(model, input_ids, attention_mask, labels != -100, asked, self._packing_impl)
         self._policy_batch = self._policy_batch or batch
         extra = {name: batch.outputs.get(ours) for name, ours in _OUTPUTS.items()}
         return FusedCausalLMOutput(log_probs=batch.logps, label_mask=labels[:, 1:] != -100, **extra)
@@ -160,7 +163,3 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
 
 def _refusal(what: str, why: str) -> ValueError:
     return ValueError(f"PackedDPOTrainer does not support {what}: {why}")
-
-
-def _drops(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Dropout) and module.p > 0

@@ -14,6 +14,7 @@ import torch
 from cpo_kernels.integrations.lora import fuse_lora
 from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.logits import final_logits
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts, peft_configs
 from cpo_kernels.integrations.transformers.projections import merge_projections
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
@@ -91,13 +92,15 @@ def decode_forward(
 
 @torch.no_grad()
 def next_logits(model: torch.nn.Module | ModelParts, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of the next token, [R, V] float32: the model's own head on `hidden` [R, E], in the dtype of the model."""
-    num_rows = hidden.shape[0]
+    """Logits of the next token, [R, V] float32: the model's own head on `hidden` [R, E], in the dtype of the model.
+
+    What the model does to its head's products is done in float32.
+    """
+    parts, num_rows = prepared_parts(model, "decode_forward"), hidden.shape[0]
     missing = -num_rows % row_multiple()
     if hidden.device.type == "cpu" and missing:
         hidden = torch.cat([hidden, hidden.new_zeros(missing, hidden.shape[1])])
-    logits: torch.Tensor = prepared_parts(model, "decode_forward").head(hidden)[:num_rows]
-    return logits.float()
+    return final_logits(parts, parts.head(hidden).float())[:num_rows]
 
 
 def row_multiple() -> int:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cpo_kernels.device import autocast_inputs
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts
 from cpo_kernels.integrations.transformers.rotary import DeferredRotation
 from cpo_kernels.tree_attention import TreeSchedule, attention_layer, resolve_tree_attention
@@ -74,8 +75,9 @@ def cpo_tree_attention(
     else:
         assert subtree_end is not None
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
-        output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl)
-    return output.unsqueeze(0), None
+        with autocast_inputs(q, k, v) as (q, k, v):
+            output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl)
+    return output.unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
 
 
 def register() -> None:

@@ -4,10 +4,11 @@ A `PeftModel` with LoRA injects its layers into the base model in place, so call
 adapters. Nothing else of the wrapper's forward matters here.
 
 What a packed forward cannot compute exactly is refused before anything runs. The probe of `prepare` catches what differs
-in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's logits, an
+in numbers. The checks here catch what a random 32-token forest would not show: a soft-cap far above today's scores, an
 adapter on the head that is still zero, dropout in evaluation mode, a window longer than the probe.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# configuration key -> what it is. Refused when set to something other than the value that means "off"
-_HEAD_TRANSFORMS = {
-    "final_logit_softcapping": ("a soft-cap on the final logits", None),
-    "attn_logit_softcapping": ("a soft-cap on the attention scores", None),
-    "logits_scaling": ("a scale on the final logits", 1.0),
-    "logit_scale": ("a scale on the final logits", 1.0),
-    "lm_head_multiplier": ("a scale on the final logits", 1.0),
-}
-# rotary tables of these kinds depend on the longest position of the batch, so packing would change them
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# classes of modules whose output at a token depends on its neighbours in the row
+_ROW_STATE = re.compile(
+    r"Mamba(2?Mixer|2|Layer|Block)?$|MambaMixer|Mamba2|SSM|Rwkv|Rglru|RecurrentBlock|Delta(Net|Attention)|ShortConv"
+    r"|LinearAttention|LightningAttention|Retention|[xms]LSTM"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,27 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
             f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head"
         )
     return ModelParts(causal_lm, backbone, head, causal_lm.config.get_text_config(decoder=True))
+
+
+def decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
+    """The decoder layers in the order they run.
+
+    Raises:
+        ValueError: the model holds no list of them.
+    """
+    decoder: Any = parts.causal_lm.get_decoder() or parts.backbone
+    for module in (
+        parts.backbone,
+        decoder,
+        *decoder.modules(),
+    ):  # OPT and multimodal models hold them one module deeper
+        for child in module.children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == parts.config.num_hidden_layers:
+                return list(child)
+    raise ValueError(
+        f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
+        f"{parts.config.num_hidden_layers} decoder layers"
+    )
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -109,65 +126,89 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
             parameter.requires_grad_(flag)
 
 
-def check_supported(model: torch.nn.Module) -> ModelParts:
-    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+def check_adapters(model: torch.nn.Module) -> None:
+    """Raise ValueError for adapters of a `PeftModel` that live around its forward, which packed forwards go past."""
     for name, config in peft_configs(model).items():
         if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
             raise ValueError(f"adapter '{name}' uses prompt learning: its virtual tokens have no place in a forest")
+
+
+def moves_weights_only(hook: Any) -> bool:
+    """Whether a forward hook is one of a library that fetches weights or asks for gradients and changes no number."""
+    function = getattr(hook, "func", hook)
+    library = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
+    return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
+
+
+def fetches_weights(module: torch.nn.Module) -> bool:
+    """Whether a hook of a library gives a module its weights only while it runs, as under ZeRO 3."""
+    return any(map(moves_weights_only, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+
+
+def check_layers(parts: ModelParts) -> None:
+    """Raise ValueError for a decoder layer with a state that runs along the row: a recurrence or a convolution."""
+    names = {id(module): name for name, module in parts.causal_lm.named_modules()}
+    for layer in decoder_layers(parts):
+        for module in layer.modules():
+            if isinstance(module, torch.nn.RNNBase | torch.nn.Conv1d) or _ROW_STATE.search(type(module).__name__):
+                raise ValueError(
+                    f"{names[id(module)]} ({type(module).__name__}) carries a state from token to token, which in a forest "
+                    "would run from one branch into the next; use a model whose layers are all attention"
+                )
+
+
+def check_supported(model: torch.nn.Module) -> ModelParts:
+    """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
+    check_adapters(model)
     parts = model_parts(model)
     config = parts.config
-    for key, (meaning, off) in _HEAD_TRANSFORMS.items():
-        value = getattr(config, key, None)
-        if value is not None and value != off:
-            raise ValueError(f"{type(parts.causal_lm).__name__} has {meaning} ({key}={value}), which is not supported")
-    if type(parts.head) is not torch.nn.Linear:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
         raise ValueError(
-            f"the output head is a {type(parts.head).__name__}: an adapter or a replacement on the head is not supported"
+            f"{type(parts.causal_lm).__name__} has a soft-cap on the attention scores (attn_logit_softcapping={softcap}), "
+            "which is not supported"
         )
-    rope = _rope_types(config)
-    if rope & set(_LENGTH_DEPENDENT_ROPE):
-        raise ValueError(
-            f"RoPE of type {', '.join(sorted(rope))} depends on the sequence length, which packing changes"
-        )
+    _check_head(parts.head)
+    for name, module in parts.causal_lm.named_modules():
+        for adapter, variant in getattr(module, "lora_variant", {}).items():
+            if "ALora" in getattr(variant, "__name__", type(variant).__name__):
+                raise ValueError(
+                    f"adapter '{adapter}' on {name} is an activated LoRA: PEFT tells it around the model's forward where "
+                    "it begins in a row, which a forest has no place for; use a plain LoRA (alora_invocation_tokens=None)"
+                )
+    check_layers(parts)
     return parts
 
 
-def check_forward(model: torch.nn.Module, parts: ModelParts, longest_path: int) -> None:
-    """Raise ValueError for what depends on the call: dropout in training mode, a window shorter than a path."""
-    if parts.causal_lm.training:
-        for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
-            if getattr(parts.config, key, 0.0):
-                raise ValueError(
-                    f"dropout is on ({key}={getattr(parts.config, key)}): branches share their prefix's activations, "
-                    "so it would not match padded training; set it to 0 or call model.eval()"
-                )
-        for name, config in peft_configs(model).items():
-            if getattr(config, "lora_dropout", 0.0):
-                raise ValueError(
-                    f"adapter '{name}' has LoRA dropout {config.lora_dropout}: branches share their prefix's activations, "
-                    "so it would not match padded training; set lora_dropout=0"
-                )
-    window = sliding_window(parts.config)
-    if window is not None and longest_path > window:
+def _check_head(head: torch.nn.Module) -> None:
+    """Raise ValueError for a head that is more than the weight and bias that are read from it."""
+    if type(head) is not torch.nn.Linear:
         raise ValueError(
-            f"a path of {longest_path} tokens is longer than the model's sliding window of {window}; "
-            "shorten the rows or use a model without a sliding window"
+            f"the output head is a {type(head).__name__}: an adapter, a trained copy or a replacement of the head is not "
+            "supported; leave it out of target_modules and modules_to_save"
         )
+    for hook in (*head._forward_hooks.values(), *head._forward_pre_hooks.values()):
+        if not moves_weights_only(hook):
+            raise ValueError(
+                f"the output head has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)}): its weight is "
+                "read directly, so what the hook does to the logits would be left out; remove the hook"
+            )
 
 
-def sliding_window(config: Any) -> int | None:
-    """The shortest attention window over the layers in tokens, or None when every layer sees everything."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and all(kind == "full_attention" for kind in layer_types):
-        return None
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min((window for window in windows if window), default=None)
+def rope_limit(config: Any) -> tuple[str, int] | None:
+    """The longest path in tokens that leaves the rotary table what it is, behind the kind of RoPE. None: any length.
 
-
-def _rope_types(config: Any) -> set[str]:
+    Tables of these kinds change when the longest row of a call outgrows the length that the model was trained at. A
+    forest has one table for all its rows, so they are exact up to there. Read from `dynamic_rope_update` of Transformers.
+    """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    found = (entry.get("rope_type") or entry.get("type") for entry in [parameters, *nested])
-    return {kind for kind in found if isinstance(kind, str)}
+    limits = []
+    # some models have one entry for each type of layer
+    for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = entry.get("rope_type") or entry.get("type") or ""
+        if kind == "longrope":
+            limits.append((kind, entry.get("original_max_position_embeddings") or config.max_position_embeddings))
+        elif "dynamic" in kind:
+            # a row as long as the model's positions keeps the table of a longer one before it
+            limits.append((kind, config.max_position_embeddings - 1))
+    return min(limits, key=lambda limit: limit[1], default=None)

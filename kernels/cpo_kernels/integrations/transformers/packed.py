@@ -18,17 +18,18 @@ import torch
 from torch.profiler import record_function
 
 import cpo_kernels._csrc as _csrc
-from cpo_kernels.device import to_device
+from cpo_kernels.device import autocast_inputs, to_device
 from cpo_kernels.forest import Forest, build_forest, flatten
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
+from cpo_kernels.integrations.transformers.logits import logit_transform
 from cpo_kernels.integrations.transformers.model import (
     ModelParts,
     attention_heads,
-    check_forward,
     peft_configs,
     reference_adapter,
 )
+from cpo_kernels.integrations.transformers.proof import check_call, check_path
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention
@@ -59,6 +60,8 @@ def packed_logps(
 ) -> PackedLogps:
     """Score tokens starts[s]: of every sequence in one forward over the sequences' forest.
 
+    Under `torch.autocast` the backbone, attention and the head's inputs are in its dtype. Logits are not rounded to it.
+
     Args:
         model: a prepared `PreTrainedModel` or `PeftModel`, not a wrapper around one.
         sequences: S sequences of token ids, prompt and response. Equal prefixes are computed once.
@@ -73,12 +76,14 @@ def packed_logps(
 
     Raises:
         TypeError: the model is a wrapper.
-        ValueError: the model was not prepared, or the rows, starts or reference do not fit.
+        ValueError: the model was not prepared, was changed since into one that is not exact (`proof.check_call`), or the
+            rows, starts or reference do not fit.
         RuntimeError: a layer did not run tree attention.
     """
     parts, impl = prepared_parts(model, "packed_logps"), Implementations.of(impl)
+    check_call(model, parts)
     with record_function("pack"):
-        inputs = _pack(model, parts, sequences, starts)
+        inputs = _pack(parts, sequences, starts)
     with record_function("backbone reference"):
         ref_hidden, ref_parts = _reference_hidden(model, parts, inputs, reference, impl.tree_attention)
     with record_function("backbone policy"):
@@ -87,14 +92,14 @@ def packed_logps(
     head: Any = parts.head
     shares_head = ref_parts is not None and ref_parts.head is head
     with record_function("head"):
-        result = logps(
-            hidden, head.weight, ref_hidden=ref_hidden if shares_head else None, bias=head.bias, outputs=outputs
-        )
+        frozen = ref_hidden if shares_head else None
+        with autocast_inputs(hidden, head.weight, head.bias, frozen) as (hidden, weight, bias, frozen):
+            result = logps(hidden, weight, ref_hidden=frozen, bias=bias, outputs=outputs, **logit_transform(parts))
         ref_segment_logps = result.ref_segment_logps
         if ref_parts is not None and ref_hidden is not None and not shares_head:
             ref_head: Any = ref_parts.head
-            with torch.no_grad():
-                ref_segment_logps = logps(ref_hidden, ref_head.weight, bias=ref_head.bias).segment_logps
+            with torch.no_grad(), autocast_inputs(ref_hidden, ref_head.weight, ref_head.bias) as (rows, weight, bias):
+                ref_segment_logps = logps(rows, weight, bias=bias, **logit_transform(ref_parts)).segment_logps
     return PackedLogps(
         result.segment_logps,
         ref_segment_logps,
@@ -121,14 +126,12 @@ class PackedInputs:
         return hidden
 
 
-def _pack(
-    model: torch.nn.Module, parts: ModelParts, sequences: Sequence[Sequence[int]], starts: Sequence[int]
-) -> PackedInputs:
+def _pack(parts: ModelParts, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> PackedInputs:
     """Make everything on the host, then send it to the model's device."""
     forest = build_forest(sequences)
     plan, schedule = forest.logprob_plan(starts), forest.schedule(heads=attention_heads(parts.config))
     longest_path = int(forest.path_offsets.diff().max()) if len(sequences) else 0
-    check_forward(model, parts, longest_path)
+    check_path(parts, longest_path)
     inputs = PackedInputs(forest, schedule, plan, longest_path, int(forest.path_offsets[-1]))
     return to_device(inputs, next(parts.causal_lm.parameters()).device)
 
@@ -178,7 +181,8 @@ def _reference_hidden(
     with torch.no_grad():
         if isinstance(reference, torch.nn.Module):
             ref_parts = prepared_parts(reference, "packed_logps")
-            check_forward(reference, ref_parts, inputs.longest_path)
+            check_call(reference, ref_parts)
+            check_path(ref_parts, inputs.longest_path)
             return inputs.hidden(ref_parts, impl), ref_parts
         adapters = peft_configs(model)
         if not adapters or (reference != ADAPTER_OFF and reference not in adapters):
@@ -187,6 +191,8 @@ def _reference_hidden(
                 f"{sorted(adapters)}"
             )
         with reference_adapter(model, None if reference == ADAPTER_OFF else reference):
+            if reference != ADAPTER_OFF:  # with adapters off less runs than what was checked
+                check_call(model, parts)
             return inputs.hidden(parts, impl), parts
 
 

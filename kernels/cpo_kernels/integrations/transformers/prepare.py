@@ -3,28 +3,43 @@
 A 32-token forest with two branches runs through the hook and our head. Its two paths run through the stock model with
 `sdpa`. Every layer of the forest starts from the stock model's own hidden states, so the rounding of one layer is not
 taken for an error of the next: a deep 16-bit model is right however much it amplifies them, and the bound holds for one
-layer. The first layer that differs by more is named and the model refused, which catches attention variants, logit
-transforms and architectures that nobody has listed. Where the Triton kernels are the device's default, they are checked
-there first in the model's own shapes (`cpo_kernels.self_check`).
+layer. The layers of a 16-bit model are compared in float32 too, one copy at a time. The first layer that differs by more is
+named and the model refused, which catches attention variants, logit transforms and architectures that nobody has listed.
+The head reads larger hidden states than the model gives it, so that a soft-cap shows far above today's logits. Where the
+Triton kernels are the device's default, they are checked there first in the model's own shapes (`cpo_kernels.self_check`).
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
-from cpo_kernels.integrations.transformers.model import ModelParts, check_supported, kv_shape, sliding_window
+from cpo_kernels.integrations.transformers.layer_windows import layer_windows
+from cpo_kernels.integrations.transformers.logits import logit_transform
+from cpo_kernels.integrations.transformers.model import (
+    ModelParts,
+    check_supported,
+    decoder_layers,
+    fetches_weights,
+    kv_shape,
+)
 from cpo_kernels.integrations.transformers.packed import forest_forward
+from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
 
 TRUNK_TOKENS, BRANCH_TOKENS = 12, 10  # 12 + 2 * 10 = 32 tokens, two paths of 22
+MAX_FLOAT32_PARAMETERS = 2**30  # of a layer that is copied in float32: 4 GiB
+HEAD_FACTOR = 16.0  # on the hidden states that the head reads. A power of two, which is exact in every dtype
 LAYER_SHARE = 0.4  # of the bound for a whole model. Measured: 0.13 of that bound in bfloat16, 0.005 in float32
 
 
@@ -45,17 +60,19 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
         KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
     """
     parts, impl = check_supported(model), Implementations.of(impl)
+    drop_proof(parts)
     if impl == Implementations():
         check_kernels(parts)
     register()
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
     try:
-        with torch.no_grad():
-            _probe(parts, impl)
+        with torch.no_grad(), torch.autocast(next(parts.causal_lm.parameters()).device.type, enabled=False):
+            windows = _probe(model, parts, impl)
     finally:
         for module in was_training:
             module.training = True
+    keep_proof(parts, partial(prepare, impl=impl), windows)
     return model
 
 
@@ -78,74 +95,96 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
         self_check(device, shape, ops)
 
 
-def _probe(parts: ModelParts, impl: Implementations) -> None:
+def _probe(model: Any, parts: ModelParts, impl: Implementations) -> dict[int, int]:
+    """Compare forest and stock model, and return the windows of the layers."""
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
-    forest, paths = _two_branches(parts.config.vocab_size, sliding_window(parts.config))
-    forest = forest.to(device)
-    parts.causal_lm.set_attn_implementation("sdpa")
-    layers = _decoder_layers(parts)
-    stock, logits = [], []
-    for path in paths:
-        with _recorded(layers) as states:
-            ids = torch.tensor([path], device=device)
-            logits.append(parts.causal_lm(input_ids=ids, use_cache=False).logits)
-        stock.append(states)
-    parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
     try:
-        with _recorded(layers, [_packed(forest, states) for states in zip(*stock, strict=True)]) as states:
+        # some families (Gemma 2) are loaded with their own attention only
+        parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
+        windows = layer_windows(parts)
+        forest, paths = _two_branches(parts.config.vocab_size, shortest(windows, parts.config))
+        forest = forest.to(device)
+        layers = decoder_layers(parts)
+        # accelerate keeps the forward here when it puts autocast around it
+        forward = vars(model).get("_original_forward", model)
+        stock, logits = [], []
+        for path in paths:
+            with _recorded(layers) as recorded, _louder(parts.head):
+                ids = torch.tensor([path], device=device)
+                logits.append(forward(input_ids=ids, use_cache=False).logits)
+            stock.append(recorded)
+        parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
+        packed = [_packed(forest, states) for states in zip(*(each.states for each in stock), strict=True)]
+        with _recorded(layers, packed) as ours:
             output = forest_forward(parts, forest, impl=impl.tree_attention)
-        _compare_layers(parts, forest, states, stock)
+        _compare_layers(parts, forest, ours.states, [each.states for each in stock])
+        _compare_layers_in_float32(parts, forest, layers, ours, stock)
         _compare_head(parts, forest, output.last_hidden_state[0], logits, paths, impl.linear_logprob)
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
+    return windows
 
 
-def _decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
-    """The decoder layers in the order they run."""
-    for module in parts.backbone.children():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == parts.config.num_hidden_layers:
-            return list(module)
-    raise ValueError(
-        f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
-        f"{parts.config.num_hidden_layers} decoder layers"
-    )
+@dataclass(frozen=True)
+class _Record:
+    """Of one forward: the embeddings and the output of every layer, and the arguments of every layer."""
+
+    states: list[torch.Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @contextmanager
-def _recorded(
-    layers: list[torch.nn.Module], inputs: Sequence[torch.Tensor] | None = None
-) -> Iterator[list[torch.Tensor]]:
-    """Fills a list by the embeddings and the output of every layer, while layers may be given other inputs than they had.
+def _recorded(layers: list[torch.nn.Module], inputs: Sequence[torch.Tensor] | None = None) -> Iterator[_Record]:
+    """Fills a record, while layers may be given other inputs than they had.
 
     Args:
         inputs: hidden states [1, T, E] that layer i starts from, and behind them what the last one gives.
     """
-    states: list[torch.Tensor] = []
+    record = _Record([], [])
+    states = record.states
 
     def before(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         if index == 0:
             states.append(hidden)
-        if inputs is None:
-            return args, kwargs
-        if args:
-            return (inputs[index], *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": inputs[index]}
+        record.calls.append((args, kwargs))
+        return (args, kwargs) if inputs is None else _with_hidden(args, kwargs, inputs[index])
 
     def after(output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        states.append(_first(output))
 
     hooks = []
     for index, layer in enumerate(layers):
         hooks.append(layer.register_forward_pre_hook(partial(before, index), with_kwargs=True))
         hooks.append(layer.register_forward_hook(lambda _module, _args, output: after(output)))
     try:
-        yield states
+        yield record
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _first(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@contextmanager
+def _louder(head: torch.nn.Module) -> Iterator[None]:
+    """The head reads its input times `HEAD_FACTOR`."""
+    hook = head.register_forward_pre_hook(lambda _module, args: (HEAD_FACTOR * args[0],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -156,10 +195,10 @@ def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return packed
 
 
-def _two_branches(vocab_size: int, window: int | None) -> tuple[Forest, list[list[int]]]:
+def _two_branches(vocab_size: int, limit: tuple[int, str] | None) -> tuple[Forest, list[list[int]]]:
     trunk, branch = TRUNK_TOKENS, BRANCH_TOKENS
-    if window is not None and window < trunk + branch:
-        trunk, branch = max(1, window // 2), max(1, window - window // 2)
+    if limit is not None and limit[0] < trunk + branch:
+        trunk, branch = max(1, limit[0] // 2), max(1, limit[0] - limit[0] // 2)
     # 7919 is prime: the ids spread over the vocabulary without repeating in a path
     ids = [(7919 * i + 11) % vocab_size for i in range(trunk + 2 * branch)]
     paths = [ids[: trunk + branch], ids[:trunk] + ids[trunk + branch :]]
@@ -181,6 +220,57 @@ def _compare_layers(
                 )
 
 
+def _compare_layers_in_float32(
+    parts: ModelParts, forest: Forest, layers: list[torch.nn.Module], ours: _Record, stock: list[_Record]
+) -> None:
+    """Compare the layers of a 16-bit model once more as float32 copies, where rounding hides nothing of their structure.
+
+    One copy lives at a time. Left out are layers that cannot be copied so: quantised ones, those too large, those whose
+    weights are fetched as they run (ZeRO 3), and those that insist on their dtype.
+    """
+    if parts.causal_lm.dtype not in (torch.float16, torch.bfloat16):
+        return
+    bound = LAYER_SHARE * end_to_end_bound(torch.float32)
+    for index, layer in enumerate(layers):
+        parameters = list(layer.parameters())
+        small = sum(parameter.numel() for parameter in parameters) <= MAX_FLOAT32_PARAMETERS
+        whole = not any(map(fetches_weights, layer.modules()))
+        if not (small and whole and all(parameter.is_floating_point() for parameter in parameters)):
+            continue
+        try:
+            # under one configuration, whose attention implementation is the one that the forest needs
+            twin = copy.deepcopy(layer, {id(parts.config): parts.config}).float()
+            inputs = [record.states[index].float() for record in stock]
+            hidden, *expected = (
+                _first(twin(*args, **kwargs))
+                for args, kwargs in (
+                    _in_float32(record.calls[index], each)
+                    for record, each in zip([ours, *stock], [_packed(forest, tuple(inputs)), *inputs], strict=True)
+                )
+            )
+        except (RuntimeError, TypeError, ValueError):  # another dtype, or no memory for it
+            continue
+        for path, want in enumerate(expected):
+            difference = _relative(hidden[0][_rows(forest, path)], want[0])
+            if not difference <= bound:
+                raise ValueError(
+                    f"{type(parts.causal_lm).__name__} cannot run on a forest: decoder layer {index} in float32 differs "
+                    f"from sdpa by {difference:.1e} (bound {bound:.0e}), which rounding to 16 bits had hidden"
+                )
+
+
+def _in_float32(
+    call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer with other hidden states, every tensor of floats in float32, tree attention by plain torch."""
+
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args, kwargs = tree_map(cast, _with_hidden(*call, hidden))
+    return args, kwargs | ({"tree_impl": "eager"} if "tree_impl" in kwargs else {})
+
+
 def _compare_head(
     parts: ModelParts,
     forest: Forest,
@@ -191,8 +281,15 @@ def _compare_head(
 ) -> None:
     bound = end_to_end_bound(parts.causal_lm.dtype)
     plan = forest.logprob_plan([1] * len(paths))
-    weight, bias = parts.head.weight, parts.head.bias
-    ours = linear_logprob(hidden, weight, plan, bias=bias, impl=impl).token_logps  # type: ignore[arg-type]
+    head: Any = parts.head
+    weight, bias = head.weight, head.bias
+    if logits[0].shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} cannot run on a forest: its output head has {weight.shape[0]} rows, and "
+            f"the model gives {logits[0].shape[-1]} logits"
+        )
+    louder, transform = HEAD_FACTOR * hidden, logit_transform(parts)
+    ours = linear_logprob(louder, weight, plan, bias=bias, impl=impl, **transform).token_logps
     expected = torch.cat(
         [
             torch.log_softmax(row[0, :-1].to(ours.dtype), dim=-1)

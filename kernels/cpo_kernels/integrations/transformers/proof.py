@@ -1,0 +1,279 @@
+"""What a proof of `prepare` holds for, compared at every call: modules, hooks, adapters, windows, training flags.
+
+A proof is of the model as it was. Afterwards people wrap it by PEFT, add an adapter, put it in training mode or give a
+module dropout. Two snapshots of plain Python values tell, without a word to the device:
+
+    structure   children and forward hooks of every module, windows and soft-caps   changed: everything is proved again
+    mode        training flags, dropout and noise, which adapters are active        new: does this forward draw numbers?
+
+Whether a forward is random is not read from names: a small one runs, and the state of the random number generators before
+and after it is compared. Branches of a forest share the activations of their prefix, padded rows would draw their own.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+
+from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only, rope_limit
+
+# attributes of modules and of the configuration, by name
+_STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
+_MODE = re.compile(r"drop|jitter|noise|^p$")
+_SCALARS = (type(None), bool, int, float, str)
+_MAX_MODES = 16  # training and evaluation by the adapters that a run switches between
+_ATTRIBUTE = "_cpo_proof"  # of the causal language model
+
+
+class Proof:
+    """One proof of `prepare`, kept by the model itself.
+
+    Args:
+        prove: proves a model again, in place: what to call when the structure has changed.
+        causal_lm: the model as it was proved. None: nothing is proved, and the first call does it.
+        windows: tokens that a layer sees at most, by decoder layer.
+    """
+
+    def __init__(
+        self,
+        prove: Callable[[Any], Any],
+        causal_lm: torch.nn.Module | None = None,
+        windows: dict[int, int] | None = None,
+    ) -> None:
+        self._prove = prove
+        self._modes: list[tuple[list[Any], str | None]] = []  # what was seen, and what is random in it
+        self.windows = windows or {}
+        self._states: list[dict[str, Any]] = []
+        if causal_lm is not None:
+            self._take(causal_lm)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Proof":
+        return Proof(self._prove)  # a copy of the model is another model
+
+    def __reduce__(self) -> Any:
+        return Proof, (self._prove,)
+
+    def _take(self, causal_lm: torch.nn.Module) -> None:
+        modules = list(causal_lm.modules())
+        self._states = [vars(module) for module in modules]
+        self._children = [state["_modules"] for state in self._states]
+        self._hooks = [state[kind] for state in self._states for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._adapters = [state for module, state in zip(modules, self._states, strict=True) if _is_adapted(module)]
+        config: Any = causal_lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self._watched = [
+            [
+                (state, name)
+                for state in [*self._states, vars(config)]
+                for name in state
+                if _watches(pattern, state, name)
+            ]
+            for pattern in (_STRUCTURE, _MODE)
+        ]
+        self._structure, self._seen_hooks = self._read_structure(), self._read_hooks()
+
+    def _read_structure(self) -> list[Any]:
+        children = list(chain.from_iterable(map(dict.values, filter(None, self._children))))
+        return [children, list(map(len, self._children)), [state.get(name) for state, name in self._watched[0]]]
+
+    def _read_hooks(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, filter(None, self._hooks))))
+
+    def _read_mode(self) -> list[Any]:
+        return [
+            [state["training"] for state in self._states],
+            [state.get(name) for state, name in self._watched[1]],
+            [(state.get("_active_adapter"), state.get("_disable_adapters", False)) for state in self._adapters],
+        ]
+
+    def holds(self, causal_lm: torch.nn.Module) -> bool:
+        """Whether the model is made of the same modules, hooks, windows and soft-caps as when it was proved."""
+        if not self._states or self._states[0] is not vars(causal_lm) or self._structure != self._read_structure():
+            return False
+        hooks = self._read_hooks()
+        if hooks == self._seen_hooks:
+            return True
+        same: bool = _relevant(hooks) == _relevant(self._seen_hooks)
+        if same:
+            self._seen_hooks = hooks
+        return same
+
+    def prove_again(self, model: Any) -> None:
+        """Run `prepare` on the model once more, which keeps a new proof or raises ValueError."""
+        self._prove(model)
+
+    def randomness(self, model: torch.nn.Module, parts: ModelParts) -> str | None:
+        """The sentence that names the module that draws random numbers in a forward as things stand, or None."""
+        mode = self._read_mode()
+        if True not in mode[0]:
+            return None  # in evaluation mode the probe has seen it
+        for known, reason in self._modes:
+            if known == mode:
+                return reason
+        reason = _random_module(model, parts)
+        self._modes = [(mode, reason), *self._modes][:_MAX_MODES]
+        return reason
+
+
+def keep_proof(parts: ModelParts, prove: Callable[[Any], Any], windows: dict[int, int]) -> None:
+    """Let the model keep the proof that `prepare` just made."""
+    setattr(parts.causal_lm, _ATTRIBUTE, Proof(prove, parts.causal_lm, windows))
+
+
+def drop_proof(parts: ModelParts) -> None:
+    """Forget the model's proof, if it has one."""
+    vars(parts.causal_lm).pop(_ATTRIBUTE, None)
+
+
+def check_call(model: torch.nn.Module, parts: ModelParts) -> None:
+    """Raise ValueError, naming the reason, unless the model's proof holds for a forward as things stand now.
+
+    Where the structure has changed the proof is made again. Where nothing changed this reads Python values only.
+    """
+    check_adapters(model)
+    proof = _proof(parts)
+    if not proof.holds(parts.causal_lm):
+        proof.prove_again(model)
+        proof = _proof(parts)
+    reason = proof.randomness(model, parts)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def check_training(model: torch.nn.Module, parts: ModelParts) -> None:
+    """Raise ValueError, naming the module, if the model would draw random numbers once it is in training mode.
+
+    The answer is remembered, so that the first step in training mode runs no forward for it.
+    """
+    with _all_training(parts.causal_lm):
+        check_call(model, parts)
+
+
+def check_path(parts: ModelParts, longest_path: int) -> None:
+    """Raise ValueError for a path of so many tokens: longer than a layer's window, or than the rotary table stays."""
+    for layer, window in _proof(parts).windows.items():
+        if longest_path > window:
+            raise ValueError(
+                f"a path of {longest_path} tokens is longer than the sliding window of {window} of decoder layer "
+                f"{layer}; shorten the rows or use a model without a sliding window"
+            )
+    rope = rope_limit(parts.config)
+    if rope is not None and longest_path > rope[1]:
+        raise ValueError(
+            f"a path of {longest_path} tokens is longer than {rope[1]}, up to which RoPE of type {rope[0]} is the same for "
+            "rows of any length; shorten the rows"
+        )
+
+
+def path_limit(parts: ModelParts) -> tuple[int, str] | None:
+    """The longest path in tokens that is computed exactly, and what of the model sets it. None: any length."""
+    return shortest(_proof(parts).windows, parts.config)
+
+
+def shortest(windows: dict[int, int], config: Any) -> tuple[int, str] | None:
+    """As `path_limit`, by the windows of the layers and the text configuration."""
+    limits = [(window, f"a sliding window of {window}") for window in windows.values()]
+    if (rope := rope_limit(config)) is not None:
+        limits.append((rope[1], f"RoPE of type {rope[0]}, the same up to {rope[1]}"))
+    return min(limits, default=None)
+
+
+def _proof(parts: ModelParts) -> Proof:
+    proof: Proof | None = vars(parts.causal_lm).get(_ATTRIBUTE)
+    if proof is None:
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} was not proved exact on a forest: call prepare(model) and do what it says"
+        )
+    return proof
+
+
+def _is_adapted(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_disable_adapters")  # PEFT's layers, and its wrappers of modules to save
+
+
+def _watches(pattern: re.Pattern[str], state: dict[str, Any], name: str) -> bool:
+    return isinstance(state[name], _SCALARS) and pattern.search(name) is not None
+
+
+def _relevant(hooks: list[Any]) -> list[Any]:
+    return [hook for hook in hooks if not moves_weights_only(hook)]
+
+
+@contextmanager
+def _all_training(model: torch.nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _random_module(model: torch.nn.Module, parts: ModelParts) -> str | None:
+    """Run a forward as the model stands and name the first module that draws from a random number generator."""
+    device = next(parts.causal_lm.parameters()).device
+    ids = torch.arange(4, device=device).remainder(parts.config.vocab_size).unsqueeze(0)
+    devices = [device] if device.type == "cuda" else []
+
+    def state() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in devices)]
+
+    with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # checkpointed layers warn that nothing needs a gradient
+        before = state()
+        model(input_ids=ids, use_cache=False)
+        if _equal(before, state()):
+            return None
+        name, module = _first_drawer(model, lambda: model(input_ids=ids, use_cache=False), state)
+    found = ", ".join(
+        f"{key}={value}"
+        for key, value in vars(module).items()
+        if _MODE.search(key) and isinstance(value, int | float) and value
+    )
+    return (
+        f"dropout or noise is on: {name or 'the model'} ({type(module).__name__}{', ' if found else ''}{found}) draws "
+        "random numbers in a forward; branches share their prefix's activations, so it would not match padded training; "
+        "set it to 0 in that module or call model.eval()"
+    )
+
+
+def _first_drawer(
+    model: torch.nn.Module, run: Callable[[], Any], state: Callable[[], list[torch.Tensor]]
+) -> tuple[str, torch.nn.Module]:
+    """Name of the module that was running when the state changed first, and the module."""
+    inside: list[tuple[str, torch.nn.Module]] = [("", model)]
+    found: list[tuple[str, torch.nn.Module]] = []
+    before = state()
+
+    def look() -> None:
+        if not found and not _equal(before, state()):
+            found.append(inside[-1])
+
+    def enter(name: str, module: torch.nn.Module, _: Any) -> None:
+        look()
+        inside.append((name, module))
+
+    def leave(_module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+        look()
+        inside.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else inside[0]
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, one, other))

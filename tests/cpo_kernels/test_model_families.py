@@ -1,0 +1,181 @@
+"""Families whose forward is not Llama's: one forest equals one unpadded forward a sequence, in values and every gradient.
+
+Each case changes one thing: what is done to the head's products (a scale, a soft-cap), how attention's output is read,
+positions whose rotary table depends on the longest of them. The oracle is the stock model with its own attention, a
+sequence at a time.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AfmoeConfig,
+    Cohere2Config,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    JetMoeConfig,
+    NanoChatConfig,
+    Phi3Config,
+)
+
+from cpo_kernels.integrations.transformers import packed_logps, prepare
+from tests.cpo_kernels.padded_oracle import pair_sequences, relative_error, trained_gradients, worst_gradient_error
+from tests.tiny import random_pairs, tiny_llama, tiny_model, with_lora
+
+FULL = ["full_attention"] * 2
+# configuration class, attention that the stock model has, changes
+FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "granite": (GraniteConfig, "sdpa", {"logits_scaling": 8.0}),
+    "cohere": (CohereConfig, "sdpa", {"logit_scale": 0.0625}),
+    "cohere2": (Cohere2Config, "sdpa", {"logit_scale": 4.0, "head_dim": 8, "layer_types": FULL}),
+    "hyperclovax": (HyperCLOVAXConfig, "sdpa", {"logits_scaling": 3.0}),
+    "gemma2": (Gemma2Config, "eager", {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
+    "gemma3": (Gemma3TextConfig, "sdpa", {"head_dim": 8, "final_logit_softcapping": 2.0, "layer_types": FULL}),
+    "nanochat": (NanoChatConfig, "sdpa", {"final_logit_softcapping": 2.0}),
+    # their attention takes a view of what the hook gives
+    "afmoe": (
+        AfmoeConfig,
+        "sdpa",
+        {"head_dim": 8, "layer_types": FULL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "num_dense_layers": 1, "num_shared_experts": 1},
+    ),
+    "jetmoe": (JetMoeConfig, "sdpa", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+def build(name: str, lora: bool, seed: int = 0) -> nn.Module:
+    config_class, attention, changes = FAMILIES[name]
+    model = tiny_model(config_class, seed, attention=attention, **changes)
+    targets = ("kv_proj",) if name == "jetmoe" else ("q_proj", "k_proj", "v_proj")
+    return with_lora(model, targets=targets) if lora else model
+
+
+def one_by_one(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
+    """[S] summed log-probs of each sequence from its start on, by the stock model, one unpadded forward a sequence."""
+    sums = []
+    for sequence, start in zip(sequences, starts, strict=True):
+        ids = torch.tensor([sequence])
+        logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+        sums.append(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+    return torch.stack(sums)
+
+
+def gradients(model: nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every trained tensor, under weights that differ from sequence to sequence."""
+    model.zero_grad(set_to_none=True)
+    (logps * torch.linspace(-1.0, 2.0, len(logps))).sum().backward()
+    return trained_gradients(model)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_equals_one_unpadded_forward_a_sequence(name: str, lora: bool, impl: str) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    stock, packed = build(name, lora), prepare(build(name, lora))
+    want = one_by_one(stock, sequences, starts)
+    got = packed_logps(packed, sequences, starts, reference="adapter_off" if lora else None, impl=impl)
+    assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
+    assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
+    if lora:
+        with stock.disable_adapter(), torch.no_grad():
+            want = one_by_one(stock, sequences, starts)
+        assert relative_error(got.ref_segment_logps, want) <= 1e-5
+
+
+def with_rope(kind: str, limit: int, lora: bool = False) -> nn.Module:
+    """A Llama or Phi-3 whose rotary table is the same for rows of up to `limit` tokens."""
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+    if kind == "dynamic":
+        model = tiny_llama(rope_parameters=rope, max_position_embeddings=limit + 1)
+    else:
+        rope |= {"short_factor": [1.0, 1.5, 2.0, 1.0], "long_factor": [2.0, 4.0, 9.0, 3.0]}
+        model = tiny_model(
+            Phi3Config, rope_parameters=rope, original_max_position_embeddings=limit, sliding_window=None
+        )
+    return with_lora(model, targets=("o_proj", "down_proj")) if lora else model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_row_is_exact_up_to_its_original_length(kind: str, lora: bool) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    longest = max(map(len, sequences))
+    stock, packed = (with_rope(kind, longest, lora) for _ in range(2))
+    prepare(packed)
+    with torch.no_grad():  # a longer row before, as `generate` may write one, leaves no trace
+        packed(input_ids=torch.randint(3, 97, (1, longest + 9)), use_cache=False)
+    want = one_by_one(stock, sequences, starts)
+    got = packed_logps(packed, sequences, starts)
+    assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
+    assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_longest_row_is_refused_beyond(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    longest = max(map(len, sequences))
+    model = prepare(with_rope(kind, longest - 1))
+    with pytest.raises(ValueError, match=rf"path of {longest} tokens is longer than {longest - 1}, .* type {kind}"):
+        packed_logps(model, sequences, starts)
+    if kind == "longrope":  # what it would be: one row too long changes the tables of all the others
+        monkeypatch.setattr("cpo_kernels.integrations.transformers.proof.rope_limit", lambda _: None)
+        want = one_by_one(with_rope(kind, longest - 1), sequences, starts).detach()
+        assert relative_error(packed_logps(model, sequences, starts).segment_logps.detach(), want) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["granite", "nanochat"])
+def test_frozen_reference_has_logits_of_its_own(name: str) -> None:
+    """A scaled or capped reference of an unscaled policy, and the other way round."""
+    sequences, starts = pair_sequences(random_pairs(seed=5))
+    models = [tiny_llama(), build(name, lora=False, seed=3)]
+    for policy, reference in (models, models[::-1]):
+        with torch.no_grad():
+            want = one_by_one(reference, sequences, starts)
+        packed = packed_logps(
+            prepare(copy.deepcopy(policy)), sequences, starts, reference=prepare(copy.deepcopy(reference))
+        )
+        assert relative_error(packed.ref_segment_logps, want) <= 1e-5
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_weights_under_autocast_are_no_further_from_float32_than_stock(
+    dtype: torch.dtype, lora: bool, impl: str
+) -> None:
+    sequences, starts = pair_sequences(random_pairs(seed=4))
+    exact, stock, packed = (with_lora(tiny_llama()) if lora else tiny_llama() for _ in range(3))
+    want = one_by_one(exact, sequences, starts)
+    with torch.autocast("cpu", dtype):
+        theirs = one_by_one(stock, sequences, starts)
+        ours = packed_logps(prepare(packed), sequences, starts, impl=impl).segment_logps
+    assert ours.dtype == torch.float32
+    assert 0 < relative_error(ours.detach(), want.detach()) <= 2 * relative_error(theirs.detach(), want.detach())
+    errors = []
+    expected = gradients(exact, want)
+    for model, logps in ((packed, ours), (stock, theirs)):
+        found = gradients(model, logps)
+        errors.append(relative_error(*(torch.cat([g[name].flatten() for name in expected]) for g in (found, expected))))
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("change", ["cap", "key", "rows"])
+def test_logits_that_the_configuration_does_not_describe_are_refused(change: str) -> None:
+    """A soft-cap 50 times above the logits, one that only the configuration has, and logits that the model drops."""
+    model = tiny_llama(initializer_range=0.2)
+    if change == "cap":
+        model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 60.0 * torch.tanh(logits / 60.0))
+    elif change == "key":
+        model.config.final_logit_softcapping = 60.0
+    else:
+        model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits[..., :-1])
+    with pytest.raises(ValueError, match=r"(?i)output head.*logits"):
+        prepare(model)

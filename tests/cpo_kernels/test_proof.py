@@ -1,0 +1,351 @@
+"""The proof of `prepare` holds for the model that is called: what runs is looked at, and a change is seen at each call."""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, RandLoraConfig, VeraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    FalconConfig,
+    Gemma3TextConfig,
+    JambaConfig,
+    Lfm2Config,
+    MiniMaxConfig,
+    MixtralConfig,
+    NemotronConfig,
+    Olmo3Config,
+    OPTConfig,
+    Phi3Config,
+    PhimoeConfig,
+    Qwen2Config,
+    SeedOssConfig,
+    Starcoder2Config,
+)
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.integrations.transformers.model import model_parts
+from cpo_kernels.integrations.transformers.proof import check_call, check_training
+from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
+
+ROWS = [list(range(3, 23)), [*range(3, 13), *range(40, 50)]]  # two paths of 20 tokens, shared to the tenth
+STARTS = [10, 10]
+
+
+def score(model: nn.Module, **options: Any) -> torch.Tensor:
+    return packed_logps(model, ROWS, STARTS, **options).segment_logps
+
+
+def stock(model: nn.Module) -> torch.Tensor:
+    """The summed log-probs of one unpadded forward a sequence."""
+    sums = []
+    with torch.no_grad():
+        for row, start in zip(ROWS, STARTS, strict=True):
+            logps = model(input_ids=torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+            sums.append(logps.gather(1, torch.tensor(row[1:]).unsqueeze(1))[start - 1 :].sum())
+    return torch.stack(sums)
+
+
+def lora_whose_configuration_says_no_dropout() -> nn.Module:
+    model = with_lora(tiny_llama(), dropout=0.3)
+    model.peft_config["default"].lora_dropout = 0.0  # the modules keep theirs
+    return model
+
+
+def adapter_added_by_transformers() -> nn.Module:
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], lora_dropout=0.3))
+    return model
+
+
+def with_neftune(model: Any) -> Any:
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(neftune_post_forward_hook)
+    return model
+
+
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None}
+# model, words of the refusal in training mode. In evaluation mode each is exact
+RANDOM: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "lora_dropout=0 on the configuration only": (lora_whose_configuration_says_no_dropout, r"lora_dropout.*p=0\.3"),
+    "add_adapter": (adapter_added_by_transformers, r"lora_dropout.*p=0\.3"),
+    "get_base_model of a PEFT model": (
+        lambda: with_lora(tiny_llama(), dropout=0.1).get_base_model(),
+        r"layers\.0\.self_attn\.q_proj\.lora_dropout",
+    ),
+    "residual dropout of Seed-OSS": (
+        lambda: tiny_model(SeedOssConfig, head_dim=8, attention_dropout=0.0, residual_dropout=0.1),
+        r"self_attn.*residual_dropout=0\.1",
+    ),
+    "embedding dropout of Starcoder2": (
+        lambda: tiny_model(Starcoder2Config, embedding_dropout=0.1, sliding_window=None),
+        r"embedding_dropout=0\.1",
+    ),
+    "residual dropout of Starcoder2": (
+        lambda: tiny_model(Starcoder2Config, residual_dropout=0.1, sliding_window=None),
+        r"residual_dropout=0\.1",
+    ),
+    "router jitter of Mixtral": (
+        lambda: tiny_model(MixtralConfig, router_jitter_noise=0.1, **EXPERTS),
+        r"jitter_noise=0\.1",
+    ),
+    "defaults of PhiMoE": (lambda: tiny_model(PhimoeConfig, **EXPERTS), r"(?i)phimoe"),
+    "VeRA": (
+        lambda: get_peft_model(tiny_llama(), VeraConfig(target_modules=["q_proj"], r=4, vera_dropout=0.1)),
+        r"vera_dropout",
+    ),
+    "RandLoRA": (
+        lambda: get_peft_model(tiny_llama(), RandLoraConfig(target_modules=["q_proj"], r=4, randlora_dropout=0.1)),
+        r"randlora_dropout",
+    ),
+    "NEFTune": (lambda: with_neftune(tiny_llama()), r"embed_tokens.*neftune_noise_alpha=5"),
+    "functional attention dropout": (lambda: tiny_llama(attention_dropout=0.1), r"self_attn.*attention_dropout=0\.1"),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_forward_is_refused_naming_its_module(name: str) -> None:
+    build, words = RANDOM[name]
+    model = prepare(build().eval())
+    torch.testing.assert_close(score(model).detach(), stock(model), rtol=1e-5, atol=1e-5)
+    random_state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=words):
+        score(model.train())
+    with pytest.raises(ValueError, match=words):  # what was found is remembered
+        score(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    score(model.eval())
+
+
+def test_dropout_in_a_configuration_whose_modules_have_none_is_accepted() -> None:
+    model = tiny_model(OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.1, attention_dropout=0.1)
+    for module in model.modules():  # as TRL's disable_dropout does, for functional dropout too
+        for key in ("dropout", "p"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    assert model.config.attention_dropout == 0.1
+    adapted = with_lora(tiny_llama())
+    adapted.add_adapter("other", LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))  # inactive
+    for each in (model, adapted):
+        check_training(prepare(each), model_parts(each))
+        score(each.train(), **({"reference": "adapter_off"} if each is adapted else {}))
+    with pytest.raises(ValueError, match=r"lora_dropout\.other"):
+        score(adapted, reference="other")
+
+
+FIRST_SLIDES = ["sliding_attention", "full_attention"]
+# model with a window of 8 that a key denies, or that one layer alone has; the layer that is named
+WINDOWS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "use_sliding_window of Mistral": (lambda: tiny_mistral(sliding_window=8, use_sliding_window=False), 0),
+    "layer_types of Mistral": (lambda: tiny_mistral(sliding_window=8, layer_types=["full_attention"] * 2), 0),
+    "use_sliding_window of Phi-3": (
+        lambda: tiny_model(Phi3Config, sliding_window=8, use_sliding_window=False),
+        0,
+    ),
+    "one layer of Gemma 3": (
+        lambda: tiny_model(
+            Gemma3TextConfig, head_dim=8, sliding_window=8, use_sliding_window=False, layer_types=FIRST_SLIDES[::-1]
+        ),
+        1,
+    ),
+    "one layer of OLMo 3": (lambda: tiny_model(Olmo3Config, sliding_window=8, layer_types=FIRST_SLIDES), 0),
+    "last layer of Qwen2": (
+        lambda: tiny_model(Qwen2Config, sliding_window=8, use_sliding_window=True, max_window_layers=1),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window_of_a_layer_is_the_one_that_it_runs_with(name: str) -> None:
+    build, layer = WINDOWS[name]
+    model = prepare(build())
+    assert model.config._attn_implementation == "cpo_tree"
+    packed_logps(model, [row[:8] for row in ROWS], [1, 1])
+    with pytest.raises(ValueError, match=f"sliding window of 8 of decoder layer {layer}"):
+        packed_logps(model, [row[:9] for row in ROWS], [1, 1])
+
+
+def test_window_that_a_model_does_not_use_is_no_obstacle_and_one_given_later_is_seen() -> None:
+    model = prepare(tiny_model(Qwen2Config, sliding_window=8, use_sliding_window=False))
+    torch.testing.assert_close(score(model).detach(), stock(model), rtol=1e-5, atol=1e-5)
+    late = prepare(tiny_mistral())
+    score(late)
+    late.config.sliding_window = 8
+    with pytest.raises(ValueError, match="sliding window of 8 of decoder layer 0"):
+        score(late)
+
+
+CONV_FIRST = ["conv", "full_attention"]
+# a layer with a state along the row, or with an attention that nothing can be put in for; its name in the sentence
+LAYERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
+    "convolution before attention": (
+        lambda **dtype: tiny_model(Lfm2Config, layer_types=CONV_FIRST, **dtype),
+        r"model\.layers\.0\.conv \(Lfm2ShortConv\) carries a state",
+    ),
+    "selective state space": (
+        lambda **dtype: tiny_model(JambaConfig, num_experts=2, use_mamba_kernels=False, **dtype),
+        r"layers\.0\.mamba \(JambaMambaMixer\) carries a state",
+    ),
+    "linear attention": (
+        lambda **dtype: tiny_model(MiniMaxConfig, head_dim=8, **dtype),
+        r"self_attn \(MiniMaxLightningAttention\) carries a state",
+    ),
+    "own attention": (
+        lambda **dtype: tiny_model(FalconConfig, **dtype),
+        r"decoder layer 0 of FalconForCausalLM \(FalconAttention\) does not ask",
+    ),
+    "keyword arguments kept": (
+        lambda **dtype: tiny_model(NemotronConfig, head_dim=8, **dtype),
+        r"decoder layer 0 of NemotronForCausalLM .* keeps the caller's keyword arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_that_no_forest_can_run_is_refused_by_its_name(name: str, dtype: torch.dtype) -> None:
+    build, words = LAYERS[name]
+    model: Any = build(dtype=dtype)
+    with pytest.raises(ValueError, match=words):
+        prepare(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+class _Leak(nn.Module):
+    """The MLP of a layer, to which a token gives a little of what it is to its neighbour in the row."""
+
+    def __init__(self, mlp: nn.Module, share: float) -> None:
+        super().__init__()
+        self.mlp, self.share = mlp, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.mlp(hidden + self.share * hidden.roll(1, dims=1))
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_structure_that_rounding_would_hide_is_seen_in_float32(dtype: torch.dtype) -> None:
+    prepare(tiny_llama(dtype=dtype))
+    model = tiny_llama(dtype=dtype)
+    model.model.layers[1].mlp = _Leak(model.model.layers[1].mlp, 1e-3)
+    with pytest.raises(ValueError, match=r"decoder layer 1 (in float32 )?differs"):
+        prepare(model)
+
+
+def test_layer_whose_weights_a_library_fetches_is_not_copied() -> None:
+    """Under ZeRO 3 a copy would run the hook of the original and ask its own parameters for what they have not."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+
+    def fetch(module: nn.Module, _inputs: Any) -> None:
+        assert module is layer
+
+    fetch.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    layer.register_forward_pre_hook(fetch)
+    score(prepare(model))
+
+
+CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "adapter on the head": (lambda base: with_lora(base, targets=("q_proj", "lm_head")), "output head is a"),
+    "trained copy of the head": (lambda base: with_lora(base, modules_to_save=["lm_head"]), "output head is a"),
+    "prompt learning": (
+        lambda base: get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+        "prompt learning",
+    ),
+    "activated LoRA": (lambda base: with_lora(base, alora_invocation_tokens=[5, 6]), "activated LoRA"),
+    "hook on the head": (
+        lambda base: base.lm_head.register_forward_hook(lambda _m, _i, logits: 1.5 * logits) and base,
+        "head has a forward hook",
+    ),
+    "layer that mixes rows": (
+        lambda base: base.model.layers[1].register_forward_hook(lambda _m, _i, out: out + out.mean(1, True)) and base,
+        "decoder layer 1 differs",
+    ),
+    "module of one layer in exchange": (
+        lambda base: base.model.layers[1].register_module("mlp", _Mixer()) or base,
+        "decoder layer 1 differs",
+    ),
+}
+
+
+class _Mixer(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mean(dim=1, keepdim=True).expand_as(hidden)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_change_after_prepare_is_refused_at_the_next_call(name: str) -> None:
+    change, words = CHANGED[name]
+    base = prepare(tiny_llama())
+    score(base)
+    model = change(base)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words if _ == 0 else "."):
+            score(model)
+
+
+def test_exact_change_after_prepare_is_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = prepare(tiny_llama())
+    before = score(base)
+    adapted = with_lora(base, modules_to_save=["embed_tokens"])
+    with torch.no_grad():
+        adapted.get_input_embeddings().modules_to_save["default"].weight.add_(0.1)
+    values = score(adapted)
+    torch.testing.assert_close(values.detach(), stock(adapted), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(values, before, rtol=1e-2)
+    # what was proved is not proved twice, and a copy is proved for itself
+    proved = vars(base)["_cpo_proof"]
+    with monkeypatch.context() as patch:
+        # by its module, whose name in the package is the function's
+        patch.setattr(sys.modules[prepare.__module__], "_probe", lambda *_: pytest.fail("proved twice"))
+        score(adapted)
+        base.enable_input_require_grads()  # a hook that changes no number
+        score(adapted)
+        with pytest.raises(pytest.fail.Exception):
+            score(copy.deepcopy(adapted))
+    assert vars(base)["_cpo_proof"] is proved
+    assert torch.equal(score(copy.deepcopy(adapted)), values)
+
+
+@pytest.mark.parametrize("value", ["p of a module", "module"])
+def test_dropout_given_after_prepare_is_refused(value: str) -> None:
+    model = prepare(with_lora(tiny_llama(), dropout=1e-9 if value == "p of a module" else 0.0))
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    if value == "p of a module":
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        score(model.train())
+        layer.lora_dropout["default"].p = 0.2
+    else:
+        score(model.train())
+        layer.lora_dropout["default"] = nn.Dropout(0.2)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj\.lora_dropout\.default.*p=0\.2"):
+        score(model)
+    layer.lora_dropout.eval()  # the one module that drops
+    score(model)
+
+
+def test_check_of_a_call_is_cheap_and_runs_nothing() -> None:
+    """About 2,600 modules: 32 layers with LoRA on every linear layer. Measured 0.5 ms on one core beside other work."""
+    model = prepare(with_lora(tiny_llama(num_hidden_layers=32)))
+    parts = model_parts(model)
+    check_training(model, parts)
+    model.train()
+    with torch.profiler.profile() as profile:
+        check_call(model, parts)
+    assert not [event for event in profile.events() if event.name.startswith("aten::")]
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        check_call(model, parts)
+        times.append(time.perf_counter() - start)
+    print(f"{1e3 * min(times):.2f} ms for {len(list(model.modules()))} modules")
+    assert min(times) < 5e-3
