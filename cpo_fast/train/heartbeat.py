@@ -46,6 +46,7 @@ class Heartbeat:
         self._heard: dict[int, int] = {}  # how often a rank had spoken
         self._count = 0
         self._finished = threading.Event()
+        self._talker = threading.Thread(target=self._talk, name="heartbeat talk", daemon=True)
         self._reason = ""  # why rank 0 ends all
         self._store = None if store is None else store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         if self._store is not None:
@@ -56,14 +57,17 @@ class Heartbeat:
         if self._store is not None:
             # all have spoken, for their hosts have been compared: from here on each is known by its process and host
             self._exchange()
-            for work in (self._talk, self._watch):
-                threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
+            self._talker.start()
+            threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._finished.set()
+        if self._talker.is_alive():
+            # a thread that comes back from torch's C++ while the interpreter ends aborts the process
+            self._talker.join(2 * STORE_SECONDS)
 
     def others(self) -> str:
         """What the other ranks said last, a sentence each, with a space behind."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # loads Triton
 pytestmark = [not_interpreted, pytest.mark.slow]
 HEAD_DIMS = (64, 96, 128, 256)
 SCHEDULE_BLOCKS = (128, 64)  # the defaults of tree_schedule
-MAX_STACK_BYTES = 256  # registers spilled to the stack, per thread: addresses and loop constants, outside inner loops
+MAX_STACK_BYTES = 352  # registers spilled to the stack, per thread: addresses and loop constants, outside inner loops
 SMALL_SHARED_BYTES = 99 * 1024  # of a block on 8.6, 8.9 and 12.x, which take the tiles of 8.0
 INT_POINTERS = ("end", "offsets", "blocks", "start", "stop", "work", "split")
 FP32_POINTERS = ("lse_ptr", "delta_ptr", "part_k_ptr", "part_v_ptr")
@@ -138,7 +138,10 @@ def test_kernel_fits_the_card(case: Case, arch: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code_reaches_what_is_written_beside_the_tile(kernel: str, head_dim: int, arch: int) -> None:
-    """Where a multiprocessor holds one block, keys have to arrive while it computes. 96 takes the tile of 128."""
+    """Where a multiprocessor holds one block, keys have to arrive while it computes. 96 takes the tile of 128.
+
+    Triton compiles dk and dv anew for key heads of one query head each: without the loop over the heads of a group.
+    """
     gradients = "kv" if (Case(kernel, head_dim, "bf16"), arch) in BINARIES else ("k", "v")
     cases = [Case(kernel, head_dim, "bf16", gradient) for gradient in ([gradients] if gradients == "kv" else gradients)]
     tile = shipped_tile(cases[0], arch)
@@ -147,13 +150,14 @@ def test_machine_code_reaches_what_is_written_beside_the_tile(kernel: str, head_
     flops = NUM_PRODUCTS[kernel] * 2 * tile.block_q * tile.block_kv * padded
     if head_dim == 96:
         reach = replace(reach, registers=255)
-    binaries = [compiled(case, arch) for case in cases]
-    for binary in binaries:
-        assert_reaches(binary, replace(reach, percent=0))
-    loops = [loop for binary in binaries for loop in machine_code(binary).inner_loops if loop.cycles > 0]
-    assert reach.blocks > 1 or padded == 256 or min(loop.copies_in_flight for loop in loops) > 0
-    share = 1 / sum(1 / machine_code(binary).share(flops) for binary in binaries)  # passes take their times one by one
-    assert int(100 * share) >= reach.percent, f"{share:.0%} of the matrix peak"
+    for changes in ({}, {"group": 1}) if kernel == "_grad_kv_kernel" and head_dim != 96 else ({},):
+        binaries = [compiled(case, arch, **changes) for case in cases]
+        for binary in binaries:
+            assert_reaches(binary, replace(reach, percent=0))
+        loops = [loop for binary in binaries for loop in machine_code(binary).inner_loops if loop.cycles > 0]
+        assert reach.blocks > 1 or min(loop.copies_in_flight for loop in loops) > 0
+        share = 1 / sum(1 / machine_code(binary).share(flops) for binary in binaries)  # one pass after the other
+        assert int(100 * share) >= reach.percent, f"{share:.0%} of the matrix peak"
 
 
 @pytest.mark.parametrize(("kernel", "arch", "percent"), [

@@ -219,14 +219,17 @@ def test_frozen_reference_is_held_to_the_same_rules() -> None:
 
 
 def test_wrapper_is_a_type_error() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    is_own = not torch.distributed.is_initialized()  # a training of this process keeps its group
+    if is_own:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(prepare(with_lora(tiny_llama())))
         for call in (prepare, lambda model: packed_logps(model, ROWS, STARTS)):
             with pytest.raises(TypeError, match="DistributedDataParallel"):
                 call(wrapped)
     finally:
-        torch.distributed.destroy_process_group()
+        if is_own:
+            torch.distributed.destroy_process_group()
 
 
 def test_unprepared_model_is_refused() -> None:

@@ -71,7 +71,7 @@ def test_signals_deaths_and_silence(make_config: MakeConfig, tmp_path: Path) -> 
     launched = Launched(path, two_more_steps(run))
     launched.command.send_signal(signal.SIGTERM)
     code, errors = launched.end()
-    assert code == 143
+    assert code == 143, errors
     assert "after step" in errors
     assert "the same command goes on from the newest checkpoint" in errors
     saved = (run / "checkpoints" / "LATEST").read_text()

@@ -56,12 +56,13 @@ QUERY_TILES = {
 }
 # Keys and values stay, queries and output gradients stream. The two float32 accumulators of 64 keys, the least that the
 # matrix instructions of 9.0 take, fill half the registers of a head of 128, and so two blocks a multiprocessor go with 32
-# queries at a time. Of a head of 256 they would fill all: dk and dv are made in a pass each, scores twice.
+# queries at a time. Of a head of 256 they would fill all: on 9.0 dk and dv take a pass each, which computes scores anew,
+# and on 8.0 a block takes 32 keys.
 KEY_TILES = {
     90: {
         64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),  # 100 %, 2 blocks, 255 registers
         128: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=3),  # 80 %, 2 blocks, 255 registers
-        256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=2, num_passes=2),  # 61 %, 1 block, 255 registers
+        256: Tile(block_q=32, block_kv=64, num_warps=4, num_stages=3, num_passes=2),  # 61 %, 1 block, 255 registers
     },
     80: {
         64: Tile(block_q=64, block_kv=64, num_warps=4, num_stages=3),  # 88 %, 2 blocks, 255 registers
@@ -354,7 +355,8 @@ def _grad_kv_kernel(
         for phase in tl.static_range(3):  # masked, full, masked
             first = 0 if phase == 0 else (full_begin if phase == 1 else full_end)
             last = full_begin if phase == 0 else (full_end if phase == 1 else num_steps)
-            for step in range(first, last):
+            # an accumulator of a head of 256 leaves no registers for what a step can compute again
+            for step in tl.range(first, last, disable_licm=WITH_K != WITH_V):
                 grad_k, grad_v = _add_queries(
                     grad_k, grad_v, k, v, keys, ends, start + step * BLOCK_Q,
                     q_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
