@@ -99,19 +99,6 @@ def timed(run: Callable[[], Any], clock: str = "wall") -> float:
     return now() - start
 
 
-def measure_interleaved(
-    variants: Mapping[str, Callable[[], Any]], num_repeats: int, num_warmups: int = 1
-) -> dict[str, Timing]:
-    """Run all variants in turn, `num_warmups` unmeasured rounds first; returns a Timing for each name."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_index in range(num_warmups + num_repeats):
-        for name, run in variants.items():
-            elapsed = timed(run)
-            if round_index >= num_warmups:
-                seconds[name].append(elapsed)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
 @dataclass(frozen=True)
 class StratifiedTotal:
     """A total estimated from a random sample in each stratum, with a 95 % interval (Student's t)."""
