@@ -1,8 +1,9 @@
-"""The attention window of every decoder layer, as the layers themselves get it: not what a configuration key says.
+"""What attention every decoder layer asks for, as the layers themselves get it: not what a configuration key says.
 
 Two tokens run through the stock model. Its mask functions are told a window, and an attention layer is handed one of the
 masks. Both are recorded, so a key that the model ignores (`use_sliding_window`, `layer_types`) cannot mislead. The mask's
-own function says whether the window slides: attention in chunks is told its size in the same place.
+own function says whether the window slides: attention in chunks is told its size in the same place. The shapes of keys and
+values are those of the tensors that the attention function really gets.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,19 @@ class LayerWindow(NamedTuple):
     slides: bool  # a token of a longer row sees the last `size`, itself included. False: something else, or not known
 
 
+class KVShape(NamedTuple):
+    """Keys [B, num_heads, T, key_dim] and values [B, num_heads, T, value_dim] of a layer."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
 def forest_windows(windows: dict[int, LayerWindow], depths: torch.Tensor, longest_path: int) -> dict[int, Window]:
     """What a forest's forward is told, by layer, from the sliding windows that some path outgrows.
 
     Args:
-        windows: of `layer_windows`.
+        windows: of `layer_attention`.
         depths: [T] integer, each row's place on its own path.
         longest_path: in tokens. `proof.check_path` has let it through.
     """
@@ -46,8 +55,8 @@ def limiting_windows(windows: dict[int, LayerWindow], impl: str | None) -> dict[
     return {layer: window for layer, window in windows.items() if not (window.slides and impl in WINDOWED)}
 
 
-def layer_windows(parts: ModelParts) -> dict[int, LayerWindow]:
-    """The windows of the decoder layers, by layer. Layers that see everything are left out.
+def layer_attention(parts: ModelParts) -> tuple[dict[int, LayerWindow], list[KVShape]]:
+    """The windows of the decoder layers by layer, without those that see everything, and all their keys and values.
 
     Chunked attention counts with its chunk, and sparse attention with the number of keys that it keeps (`index_topk`):
     up to so many tokens both see everything. The model's attention is put back as it was.
@@ -57,6 +66,7 @@ def layer_windows(parts: ModelParts) -> dict[int, LayerWindow]:
     """
     asked: dict[int, list[LayerWindow]] = {}  # by layer, size 0 for none
     made: dict[int, tuple[torch.Tensor, LayerWindow]] = {}  # masks by id, kept so that no id is used twice
+    shapes: dict[int, KVShape] = {}  # by layer
     layer_now: list[int] = []
     reached: set[int] = set()  # layers that ask the attention interface
     handed: set[int] = set()  # those that also hand on what the caller says, as `subtree_end` will be
@@ -89,6 +99,7 @@ def layer_windows(parts: ModelParts) -> dict[int, LayerWindow]:
         if kwargs.get("layers_seen") is reached:
             handed.update(layer_now[-1:])
         if layer_now:
+            shapes[layer_now[-1]] = KVShape(k.shape[1], k.shape[3], v.shape[3])
             # a forest finds a layer's window by this index
             named = getattr(module, "layer_idx", None) == layer_now[-1]
             asked.setdefault(layer_now[-1], []).append(found._replace(slides=found.slides and named))
@@ -123,7 +134,7 @@ def layer_windows(parts: ModelParts) -> dict[int, LayerWindow]:
         if sizes := [window.size for window in found if window.size]:
             # attention that is asked twice in a layer may mean two windows
             windows[index] = LayerWindow(min(sizes), len(found) == 1 and found[0].slides)
-    return windows
+    return windows, [shapes[index] for index in range(len(layers))]
 
 
 def _slides(mask_function: Callable[..., Any], size: int, device: torch.device) -> bool:

@@ -23,9 +23,10 @@ from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.integrations.transformers.layer_windows import (
+    KVShape,
     LayerWindow,
     forest_windows,
-    layer_windows,
+    layer_attention,
     limiting_windows,
 )
 from cpo_kernels.integrations.transformers.logits import logit_transform
@@ -74,11 +75,11 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     parts.causal_lm.eval()
     try:
         with torch.no_grad(), torch.autocast(next(parts.causal_lm.parameters()).device.type, enabled=False):
-            windows = _probe(model, parts, impl)
+            windows, shapes = _probe(model, parts, impl)
     finally:
         for module in was_training:
             module.training = True
-    keep_proof(parts, partial(prepare, impl=impl), windows)
+    keep_proof(parts, partial(prepare, impl=impl), windows, shapes)
     return model
 
 
@@ -101,14 +102,14 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
         self_check(device, shape, ops)
 
 
-def _probe(model: Any, parts: ModelParts, impl: Implementations) -> dict[int, LayerWindow]:
-    """Compare forest and stock model, and return the windows of the layers."""
+def _probe(model: Any, parts: ModelParts, impl: Implementations) -> tuple[dict[int, LayerWindow], list[KVShape]]:
+    """Compare forest and stock model, and return windows, keys and values of the layers."""
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
     try:
         # some families (Gemma 2) are loaded with their own attention only
         parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
-        windows = layer_windows(parts)
+        windows, shapes = layer_attention(parts)
         limiting = limiting_windows(windows, resolve_tree_attention(impl.tree_attention, device.type))
         forest, paths = _two_branches(parts.config.vocab_size, shortest(limiting, parts.config))
         forest = forest.to(device)
@@ -132,7 +133,7 @@ def _probe(model: Any, parts: ModelParts, impl: Implementations) -> dict[int, La
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
-    return windows
+    return windows, shapes
 
 
 @dataclass(frozen=True)

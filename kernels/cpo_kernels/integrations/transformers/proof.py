@@ -12,7 +12,7 @@ and after it is compared. Branches of a forest share the activations of their pr
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.integrations.transformers.layer_windows import LayerWindow, limiting_windows
+from cpo_kernels.integrations.transformers.layer_windows import KVShape, LayerWindow, limiting_windows
 from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only, rope_limit
 
 # attributes of modules and of the configuration, by name
@@ -37,7 +37,7 @@ class Proof:
     Args:
         prove: proves a model again, in place: what to call when the structure has changed.
         causal_lm: the model as it was proved. None: nothing is proved, and the first call does it.
-        windows: of the decoder layers (`layer_windows`).
+        windows, shapes: of the decoder layers (`layer_attention`).
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class Proof:
         prove: Callable[[Any], Any],
         causal_lm: torch.nn.Module | None = None,
         windows: dict[int, LayerWindow] | None = None,
+        shapes: Sequence[KVShape] = (),
     ) -> None:
         self._prove = prove
         self._modes: list[tuple[list[Any], str | None]] = []  # what was seen, and what is random in it
-        self.windows = windows or {}
+        self.windows, self.shapes = windows or {}, shapes
         self._states: list[dict[str, Any]] = []
         if causal_lm is not None:
             self._take(causal_lm)
@@ -120,9 +121,11 @@ class Proof:
         return reason
 
 
-def keep_proof(parts: ModelParts, prove: Callable[[Any], Any], windows: dict[int, LayerWindow]) -> None:
+def keep_proof(
+    parts: ModelParts, prove: Callable[[Any], Any], windows: dict[int, LayerWindow], shapes: Sequence[KVShape]
+) -> None:
     """Let the model keep the proof that `prepare` just made."""
-    setattr(parts.causal_lm, _ATTRIBUTE, Proof(prove, parts.causal_lm, windows))
+    setattr(parts.causal_lm, _ATTRIBUTE, Proof(prove, parts.causal_lm, windows, shapes))
 
 
 def drop_proof(parts: ModelParts) -> None:
@@ -157,6 +160,11 @@ def check_training(model: torch.nn.Module, parts: ModelParts) -> None:
 def proved_windows(parts: ModelParts) -> dict[int, LayerWindow]:
     """The windows of the decoder layers as they were when the model was proved."""
     return _proof(parts).windows
+
+
+def proved_shapes(parts: ModelParts) -> Sequence[KVShape]:
+    """Keys and values of each decoder layer as its attention function got them when the model was proved."""
+    return _proof(parts).shapes
 
 
 def check_path(parts: ModelParts, longest_path: int, impl: str | None = None) -> None:
