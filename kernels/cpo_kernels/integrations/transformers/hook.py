@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -29,7 +30,7 @@ def cpo_tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [B, H, T, D]
     key: torch.Tensor,  # [B, Hkv, T, D]
-    value: torch.Tensor,  # [B, Hkv, T, D]
+    value: torch.Tensor,  # [B, Hkv, T, Dv]
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -43,7 +44,10 @@ def cpo_tree_attention(
     decode_rotation: DeferredRotation | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, [B, T, H, D], where B is 1 for a forest. Adds the layer's index to `layers_seen`.
+    """Attention of one layer, [B, T, H, Dv], where B is 1 for a forest. Adds the layer's index to `layers_seen`.
+
+    Where values have another head size than keys, as in latent attention, zeros fill the smaller up. That is exact: they
+    add nothing to a score, and their columns of the output are cut off.
 
     With `decode_plan` the rows are those of a search tree's frontier, which read and write `decode_arena`. With
     `decode_rotation` their queries and keys may come without position encoding, which is then applied here.
@@ -68,6 +72,10 @@ def cpo_tree_attention(
         layers_seen.add(getattr(module, "layer_idx", id(module)))
     # not heads[0]: its gradient would be written into zeros first
     q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
+    value_dim, head_dim = v.shape[-1], max(k.shape[-1], v.shape[-1])
+    if k.shape[-1] != v.shape[-1]:
+        scaling = k.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (pad(heads, (0, head_dim - heads.shape[-1])) for heads in (q, k, v))
     if decode_plan is not None:
         k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
         impl = tree_impl or resolve_tree_decode(None, q.device.type)
@@ -79,7 +87,7 @@ def cpo_tree_attention(
         window = tree_windows.get(module.layer_idx) if tree_windows else None  # type: ignore[call-overload]
         with autocast_inputs(q, k, v) as (q, k, v):
             output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl, window)
-    return output.unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
+    return output[..., :value_dim].unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
 
 
 def register() -> None:
