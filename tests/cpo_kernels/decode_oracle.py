@@ -33,15 +33,16 @@ class Frontier:
         """N."""
         return len(self.paths) + self.prefill_node[1]
 
-    def visible(self) -> list[list[int]]:
-        """The arena rows that each row sees."""
+    def visible(self, window: int | None = None) -> list[list[int]]:
+        """The arena rows that each row sees: its path, or the last `window` of it."""
         seen = [
             [key for start, length in [*path, suffix] for key in range(start, start + length)]
             for path, suffix in zip(self.paths, self.suffixes, strict=True)
         ]
         above = [key for start, length in self.prefill_path for key in range(start, start + length)]
         start, length = self.prefill_node
-        return seen + [[*above, *range(start, start + place + 1)] for place in range(length)]
+        seen += [[*above, *range(start, start + place + 1)] for place in range(length)]
+        return seen if window is None else [keys[-window:] for keys in seen]
 
     def plan(self, split: int = 256) -> DecodePlan:
         """All rows in one forward; rows under one node share an item."""
@@ -146,14 +147,31 @@ def random_inputs(
     return Inputs(q, k_new, v_new, arena.to(device, dtype)[1])
 
 
-def dense_attention(frontier: Frontier, inputs: Inputs, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """SDPA of each row over its own keys, all of it in `dtype`, [N, H, D]."""
+def dense_attention(
+    frontier: Frontier,
+    inputs: Inputs,
+    scale: float,
+    dtype: torch.dtype,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """SDPA of each row over its own keys, all of it in `dtype`, [N, H, D]. Written out under a soft-cap or sinks."""
     arena = inputs.arena.clone()
     slots = frontier.plan().slots.to(arena.device)
     arena[0, slots], arena[1, slots] = inputs.k_new, inputs.v_new
     outs = []
-    for row, keys in enumerate(frontier.visible()):
+    for row, keys in enumerate(frontier.visible(window)):
         k, v = arena[:, torch.tensor(keys, device=arena.device)].to(dtype).transpose(1, 2)  # [Hkv, n, D]
         q = inputs.q[row].to(dtype).unsqueeze(1)  # [H, 1, D]
-        outs.append(scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, enable_gqa=True)[0, :, 0])
+        if softcap is None and sinks is None:
+            outs.append(scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, enable_gqa=True)[0, :, 0])
+            continue
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+        scores = q @ k.transpose(1, 2) * scale  # [H, 1, n]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:  # as Transformers' gpt-oss: a column more, which is left out after the softmax
+            scores = torch.cat([scores, sinks.to(dtype)[:, None, None]], dim=-1)
+        outs.append((scores.softmax(dim=-1)[..., : len(keys)] @ v)[:, 0])
     return torch.stack(outs)

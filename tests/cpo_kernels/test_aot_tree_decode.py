@@ -16,7 +16,13 @@ pytestmark = [not_interpreted, pytest.mark.slow]
 HEAD_DIMS = (32, 64, 96, 128, 256)
 MAX_STACK_BYTES = 16  # registers spilled to the stack, per thread: a few loop constants
 INT_POINTERS = {"slots_ptr": "*i64", "items_ptr": "*i32", "offsets_ptr": "*i32", "index_ptr": "*i32"}
-INT_POINTERS |= {"suffix_start_ptr": "*i32", "suffix_len_ptr": "*i32"}
+INT_POINTERS |= dict.fromkeys(("suffix_start_ptr", "suffix_len_ptr", "suffix_depth_ptr", "item_depth_ptr"), "*i32")
+# arguments that are in a kernel only where a layer has a window, a soft-cap or sinks
+OPTIONS = {
+    "WINDOWED": ("window", "item_depth_ptr", "suffix_depth_ptr"),
+    "CAPPED": ("cap",),
+    "HAS_SINKS": ("sinks_ptr",),
+}
 STORING = ("_store_kernel", "_rotate_store_kernel")  # one warp a head
 # of one multiprocessor at a time: what one block waits for, the others hide
 LEAST_BLOCKS = {"_partial_kernel": 2, "_merge_kernel": 6} | dict.fromkeys(STORING, 32)
@@ -24,7 +30,9 @@ FLOAT_POINTERS = ("partial_out_ptr", "partial_lse_ptr", "lse_ptr")
 
 
 @functools.cache
-def compiled(name: str, head_dim: int, dtype: str, arch: int, group: int = 4) -> Compiled:
+def compiled(
+    name: str, head_dim: int, dtype: str, arch: int, group: int = 4, options: tuple[str, ...] = ()
+) -> Compiled:
     """The kernel as its launcher compiles it, once; rows, items and heads of a call are no constants of it."""
     import torch
 
@@ -35,6 +43,12 @@ def compiled(name: str, head_dim: int, dtype: str, arch: int, group: int = 4) ->
     kernel = getattr(triton_forward, name)
     block_d = padded_head_dim(head_dim)
     constants: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "GROUP": group, "UPCAST": False}
+    for option, arguments in OPTIONS.items():
+        constants[option] = option in options
+        if option not in options:
+            constants |= dict.fromkeys(arguments)
+    if name == "_partial_kernel" and "WINDOWED" not in options:
+        constants["suffix_len_ptr"] = None
     constants["BLOCK_HALF"] = 1 << (head_dim // 2 - 1).bit_length()
     warps, stages = 1 if name in STORING else 4, 3  # 4 and 3: what a launch gets that names none
     if name == "_partial_kernel":
@@ -54,7 +68,7 @@ def compiled(name: str, head_dim: int, dtype: str, arch: int, group: int = 4) ->
 def argument_type(argument: str, dtype: str, kernel: str) -> str:
     """Triton's name for the type of one argument."""
     if not argument.endswith("_ptr"):
-        return "fp32" if argument.startswith("scale") else "i32"
+        return "fp32" if argument in ("factor", "cap") else "i32"
     if argument in INT_POINTERS:
         return INT_POINTERS[argument]
     partial = argument in FLOAT_POINTERS or (kernel, argument) == ("_partial_kernel", "out_ptr")
@@ -74,9 +88,24 @@ LEFT_OUT = {
 BINARIES = [(*case, arch) for case in CASES for arch in (80, 90) if (*case, arch) not in LEFT_OUT]
 
 
+# what Gemma 2, Gemma 3 and gpt-oss have, all of it in one kernel
+OPTIONED = [(*case, arch) for case in (("_partial_kernel", 256), ("_merge_kernel", 128)) for arch in (80, 90)]
+OPTIONED += [("_partial_kernel", 64, 90), ("_partial_kernel", 128, 90)]
+
+
 @pytest.mark.parametrize(("name", "head_dim", "dtype", "arch"), BINARIES)
 def test_kernel_fits_the_card(name: str, head_dim: int, dtype: str, arch: int) -> None:
-    binary = compiled(name, head_dim, dtype, arch)
+    assert_is_good(compiled(name, head_dim, dtype, arch), name, dtype, arch)
+
+
+@pytest.mark.parametrize(("name", "head_dim", "arch"), OPTIONED)
+def test_kernel_with_window_soft_cap_and_sinks_fits_the_card(name: str, head_dim: int, arch: int) -> None:
+    binary = compiled(name, head_dim, "bf16", arch, options=tuple(OPTIONS))
+    assert_is_good(binary, name, "bf16", arch)
+
+
+def assert_is_good(binary: Compiled, name: str, dtype: str, arch: int) -> None:
+    """It fits, spills nothing in a loop, leaves room for others, and its products are the card's matrix instructions."""
     assert_fits(binary, arch, MAX_STACK_BYTES)
     products = name == "_partial_kernel" and dtype != "fp32"
     assert_matrix_instructions(binary, products and arch == 90, products and arch == 80)

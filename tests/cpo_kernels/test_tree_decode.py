@@ -6,6 +6,7 @@ The op under whole plans is compared with SDPA in fp64, row by row, over keys th
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from tests.cpo_kernels.decode_oracle import Frontier, Inputs, dense_attention, r
 SCALE = 0.3
 
 
-def run(inputs: Inputs, plan: DecodePlan, impl: str = "eager", scale: float = SCALE) -> torch.Tensor:
-    return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, scale=scale, impl=impl)
+def run(inputs: Inputs, plan: DecodePlan, impl: str = "eager", scale: float = SCALE, **options: Any) -> torch.Tensor:
+    return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, scale=scale, impl=impl, **options)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
@@ -33,6 +34,51 @@ def test_every_row_equals_sdpa_over_its_own_keys(impl: str, heads: int, kv_heads
         expected = dense_attention(frontier, inputs, SCALE, torch.float64)
         actual = run(inputs, frontier.plan(split=(16, 256)[seed % 2]), impl)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"window": window} for window in (1, 7, 40, 75, 1000)),
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"window": 50, "softcap": 2.0, "sinks": True},
+    ],
+    ids=str,
+)
+def test_windows_soft_caps_and_sinks_equal_dense_attention(impl: str, options: dict[str, Any]) -> None:
+    frontier = random_frontier(14, 4, num_prefilled=90, max_suffix=70)
+    inputs = random_inputs(frontier, 6, 2, 8, torch.float64)
+    if "sinks" in options:
+        options = options | {"sinks": torch.linspace(-3, 4, 6, dtype=torch.float64)}
+    expected = dense_attention(frontier, inputs, SCALE, torch.float64, **options)
+    actual = run(inputs, frontier.plan(split=16), impl, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    if options != {"window": 1000}:  # longer than every path
+        assert float((expected - dense_attention(frontier, inputs, SCALE, torch.float64)).abs().max()) > 0.1
+
+
+def test_eager_reads_no_item_and_no_block_of_a_suffix_that_no_window_reaches() -> None:
+    """They are NaN here, and 0 times NaN would be seen."""
+    frontier = Frontier([[(0, 300)]] * 3, [(300, 40), (340, 1), (341, 90)], [(0, 300)], (431, 2), 433)
+    inputs = random_inputs(frontier, 4, 2, 8, torch.float64)
+    expected = dense_attention(frontier, inputs, SCALE, torch.float64, window=20)
+    inputs.arena[:, :272] = float("nan")  # the shallowest rows see 19 keys of the node, in items of 16
+    inputs.arena[:, 341 : 341 + 64] = float("nan")  # the last row is 90 tokens below, in blocks of 32
+    torch.testing.assert_close(run(inputs, frontier.plan(split=16), window=20), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_plan_knows_the_depth_of_every_row_and_item() -> None:
+    frontier = random_frontier(12, 4, num_prefilled=90)
+    plan = frontier.plan(split=16)
+    place_of = {key: place for keys in frontier.visible() for place, key in enumerate(keys)}
+    assert plan.item_depth.tolist() == [place_of[key] for key in plan.items[:, 2].tolist()]
+    depths = plan.suffix_depth + plan.suffix_len - 1
+    assert depths.tolist() == [len(keys) - 1 for keys in frontier.visible()]
+    assert plan.longest_path == max(map(len, frontier.visible()))
+    padded = plan.padded(len(plan.items) + 3, plan.num_partials)
+    assert padded.item_depth.tolist() == [*plan.item_depth.tolist(), 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -80,10 +126,16 @@ def test_scores_of_ten_thousand_do_not_overflow(impl: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 8), (4, 1, 16), (3, 1, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"),
+    [(9, 3, 64, None), (2, 2, 8, None), (4, 1, 16, None), (3, 1, 64, None), (9, 3, 64, 90), (4, 1, 16, 20)],
+)
 def test_eager_row_has_the_same_bits_alone_in_company_and_in_another_order(
-    threads: int, heads: int, kv_heads: int, head_dim: int
+    threads: int, heads: int, kv_heads: int, head_dim: int, window: int | None
 ) -> None:
+    """Under a window a row's neighbours reach items that it does not, and with it there are a soft-cap and sinks."""
+    options = {} if window is None else {"window": window, "softcap": 5.0, "sinks": torch.linspace(-2, 2, heads)}
+    attend = partial(run, **options)
     frontier = random_frontier(5, 4, max_node=130, max_suffix=70, num_prefilled=150)
     inputs = random_inputs(frontier, heads, kv_heads, head_dim, torch.float32)
     num_decoding = len(frontier.paths)
@@ -91,19 +143,19 @@ def test_eager_row_has_the_same_bits_alone_in_company_and_in_another_order(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = run(inputs.rows(range(frontier.num_rows)), frontier.plan())
+        together = attend(inputs.rows(range(frontier.num_rows)), frontier.plan())
         for row in range(num_decoding):
-            assert torch.equal(run(inputs.rows([row]), frontier.decode_plan([row]))[0], together[row])
+            assert torch.equal(attend(inputs.rows([row]), frontier.decode_plan([row]))[0], together[row])
         for count in (2, 5, num_decoding):
             order = random.Random(count).sample(range(num_decoding), count)
-            assert torch.equal(run(inputs.rows(order), frontier.decode_plan(order)), together[order])
+            assert torch.equal(attend(inputs.rows(order), frontier.decode_plan(order)), together[order])
         prefilled = range(num_decoding, frontier.num_rows)
-        assert torch.equal(run(inputs.rows(prefilled), frontier.prefill_plan(0, 150)), together[num_decoding:])
+        assert torch.equal(attend(inputs.rows(prefilled), frontier.prefill_plan(0, 150)), together[num_decoding:])
         # in chunks: a later one reads what an earlier one stored
         arena = inputs.arena.clone()
         for first, last in ((0, 64), (64, 128), (128, 150)):
             chunk = replace(inputs.rows(prefilled[first:last]), arena=arena)
-            out = run(chunk, frontier.prefill_plan(first, last))
+            out = attend(chunk, frontier.prefill_plan(first, last))
             assert torch.equal(out, together[prefilled[first:last]])
     finally:
         torch.set_num_threads(before)
@@ -191,6 +243,10 @@ def test_a_plan_that_is_off_by_one_is_seen(mutate: Callable[[DecodePlan], Decode
         (([0, 1], [], [0], [0, 0]), "of one length"),
         (([0], [], [2**31 - 2], [4]), "exceed int32"),
         (([0], [], [0], [0], 0), "split >= 1"),
+        (
+            ([0, 1], [(0, 1, 0, 4, 4), (0, 2, 8, 4, 4)], [0, 0], [0, 0]),
+            r"item \(0, 2, 8, 4, 4\) see other numbers of keys",
+        ),
     ],
 )
 def test_plan_that_makes_no_sense_is_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -218,6 +274,13 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         run(inputs, plan, impl="triton")
     with pytest.raises(ValueError, match="at least"):
         plan.padded(len(plan.items) - 1, plan.num_partials)
+    for options, message in (
+        ({"window": 0}, "a window of at least one token, got 0"),
+        ({"softcap": 0.0}, "a soft-cap above 0"),
+        ({"sinks": torch.zeros(2)}, r"sinks \[4\] on cpu, got \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(inputs, plan, **options)
     for tables in ((inputs.q[:, 0], inputs.q[:1, 0]), (inputs.q[:, 0], inputs.q[:, 0].double())):
         with pytest.raises(ValueError, match="expected rotary tables"):
             tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, rotary=tables)

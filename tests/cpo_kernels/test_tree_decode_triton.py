@@ -4,6 +4,7 @@ In the interpreter each shape and dtype runs where it takes a way of its own thr
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +21,19 @@ MHA, GQA, MQA = (2, 2), (6, 2), (4, 1)  # query heads, key heads
 INTERPRETED_GROUPS = {torch.float32: {MHA, GQA}, torch.bfloat16: {GQA}, torch.float16: {MQA}}
 
 
-def run(inputs: Inputs, plan: DecodePlan) -> torch.Tensor:
-    return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan.to(DEVICE), scale=SCALE, impl="triton")
+def run(inputs: Inputs, plan: DecodePlan, **options: Any) -> torch.Tensor:
+    new = (inputs.q, inputs.k_new, inputs.v_new)
+    return tree_decode(*new, *inputs.arena, plan.to(DEVICE), scale=SCALE, impl="triton", **options)
 
 
-def excess(actual: torch.Tensor, frontier: Frontier, inputs: Inputs) -> float:
+def excess(actual: torch.Tensor, frontier: Frontier, inputs: Inputs, **options: Any) -> float:
     """Error against fp64 over what is allowed; at most 1 where the kernels are right, infinite for NaN.
 
     To `kernel_bound` comes the rounding of float32 accumulators, eight times: a weight inherits that of a score and of a
     log-sum-exp, each about 8 in size. SDPA sums in another order and may be better by that.
     """
-    exact = dense_attention(frontier, inputs, SCALE, torch.float64)
-    same_dtype = dense_attention(frontier, inputs, SCALE, inputs.q.dtype)
+    exact = dense_attention(frontier, inputs, SCALE, torch.float64, **options)
+    same_dtype = dense_attention(frontier, inputs, SCALE, inputs.q.dtype, **options)
     assert actual.dtype == inputs.q.dtype
     bound = kernel_bound(
         float((same_dtype.double() - exact).abs().max()), inputs.q.dtype, float(exact.abs().max())
@@ -68,6 +70,39 @@ def test_ragged_trees_of_any_depth(depth: int, seed: int) -> None:
     lengths = [length for path in frontier.paths for _, length in path]
     assert min(lengths) == 1
     assert excess(run(inputs, frontier.plan()), frontier, inputs) <= 1.0
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"window": 1}, torch.float32),
+        ({"window": 50}, torch.bfloat16),
+        ({"softcap": 2.0}, torch.float32),
+        ({"sinks": True}, torch.float32),
+        ({"window": 50, "softcap": 2.0, "sinks": True}, torch.float32),
+    ],
+    ids=str,
+)
+def test_windows_soft_caps_and_sinks_equal_dense_attention(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Windows that end inside items, suffixes and the prefilled node, and some that a whole item lies above."""
+    frontier, inputs = case(2, 1, 16, dtype, seed=4, max_node=70, max_suffix=90, num_prefilled=40)
+    if "sinks" in options:
+        options = options | {"sinks": torch.linspace(-1, 4, 2, device=DEVICE)}
+    without = dense_attention(frontier, inputs, SCALE, dtype)
+    assert excess(without, frontier, inputs, **options) > 10
+    assert excess(run(inputs, frontier.plan(split=48), **options), frontier, inputs, **options) <= 1.0
+
+
+@runs_kernels
+def test_no_tile_of_keys_that_no_window_reaches_is_read() -> None:
+    """They are NaN here. The tiles of an item are 32 keys in float32, those of a suffix 64."""
+    frontier = Frontier([[(0, 300)]] * 3, [(300, 40), (340, 1), (341, 150)], [(0, 300)], (491, 2), 493)
+    inputs = random_inputs(frontier, 2, 1, 16, torch.float32, DEVICE)
+    before = replace(inputs, arena=inputs.arena.clone())
+    inputs.arena[:, :256] = float("nan")  # the shallowest row sees 19 keys of the node, from 281 on
+    inputs.arena[:, 341 : 341 + 128] = float("nan")
+    assert excess(run(inputs, frontier.plan(), window=20), frontier, before, window=20) <= 1.0
 
 
 @runs_kernels

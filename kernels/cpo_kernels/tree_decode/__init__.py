@@ -4,6 +4,8 @@
 `triton_forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here is differentiable.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
@@ -25,6 +27,9 @@ def tree_decode(
     scale: float | None = None,
     impl: str | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Write the new keys and values to `plan.slots`, then attend as the plan says. Prefill and decode rows may mix.
 
@@ -39,6 +44,9 @@ def tree_decode(
         rotary: cosines and sines [N, D] of each row's position, dtype of q. q and k_new are rotated by them first, as
             Transformers' `apply_rotary_pos_emb` does, and the keys are stored so. "triton" computes it in float32 and
             rounds once. D must be even.
+        window: a row sees its last so many keys, itself included. None: all.
+        softcap: scores s become softcap * tanh(s / softcap). None: they stay.
+        sinks: [H] any float dtype. exp(sink) of a head joins the denominator of its softmax, and no value the sum.
 
     Returns:
         [N, H, D] in the dtype of q. A row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
@@ -49,7 +57,7 @@ def tree_decode(
         KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
     """
     impl = resolve_tree_decode(impl, q.device.type)
-    return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl, rotary)
+    return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl, rotary, window, softcap, sinks)
 
 
 def resolve_tree_decode(impl: str | None, device_type: str) -> str:
@@ -69,9 +77,13 @@ def decode_layer(
     scale: float | None,
     impl: str,  # of `resolve_tree_decode`
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """`tree_decode` by an implementation that was resolved before, once for all layers and steps."""
     _check(q, k_new, v_new, k_arena, v_arena, plan)
+    _check_options(q, window, softcap, sinks)
     if rotary is not None:
         _check_rotary(q, *rotary)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -80,9 +92,21 @@ def decode_layer(
             tree_decode_forward,
         )  # loads Triton: only when it is asked for
 
-        return tree_decode_forward(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary)
-    run = {"reference": tree_decode_reference, "eager": tree_decode_eager}[impl]
-    return run(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary)
+        run: Callable[..., torch.Tensor] = tree_decode_forward
+    else:
+        run = {"reference": tree_decode_reference, "eager": tree_decode_eager}[impl]
+    return run(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary, window, softcap, sinks)
+
+
+def _check_options(q: torch.Tensor, window: int | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"tree_decode: expected a window of at least one token, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"tree_decode: expected a soft-cap above 0, got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise ValueError(
+            f"tree_decode: expected sinks [{q.shape[1]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
+        )
 
 
 def _check_rotary(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -5,10 +5,11 @@
 
 A row's result has the same bits whichever rows share its forward, because keys are cut by the plan, the same way for
 every row, because products have enough rows that the matrix library sums each of them alike, and because sums over
-partials run in path order, where a partial that a row lacks adds exactly 0. float32 accumulators (float64 for float64
-inputs).
+partials run in path order, where a partial that a row lacks adds exactly 0. So does one that a sliding window hides from
+it, which is why items that no row of theirs reaches, and blocks of a suffix that its row does not, are left out. float32
+accumulators (float64 for float64 inputs).
 
-Index tables are made once per plan and kept with it for every layer.
+Index tables are made once per plan and window and kept with it for every layer.
 """
 
 from typing import NamedTuple
@@ -67,6 +68,9 @@ def tree_decode_eager(
     plan: DecodePlan,
     scale: float,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
     if rotary is not None:
@@ -77,7 +81,7 @@ def tree_decode_eager(
     num_kv_heads = k_arena.shape[1]
     group = num_heads // num_kv_heads
     dtype = accumulation_dtype(q.dtype)
-    tables = _tables(plan)
+    tables = _tables(plan, window)
     # rows past the last are read as filler of the last products
     slack = max(tables.row_multiple, SMALL_PRODUCT)
     queries = torch.zeros((num_kv_heads, num_rows * group + slack, head_dim), dtype=dtype, device=q.device)
@@ -91,8 +95,8 @@ def tree_decode_eager(
         values = v_arena[product.key_start : product.key_start + product.num_keys].to(dtype)
         height = -(-(last - first) // tables.row_multiple) * tables.row_multiple
         height = max(height, -(-SMALL_PRODUCT // (product.num_keys * head_dim)))
-        scores = torch.bmm(queries[:, first : first + height], keys.permute(1, 2, 0))  # [Hkv, height, nk]
-        if product.hidden is not None:
+        scores = _capped(torch.bmm(queries[:, first : first + height], keys.permute(1, 2, 0)), softcap)
+        if product.hidden is not None:  # of scores [Hkv, height, nk]
             seen = scores[:, : last - first].unflatten(1, (product.num_queries, group))
             seen.masked_fill_(product.hidden.unsqueeze(1), float("-inf"))
         maximum, total = _exponentiate(scores)
@@ -102,7 +106,7 @@ def tree_decode_eager(
     for block in tables.blocks:
         own = rows.index_select(1, block.rows)  # [Hkv, n, G, D]
         keys, values = (_private(arena, block.keys, dtype) for arena in (k_arena, v_arena))  # [Hkv * n, block, D]
-        scores = torch.bmm(own.flatten(0, 1), keys.transpose(1, 2))  # [Hkv * n, G, block]
+        scores = _capped(torch.bmm(own.flatten(0, 1), keys.transpose(1, 2)), softcap)  # [Hkv * n, G, block]
         if block.hidden is not None:
             scores.unflatten(0, (num_kv_heads, -1)).masked_fill_(block.hidden.unsqueeze(1), float("-inf"))
         maximum, total = _exponentiate(scores)
@@ -114,7 +118,13 @@ def tree_decode_eager(
     sums.append(rows.new_zeros((num_kv_heads, group)))
     outs.append(rows.new_zeros((num_kv_heads, group, head_dim)))
     maximum, total, out = (torch.cat(parts, dim=1).unflatten(1, (-1, group)) for parts in (maxima, sums, outs))
-    return _merge(maximum, total, out, tables.merge, rows.shape).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
+    sink = None if sinks is None else sinks.to(dtype).view(num_kv_heads, 1, group)
+    return _merge(maximum, total, out, tables.merge, rows.shape, sink).permute(1, 0, 2, 3).flatten(1, 2).to(q.dtype)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores under a soft-cap, in place."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _exponentiate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,12 +145,16 @@ def _merge(
     out: torch.Tensor,  # [Hkv, P, G, D]
     levels: list[torch.Tensor],
     shape: torch.Size,
+    sink: torch.Tensor | None,  # [Hkv, 1, G]
 ) -> torch.Tensor:
     """[Hkv, N, G, D]: level after level, each row's next partial is added."""
     merged, denominator = out.new_zeros(shape), out.new_zeros(shape[:3])
     if levels:
         maxima = [maximum.index_select(1, level) for level in levels]
         largest = torch.stack(maxima).amax(dim=0)
+        if sink is not None:
+            largest = torch.maximum(largest, sink)
+            denominator += torch.exp(sink - largest)
         for level, level_maximum in zip(levels, maxima, strict=True):
             weight = level_maximum.sub_(largest).exp_()  # [Hkv, N, G]
             denominator += total.index_select(1, level).mul_(weight)
@@ -148,57 +162,75 @@ def _merge(
     return merged.div_(denominator.masked_fill_(denominator == 0, 1.0).unsqueeze(-1))
 
 
-def _tables(plan: DecodePlan) -> Tables:
-    """Tables of a plan, kept with it. From a device the plan is read back once."""
+def _tables(plan: DecodePlan, window: int | None) -> Tables:
+    """Tables of a plan for layers with a window, kept with it. From a device the plan is read back once a window."""
     if plan.is_reused:
         raise ValueError(
             "tree_decode: impl='eager' reads a plan once and cannot follow one whose contents change between forwards; "
             "use impl='triton', or a new plan for each forward"
         )
+    if window is not None and window >= plan.longest_path:
+        window = None
     multiple = max(ROW_MULTIPLE, ROWS_PER_THREAD * torch.get_num_threads())
-    key = ("eager", plan.slots.device, multiple)
+    key = ("eager", plan.slots.device, multiple, window)
     if key not in plan.host_derived:
-        plan.host_derived[key] = _make_tables(plan, multiple)
+        plan.host_derived[key] = _make_tables(plan, multiple, window)
     tables: Tables = plan.host_derived[key]
     return tables
 
 
-def _make_tables(plan: DecodePlan, row_multiple: int) -> Tables:
+def _make_tables(plan: DecodePlan, row_multiple: int, window: int | None) -> Tables:
     device = plan.slots.device
     num_rows = len(plan.slots)
-    items = sorted((item for item in plan.items.tolist() if item[1] > 0), key=lambda item: item[5])
+    start, length = plan.suffix_start.cpu().numpy().astype(np.int64), plan.suffix_len.cpu().numpy()
+    # depth of the first key that each row sees
+    oldest = plan.suffix_depth.cpu().numpy() + length - window if window else np.full(num_rows, -1)
+    items = [
+        (*item, depth)
+        for item, depth in zip(plan.items.tolist(), plan.item_depth.tolist(), strict=True)
+        # some row of it reaches its last key
+        if item[1] > 0 and oldest[item[0] : item[0] + item[1]].min() < depth + item[3]
+    ]
+    items.sort(key=lambda item: item[5])
     position = np.full(plan.num_partials, -1)  # of a partial in the concatenation of all products
     products: list[Product] = []
     num_partials = 0
-    for query_start, num_queries, key_start, num_keys, first_visible, partial_start in items:
+    for query_start, num_queries, key_start, num_keys, first_visible, partial_start, depth in items:
         position[partial_start : partial_start + num_queries] = np.arange(num_partials, num_partials + num_queries)
         num_partials += num_queries
         hidden = None
         if first_visible < num_keys:
             seen = torch.arange(num_queries, device=device) + first_visible
             hidden = torch.arange(num_keys, device=device) >= seen.unsqueeze(1)
+        above = oldest[query_start : query_start + num_queries] - depth  # keys of the item before each row's first one
+        if above.max() > 0:
+            outside = torch.from_numpy(np.arange(num_keys) < above[:, None]).to(device)
+            hidden = outside if hidden is None else hidden | outside
         product = Product(query_start, num_queries, key_start, num_keys, hidden)
         if not (products and _extends(products[-1], product)):
             products.append(product)
         else:
             products[-1] = products[-1]._replace(num_queries=products[-1].num_queries + num_queries)
     offsets, index = plan.partial_offsets.cpu().numpy(), plan.partial_index.cpu().numpy()
-    start, length = plan.suffix_start.cpu().numpy().astype(np.int64), plan.suffix_len.cpu().numpy()
     counts = np.diff(offsets)
     num_blocks = -(-length // SUFFIX_BLOCK)
+    num_above = (
+        np.maximum(length - window, 0) if window else np.zeros_like(length)
+    )  # private keys that a row has outgrown
     blocks: list[SuffixBlock] = []
     num_levels = int((counts + num_blocks).max(initial=0))
-    num_all = num_partials + int(num_blocks.sum())
+    num_all = num_partials + int((num_blocks - num_above // SUFFIX_BLOCK).sum())
+    position[position < 0] = num_all  # items left out
     table = np.full((num_levels, num_rows), num_all)
     row_of_index = np.repeat(np.arange(num_rows), counts)
     table[np.arange(offsets[-1]) - offsets[row_of_index], row_of_index] = position[index[: offsets[-1]]]
     for number in range(int(num_blocks.max(initial=0))):
-        rows = np.flatnonzero(num_blocks > number)
+        rows = np.flatnonzero((num_blocks > number) & (num_above < (number + 1) * SUFFIX_BLOCK))
         table[counts[rows] + number, rows] = np.arange(num_partials, num_partials + len(rows))
         num_partials += len(rows)
         places = number * SUFFIX_BLOCK + np.arange(SUFFIX_BLOCK)
         keys = start[rows, None] + np.minimum(places, length[rows, None] - 1)
-        hidden_keys = places >= length[rows, None]
+        hidden_keys = (places >= length[rows, None]) | (places < num_above[rows, None])
         for first in range(0, len(rows), SUFFIX_ROWS):
             part = slice(first, first + SUFFIX_ROWS)
             blocks.append(
@@ -208,6 +240,7 @@ def _make_tables(plan: DecodePlan, row_multiple: int) -> Tables:
                     torch.from_numpy(hidden_keys[part]).to(device) if hidden_keys[part].any() else None,
                 )
             )
+    table = table[(table < num_all).any(axis=1)]  # levels at which some row sees something
     return Tables(products, blocks, list(torch.from_numpy(table).to(device)), row_multiple)
 
 

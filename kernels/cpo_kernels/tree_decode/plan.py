@@ -7,6 +7,10 @@ depend on the item alone, so a row's arithmetic does not depend on which rows sh
 
 Every (query, item) pair is a partial attention. A row's own partials, in the order in which its items were listed, then
 its private suffix (the keys that it alone has decoded), are merged to its attention.
+
+A row's depth is its place on its own path: it sees depth + 1 keys, itself included. A sliding window compares depths, so
+the plan says at what depth each item's first key stands, and how many keys a row sees before its private suffix. A row
+whose suffix grows between forwards gets deeper with it. One plan serves layers with and without windows.
 """
 
 from collections.abc import Sequence
@@ -35,7 +39,10 @@ class DecodePlan:
     partial_index: torch.Tensor  # int32, partials of row n at [partial_offsets[n], partial_offsets[n + 1]), root first
     suffix_start: torch.Tensor  # [N] int32, private keys are in slots [suffix_start, suffix_start + suffix_len)
     suffix_len: torch.Tensor  # [N] int32, the row's own new key included; 0: none
+    item_depth: torch.Tensor  # [W] int32, depth of an item's first key
+    suffix_depth: torch.Tensor  # [N] int32, keys seen in items; the row's depth is suffix_depth + suffix_len - 1
     num_partials: int
+    longest_path: int  # keys that the deepest row sees, in a plan whose contents do not change
     num_arena_rows: int = 0  # slots of the least arena that has all that are named above
     is_reused: bool = False  # the tensors get other contents between forwards, as those of a recorded step do
     # what an implementation makes of the plan, once for all layers; by name, device and whatever else it depends on
@@ -63,7 +70,8 @@ class DecodePlan:
             A plan on the CPU.
 
         Raises:
-            ValueError: lengths differ, a range is empty, negative or outside the rows, or an arena row exceeds int32.
+            ValueError: lengths differ, a range is empty, negative or outside the rows, an item's rows see other numbers of
+                keys before it, or an arena row exceeds int32.
         """
         rows, start, length = (np.asarray(values, dtype=np.int64) for values in (slots, suffix_start, suffix_len))
         given = np.asarray(items, dtype=np.int64).reshape(-1, ITEM_COLUMNS - 1)
@@ -74,6 +82,8 @@ class DecodePlan:
         partial_start = stops - cut[:, 1]
         query_of_partial = np.repeat(cut[:, 0] - partial_start, cut[:, 1]) + np.arange(num_partials)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(query_of_partial, minlength=len(rows)))])
+        index = np.argsort(query_of_partial, kind="stable")
+        item_depth, suffix_depth = _depths(cut, offsets, index, stops)
         last = max(int(values.max(initial=-1)) for values in (rows, start + length - 1, given[:, 2] + given[:, 3] - 1))
         if max(last, num_partials) > MAX_INT32:
             raise ValueError(f"DecodePlan: arena row {last} or {num_partials} partials exceed int32")
@@ -81,10 +91,13 @@ class DecodePlan:
             slots=torch.from_numpy(rows.copy()),
             items=_int32(np.concatenate([cut, partial_start[:, None]], axis=1)),
             partial_offsets=_int32(offsets),
-            partial_index=_int32(np.argsort(query_of_partial, kind="stable")),
+            partial_index=_int32(index),
             suffix_start=_int32(start),
             suffix_len=_int32(length),
+            item_depth=_int32(item_depth),
+            suffix_depth=_int32(suffix_depth),
             num_partials=num_partials,
+            longest_path=int((suffix_depth + length).max(initial=0)),
             num_arena_rows=last + 1,
         )
 
@@ -106,6 +119,7 @@ class DecodePlan:
         return replace(
             self,
             items=_padded_rows(self.items, num_items),
+            item_depth=_padded_rows(self.item_depth, num_items),
             partial_index=_padded_rows(self.partial_index, num_partials),
             num_partials=num_partials,
         )
@@ -147,6 +161,27 @@ def _cut(items: np.ndarray, split: int) -> list[Item]:
                     seen = min(keys, first_visible + tile - block)
                     cut.append((query_start + tile, queries, key_start + block, keys, seen))
     return cut
+
+
+def _depths(
+    items: np.ndarray,  # [W, 5], cut
+    offsets: np.ndarray,  # [N + 1]
+    index: np.ndarray,  # [P]
+    stops: np.ndarray,  # [W], one past the last partial of each item
+) -> tuple[np.ndarray, np.ndarray]:
+    """Depth of each item's first key [W], and how many keys each row sees in items [N]."""
+    item = np.repeat(np.arange(len(items)), items[:, 1])  # [P] of each partial
+    query = np.arange(len(item)) - (stops - items[:, 1])[item]
+    seen = np.clip(items[item, 4] + query, 0, items[item, 3])
+    ends = np.concatenate([[0], np.cumsum(seen[index])])  # in path order, row after row
+    row_start = ends[offsets[:-1]]  # [N]
+    before = np.empty_like(seen)  # keys that a row sees before each partial
+    before[index] = ends[:-1] - np.repeat(row_start, np.diff(offsets))
+    depth = before[stops - 1]  # the last row of an item sees all that stands before it
+    if (misplaced := (seen > 0) & (before != depth[item])).any():
+        at = items[item[np.argmax(misplaced)]].tolist()
+        raise ValueError(f"DecodePlan: rows of the item {tuple(at)} see other numbers of keys before it")
+    return depth, ends[offsets[1:]] - row_start
 
 
 def _int32(values: np.ndarray) -> torch.Tensor:

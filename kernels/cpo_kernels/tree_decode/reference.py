@@ -1,6 +1,9 @@
 """Tree decode, row by row: the specification.
 
-    out[n] = sum_j softmax_j(scale * q[n] . k[j]) v[j]   over the keys that the plan gives to row n, its own new one too
+    out[n] = sum_j softmax_j(s[n, j]) v[j]   over the keys that the plan gives to row n, its own new one too
+    s[n, j] = scale * q[n] . k[j],   or softcap * tanh(scale * q[n] . k[j] / softcap)
+
+A window leaves the last so many keys of a row's path. A sink is one more column of a head's softmax, without a value.
 
 Plain torch, any device, any float dtype. The keys of a row are gathered in path order and one softmax is taken over them,
 in float32 (float64 for float64 inputs).
@@ -22,13 +25,19 @@ def tree_decode_reference(
     plan: DecodePlan,
     scale: float,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Store the new keys and values, then attend: [N, H, D] in the dtype of q, 0 for a row without keys."""
     if rotary is not None:
         q, k_new = (rotate(x, *rotary) for x in (q, k_new))
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
-    outs = [_attention(q[n], k_arena[keys], v_arena[keys], scale) for n, keys in enumerate(visible_slots(plan))]
+    outs = [
+        _attention(q[n], k_arena[keys], v_arena[keys], scale, softcap, sinks)
+        for n, keys in enumerate(path[-window:] if window else path for path in visible_slots(plan))
+    ]
     return torch.stack(outs).to(q.dtype)
 
 
@@ -57,6 +66,8 @@ def _attention(
     k: torch.Tensor,  # [n, Hkv, D], n may be 0
     v: torch.Tensor,  # [n, Hkv, D]
     scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,  # [H]
 ) -> torch.Tensor:
     """[H, D] in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
@@ -64,5 +75,8 @@ def _attention(
     keys = k.to(dtype).repeat_interleave(group, dim=1)  # [n, H, D]
     values = v.to(dtype).repeat_interleave(group, dim=1)
     scores = torch.einsum("bhd,nhd->bhn", q[None].to(dtype), keys) * scale  # [1, H, n]
-    weights = torch.exp(scores - scores.logsumexp(-1, keepdim=True)) if k.shape[0] else scores
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    columns = scores if sinks is None else torch.cat([scores, sinks.to(dtype)[None, :, None]], dim=-1)
+    weights = torch.exp(scores - columns.logsumexp(-1, keepdim=True)) if k.shape[0] else scores
     return torch.einsum("bhn,nhd->bhd", weights, values)[0]

@@ -4,6 +4,10 @@
     partial:  o_p = sum_j softmax_j(scale * q . k_j) v_j  over the keys of one item,  lse_p its log-sum-exp
     merge:    out = sum_p exp(lse_p - lse) o_p  over a row's partials in path order, then its private suffix
 
+A sliding window starts the keys of an item, and of a suffix, where the first row that reads them sees them. A sink of a
+head is what the merge starts from: a sum of exp(sink) without a value. Without window, soft-cap and sinks none of their
+arguments or instructions is in the kernels.
+
 The partial kernel packs the query heads that share a key head into the rows of one tile, so an item's keys are loaded
 once for all its queries and heads. The merge kernel reads a private suffix, which one row alone sees, as a product of a
 matrix and a vector in float32. Heads that share a key head read it one after another, through the cache.
@@ -28,6 +32,7 @@ from cpo_kernels.triton_tiles import (
     load_rows,
     online_softmax_step,
     padded_head_dim,
+    tanh,
 )
 
 # By padded head size. 64 rows are the least that compute capability 9.0's matrix instructions take, and hold 16 queries
@@ -51,6 +56,9 @@ SUFFIX_BLOCKS = {
 }  # private keys in one step of a merge, by padded head size: 16 KiB in float32
 
 
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
 def tree_decode_forward(
     q: torch.Tensor,  # [N, H, D]
     k_new: torch.Tensor,  # [N, Hkv, D]
@@ -60,6 +68,9 @@ def tree_decode_forward(
     plan: DecodePlan,
     scale: float,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,  # [N, D] each
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Store, attend and merge by three launches. The first also rotates queries and keys where `rotary` is given.
 
@@ -69,6 +80,7 @@ def tree_decode_forward(
         plan: of these N rows, on the device of q.
         scale: factor on q . k.
         rotary: cosines and sines, same dtype.
+        window: a row's last so many keys. softcap: of scores. sinks: any float dtype, contiguous.
 
     Returns:
         [N, H, D] contiguous, in the dtype of q, 0 for a row without keys.
@@ -104,17 +116,21 @@ def tree_decode_forward(
     partial_out = torch.empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((plan.num_partials, num_heads), dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *k_arena.stride()[:2], *v_arena.stride()[:2])
+    # what multiplies a product of queries and keys, and the cap that its tanh then gets
+    factor, cap = (scale * LOG2_E, None) if softcap is None else (scale / softcap, softcap * LOG2_E)
+    options = {"cap": cap, "WINDOWED": window is not None, "CAPPED": softcap is not None}
+    depths = (None,) * 4 if window is None else (plan.item_depth, plan.suffix_depth, plan.suffix_len, window)
     if len(plan.items):
         _partial_kernel[(len(plan.items), num_kv_heads, triton.cdiv(QUERY_TILE * group, tile.block_q))](
-            q, k_arena, v_arena, partial_out, partial_lse, plan.items, scale * LOG2_E, num_heads, *strides,
+            q, k_arena, v_arena, partial_out, partial_lse, plan.items, *depths, factor, num_heads, *strides, **options,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
             ITEM_COLUMNS=ITEM_COLUMNS, UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     _merge_kernel[(num_rows, num_heads)](
         q, k_arena, v_arena, partial_out, partial_lse, plan.partial_offsets, plan.partial_index,
-        plan.suffix_start, plan.suffix_len, out, scale * LOG2_E, num_heads, *strides,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_KV=SUFFIX_BLOCKS[max(block_d, min(SUFFIX_BLOCKS))],
-        UPCAST=INTERPRETED,
+        plan.suffix_start, plan.suffix_len, out, sinks, window, factor, num_heads, *strides, **options,
+        HAS_SINKS=sinks is not None, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        BLOCK_KV=SUFFIX_BLOCKS[max(block_d, min(SUFFIX_BLOCKS))], UPCAST=INTERPRETED,
     )  # fmt: skip
     return out
 
@@ -211,9 +227,15 @@ def _partial_kernel(
     out_ptr,  # [P, H, D] fp32 contiguous
     lse_ptr,  # [P, H] fp32, base 2
     items_ptr,  # [W, ITEM_COLUMNS] int32
-    scale_log2,
+    item_depth_ptr,  # [W] int32, None without a window, as the next three
+    suffix_depth_ptr,  # [N] int32
+    suffix_len_ptr,  # [N] int32
+    window,
+    factor,  # in base 2 without a cap
     num_heads,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    cap,  # in base 2, None without one
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     ITEM_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -244,12 +266,23 @@ def _partial_kernel(
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for first in range(0, num_keys, BLOCK_KV):
+    start = 0
+    if WINDOWED:
+        depths = tl.load(suffix_depth_ptr + rows, mask=real, other=0) + tl.load(
+            suffix_len_ptr + rows, mask=real, other=0
+        )
+        oldest = depths - window - tl.load(item_depth_ptr + tl.program_id(0))  # first key of the item that a row sees
+        start = tl.maximum(tl.min(tl.where(real, oldest, num_keys), 0), 0) // BLOCK_KV * BLOCK_KV
+    for first in range(start, num_keys, BLOCK_KV):
         keys = first + tl.arange(0, BLOCK_KV)
         k = load_rows(k_item_ptr, keys, k_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, UPCAST)
         v = load_rows(v_item_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, UPCAST)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_Q, BLOCK_KV]
+        if CAPPED:
+            scores = tanh(scores) * cap
         scores = tl.where(keys[None, :] < visible[:, None], scores, float("-inf"))
+        if WINDOWED:
+            scores = tl.where(keys[None, :] >= oldest[:, None], scores, float("-inf"))
         maximum, total, acc = online_softmax_step(maximum, total, acc, scores, v, v_ptr.dtype.element_ty, True, UPCAST)
 
     partial = (tl.load(item_ptr + 5) + query).to(tl.int64) * num_heads + head
@@ -270,9 +303,13 @@ def _merge_kernel(
     suffix_start_ptr,  # [N] int32
     suffix_len_ptr,  # [N] int32
     out_ptr,  # [N, H, D] contiguous
-    scale_log2,
+    sinks_ptr,  # [H], None without
+    window,  # None without
+    factor,  # in base 2 without a cap
     num_heads,
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    cap,  # in base 2, None without one
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row and head: its partials in path order, its private suffix, the division."""
@@ -284,6 +321,9 @@ def _merge_kernel(
     maximum = tl.full([], -1.0e38, tl.float32)
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
+    if HAS_SINKS:
+        maximum = tl.maximum(maximum, tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E)
+        total += 1.0
     for at in range(tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)):
         partial = tl.load(index_ptr + at).to(tl.int64) * num_heads + head
         lse = tl.load(partial_lse_ptr + partial)
@@ -300,12 +340,19 @@ def _merge_kernel(
     num_keys = tl.load(suffix_len_ptr + row)
     k_suffix_ptr = k_ptr + first_key * k_row_stride + (head // GROUP) * k_head_stride
     v_suffix_ptr = v_ptr + first_key * v_row_stride + (head // GROUP) * v_head_stride
-    for first in range(0, num_keys, BLOCK_KV):
+    start = 0
+    if WINDOWED:
+        start = tl.maximum(num_keys - window, 0) // BLOCK_KV * BLOCK_KV
+    for first in range(start, num_keys, BLOCK_KV):
         keys = first + tl.arange(0, BLOCK_KV)
         k = load_rows(k_suffix_ptr, keys, k_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, True)  # as float32
         v = load_rows(v_suffix_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, True)
-        scores = tl.sum(k * q[None, :], 1) * scale_log2  # [BLOCK_KV]
+        scores = tl.sum(k * q[None, :], 1) * factor  # [BLOCK_KV]
+        if CAPPED:
+            scores = tanh(scores) * cap
         scores = tl.where(keys < num_keys, scores, float("-inf"))
+        if WINDOWED:
+            scores = tl.where(keys >= num_keys - window, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         decay = tl.exp2(maximum - new_maximum)
         weights = tl.exp2(scores - new_maximum)
