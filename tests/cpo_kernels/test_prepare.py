@@ -244,16 +244,6 @@ def test_forward_with_the_hook_taken_away_is_refused() -> None:
         packed_logps(model, ROWS, STARTS)
 
 
-def test_layer_that_does_not_run_tree_attention_is_refused() -> None:
-    """`sdpa` would swallow `subtree_end` without a word; one layer with its own attention must not pass."""
-    model = prepare(tiny_llama())
-    attention = model.model.layers[1].self_attn
-    attention.config = copy.deepcopy(attention.config)
-    attention.config._attn_implementation = "sdpa"
-    with pytest.raises(RuntimeError, match=r"(?i)layer"):
-        packed_logps(model, ROWS, STARTS)
-
-
 def test_environment_overrides_the_choice_and_an_argument_overrides_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the two implementations round differently, so equality tells which one ran."""
     model, (sequences, starts) = prepare(tiny_llama()), pair_sequences(random_pairs(seed=2))

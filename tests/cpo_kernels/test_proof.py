@@ -4,10 +4,13 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PromptTuningConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -28,9 +31,10 @@ from transformers import (
 )
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.integrations.transformers import fused, packed_logps, prepare
 from cpo_kernels.integrations.transformers.model import model_parts
-from cpo_kernels.integrations.transformers.proof import check_call, check_path, check_training, path_limit
+from cpo_kernels.integrations.transformers.proof import check_call, check_path, check_training, path_limit, proved_windows
+from cpo_kernels.integrations.trl import _route_forward
 from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
 
 ROWS = [list(range(3, 23)), [*range(3, 13), *range(40, 50)]]  # two paths of 20 tokens, shared to the tenth
@@ -286,6 +290,76 @@ CHANGED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "decoder layer 1 differs",
     ),
 }
+
+
+def with_forward(base: Any, forward: Callable[..., Any]) -> Any:
+    """Layer 1's MLP with its forward replaced in the instance alone, as many a library does it."""
+    mlp = base.model.layers[1].mlp
+    mlp.forward = partial(forward, type(mlp).forward, mlp)
+    return base
+
+
+REPLACED: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "mixes rows": (lambda stock, mlp, x: stock(mlp, x) + x.mean(1, keepdim=True), "decoder layer 1 differs"),
+    "exact": (lambda stock, mlp, x: 2.0 * stock(mlp, x), None),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_forward_replaced_after_prepare_is_seen(name: str) -> None:
+    forward, words = REPLACED[name]
+    model = prepare(tiny_llama())
+    before = score(model)
+    with_forward(model, forward)
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            score(model)
+    else:
+        values = score(model).detach()
+        torch.testing.assert_close(values, stock(model), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(values, before, rtol=1e-3)
+    del model.model.layers[1].mlp.forward
+    assert torch.equal(score(model if words is None else prepare(model)), before)
+
+
+def test_forwards_that_change_no_number_are_not_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `fuse_layers` and of accelerate, and the one of TRL's model around ours."""
+    model = prepare(tiny_llama())
+    score(model)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "_probe", lambda *_: pytest.fail("proved again"))
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    monkeypatch.setattr(fused, "rms_norm", lambda x, weight, eps, impl: type(norm).forward(norm, x))
+    norm.forward = MethodType(fused._fused_forward(norm), norm)
+    score(model)
+    attention = model.model.layers[0].self_attn
+    attention.forward = MethodType(fused._attention_forward(type(attention).forward), attention)
+    monkeypatch.setattr(fused, "rotary", lambda q, k, cos, sin, impl: fused._rotation_of_llama(q, k, cos, sin))
+    add_hook_to_module(mlp, ModelHook())
+    score(model)
+    _route_forward(model, lambda *_: None)
+    score(model)
+    norm.forward = lambda x: x  # nobody's
+    with pytest.raises(pytest.fail.Exception):
+        score(model)
+
+
+def test_table_of_the_configuration_changed_in_place_is_seen() -> None:
+    model = prepare(tiny_model(Qwen2Config, sliding_window=8, use_sliding_window=True, layer_types=FIRST_SLIDES))
+    before = score(model)
+    model.config.layer_types[1] = "sliding_attention"
+    torch.testing.assert_close(score(model).detach(), stock(model), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(score(model), before, rtol=1e-4)
+    assert set(proved_windows(model_parts(model))) == {0, 1}
+
+
+def test_configuration_of_one_layer_in_exchange_is_seen() -> None:
+    model = prepare(tiny_llama())
+    score(model)
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match=r"decoder layer 1 of LlamaForCausalLM \(LlamaAttention\) does not ask"):
+        score(model)
 
 
 class _Mixer(nn.Module):

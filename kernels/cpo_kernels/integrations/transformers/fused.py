@@ -107,6 +107,7 @@ def _attention_forward(forward: FunctionType) -> Callable[..., torch.Tensor] | N
     scope = forward.__globals__ | {FUNCTION: RotationWrapper(_apply_rotary)}
     fused = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     fused.__kwdefaults__ = forward.__kwdefaults__
+    fused.__module__ = __name__  # by which a proof knows it
     _FUSED.add(fused)
     return fused
 

@@ -2,10 +2,12 @@
 
 It is registered once under one name and stays for the model's life. A forward with `subtree_end` among its keyword
 arguments is a forest, one with `decode_plan` a search tree's frontier over its arena. Without either the call goes to
-Transformers' own `sdpa` with its own mask, so `generate`, padded batches and caches behave as before. No function here
-switches back: while a graph is alive, checkpointed layers would silently recompute with another attention.
+Transformers' own `sdpa` with its own mask, or to the model's own `eager` where the layer has a soft-cap or sinks, so
+`generate`, padded batches and caches behave as before. No function here switches back: while a graph is alive,
+checkpointed layers would silently recompute with another attention.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from cpo_kernels.tree_decode import DecodePlan, decode_layer, resolve_tree_decod
 
 IMPLEMENTATION = "cpo_tree"
 # keyword arguments of an attention call that change its result and that tree attention does not compute
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+_UNSUPPORTED = ("position_bias", "cache")
 
 
 def cpo_tree_attention(
@@ -42,6 +44,8 @@ def cpo_tree_attention(
     decode_plan: DecodePlan | None = None,
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
     decode_rotation: DeferredRotation | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [H] attention sinks
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, [B, T, H, Dv], where B is 1 for a forest. Adds the layer's index to `layers_seen`.
@@ -54,13 +58,12 @@ def cpo_tree_attention(
 
     Raises:
         ValueError: a forest call with attention dropout, a batch above 1, a KV cache, or an option that changes the
-            result (soft-cap, sinks, position bias, bidirectional attention).
+            result (position bias, bidirectional attention).
     """
     if subtree_end is None and decode_plan is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
+        options = kwargs if softcap is None and s_aux is None else kwargs | {"softcap": softcap, "s_aux": s_aux}
+        stock = sdpa_attention_forward if options is kwargs else eager_attention
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)[0], None
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported or kwargs.get("is_causal") is False:
         raise ValueError(f"cpo_tree: {module.__class__.__name__} asks for {unsupported or ['bidirectional attention']}")
@@ -77,6 +80,8 @@ def cpo_tree_attention(
         scaling = k.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (pad(heads, (0, head_dim - heads.shape[-1])) for heads in (q, k, v))
     if decode_plan is not None:
+        if softcap is not None or s_aux is not None:
+            raise ValueError("cpo_tree: a search computes no soft-cap on scores and no attention sinks")
         k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
         impl = tree_impl or resolve_tree_decode(None, q.device.type)
         rotary = None if decode_rotation is None else decode_rotation.take(query, key)
@@ -86,8 +91,38 @@ def cpo_tree_attention(
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
         window = tree_windows.get(module.layer_idx) if tree_windows else None  # type: ignore[call-overload]
         with autocast_inputs(q, k, v) as (q, k, v):
-            output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl, window)
+            output = attention_layer(
+                q,
+                k,
+                v,
+                subtree_end,
+                tree_schedule,
+                scaling,
+                impl,
+                window,
+                *(() if softcap is None and s_aux is None else (softcap, s_aux)),
+            )
     return output[..., :value_dim].unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
+
+
+def eager_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, H, T, D]
+    key: torch.Tensor,  # [B, Hkv, C, D]
+    value: torch.Tensor,  # [B, Hkv, C, Dv]
+    attention_mask: torch.Tensor | None,  # [B, 1, T, C] bool or added to the scores. None: causal
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A model's own `eager` attention under a mask that was made for `sdpa`: [B, T, H, Dv], and what else it gives."""
+    if attention_mask is None:  # as `sdpa` reads it: a single row sees all
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = attention_mask.tril() if query.shape[2] > 1 else attention_mask
+    if attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    result: tuple[torch.Tensor, torch.Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
+    return result
 
 
 def register() -> None:

@@ -6,7 +6,8 @@ own function says whether the window slides: attention in chunks is told its siz
 values are those of the tensors that the attention function really gets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from cpo_kernels.integrations.transformers.attention_scores import check_scores
 from cpo_kernels.integrations.transformers.model import ModelParts, decoder_layers
 from cpo_kernels.tree_attention import WINDOWED, Window
 
@@ -27,12 +29,32 @@ class LayerWindow(NamedTuple):
     slides: bool  # a token of a longer row sees the last `size`, itself included. False: something else, or not known
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """The attention of a model's decoder layers.
+
+    Attributes:
+        windows: by layer, without those that see everything.
+        shapes: of each layer.
+        heads: query heads and key heads of the first layer.
+    """
+
+    windows: dict[int, LayerWindow] = field(default_factory=dict)
+    shapes: "Sequence[KVShape]" = ()
+    heads: tuple[int, int] = (1, 1)
+
+
 class KVShape(NamedTuple):
     """Keys [B, num_heads, T, key_dim] and values [B, num_heads, T, value_dim] of a layer."""
 
     num_heads: int
     key_dim: int
     value_dim: int
+
+    @property
+    def head_dim(self) -> int:
+        """That of tree attention, for which zeros fill the smaller of the two up."""
+        return max(self.key_dim, self.value_dim)
 
 
 def forest_windows(windows: dict[int, LayerWindow], depths: torch.Tensor, longest_path: int) -> dict[int, Window]:
@@ -55,18 +77,20 @@ def limiting_windows(windows: dict[int, LayerWindow], impl: str | None) -> dict[
     return {layer: window for layer, window in windows.items() if not (window.slides and impl in WINDOWED)}
 
 
-def layer_attention(parts: ModelParts) -> tuple[dict[int, LayerWindow], list[KVShape]]:
-    """The windows of the decoder layers by layer, without those that see everything, and all their keys and values.
+def layer_attention(parts: ModelParts) -> LayerAttention:
+    """What attention the decoder layers ask for.
 
     Chunked attention counts with its chunk, and sparse attention with the number of keys that it keeps (`index_topk`):
     up to so many tokens both see everything. The model's attention is put back as it was.
 
     Raises:
-        ValueError: a layer does not ask Transformers' attention interface, or hands it no keyword arguments.
+        ValueError: a layer does not ask Transformers' attention interface, hands it no keyword arguments, or asks for
+            something that tree attention computes otherwise (`check_scores`).
     """
     asked: dict[int, list[LayerWindow]] = {}  # by layer, size 0 for none
     made: dict[int, tuple[torch.Tensor, LayerWindow]] = {}  # masks by id, kept so that no id is used twice
     shapes: dict[int, KVShape] = {}  # by layer
+    heads: list[tuple[int, int]] = []  # query heads and key heads, call by call
     layer_now: list[int] = []
     reached: set[int] = set()  # layers that ask the attention interface
     handed: set[int] = set()  # those that also hand on what the caller says, as `subtree_end` will be
@@ -100,9 +124,12 @@ def layer_attention(parts: ModelParts) -> tuple[dict[int, LayerWindow], list[KVS
             handed.update(layer_now[-1:])
         if layer_now:
             shapes[layer_now[-1]] = KVShape(k.shape[1], k.shape[3], v.shape[3])
+            heads.append((q.shape[1], k.shape[1]))
+            check_scores(parts, layer_now[-1], module, q, k, v, kwargs)
             # a forest finds a layer's window by this index
             named = getattr(module, "layer_idx", None) == layer_now[-1]
             asked.setdefault(layer_now[-1], []).append(found._replace(slides=found.slides and named))
+        kwargs.pop("softcap", None)  # what two tokens give is not read
         return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)[0], None
 
     AttentionInterface.register(_RECORDING, attention)
@@ -134,7 +161,7 @@ def layer_attention(parts: ModelParts) -> tuple[dict[int, LayerWindow], list[KVS
         if sizes := [window.size for window in found if window.size]:
             # attention that is asked twice in a layer may mean two windows
             windows[index] = LayerWindow(min(sizes), len(found) == 1 and found[0].slides)
-    return windows, [shapes[index] for index in range(len(layers))]
+    return LayerAttention(windows, [shapes[index] for index in range(len(layers))], heads[0])
 
 
 def _slides(mask_function: Callable[..., Any], size: int, device: torch.device) -> bool:

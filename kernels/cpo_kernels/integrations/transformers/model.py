@@ -83,11 +83,6 @@ def kv_shape(config: Any) -> tuple[int, int]:
     return num_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention_heads(config: Any) -> tuple[int, int]:
-    """Number of query heads and of key heads of a text configuration."""
-    return config.num_attention_heads, kv_shape(config)[0]
-
-
 def unwrap_peft(model: torch.nn.Module) -> torch.nn.Module:
     """The base model inside a `PeftModel`, or the module itself."""
     if peft_configs(model):
@@ -135,9 +130,19 @@ def check_adapters(model: torch.nn.Module) -> None:
 
 def moves_weights_only(hook: Any) -> bool:
     """Whether a forward hook is one of a library that fetches weights or asks for gradients and changes no number."""
-    function = getattr(hook, "func", hook)
-    library = (getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
-    return library in ("accelerate", "deepspeed") or getattr(function, "__name__", "") == "make_inputs_require_grads"
+    name = getattr(getattr(hook, "func", hook), "__name__", "")
+    return comes_from(hook, ("accelerate", "deepspeed")) or name == "make_inputs_require_grads"
+
+
+def comes_from(function: Any, libraries: tuple[str, ...]) -> bool:
+    """Whether a function, a method, a partial call or a callable object is defined in one of some libraries.
+
+    A wrapper often bears the name of what it wraps, so the module whose names it reads counts as well.
+    """
+    function = getattr(function, "func", function)
+    own = getattr(function, "__module__", None) or type(function).__module__
+    scope = getattr(getattr(function, "__func__", function), "__globals__", {}).get("__name__", own)
+    return any(module.partition(".")[0] in libraries for module in (own, scope))
 
 
 def fetches_weights(module: torch.nn.Module) -> bool:
@@ -161,13 +166,6 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
     """Raise ValueError, naming the reason, for a model that packed forwards would compute wrongly."""
     check_adapters(model)
     parts = model_parts(model)
-    config = parts.config
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            f"{type(parts.causal_lm).__name__} has a soft-cap on the attention scores (attn_logit_softcapping={softcap}), "
-            "which is not supported"
-        )
     _check_head(parts.head)
     for name, module in parts.causal_lm.named_modules():
         for adapter, variant in getattr(module, "lora_variant", {}).items():

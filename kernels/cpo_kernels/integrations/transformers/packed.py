@@ -24,13 +24,8 @@ from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepared_parts
 from cpo_kernels.integrations.transformers.layer_windows import forest_windows
 from cpo_kernels.integrations.transformers.logits import logit_transform
-from cpo_kernels.integrations.transformers.model import (
-    ModelParts,
-    attention_heads,
-    peft_configs,
-    reference_adapter,
-)
-from cpo_kernels.integrations.transformers.proof import check_call, check_path, proved_windows
+from cpo_kernels.integrations.transformers.model import ModelParts, peft_configs, reference_adapter
+from cpo_kernels.integrations.transformers.proof import check_call, check_path, proved_heads, proved_windows
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
 from cpo_kernels.tree_attention import TreeSchedule, resolve_tree_attention
@@ -134,7 +129,7 @@ def _pack(
 ) -> PackedInputs:
     """Make everything on the host, then send it to the model's device."""
     forest = build_forest(sequences)
-    plan, schedule = forest.logprob_plan(starts), forest.schedule(heads=attention_heads(parts.config))
+    plan, schedule = forest.logprob_plan(starts), forest.schedule(heads=proved_heads(parts))
     longest_path = int(forest.path_offsets.diff().max()) if len(sequences) else 0
     device = next(parts.causal_lm.parameters()).device
     check_path(parts, longest_path, resolve_tree_attention(impl, device.type))
@@ -164,7 +159,7 @@ def forest_forward(
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=forest.tokens.device),
         use_cache=False,
         subtree_end=forest.subtree_end,
-        tree_schedule=forest.schedule(heads=attention_heads(parts.config)) if schedule is None else schedule,
+        tree_schedule=forest.schedule(heads=proved_heads(parts)) if schedule is None else schedule,
         tree_impl=resolve_tree_attention(impl, forest.tokens.device.type),
         layers_seen=layers_seen,
         **kwargs,

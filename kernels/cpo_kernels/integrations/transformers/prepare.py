@@ -23,8 +23,7 @@ from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.implementation import Implementations, default_implementation
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
 from cpo_kernels.integrations.transformers.layer_windows import (
-    KVShape,
-    LayerWindow,
+    LayerAttention,
     forest_windows,
     layer_attention,
     limiting_windows,
@@ -68,33 +67,53 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
     """
     parts, impl = check_supported(model), Implementations.of(impl)
     drop_proof(parts)
-    if impl == Implementations():
-        check_kernels(parts)
     register()
+    with _evaluating(parts):
+        attention = layer_attention(parts)
+    if impl == Implementations():
+        check_kernels(parts, attention=attention)
+    with _evaluating(parts):
+        _probe(model, parts, impl, attention)
+    keep_proof(parts, partial(prepare, impl=impl), attention)
+    return model
+
+
+@contextmanager
+def _evaluating(parts: ModelParts) -> Iterator[None]:
     was_training = [module for module in parts.causal_lm.modules() if module.training]
     parts.causal_lm.eval()
     try:
         with torch.no_grad(), torch.autocast(next(parts.causal_lm.parameters()).device.type, enabled=False):
-            windows, shapes = _probe(model, parts, impl)
+            yield
     finally:
         for module in was_training:
             module.training = True
-    keep_proof(parts, partial(prepare, impl=impl), windows, shapes)
-    return model
 
 
-def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
+def check_kernels(
+    parts: ModelParts, ops: Sequence[str] = TRAINING_OPS, attention: LayerAttention | None = None
+) -> None:
     """Run the self-check of some ops in a model's own shapes, where Triton is its device's default.
+
+    Args:
+        parts: of the model.
+        ops: of `self_check`.
+        attention: of its decoder layers. None: as the configuration says.
 
     Raises:
         KernelCheckError: a kernel does not run or is wrong there.
     """
     device, config = next(parts.causal_lm.parameters()).device, parts.config
-    if default_implementation(device.type) == "triton":
-        num_kv_heads, head_dim = kv_shape(config)
+    if default_implementation(device.type) != "triton":
+        return
+    if attention is None:
+        heads = {(config.num_attention_heads, *kv_shape(config))}
+    else:
+        heads = {(attention.heads[0], shape.num_heads, shape.head_dim) for shape in attention.shapes}
+    for num_heads, num_kv_heads, head_dim in sorted(heads):
         shape = ModelShape(
             dtype=parts.causal_lm.dtype,
-            num_heads=config.num_attention_heads,
+            num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             hidden_size=config.hidden_size,
@@ -102,15 +121,14 @@ def check_kernels(parts: ModelParts, ops: Sequence[str] = TRAINING_OPS) -> None:
         self_check(device, shape, ops)
 
 
-def _probe(model: Any, parts: ModelParts, impl: Implementations) -> tuple[dict[int, LayerWindow], list[KVShape]]:
-    """Compare forest and stock model, and return windows, keys and values of the layers."""
+def _probe(model: Any, parts: ModelParts, impl: Implementations, attention: LayerAttention) -> None:
+    """Compare forest and stock model."""
     previous = parts.config._attn_implementation
     device = next(parts.causal_lm.parameters()).device
     try:
         # some families (Gemma 2) are loaded with their own attention only
         parts.causal_lm.set_attn_implementation("sdpa" if parts.causal_lm._supports_sdpa else "eager")
-        windows, shapes = layer_attention(parts)
-        limiting = limiting_windows(windows, resolve_tree_attention(impl.tree_attention, device.type))
+        limiting = limiting_windows(attention.windows, resolve_tree_attention(impl.tree_attention, device.type))
         forest, paths = _two_branches(parts.config.vocab_size, shortest(limiting, parts.config))
         forest = forest.to(device)
         layers = decoder_layers(parts)
@@ -125,15 +143,15 @@ def _probe(model: Any, parts: ModelParts, impl: Implementations) -> tuple[dict[i
         parts.causal_lm.set_attn_implementation(IMPLEMENTATION)
         packed = [_packed(forest, states) for states in zip(*(each.states for each in stock), strict=True)]
         with _recorded(layers, packed) as ours:
-            shorter = forest_windows(windows, forest.position_ids, len(paths[0]))
-            output = forest_forward(parts, forest, impl=impl.tree_attention, tree_windows=shorter)
+            shorter = forest_windows(attention.windows, forest.position_ids, len(paths[0]))
+            schedule = forest.schedule(heads=attention.heads)
+            output = forest_forward(parts, forest, schedule, impl.tree_attention, tree_windows=shorter)
         _compare_layers(parts, forest, ours.states, [each.states for each in stock])
         _compare_layers_in_float32(parts, forest, layers, ours, stock)
         _compare_head(parts, forest, output.last_hidden_state[0], logits, paths, impl.linear_logprob)
     except Exception:
         parts.causal_lm.set_attn_implementation(previous)
         raise
-    return windows, shapes
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""What a proof of `prepare` holds for, compared at every call: modules, hooks, adapters, windows, training flags.
+"""What a proof of `prepare` holds for, compared at every call: modules, forwards, hooks, windows, training flags.
 
 A proof is of the model as it was. Afterwards people wrap it by PEFT, add an adapter, put it in training mode or give a
 module dropout. Two snapshots of plain Python values tell, without a word to the device:
 
-    structure   children and forward hooks of every module, windows and soft-caps   changed: everything is proved again
-    mode        training flags, dropout and noise, which adapters are active        new: does this forward draw numbers?
+    structure   children, replaced forwards and hooks of every module, windows,
+                soft-caps, lists and tables of the configuration               changed: everything is proved again
+    mode        training flags, dropout and noise, which adapters are active   new: does this forward draw numbers?
 
 Whether a forward is random is not read from names: a small one runs, and the state of the random number generators before
 and after it is compared. Branches of a forest share the activations of their prefix, padded rows would draw their own.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +22,25 @@ from typing import Any
 
 import torch
 
-from cpo_kernels.integrations.transformers.layer_windows import KVShape, LayerWindow, limiting_windows
-from cpo_kernels.integrations.transformers.model import ModelParts, check_adapters, moves_weights_only, rope_limit
+from cpo_kernels.integrations.transformers.layer_windows import (
+    KVShape,
+    LayerAttention,
+    LayerWindow,
+    limiting_windows,
+)
+from cpo_kernels.integrations.transformers.model import (
+    ModelParts,
+    check_adapters,
+    comes_from,
+    moves_weights_only,
+    rope_limit,
+)
 
 # attributes of modules and of the configuration, by name
 _STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
 _MODE = re.compile(r"drop|jitter|noise|^p$")
 _SCALARS = (type(None), bool, int, float, str)
+_TABLES = (dict, list, tuple)
 _MAX_MODES = 16  # training and evaluation by the adapters that a run switches between
 _ATTRIBUTE = "_cpo_proof"  # of the causal language model
 
@@ -37,19 +51,18 @@ class Proof:
     Args:
         prove: proves a model again, in place: what to call when the structure has changed.
         causal_lm: the model as it was proved. None: nothing is proved, and the first call does it.
-        windows, shapes: of the decoder layers (`layer_attention`).
+        attention: of the decoder layers.
     """
 
     def __init__(
         self,
         prove: Callable[[Any], Any],
         causal_lm: torch.nn.Module | None = None,
-        windows: dict[int, LayerWindow] | None = None,
-        shapes: Sequence[KVShape] = (),
+        attention: LayerAttention | None = None,
     ) -> None:
         self._prove = prove
         self._modes: list[tuple[list[Any], str | None]] = []  # what was seen, and what is random in it
-        self.windows, self.shapes = windows or {}, shapes
+        self.attention = attention or LayerAttention()
         self._states: list[dict[str, Any]] = []
         if causal_lm is not None:
             self._take(causal_lm)
@@ -64,26 +77,43 @@ class Proof:
         modules = list(causal_lm.modules())
         self._states = [vars(module) for module in modules]
         self._children = [state["_modules"] for state in self._states]
+        self._configs = [(state, state["config"]) for state in self._states if "config" in state]
         self._hooks = [state[kind] for state in self._states for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._adapters = [state for module, state in zip(modules, self._states, strict=True) if _is_adapted(module)]
-        config: Any = causal_lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        text: Any = causal_lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        configs = [vars(each) for each in {id(each): each for _, each in [*self._configs, ({}, text)]}.values()]
         self._watched = [
             [
                 (state, name)
-                for state in [*self._states, vars(config)]
+                for state in [*self._states, *configs]
                 for name in state
-                if _watches(pattern, state, name)
+                if isinstance(state[name], _SCALARS) and pattern.search(name) is not None
             ]
             for pattern in (_STRUCTURE, _MODE)
         ]
-        self._structure, self._seen_hooks = self._read_structure(), self._read_hooks()
+        self._tables = [
+            (state, name)
+            for state in configs
+            for name in state
+            if isinstance(state[name], _TABLES) and _is_plain(state[name])
+        ]
+        self._structure = self._read_structure()
+        self._structure[-1] = copy.deepcopy(self._structure[-1])  # they are changed in place
+        self._seen = [self._read_hooks(), self._read_forwards()]
 
     def _read_structure(self) -> list[Any]:
-        children = list(chain.from_iterable(map(dict.values, filter(None, self._children))))
-        return [children, list(map(len, self._children)), [state.get(name) for state, name in self._watched[0]]]
+        return [
+            list(chain.from_iterable(map(dict.values, filter(None, self._children)))),
+            [state.get("config") is config for state, config in self._configs],
+            [state.get(name) for state, name in self._watched[0]],
+            [state.get(name) for state, name in self._tables],
+        ]
 
     def _read_hooks(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, filter(None, self._hooks))))
+
+    def _read_forwards(self) -> list[Any]:
+        return [state["forward"] for state in self._states if "forward" in state]
 
     def _read_mode(self) -> list[Any]:
         return [
@@ -93,16 +123,15 @@ class Proof:
         ]
 
     def holds(self, causal_lm: torch.nn.Module) -> bool:
-        """Whether the model is made of the same modules, hooks, windows and soft-caps as when it was proved."""
+        """Whether the model is made of the same modules, forwards, hooks, windows and so on as when it was proved."""
         if not self._states or self._states[0] is not vars(causal_lm) or self._structure != self._read_structure():
             return False
-        hooks = self._read_hooks()
-        if hooks == self._seen_hooks:
-            return True
-        same: bool = _relevant(hooks) == _relevant(self._seen_hooks)
-        if same:
-            self._seen_hooks = hooks
-        return same
+        now = [self._read_hooks(), self._read_forwards()]
+        if now != self._seen:
+            if list(map(_relevant, now)) != list(map(_relevant, self._seen)):
+                return False
+            self._seen = now
+        return True
 
     def prove_again(self, model: Any) -> None:
         """Run `prepare` on the model once more, which keeps a new proof or raises ValueError."""
@@ -121,11 +150,9 @@ class Proof:
         return reason
 
 
-def keep_proof(
-    parts: ModelParts, prove: Callable[[Any], Any], windows: dict[int, LayerWindow], shapes: Sequence[KVShape]
-) -> None:
+def keep_proof(parts: ModelParts, prove: Callable[[Any], Any], attention: LayerAttention) -> None:
     """Let the model keep the proof that `prepare` just made."""
-    setattr(parts.causal_lm, _ATTRIBUTE, Proof(prove, parts.causal_lm, windows, shapes))
+    setattr(parts.causal_lm, _ATTRIBUTE, Proof(prove, parts.causal_lm, attention))
 
 
 def drop_proof(parts: ModelParts) -> None:
@@ -159,12 +186,17 @@ def check_training(model: torch.nn.Module, parts: ModelParts) -> None:
 
 def proved_windows(parts: ModelParts) -> dict[int, LayerWindow]:
     """The windows of the decoder layers as they were when the model was proved."""
-    return _proof(parts).windows
+    return _proof(parts).attention.windows
 
 
 def proved_shapes(parts: ModelParts) -> Sequence[KVShape]:
     """Keys and values of each decoder layer as its attention function got them when the model was proved."""
-    return _proof(parts).shapes
+    return _proof(parts).attention.shapes
+
+
+def proved_heads(parts: ModelParts) -> tuple[int, int]:
+    """Query heads and key heads of the first decoder layer when the model was proved."""
+    return _proof(parts).attention.heads
 
 
 def check_path(parts: ModelParts, longest_path: int, impl: str | None = None) -> None:
@@ -222,12 +254,15 @@ def _is_adapted(module: torch.nn.Module) -> bool:
     return hasattr(module, "_disable_adapters")  # PEFT's layers, and its wrappers of modules to save
 
 
-def _watches(pattern: re.Pattern[str], state: dict[str, Any], name: str) -> bool:
-    return isinstance(state[name], _SCALARS) and pattern.search(name) is not None
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _TABLES):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, _SCALARS)
 
 
-def _relevant(hooks: list[Any]) -> list[Any]:
-    return [hook for hook in hooks if not moves_weights_only(hook)]
+def _relevant(functions: list[Any]) -> list[Any]:
+    """Hooks or replaced forwards without those that change no number, as those of `fuse_layers`."""
+    return [each for each in functions if not (moves_weights_only(each) or comes_from(each, ("cpo_kernels",)))]
 
 
 @contextmanager
