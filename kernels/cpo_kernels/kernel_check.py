@@ -34,6 +34,9 @@ class ModelShape:
     num_kv_heads: int = 2
     head_dim: int = 128
     hidden_size: int = 1024
+    windowed: bool = False  # some layer has a sliding window
+    capped: bool = False  # some layer has a soft-cap on its scores
+    has_sinks: bool = False  # some layer has attention sinks
 
 
 Results = dict[str, torch.Tensor]

@@ -33,7 +33,13 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from cpo_kernels.integrations.transformers import fused, packed_logps, prepare
 from cpo_kernels.integrations.transformers.model import model_parts
-from cpo_kernels.integrations.transformers.proof import check_call, check_path, check_training, path_limit, proved_windows
+from cpo_kernels.integrations.transformers.proof import (
+    check_call,
+    check_path,
+    check_training,
+    path_limit,
+    proved_windows,
+)
 from cpo_kernels.integrations.trl import _route_forward
 from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
 

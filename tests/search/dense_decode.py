@@ -61,11 +61,14 @@ def _attention(
     decode_plan: DecodePlan,
     decode_arena: list[tuple[torch.Tensor, torch.Tensor]],
     layers_seen: set[int],
+    decode_windows: dict[int, int],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     layers_seen.add(module.layer_idx)
     q, k_new, v_new = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    return dense_tree_decode(q, k_new, v_new, *decode_arena[module.layer_idx], decode_plan, scaling).unsqueeze(0), None
+    window = decode_windows.get(module.layer_idx)
+    out = dense_tree_decode(q, k_new, v_new, *decode_arena[module.layer_idx], decode_plan, scaling, window)
+    return out.unsqueeze(0), None
 
 
 def dense_tree_decode(
@@ -76,11 +79,12 @@ def dense_tree_decode(
     v_arena: torch.Tensor,  # [C, Hkv, D]
     plan: DecodePlan,
     scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """As `cpo_kernels.tree_decode`, [N, H, D] float32."""
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
-    seen = visible_keys(plan, k_arena.shape[0])
+    seen = visible_keys(plan, k_arena.shape[0], window)
     group = q.shape[1] // k_arena.shape[1]
     # what no row sees may be anything, and 0 times NaN is NaN
     unseen = ~seen.any(dim=0).view(-1, 1, 1)
@@ -90,14 +94,19 @@ def dense_tree_decode(
     return torch.einsum("nkgc,ckd->nkgd", weights, values).flatten(1, 2)
 
 
-def visible_keys(plan: DecodePlan, num_slots: int) -> torch.Tensor:
+def visible_keys(plan: DecodePlan, num_slots: int, window: int | None) -> torch.Tensor:
     """[N, C] bool, from the plan's tensors alone."""
     row = torch.arange(len(plan.slots)).view(-1, 1, 1)  # [N, 1, 1]
     key = torch.arange(num_slots).view(1, -1, 1)  # [1, C, 1]
     query_start, num_queries, key_start, num_keys, first_visible, _ = plan.items.long().unbind(dim=1)  # [W] each
     below = (row >= query_start) & (row < query_start + num_queries)
     stop = key_start + torch.minimum(num_keys, first_visible + row - query_start)
-    by_item = (below & (key >= key_start) & (key < stop)).any(dim=2)
+    oldest = torch.zeros(len(plan.slots), dtype=torch.int64)  # depth of the first key that a row sees
+    if window is not None:
+        oldest = plan.suffix_depth + plan.suffix_len - window
+    near = key - key_start + plan.item_depth >= oldest.view(-1, 1, 1)
+    by_item = (below & (key >= key_start) & (key < stop) & near).any(dim=2)
     start = plan.suffix_start.long().unsqueeze(1)
     key = key.squeeze(2)
-    return by_item | ((key >= start) & (key < start + plan.suffix_len.unsqueeze(1)))
+    near = key - start + plan.suffix_depth.unsqueeze(1) >= oldest.unsqueeze(1)
+    return by_item | ((key >= start) & (key < start + plan.suffix_len.unsqueeze(1)) & near)

@@ -19,6 +19,7 @@ from cpo_fast.search.engine.forward_plans import ModelRunner, compute_nodes
 from cpo_fast.search.engine.kv_arena import KVArena, KVTrie
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.integrations.transformers import prepare
+from cpo_kernels.integrations.transformers.decode import arena_shapes
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.tree_decode import DecodePlan
 from tests.cpo_kernels.device_waits import DeviceWaits
@@ -116,6 +117,15 @@ def test_a_live_adapter_can_be_recorded() -> None:
     assert_same_searches(actual, expected)
 
 
+def test_sliding_windows_can_be_recorded() -> None:
+    """Rows get deeper from step to step, and what their windows reach moves with them."""
+    few_shot, prompts = forked_prompts(7)
+    window = {"sliding_window": 20}
+    expected = run_searches_of(plain_engine(small_model("mistral", **window)), few_shot, prompts)
+    actual = run_searches_of(graph_engine(small_model("mistral", **window), traced), few_shot, prompts)
+    assert_same_searches(actual, expected)
+
+
 def test_a_switch_of_adapters_forgets_what_was_recorded() -> None:
     """A recorded step holds the path through the modules that it was recorded on."""
     few_shot, prompts = forked_prompts(7, num_groups=2)
@@ -183,7 +193,7 @@ def test_finished_requests_are_masked_and_their_memory_serves_others() -> None:
 def test_a_request_that_was_dropped_writes_nowhere_and_grows_no_further() -> None:
     (prompt, _), length = forked_prompts(13), 12
     parts = model_parts(prepare(small_model()))
-    arena = KVArena(parts.config, NUM_SLOTS, torch.float32, torch.device("cpu"))
+    arena = KVArena(arena_shapes(parts), NUM_SLOTS, torch.float32, torch.device("cpu"))
     runner = ModelRunner(parts, arena, "eager")
     (path,) = KVTrie().insert([prompt[:-1]])
     for node, _ in path:

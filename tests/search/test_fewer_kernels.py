@@ -227,7 +227,9 @@ def test_outside_a_decode_forward_the_rotation_is_the_models_own() -> None:
     expected = model(IDS).logits
     assert defer_rotation(model)
     assert torch.equal(model(IDS).logits, expected)
-    with deferred_rotation():
+    with deferred_rotation({4}):  # heads of 8 are a part of what attends
+        assert torch.equal(model(IDS).logits, expected)
+    with deferred_rotation({8}):
         assert not torch.equal(model(IDS).logits, expected)  # nobody rotated
     assert torch.equal(model(IDS).logits, expected)
 

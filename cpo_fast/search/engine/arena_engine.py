@@ -22,10 +22,10 @@ from cpo_fast.search.engine.requests import Answer, AnswerCache, R, Requests, Se
 from cpo_fast.search.engine.scheduler import Scheduler
 from cpo_fast.search.engine.stopping import StopChecker
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.decode import fewer_kernels
+from cpo_kernels.integrations.transformers.decode import arena_shapes, fewer_kernels
 from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
-from cpo_kernels.integrations.transformers.proof import check_call
+from cpo_kernels.integrations.transformers.proof import check_call, proved_attention
 from cpo_kernels.tree_decode import resolve_tree_decode
 
 
@@ -58,15 +58,17 @@ class ArenaEngine:
         parts = model_parts(model)
         device, dtype = next(parts.causal_lm.parameters()).device, parts.causal_lm.dtype
         _check_device(device)
-        check_kernels(parts, ("tree_decode", "sample_tokens"))
+        check_kernels(parts, ("tree_decode", "sample_tokens"), proved_attention(parts))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
         if impl == "triton":  # launches cost time there, and no bits are promised against another batch's
             parts = fewer_kernels(model)
-        num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
-        self.arena = KVArena(parts.config, num_tokens, dtype, device)
+        shapes = arena_shapes(parts)
+        num_tokens = config.arena_tokens or default_num_tokens(shapes, dtype, device)
+        self.arena = KVArena(shapes, num_tokens, dtype, device)
         self._permanent = KVTrie()  # of the prompts that all questions share
         self._config = config
         self._runner = ModelRunner(parts, self.arena, impl)
+        self._runner.try_out()
         self._weights = weights_fingerprint(model)
         stop_checker = stop_checker or StopChecker(model, tokenizer)
         # `tree_decode` in plain torch reads its plan on the host, which a recorded step cannot

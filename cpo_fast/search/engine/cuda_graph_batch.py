@@ -91,7 +91,7 @@ class DecodeStep:
     def load(self, requests: Sequence[RunningRequest], plan: DecodePlan, sampler: BatchSampler) -> None:
         """Put requests into the first slots, in order. Those beyond stay masked. Does not wait for the device."""
         # into the places that the recorded step reads
-        for name in ("items", "partial_offsets", "partial_index", "suffix_start"):
+        for name in ("items", "item_depth", "partial_offsets", "partial_index", "suffix_start", "suffix_depth"):
             self._put(getattr(self._plan, name), getattr(plan, name))
         for name, target in vars(self._sampler).items():
             if isinstance(target, torch.Tensor):

@@ -54,6 +54,18 @@ class ModelRunner:
         """
         return decode_forward(self.parts, token_ids, positions, plan, self.arena.layers, impl=self.impl)
 
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """Run padding rows through the model, so that one whose layers no search can serve is refused before it starts.
+
+        Raises:
+            ValueError: as `decode_forward`.
+        """
+        num_rows = 1 + self.num_padding(1)
+        plan, _ = decode_plan([], [], [], num_rows, self.arena.padding_slot)
+        nothing = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        self.forward(nothing, nothing, to_device(plan, self.device))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] float32 of the next token after hidden states [R, E]."""
         return next_logits(self.parts, hidden)

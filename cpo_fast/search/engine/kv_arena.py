@@ -1,6 +1,8 @@
-"""Where the keys and values of cached tokens are: one tensor, and a prefix tree that says which KV slot holds which token.
+"""Where the keys and values of cached tokens are, and a prefix tree that says which KV slot holds which token.
 
-    storage [L, 2, C, Hkv, D]      layer, key or value, KV slot, key head, element
+    storage of a layer [2, C, Hkv, D]      key or value, KV slot, key head, element
+
+Layers may differ in key heads and head size. A slot is the same token's in all of them.
 
 Each node of the prefix tree, and each request that is being generated, owns one contiguous interval of the C slots.
 There are no pages and no block tables. Intervals are handed out first fit and merge with free neighbours when they are
@@ -16,14 +18,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cpo_fast.models import free_device_bytes
-from cpo_kernels.integrations.transformers.model import kv_shape
 
 CPU_SHARE = 0.25  # of the memory that is free on a CPU, where the arena has no device of its own
 CUDA_SHARE = 0.8  # the rest is for the activations of a prefill and the logits of a decode batch
@@ -36,25 +35,28 @@ class KVArena:
     """KV slots, allocated in contiguous intervals.
 
     Args:
-        config: a model's text configuration: layers, key heads and head size.
+        shapes: key heads and head size of each layer (`arena_shapes`).
         num_tokens: C - 1, how many tokens fit.
         dtype, device: of the storage. Those of the model's keys.
 
     Attributes:
         padding_slot: the slot that padding rows write.
-        layers: (keys, values) of each layer, views [C, Hkv, D] of the storage.
+        layers: (keys, values) of each layer, views [C, Hkv, D] of its storage.
         bytes_per_token: over all layers.
     """
 
-    def __init__(self, config: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.num_tokens = num_tokens
         self.padding_slot = num_tokens
-        # one slot more than tokens fit: the padding slot
-        shape = (config.num_hidden_layers, 2, num_tokens + 1, *kv_shape(config))
-        storage = torch.empty(shape, dtype=dtype, device=device)
-        storage[:, :, self.padding_slot] = 0
-        self.layers = [(layer[0], layer[1]) for layer in storage]
-        self.bytes_per_token = kv_bytes_per_token(config, dtype)
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for shape in shapes:
+            # one slot more than tokens fit: the padding slot
+            storage = torch.empty((2, num_tokens + 1, *shape), dtype=dtype, device=device)
+            storage[:, self.padding_slot] = 0
+            self.layers.append((storage[0], storage[1]))
+        self.bytes_per_token = kv_bytes_per_token(shapes, dtype)
         self._free: list[tuple[int, int]] = [(0, num_tokens)]  # (start, stop), ascending, never adjacent
 
     def allocate(self, count: int) -> int | None:
@@ -86,17 +88,16 @@ class KVArena:
         node.start = None
 
 
-def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    num_heads, head_dim = kv_shape(config)
-    return int(config.num_hidden_layers * 2 * num_heads * head_dim * dtype.itemsize)
+def kv_bytes_per_token(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values over all layers, of so many key heads and such a head size each."""
+    return sum(2 * num_heads * head_dim * dtype.itemsize for num_heads, head_dim in shapes)
 
 
-def default_num_tokens(config: Any, dtype: torch.dtype, device: torch.device) -> int:
+def default_num_tokens(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> int:
     """How many tokens the arena holds when the configuration does not say: a share of the memory that is free now."""
     share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE
     num_bytes = int(free_device_bytes(device) * share)
-    return max(1, min(MAX_DEFAULT_TOKENS, num_bytes // kv_bytes_per_token(config, dtype)))
+    return max(1, min(MAX_DEFAULT_TOKENS, num_bytes // kv_bytes_per_token(shapes, dtype)))
 
 
 Ids = npt.NDArray[np.int64]

@@ -162,7 +162,7 @@ def _merge(
     return merged.div_(denominator.masked_fill_(denominator == 0, 1.0).unsqueeze(-1))
 
 
-def _tables(plan: DecodePlan, window: int | None) -> Tables:
+def _tables(plan: DecodePlan, window: int | None = None) -> Tables:
     """Tables of a plan for layers with a window, kept with it. From a device the plan is read back once a window."""
     if plan.is_reused:
         raise ValueError(

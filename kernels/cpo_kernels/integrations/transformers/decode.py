@@ -17,6 +17,7 @@ from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepar
 from cpo_kernels.integrations.transformers.logits import final_logits
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts, peft_configs
 from cpo_kernels.integrations.transformers.projections import merge_projections
+from cpo_kernels.integrations.transformers.proof import proved_shapes, proved_windows
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from cpo_kernels.tree_decode import DecodePlan, resolve_tree_decode
 
@@ -42,6 +43,11 @@ def fewer_kernels(model: torch.nn.Module) -> ModelParts:
     return replace(parts, defers_rotation=defer_rotation(parts.backbone))
 
 
+def arena_shapes(parts: ModelParts) -> list[tuple[int, int]]:
+    """Key heads and head size of the keys and values that each decoder layer of a prepared model stores."""
+    return [(shape.num_heads, shape.head_dim) for shape in proved_shapes(parts)]
+
+
 @torch.no_grad()
 def decode_forward(
     model: torch.nn.Module | ModelParts,
@@ -57,9 +63,9 @@ def decode_forward(
     Args:
         model: a prepared model, or its parts as `model_parts` gives them.
         token_ids: [N], on the device of the model.
-        position_ids: [N], each row's depth in tokens on its own path.
+        position_ids: [N], each row's depth in tokens on its own path. Sliding windows go by the plan's depths.
         plan: of these N rows, on the same device.
-        arena: for each layer k and v [C, Hkv, D] in the dtype of the model's keys, changed in place.
+        arena: for each layer k and v [C, Hkv, D] of `arena_shapes`, in the dtype of the model's keys, changed in place.
         rows: those whose hidden states are wanted. None: all.
         impl: implementation of tree_decode as `resolve_tree_decode` gives it. None resolves it here.
 
@@ -69,11 +75,14 @@ def decode_forward(
 
     Raises:
         RuntimeError: a layer did not run tree_decode (its attention was swapped, or ignores keyword arguments).
-        ValueError: the model was not prepared, or `tree_decode` cannot run on these inputs.
+        ValueError: the model was not prepared, a layer asks for attention twice or does not say which it is, or
+            `tree_decode` cannot run on these inputs.
     """
     parts = prepared_parts(model, "decode_forward")
     layers_seen: set[int] = set()
-    with deferred_rotation() if parts.defers_rotation else nullcontext() as rotation:
+    windows = {layer: window.size for layer, window in proved_windows(parts).items() if window.slides}
+    head_dims = {k.shape[-1] for k, _ in arena}
+    with deferred_rotation(head_dims) if parts.defers_rotation else nullcontext() as rotation:
         hidden: torch.Tensor = parts.backbone(
             input_ids=token_ids.long().unsqueeze(0),
             position_ids=position_ids.long().unsqueeze(0),
@@ -83,6 +92,7 @@ def decode_forward(
             decode_plan=plan,
             decode_arena=arena,
             decode_rotation=rotation,
+            decode_windows=windows,
             tree_impl=impl or resolve_tree_decode(None, token_ids.device.type),
             layers_seen=layers_seen,
         ).last_hidden_state[0]

@@ -44,6 +44,7 @@ def cpo_tree_attention(
     decode_plan: DecodePlan | None = None,
     decode_arena: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),  # per layer k and v [C, Hkv, D]
     decode_rotation: DeferredRotation | None = None,
+    decode_windows: dict[int, int] | None = None,  # by layer, those that slide
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,  # [H] attention sinks
     **kwargs: Any,
@@ -71,8 +72,11 @@ def cpo_tree_attention(
         raise ValueError(f"cpo_tree: attention dropout {dropout} is not defined on shared prefixes; set it to 0")
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
+    layer = getattr(module, "layer_idx", None)
+    if decode_plan is not None:
+        _check_arena_layer(module, layer, layers_seen, len(decode_arena))
     if layers_seen is not None:
-        layers_seen.add(getattr(module, "layer_idx", id(module)))
+        layers_seen.add(id(module) if layer is None else layer)
     # not heads[0]: its gradient would be written into zeros first
     q, k, v = (heads.squeeze(0).transpose(0, 1) for heads in (query, key, value))
     value_dim, head_dim = v.shape[-1], max(k.shape[-1], v.shape[-1])
@@ -80,12 +84,11 @@ def cpo_tree_attention(
         scaling = k.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (pad(heads, (0, head_dim - heads.shape[-1])) for heads in (q, k, v))
     if decode_plan is not None:
-        if softcap is not None or s_aux is not None:
-            raise ValueError("cpo_tree: a search computes no soft-cap on scores and no attention sinks")
-        k_arena, v_arena = decode_arena[module.layer_idx]  # type: ignore[call-overload]
+        k_arena, v_arena = decode_arena[layer]
+        window = decode_windows.get(layer) if decode_windows else None
         impl = tree_impl or resolve_tree_decode(None, q.device.type)
         rotary = None if decode_rotation is None else decode_rotation.take(query, key)
-        output = decode_layer(q, k, v, k_arena, v_arena, decode_plan, scaling, impl, rotary)
+        output = decode_layer(q, k, v, k_arena, v_arena, decode_plan, scaling, impl, rotary, window, softcap, s_aux)
     else:
         assert subtree_end is not None
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
@@ -103,6 +106,19 @@ def cpo_tree_attention(
                 *(() if softcap is None and s_aux is None else (softcap, s_aux)),
             )
     return output[..., :value_dim].unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
+
+
+def _check_arena_layer(module: torch.nn.Module, layer: Any, layers_seen: set[int] | None, num_layers: int) -> None:
+    """Raise ValueError for a layer whose keys and values a search would not find again, or would overwrite."""
+    name = type(module).__name__
+    if not isinstance(layer, int) or not 0 <= layer < num_layers:
+        raise ValueError(
+            f"{name} says that it is decoder layer {layer} of {num_layers}: a search would not find its keys and values"
+        )
+    if layers_seen is not None and layer in layers_seen:
+        raise ValueError(
+            f"decoder layer {layer} ({name}) asks for attention twice, and a search keeps one set of keys and values a layer"
+        )
 
 
 def eager_attention(

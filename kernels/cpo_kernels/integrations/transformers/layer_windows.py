@@ -37,11 +37,14 @@ class LayerAttention:
         windows: by layer, without those that see everything.
         shapes: of each layer.
         heads: query heads and key heads of the first layer.
+        capped, has_sinks: whether some layer hands its attention function a soft-cap, or sinks.
     """
 
     windows: dict[int, LayerWindow] = field(default_factory=dict)
     shapes: "Sequence[KVShape]" = ()
     heads: tuple[int, int] = (1, 1)
+    capped: bool = False
+    has_sinks: bool = False
 
 
 class KVShape(NamedTuple):
@@ -69,12 +72,13 @@ def forest_windows(windows: dict[int, LayerWindow], depths: torch.Tensor, longes
 
 
 def limiting_windows(windows: dict[int, LayerWindow], impl: str | None) -> dict[int, LayerWindow]:
-    """The windows that no path may outgrow: all but the sliding ones that tree attention by `impl` computes.
+    """The windows that no path may outgrow: all but the sliding ones that are computed.
 
     Args:
-        impl: of `resolve_tree_attention`, None where no forest is computed but a search.
+        impl: of `resolve_tree_attention`, None where no forest is computed but a search, which computes all of them.
     """
-    return {layer: window for layer, window in windows.items() if not (window.slides and impl in WINDOWED)}
+    computed = impl is None or impl in WINDOWED
+    return {layer: window for layer, window in windows.items() if not (window.slides and computed)}
 
 
 def layer_attention(parts: ModelParts) -> LayerAttention:
@@ -91,6 +95,7 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
     made: dict[int, tuple[torch.Tensor, LayerWindow]] = {}  # masks by id, kept so that no id is used twice
     shapes: dict[int, KVShape] = {}  # by layer
     heads: list[tuple[int, int]] = []  # query heads and key heads, call by call
+    options: set[str] = set()  # that change scores
     layer_now: list[int] = []
     reached: set[int] = set()  # layers that ask the attention interface
     handed: set[int] = set()  # those that also hand on what the caller says, as `subtree_end` will be
@@ -125,6 +130,7 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
         if layer_now:
             shapes[layer_now[-1]] = KVShape(k.shape[1], k.shape[3], v.shape[3])
             heads.append((q.shape[1], k.shape[1]))
+            options.update(name for name in ("softcap", "s_aux") if kwargs.get(name) is not None)
             check_scores(parts, layer_now[-1], module, q, k, v, kwargs)
             # a forest finds a layer's window by this index
             named = getattr(module, "layer_idx", None) == layer_now[-1]
@@ -161,7 +167,8 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
         if sizes := [window.size for window in found if window.size]:
             # attention that is asked twice in a layer may mean two windows
             windows[index] = LayerWindow(min(sizes), len(found) == 1 and found[0].slides)
-    return LayerAttention(windows, [shapes[index] for index in range(len(layers))], heads[0])
+    all_shapes = [shapes[index] for index in range(len(layers))]
+    return LayerAttention(windows, all_shapes, heads[0], "softcap" in options, "s_aux" in options)
 
 
 def _slides(mask_function: Callable[..., Any], size: int, device: torch.device) -> bool:

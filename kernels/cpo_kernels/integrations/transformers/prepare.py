@@ -107,9 +107,11 @@ def check_kernels(
     if default_implementation(device.type) != "triton":
         return
     if attention is None:
-        heads = {(config.num_attention_heads, *kv_shape(config))}
+        heads, options = {(config.num_attention_heads, *kv_shape(config))}, {}
     else:
         heads = {(attention.heads[0], shape.num_heads, shape.head_dim) for shape in attention.shapes}
+        windowed = any(window.slides for window in attention.windows.values())
+        options = {"windowed": windowed, "capped": attention.capped, "has_sinks": attention.has_sinks}
     for num_heads, num_kv_heads, head_dim in sorted(heads):
         shape = ModelShape(
             dtype=parts.causal_lm.dtype,
@@ -117,6 +119,7 @@ def check_kernels(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             hidden_size=config.hidden_size,
+            **options,
         )
         self_check(device, shape, ops)
 

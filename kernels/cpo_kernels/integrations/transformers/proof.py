@@ -194,6 +194,11 @@ def proved_shapes(parts: ModelParts) -> Sequence[KVShape]:
     return _proof(parts).attention.shapes
 
 
+def proved_attention(parts: ModelParts) -> LayerAttention:
+    """What attention the decoder layers asked for when the model was proved."""
+    return _proof(parts).attention
+
+
 def proved_heads(parts: ModelParts) -> tuple[int, int]:
     """Query heads and key heads of the first decoder layer when the model was proved."""
     return _proof(parts).attention.heads
@@ -227,7 +232,7 @@ def check_path(parts: ModelParts, longest_path: int, impl: str | None = None) ->
 
 def path_limit(parts: ModelParts) -> tuple[int, str] | None:
     """The longest path in tokens that a search computes exactly, and what of the model sets it. None: any length."""
-    return shortest(proved_windows(parts), parts.config)
+    return shortest(limiting_windows(proved_windows(parts), None), parts.config)
 
 
 def shortest(windows: dict[int, LayerWindow], config: Any) -> tuple[int, str] | None:

@@ -9,7 +9,7 @@ op computes (interleaved pairs, a part of the head), the model is left as it is.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,9 +24,14 @@ Rotated = tuple[torch.Tensor, torch.Tensor]
 
 
 class DeferredRotation:
-    """What one forward has still to rotate: at most one layer's queries and keys."""
+    """What one forward has still to rotate: at most one layer's queries and keys.
 
-    def __init__(self) -> None:
+    Args:
+        head_dims: head sizes of the arena's layers. Heads of others are a part of what attends, and rotated at once.
+    """
+
+    def __init__(self, head_dims: Collection[int]) -> None:
+        self.head_dims = head_dims
         self._pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def put(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -54,9 +59,9 @@ _current: ContextVar[DeferredRotation | None] = ContextVar("deferred_rotation", 
 
 
 @contextmanager
-def deferred_rotation() -> Iterator[DeferredRotation]:
-    """Hand queries and keys through unrotated in this block, in the calls of this thread."""
-    rotation = DeferredRotation()
+def deferred_rotation(head_dims: Collection[int]) -> Iterator[DeferredRotation]:
+    """Hand whole queries and keys through unrotated in this block, in the calls of this thread."""
+    rotation = DeferredRotation(head_dims)
     token = _current.set(rotation)
     try:
         yield rotation
@@ -96,6 +101,8 @@ class RotationWrapper:
     ) -> Rotated:
         rotation = _current.get()
         if rotation is None or args or kwargs or cos.ndim != 3 or cos.shape[::2] != (1, q.shape[-1]):
+            return self.original(q, k, cos, sin, *args, **kwargs)
+        if q.shape[-1] not in rotation.head_dims:
             return self.original(q, k, cos, sin, *args, **kwargs)
         rotation.put(q, k, cos, sin)
         return q, k
