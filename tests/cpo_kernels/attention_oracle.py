@@ -9,6 +9,7 @@ import torch
 
 from cpo_kernels import TreeSchedule, tree_attention, tree_schedule
 from cpo_kernels.tolerances import kernel_bound
+from cpo_kernels.tree_attention import Window, attention_layer
 from cpo_kernels.tree_attention.reference import visible
 from tests.cpo_kernels.kernel_device import DEVICE
 
@@ -76,3 +77,72 @@ def excess(actual: list[torch.Tensor], inputs: list[torch.Tensor], subtree_end: 
         allowed += 8 * torch.finfo(torch.float32).eps * sizes[name]
         ratios[name] = error / allowed if error == error else float("inf")  # a NaN is within no bound
     return ratios
+
+
+def random_parents(num_rows: int, seed: int, num_padding: int = 0) -> list[int]:
+    """The row above each row of a forest in preorder, -1 at a root: the row before, one of its ancestors, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    parents: list[int] = []
+    for row in range(num_rows - num_padding):
+        chain, above = [], row - 1
+        while above >= 0:
+            chain.append(above)
+            above = parents[above]
+        choice = float(torch.rand((), generator=generator))
+        place = 0 if choice < 0.85 else int(torch.randint(max(len(chain), 1), (), generator=generator))
+        parents.append(-1 if not chain or choice > 0.98 else chain[place])
+    return parents + [-1] * num_padding
+
+
+def parent_mask(parents: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, T] bool, where row i sees row j by walking up from i, and the depth [T] int32 of each row on its own path."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            mask[row] |= mask[parent]
+    return mask, (mask.sum(dim=1) - 1).to(torch.int32)
+
+
+def subtree_ends(mask: torch.Tensor) -> torch.Tensor:
+    """[T] int32, one past the last row that sees each row."""
+    rows = torch.arange(1, len(mask) + 1, dtype=torch.int32)
+    return (mask * rows[:, None]).amax(dim=0)
+
+
+def featured(
+    impl: str, subtree_end: torch.Tensor, schedule: TreeSchedule | None, window: Window | None, softcap: float | None
+) -> Callable[..., torch.Tensor]:
+    """An implementation as a function of q, k, v and sinks if any, at a scale of 0.25."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        return attention_layer(q, k, v, subtree_end, schedule, 0.25, impl, window, softcap, sinks)
+
+    return attention
+
+
+def featured_results(
+    inputs: list[torch.Tensor],  # q, k, v and the gradient of the output
+    attention: Callable[..., torch.Tensor]
+    | torch.Tensor,  # of q, k, v and sinks if any; or the mask of a dense softmax
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Output and gradients by name, sinks' too where there are any. Dense: autograd of the written-out softmax."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+    leaves += [] if sinks is None else [sinks.detach().clone().requires_grad_()]
+    if isinstance(attention, torch.Tensor):
+        q, k, v = leaves[:3]
+        group = q.shape[1] // k.shape[1]
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, dim=1)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~attention, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, leaves[3].to(scores.dtype)[:, None, None].expand(-1, len(q), 1)], dim=-1)
+        weights = scores.softmax(dim=-1)[:, :, : len(q)]
+        out = torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(group, dim=1))
+    else:
+        out = attention(*leaves)
+    gradients = torch.autograd.grad(out, leaves, inputs[3])
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv", "dsinks"), gradients, strict=False))}

@@ -18,7 +18,7 @@ from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
 from cpo_kernels.tree_attention.window import Window
 
-# implementations that compute a `Window`
+# implementations that compute a `Window`, a soft-cap and sinks
 WINDOWED = ("reference", "eager")
 
 __all__ = [
@@ -40,6 +40,9 @@ def tree_attention(
     schedule: TreeSchedule | None = None,
     scale: float | None = None,
     impl: str | None = None,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Attention in which every row sees its ancestors and itself.
 
@@ -51,16 +54,21 @@ def tree_attention(
         scale: factor on q . k, default D ** -0.5.
         impl: "reference", "eager", "triton", "flash", or None to choose by device. "triton" takes no float64, head sizes
             up to 256, and schedules on the device of q whose block sizes are powers of two from 16 on. "flash" takes
-            float16 and bfloat16 on a GPU, and forests of which no tree branches.
+            float16 and bfloat16 on a GPU, and forests of which no tree branches, and computes none of what follows.
+        window: a row sees those of its ancestors that are less than `window.size` tokens above it. `window.depths` is
+            `Forest.position_ids`, on the device of q. None: all of them.
+        softcap: positive; scores s = scale * q . k become softcap * tanh(s / softcap), as in Gemma 2.
+        sinks: [H] floating point, on the device of q; a row divides by exp(sinks[h]) more, as in gpt-oss.
 
     Returns:
-        [T, H, D] in the dtype of q, differentiable in q, k and v. Accumulated in float32 (float64 for float64).
+        [T, H, D] in the dtype of q, differentiable in q, k, v and sinks. Accumulated in float32 (float64 for float64).
 
     Raises:
         ValueError: shapes do not fit, the schedule is of another forest, or `impl` cannot run on these inputs.
         KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
     """
-    return attention_layer(q, k, v, subtree_end, schedule, scale, resolve_tree_attention(impl, q.device.type))
+    impl = resolve_tree_attention(impl, q.device.type)
+    return attention_layer(q, k, v, subtree_end, schedule, scale, impl, window, softcap, sinks)
 
 
 def resolve_tree_attention(impl: str | None, device_type: str) -> str:
@@ -80,20 +88,21 @@ def attention_layer(
     scale: float | None,
     impl: str,  # of `resolve_tree_attention`
     window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
-    """`tree_attention` by an implementation that was resolved before, once for all layers, under a window if any.
+    """`tree_attention` by an implementation that was resolved before, once for all layers.
 
     Raises:
-        ValueError: as `tree_attention`, or a window that `impl` does not compute.
+        ValueError: as `tree_attention`, or a window, a soft-cap or sinks that `impl` does not compute.
     """
     _check_shapes(q, k, v, subtree_end)
-    if window is not None and impl not in WINDOWED:
-        raise ValueError(f"tree_attention: impl={impl!r} computes no sliding window; use one of {list(WINDOWED)}")
+    _check_features(q, impl, window, softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if schedule is not None:
         _check_schedule(schedule, subtree_end)
     if impl == "reference":
-        return tree_attention_reference(q, k, v, subtree_end, scale, window)
+        return tree_attention_reference(q, k, v, subtree_end, scale, window, softcap, sinks)
     if schedule is None:
         schedule = tree_schedule(subtree_end, heads=(q.shape[1], k.shape[1])).to(q.device)
     if impl == "flash":
@@ -101,7 +110,8 @@ def attention_layer(
     if impl == "triton":
         return _triton(q, k, v, schedule, scale)
     assert impl == "eager", impl
-    return _apply(EagerTreeAttention, q, k, v, key_runs(schedule, q.shape[1], q.device), scale, window)
+    runs = key_runs(schedule, q.shape[1], q.device)
+    return _apply(EagerTreeAttention, q, k, v, runs, scale, window, softcap, sinks)
 
 
 @torch.compiler.disable  # torch 2.11 compiles such a Function to a graph whose gradients are zero
@@ -133,6 +143,27 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end
         raise ValueError(f"tree_attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if subtree_end.shape != (q.shape[0],):
         raise ValueError(f"tree_attention: expected subtree_end [{q.shape[0]}], got {tuple(subtree_end.shape)}")
+
+
+def _check_features(
+    q: torch.Tensor, impl: str, window: Window | None, softcap: float | None, sinks: torch.Tensor | None
+) -> None:
+    asked = {"sliding window": window, "soft-cap of scores": softcap, "attention sinks": sinks}
+    for name, value in asked.items():
+        if value is not None and impl not in WINDOWED:
+            raise ValueError(f"tree_attention: impl={impl!r} computes no {name}; use one of {list(WINDOWED)}")
+    if window is not None and (window.size < 1 or window.depths.shape != (q.shape[0],)):
+        raise ValueError(
+            f"tree_attention: expected a window of at least 1 with depths [{q.shape[0]}], "
+            f"got {window.size} with {tuple(window.depths.shape)}"
+        )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"tree_attention: expected a positive softcap, got {softcap}; None is without one")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"tree_attention: expected floating point sinks [{q.shape[1]}], one a query head, "
+            f"got {tuple(sinks.shape)} of {sinks.dtype}"
+        )
 
 
 def _check_schedule(schedule: TreeSchedule, subtree_end: torch.Tensor) -> None:

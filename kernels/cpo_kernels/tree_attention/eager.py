@@ -14,7 +14,7 @@ import torch
 
 from cpo_kernels.device import accumulation_dtype, to_device
 from cpo_kernels.tree_attention.schedule import TreeSchedule
-from cpo_kernels.tree_attention.window import Window
+from cpo_kernels.tree_attention.window import Window, sink_gradient
 
 BLOCK_KEYS = 256  # at most, of one run: the prompt, the longest run, is a few hundred tokens
 MAX_RUN_SCORES = 1 << 24  # scores held at once over all heads: 64 MiB in float32
@@ -77,6 +77,8 @@ class EagerTreeAttention(torch.autograd.Function):
         plan: KeyRuns,
         scale: float,
         window: Window | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,  # [H]
     ) -> torch.Tensor:
         grouped_q, grouped_k, grouped_v = (_grouped(x, k.shape[1]) for x in (q, k, v))
         grouped_q = grouped_q * scale  # once per query rather than once per score
@@ -85,7 +87,7 @@ class EagerTreeAttention(torch.autograd.Function):
         total = torch.zeros_like(maximum)
         for run in plan.runs:
             queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
-            scores = _scores(grouped_q, grouped_k, run, window)  # [Hkv, G, nq, nk]
+            scores = _scores(grouped_q, grouped_k, run, window, softcap)  # [Hkv, G, nq, nk]
             if scores is None:
                 continue
             new_maximum = torch.maximum(maximum[:, :, queries], scores.amax(dim=-1))
@@ -99,17 +101,26 @@ class EagerTreeAttention(torch.autograd.Function):
         if plan.isolated.numel() > 0:
             rows = plan.isolated
             out[:, :, rows] = grouped_v[:, :, rows].expand(-1, out.shape[1], -1, -1)
-            maximum[:, :, rows], total[:, :, rows] = 0.0, 1.0
+            own = 0.0 if sinks is None else _own_scores(grouped_q, grouped_k, rows, softcap)
+            maximum[:, :, rows], total[:, :, rows] = own, 1.0
         out /= total.unsqueeze(-1)
+        log_sum_exp = maximum + total.log()
+        if sinks is not None:
+            joined = torch.logaddexp(log_sum_exp, _by_group(sinks, out))
+            out *= torch.exp(log_sum_exp - joined).unsqueeze(-1)
+            log_sum_exp = joined
         result = _ungrouped(out, q.dtype)
-        ctx.save_for_backward(q, k, v, result, maximum + total.log())
-        ctx.plan, ctx.scale, ctx.window = plan, scale, window
+        ctx.save_for_backward(q, k, v, result, log_sum_exp, sinks)
+        ctx.plan, ctx.scale, ctx.window, ctx.softcap = plan, scale, window, softcap
         return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """dq, dk, dv over the same runs: p = exp(s - lse), ds = p * (dp - sum(dout * out)). The scale sits in q."""
-        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        """dq, dk, dv over the same runs: p = exp(s - lse), ds = p * (dp - sum(dout * out)). The scale sits in q.
+
+        A soft-cap multiplies ds by its slope 1 - (s / c)^2. `sink_gradient` says what the sinks get.
+        """
+        q, k, v, out, log_sum_exp, sinks = ctx.saved_tensors
         num_kv_heads = k.shape[1]
         grouped_q, grouped_k, grouped_v = (_grouped(x, num_kv_heads) for x in (q, k, v))
         grouped_q = grouped_q * ctx.scale
@@ -119,9 +130,10 @@ class EagerTreeAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (grouped_q, grouped_k, grouped_v))
         for run in ctx.plan.runs:
             queries, keys = slice(run.query_start, run.query_stop), slice(run.key_start, run.key_stop)
-            scores = _scores(grouped_q, grouped_k, run, ctx.window)
+            scores = _scores(grouped_q, grouped_k, run, ctx.window, ctx.softcap)
             if scores is None:
                 continue
+            slope = None if ctx.softcap is None else _slope(scores, ctx.softcap)
             weights = torch.exp_(scores.sub_(log_sum_exp[:, :, queries].unsqueeze(-1)))
             run_grad = grad_out[:, :, queries]
             if wants_v:
@@ -130,13 +142,29 @@ class EagerTreeAttention(torch.autograd.Function):
                 continue
             grad_scores = (run_grad @ grouped_v[:, :, keys].transpose(2, 3)).sub_(delta[:, :, queries])
             grad_scores.mul_(weights)
+            if slope is not None:
+                grad_scores.mul_(slope)
             if wants_q:
                 grad_q[:, :, queries] += grad_scores @ grouped_k[:, :, keys]
             if wants_k:
                 grad_k[:, 0, keys] += _fold(grad_scores).transpose(1, 2) @ _fold(grouped_q[:, :, queries])
         if ctx.plan.isolated.numel() > 0:
             rows = ctx.plan.isolated
-            grad_v[:, 0, rows] = grad_out[:, :, rows].sum(dim=1)
+            if sinks is None:  # the softmax of one score is one
+                grad_v[:, 0, rows] = grad_out[:, :, rows].sum(dim=1)
+            else:
+                own = _own_scores(grouped_q, grouped_k, rows, ctx.softcap)
+                weights = torch.exp(own - log_sum_exp[:, :, rows]).unsqueeze(-1)  # [Hkv, G, N, 1]
+                run_grad = grad_out[:, :, rows]
+                grad_v[:, 0, rows] = (weights * run_grad).sum(dim=1)
+                grad_scores = weights * ((run_grad * grouped_v[:, :, rows]).sum(-1, keepdim=True) - delta[:, :, rows])
+                if ctx.softcap is not None:
+                    grad_scores = grad_scores * _slope(own, ctx.softcap).unsqueeze(-1)
+                grad_q[:, :, rows] = grad_scores * grouped_k[:, :, rows]
+                grad_k[:, 0, rows] = (grad_scores * grouped_q[:, :, rows]).sum(dim=1)
+        grad_sinks = None
+        if sinks is not None and ctx.needs_input_grad[7]:
+            grad_sinks = sink_gradient(sinks, log_sum_exp.flatten(0, 1), delta.flatten(0, 1).squeeze(-1))
         return (
             _ungrouped(grad_q.mul_(ctx.scale), q.dtype) if wants_q else None,
             _ungrouped(grad_k, k.dtype) if wants_k else None,
@@ -144,11 +172,13 @@ class EagerTreeAttention(torch.autograd.Function):
             None,
             None,
             None,
+            None,
+            grad_sinks,
         )
 
 
 def _scores(
-    grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun, window: Window | None
+    grouped_q: torch.Tensor, grouped_k: torch.Tensor, run: KeyRun, window: Window | None, softcap: float | None
 ) -> torch.Tensor | None:
     """Scores [Hkv, G, nq, nk] of a run, -inf where a query does not see a key. None: a window hides all of them."""
     too_far = None
@@ -157,7 +187,7 @@ def _scores(
         if bool(too_far.all()):
             return None
     queries = grouped_q[:, :, run.query_start : run.query_stop]
-    scores = queries @ grouped_k[:, :, run.key_start : run.key_stop].transpose(2, 3)
+    scores = _capped(queries @ grouped_k[:, :, run.key_start : run.key_stop].transpose(2, 3), softcap)
     if run.query_start < run.key_stop:  # the diagonal: these queries see the run only up to themselves
         first = run.query_start - run.key_start
         height, width = min(run.query_stop, run.key_stop) - run.query_start, run.key_stop - run.key_start
@@ -166,6 +196,26 @@ def _scores(
     if too_far is not None:
         scores.masked_fill_(too_far, float("-inf"))
     return scores
+
+
+def _own_scores(
+    grouped_q: torch.Tensor, grouped_k: torch.Tensor, rows: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """[Hkv, G, N], the score of each row on its own key."""
+    return _capped((grouped_q[:, :, rows] * grouped_k[:, :, rows]).sum(dim=-1), softcap)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _slope(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Derivative of the soft-cap, from capped scores; 0 where a score is hidden."""
+    return 1 - (scores.clamp(min=-softcap) / softcap).square_()
+
+
+def _by_group(sinks: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return sinks.to(out.dtype).reshape(*out.shape[:2], 1)  # [Hkv, G, 1]
 
 
 @functools.cache

@@ -2,7 +2,9 @@
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]   over   { j : j <= i < subtree_end[j] }
 
-Under a window W a row sees only those that are less than W tokens above it: depth[i] - depth[j] < W.
+Under a window W a row sees only those that are less than W tokens above it: depth[i] - depth[j] < W. Under a soft-cap c
+the scores scale * q . k become c * tanh(score / c) before the mask. Sinks, one a head, are one more column of the softmax
+without a value: they only add exp(sink) to what a row divides by.
 The T x T mask is written out, so this is for small T, any device, any float dtype, and differentiable by autograd.
 Scores, softmax and the weighted sum are in float32 (float64 for float64 inputs).
 """
@@ -33,6 +35,8 @@ def tree_attention_reference(
     subtree_end: torch.Tensor,  # [T] int32
     scale: float,
     window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> torch.Tensor:
     """Dense masked softmax attention, [T, H, D] in the dtype of q."""
     dtype = accumulation_dtype(q.dtype)
@@ -44,7 +48,14 @@ def tree_attention_reference(
     if window is not None:
         mask &= ~window.hides(slice(None), slice(None))
     scores = (queries @ keys.transpose(1, 2)) * scale  # [H, T, T]
-    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
     # a masked score is dropped, but 0 * NaN is NaN: rows that are never seen must not leak through the product
     if not torch.isfinite(values).all():
         return _masked_product(weights, values, mask).transpose(0, 1).to(q.dtype)

@@ -1,4 +1,7 @@
-"""A sliding window over a forest: counted in depth on a row's own path, because siblings stand between rows."""
+"""What limits or shares a row's attention beside the tree: a sliding window, and sinks.
+
+A window over a forest is counted in depth on a row's own path, because siblings stand between rows.
+"""
 
 from typing import NamedTuple
 
@@ -14,3 +17,17 @@ class Window(NamedTuple):
     def hides(self, queries: slice, keys: slice) -> torch.Tensor:
         """[queries, keys] bool, True where a key is too far above a query."""
         return self.depths[queries, None] - self.depths[None, keys] >= self.size
+
+
+def sink_gradient(
+    sinks: torch.Tensor,  # [H]
+    log_sum_exp: torch.Tensor,  # [H, T] float, natural logarithm, the sink's exp in the sum
+    delta: torch.Tensor,  # [H, T] float, sum of dout * out over a row's head
+) -> torch.Tensor:
+    """Gradient [H] of sinks, in their dtype: dsink[h] = -sum_i exp(sink[h] - lse[h, i]) delta[h, i].
+
+    The softmax over scores and sink has ds_c = p_c (dp_c - sum_j p_j dp_j) in every column c. A sink has no value, so that
+    its own dp is zero, and what is left in the sum is dout . out = delta.
+    """
+    weights = torch.exp(sinks.to(delta.dtype).unsqueeze(1) - log_sum_exp)
+    return -(weights * delta).sum(dim=1).to(sinks.dtype)

@@ -94,17 +94,7 @@ def cpo_tree_attention(
         impl = tree_impl or resolve_tree_attention(None, q.device.type)
         window = tree_windows.get(module.layer_idx) if tree_windows else None  # type: ignore[call-overload]
         with autocast_inputs(q, k, v) as (q, k, v):
-            output = attention_layer(
-                q,
-                k,
-                v,
-                subtree_end,
-                tree_schedule,
-                scaling,
-                impl,
-                window,
-                *(() if softcap is None and s_aux is None else (softcap, s_aux)),
-            )
+            output = attention_layer(q, k, v, subtree_end, tree_schedule, scaling, impl, window, softcap, s_aux)
     return output[..., :value_dim].unsqueeze(0).contiguous(), None  # some models take a view of it, as of sdpa's
 
 
