@@ -39,6 +39,8 @@ from cpo_kernels.integrations.transformers.proof import (
     check_training,
     path_limit,
     proved_windows,
+    shortest,
+    proved_windows,
 )
 from cpo_kernels.integrations.trl import _route_forward
 from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
@@ -179,8 +181,10 @@ def test_window_of_a_layer_is_the_one_that_it_runs_with(name: str) -> None:
     assert model.config._attn_implementation == "cpo_tree"
     torch.testing.assert_close(score(model).detach(), stock(model), rtol=1e-5, atol=1e-5)
     parts = model_parts(model)
-    assert path_limit(parts) == (8, "a sliding window of 8")
-    for impl in ("triton", "flash", None):  # None: a search
+    assert shortest(proved_windows(parts), parts.config) == (8, "a sliding window of 8")
+    assert path_limit(parts) is None  # a search computes it
+    check_path(parts, 9)
+    for impl in ("triton", "flash"):
         check_path(parts, 8, impl)
         with pytest.raises(ValueError, match=f"path of 9 tokens .* sliding window of 8 of decoder layer {layer}"):
             check_path(parts, 9, impl)
@@ -202,7 +206,7 @@ def test_window_that_a_model_does_not_use_is_no_obstacle_and_one_given_later_is_
     score(late)
     late.config.sliding_window = 8
     torch.testing.assert_close(score(late).detach(), stock(late), rtol=1e-5, atol=1e-5)
-    assert path_limit(model_parts(late)) == (8, "a sliding window of 8")
+    assert proved_windows(model_parts(late))[0].size == 8
 
 
 CONV_FIRST = ["conv", "full_attention"]

@@ -216,10 +216,28 @@ def test_layer_that_does_not_use_the_arena_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layer", "layers_seen", "message"),
+    [
+        (0, {0}, "layer 0 .* asks for attention twice"),
+        (1, set(), "is decoder layer 1 of 1"),
+        (None, set(), "is decoder layer None of 1"),
+    ],
+)
+def test_layer_whose_keys_and_values_a_search_would_not_find_again_is_refused(
+    layer: int | None, layers_seen: set[int], message: str
+) -> None:
+    module = torch.nn.Module()
+    module.layer_idx = layer  # type: ignore[assignment]
+    heads, arena = torch.zeros(1, 2, 1, 8), [(torch.zeros(1, 2, 8),) * 2]
+    plan = DecodePlan.build([0], [], [0], [1])
+    given = {"layers_seen": layers_seen, "decode_plan": plan, "decode_arena": arena}
+    with pytest.raises(ValueError, match=message):
+        cpo_tree_attention(module, heads, heads, heads, None, **given)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(1)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"is_causal": False}, "bidirectional attention"),
         ({"dropout": 0.1}, "attention dropout"),

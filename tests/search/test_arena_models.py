@@ -4,7 +4,6 @@ Sliding windows in some layers, sinks, soft-caps on scores, latent attention (ke
 key heads than the configuration says, head sizes that differ by layer. Prompts and thoughts are longer than the windows.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from cpo_fast.search.engine.arena_engine import ArenaEngine
-from cpo_fast.search.engine.kv_arena import default_num_tokens
-from cpo_kernels.integrations.transformers import hook
-from cpo_kernels.integrations.transformers.proof import path_limit
 from tests.search.engine_cases import (
-    EOS,
     TOKENIZER,
     VOCAB_SIZE,
     ask,
