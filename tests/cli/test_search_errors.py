@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, MistralConfig
+from transformers import Gemma2Config, Phi3Config
 
 from cpo_fast.cli import main
 from cpo_fast.config import Config
@@ -73,12 +73,16 @@ def error_line(stderr: str) -> str:
 
 
 @COMMANDS
-def test_a_sliding_window_shorter_than_the_prompt_names_the_engine_that_can(run: Run, tmp_path: Path, command: str):
-    folder = save(tmp_path / "mistral", MistralConfig, sliding_window=64)
+def test_a_path_limit_below_the_prompt_names_the_engine_that_can(run: Run, tmp_path: Path, command: str):
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0, 1.5, 2.0, 1.0], "long_factor": [2.0, 4.0, 9.0, 3.0]}
+    lengths = {"sliding_window": None, "original_max_position_embeddings": 64}
+    folder = save(tmp_path / "phi", Phi3Config, rope_parameters=rope, **lengths)
     code, _, stderr = run(command, f"model.path={folder}")
     assert code == 2
     assert error_line(stderr).startswith("error: search.engine: arena: every prompt of the task has more than ")
-    assert error_line(stderr).endswith("the model has a sliding window of 64; set search.engine=hf")
+    limit = "RoPE of type longrope, the same up to 64"
+    assert error_line(stderr).endswith(f"the model has {limit}; set search.engine=hf")
     assert run(command, f"model.path={folder}", "search.engine=hf")[0] == 0
 
 
