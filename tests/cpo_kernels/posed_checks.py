@@ -107,8 +107,8 @@ def _logprob(part: str, factor: float) -> SimpleNamespace:
 
 
 def _decode(part: str, factor: float) -> Callable[..., torch.Tensor]:
-    def forward(q: Any, k_new: Any, v_new: Any, k_arena: Any, v_arena: Any, *rest: Any) -> torch.Tensor:
-        out = tree_decode_eager(q, k_new, v_new, k_arena, v_arena, *rest)
+    def forward(q: Any, k_new: Any, v_new: Any, k_arena: Any, v_arena: Any, *rest: Any, **options: Any) -> torch.Tensor:
+        out = tree_decode_eager(q, k_new, v_new, k_arena, v_arena, *rest, **options)
         if part in ("keys", "values"):
             (k_arena if part == "keys" else v_arena).mul_(factor)
         return out * factor if part == "out" else out

@@ -40,7 +40,6 @@ from cpo_kernels.integrations.transformers.proof import (
     path_limit,
     proved_windows,
     shortest,
-    proved_windows,
 )
 from cpo_kernels.integrations.trl import _route_forward
 from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora

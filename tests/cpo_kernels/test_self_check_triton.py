@@ -30,7 +30,9 @@ from tests.cpo_kernels.kernel_device import interpreted
 from tests.cpo_kernels.posed_checks import CPU, checked_ops, nothing_checked
 from tests.tiny import tiny_llama
 
-TINY_SHAPE = ModelShape(torch.bfloat16, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=24)
+TINY_SHAPE = ModelShape(
+    torch.bfloat16, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=24, windowed=True, capped=True, has_sinks=True
+)
 KERNELS_FOLDER = Path(kernel_check.__file__).parent
 
 
@@ -83,8 +85,9 @@ FAULTS: list[tuple[str, str, str, dict[str, Any]]] = [
     *(("sample_tokens", "triton_sampler", kernel, {}) for kernel in ("_block_maxima", "_block_masses", "_choose")),
     ("tree_decode", "triton_forward", "_store_kernel", {}),
     ("tree_decode", "triton_forward", "_rotate_store_kernel", {}),
-    ("tree_decode", "triton_forward", "_partial_kernel", {}),
-    ("tree_decode", "triton_forward", "_merge_kernel", {}),
+    *(("tree_decode", "triton_forward", "_partial_kernel", {"WINDOWED": windowed}) for windowed in (False, True)),
+    *(("tree_decode", "triton_forward", "_merge_kernel", {"WINDOWED": windowed}) for windowed in (False, True)),
+    ("tree_decode", "triton_forward", "_merge_kernel", {"HAS_SINKS": True, "WINDOWED": False}),
     ("fused_layers", "triton_rms_norm", "_norm_forward", {}),
     *(("fused_layers", "triton_rms_norm", "_norm_backward", {"NEEDS_WEIGHT": trained}) for trained in (False, True)),
     ("fused_layers", "triton_swiglu", "_swiglu_forward", {}),

@@ -1,6 +1,7 @@
 """The check of tree decode's Triton kernels: rows that decode and rows that are prefilled in one forward."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,16 +12,18 @@ from cpo_kernels.tree_decode.plan import DecodePlan
 ROOT_KEYS = 291  # of the node under all rows that decode: more than the 256 keys of one item
 PREFILLED_ROWS = 70  # more than the 64 queries of one item
 SUFFIX_STEP = 11  # the twelfth row has decoded 122 keys, more than one step of a merge
+WINDOW = 90  # ends in the root for rows that have decoded little, in the suffix of the last
+SOFTCAP = 5.0
 
-# q [N, H, D], k_new, v_new [N, Hkv, D], k_arena, v_arena [C, Hkv, D], a plan, the scale and rotary tables or None
-# -> out [N, H, D]
+# q [N, H, D], k_new, v_new [N, Hkv, D], k_arena, v_arena [C, Hkv, D], a plan, the scale and rotary tables or None, and
+# where the shape has them window, softcap and sinks -> out [N, H, D]
 Forward = Callable[..., torch.Tensor]
 
 
 def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward | None = None) -> dict[str, float]:
     """Error over bound of the output of `kernels`, by default the Triton kernels, and of the keys and values stored.
 
-    Once as they come, and once rotated.
+    Once as they come, and once rotated. With the window, soft-cap and sinks that the shape has, and without the window.
     """
     if kernels is None:
         from cpo_kernels.tree_decode.triton_forward import tree_decode_forward  # loads Triton
@@ -42,6 +45,13 @@ def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward 
     angles = random_tensor((num_rows, shape.head_dim), device, torch.float32, 14)
     tables = [table.to(shape.dtype) for table in (angles.cos(), angles.sin())]
 
+    scores: dict[str, Any] = {"softcap": SOFTCAP} if shape.capped else {}
+    if shape.has_sinks:
+        scores["sinks"] = random_tensor((shape.num_heads,), device, shape.dtype, 15)
+    optioned = {"changed scores out": scores} if scores else {}
+    if shape.windowed:
+        optioned["windowed out"] = scores | {"window": WINDOW}
+
     def run(forward: Forward, dtype: torch.dtype) -> Results:
         results: Results = {}
         for name, rotary in (("", None), ("rotated ", tuple(table.to(dtype) for table in tables))):
@@ -49,10 +59,15 @@ def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward 
             new = (x.to(dtype) for x in (q, k_new, v_new))
             results[f"{name}out"] = forward(*new, k_arena, v_arena, plan, shape.head_dim**-0.5, rotary)
             results[f"{name}stored keys"], results[f"{name}stored values"] = (x[plan.slots] for x in (k_arena, v_arena))
+        for name, options in optioned.items():
+            k_arena, v_arena = (arena.to(dtype, copy=True) for arena in arenas)
+            new = (x.to(dtype) for x in (q, k_new, v_new))
+            results[name] = forward(*new, k_arena, v_arena, plan, shape.head_dim**-0.5, None, **options)
         return results
 
     largest = max(float(x.double().norm(dim=-1).nan_to_num().max()) for x in (v_new, arenas[1]))
     bands = {"out": 8 * FLOAT32_EPS * largest, "rotated out": 16 * FLOAT32_EPS * largest}
+    bands |= dict.fromkeys(optioned, 16 * FLOAT32_EPS * largest)
     exact, eager = run(tree_decode_eager, torch.float64), run(tree_decode_eager, shape.dtype)
     return error_ratios(exact, eager, run(kernels, shape.dtype), bands)
 

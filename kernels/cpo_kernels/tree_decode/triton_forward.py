@@ -26,13 +26,13 @@ from cpo_kernels.triton_tiles import (
     INTERPRETED,
     LOG2_E,
     Tile,
+    accurate_tanh,
     by_rows,
     cast,
     choose_tile,
     load_rows,
     online_softmax_step,
     padded_head_dim,
-    tanh,
 )
 
 # By padded head size. 64 rows are the least that compute capability 9.0's matrix instructions take, and hold 16 queries
@@ -279,7 +279,7 @@ def _partial_kernel(
         v = load_rows(v_item_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor  # [BLOCK_Q, BLOCK_KV]
         if CAPPED:
-            scores = tanh(scores) * cap
+            scores = accurate_tanh(scores) * cap
         scores = tl.where(keys[None, :] < visible[:, None], scores, float("-inf"))
         if WINDOWED:
             scores = tl.where(keys[None, :] >= oldest[:, None], scores, float("-inf"))
@@ -349,7 +349,7 @@ def _merge_kernel(
         v = load_rows(v_suffix_ptr, keys, v_row_stride, num_keys, HEAD_DIM, BLOCK_D, True, True)
         scores = tl.sum(k * q[None, :], 1) * factor  # [BLOCK_KV]
         if CAPPED:
-            scores = tanh(scores) * cap
+            scores = accurate_tanh(scores) * cap
         scores = tl.where(keys < num_keys, scores, float("-inf"))
         if WINDOWED:
             scores = tl.where(keys >= num_keys - window, scores, float("-inf"))

@@ -107,7 +107,7 @@ def _check_arena_layer(module: torch.nn.Module, layer: Any, layers_seen: set[int
         )
     if layers_seen is not None and layer in layers_seen:
         raise ValueError(
-            f"decoder layer {layer} ({name}) asks for attention twice, and a search keeps one set of keys and values a layer"
+            f"decoder layer {layer} ({name}) asks for attention twice: a search keeps one set of keys and values for it"
         )
 
 
