@@ -25,7 +25,9 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
+from cpo_fast.search.engine import kv_arena
 from cpo_fast.search.engine.arena_engine import ArenaEngine
+from cpo_fast.search.engine.kv_arena import KVArena, default_num_tokens, kv_bytes_per_token
 from tests.search.engine_cases import (
     TOKENIZER,
     VOCAB_SIZE,
@@ -120,3 +122,19 @@ def test_bits_under_windows_depend_on_nothing_but_the_search(name: str) -> None:
     assert not any(isinstance(result, Exception) for result in expected.values())
     for changes in ({"batch_size": 5}, {"questions_in_flight": 1, "prefill_tokens": 4096}):
         assert run_searches_of(engine(build(name), **changes), few_shot, prompts) == expected
+
+
+def test_a_layer_that_is_not_where_it_says_is_refused_before_a_search_starts() -> None:
+    model = build("mistral")
+    model.model.layers[1].self_attn.layer_idx = 5
+    with pytest.raises(ValueError, match="MistralAttention says that it is decoder layer 5 of 2"):
+        engine(model)
+
+
+def test_the_arena_is_sized_by_what_its_layers_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, device = [(2, 8), (4, 16)], torch.device("cpu")
+    assert kv_bytes_per_token(shapes, torch.float32) == 2 * 4 * (2 * 8 + 4 * 16)
+    monkeypatch.setattr(kv_arena, "free_device_bytes", lambda _: 4 * 640 * 1000)
+    assert default_num_tokens(shapes, torch.float32, device) == 1000  # a quarter of a CPU's free memory
+    arena = KVArena(shapes, 10, torch.float32, device)
+    assert [tuple(part.shape) for layer in arena.layers for part in layer] == [(11, 2, 8)] * 2 + [(11, 4, 16)] * 2

@@ -214,9 +214,8 @@ def _make_tables(plan: DecodePlan, row_multiple: int, window: int | None) -> Tab
     offsets, index = plan.partial_offsets.cpu().numpy(), plan.partial_index.cpu().numpy()
     counts = np.diff(offsets)
     num_blocks = -(-length // SUFFIX_BLOCK)
-    num_above = (
-        np.maximum(length - window, 0) if window else np.zeros_like(length)
-    )  # private keys that a row has outgrown
+    # private keys that a row has outgrown
+    num_above = np.maximum(length - window, 0) if window else np.zeros_like(length)
     blocks: list[SuffixBlock] = []
     num_levels = int((counts + num_blocks).max(initial=0))
     num_all = num_partials + int((num_blocks - num_above // SUFFIX_BLOCK).sum())

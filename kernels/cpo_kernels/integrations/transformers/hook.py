@@ -72,7 +72,7 @@ def cpo_tree_attention(
         raise ValueError(f"cpo_tree: attention dropout {dropout} is not defined on shared prefixes; set it to 0")
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError("cpo_tree: a forest is one row without a KV cache; pass batch 1 and use_cache=False")
-    layer = getattr(module, "layer_idx", None)
+    layer: Any = getattr(module, "layer_idx", None)
     if decode_plan is not None:
         _check_arena_layer(module, layer, layers_seen, len(decode_arena))
     if layers_seen is not None:
