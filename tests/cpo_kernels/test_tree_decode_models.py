@@ -1,5 +1,6 @@
 """Stock models over an arena: prefill and greedy decode through plans equal `generate` with sdpa, token for token."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,6 +207,13 @@ def test_hook_hands_on_the_scale_of_the_layer() -> None:
 def test_model_that_is_not_prepared_is_refused() -> None:
     with pytest.raises(ValueError, match="call prepare"):
         Search(tiny_llama()).prefill([(0, 0, 5)])
+
+
+def test_copy_of_a_prepared_model_is_refused_until_it_is_proved() -> None:
+    """It would run without the windows that were proved."""
+    model = copy.deepcopy(prepare(tiny_llama()))
+    with pytest.raises(ValueError, match="an arena of 2 layers for a model that was proved with 0"):
+        Search(model).prefill([(0, 0, 5)])
 
 
 def test_layer_that_does_not_use_the_arena_is_noticed() -> None:

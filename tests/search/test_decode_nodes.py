@@ -21,11 +21,11 @@ from cpo_fast.search.engine.sampler import BatchSampler
 from cpo_kernels import fused_layers, sample_tokens
 from cpo_kernels.integrations.lora import fuse_lora
 from cpo_kernels.integrations.transformers import prepare
-from cpo_kernels.integrations.transformers.decode import fewer_kernels
+from cpo_kernels.integrations.transformers.decode import arena_shapes, fewer_kernels
 from cpo_kernels.integrations.transformers.fused import fuse_layers
 from cpo_kernels.integrations.transformers.hook import IMPLEMENTATION, register
-from cpo_kernels.integrations.transformers.layer_windows import LayerAttention
-from cpo_kernels.integrations.transformers.model import kv_shape, model_parts
+from cpo_kernels.integrations.transformers.layer_windows import KVShape, LayerAttention
+from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.proof import keep_proof
 from tests.kernel_nodes import kernel_nodes
 
@@ -45,8 +45,8 @@ def nodes(num_layers: int, fewer: bool = True, lora: bool = False, **sampling: A
         if lora:
             model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     parts = fewer_kernels(model.eval()) if fewer else model_parts(model.eval())
-    keep_proof(parts, prepare, LayerAttention())
-    arena = KVArena([kv_shape(parts.config)] * num_layers, 256, torch.bfloat16, META)
+    keep_proof(parts, prepare, LayerAttention(shapes=[KVShape(32, 128, 128)] * num_layers))
+    arena = KVArena(arena_shapes(parts), 256, torch.bfloat16, META)
     plan, _ = decode_plan([()] * NUM_ROWS, range(NUM_ROWS), [1] * NUM_ROWS, 0, arena.padding_slot)
     values: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 8, **sampling}
     requests = [SampleRequest((1, 2), str(row), **values) for row in range(NUM_ROWS)]

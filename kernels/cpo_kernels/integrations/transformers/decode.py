@@ -80,6 +80,12 @@ def decode_forward(
     """
     parts = prepared_parts(model, "decode_forward")
     layers_seen: set[int] = set()
+    num_layers = len(proved_shapes(parts))  # 0 of a copy of a proved model
+    if len(arena) != num_layers:
+        raise ValueError(
+            f"decode_forward: an arena of {len(arena)} layers for a model that was proved with {num_layers}; "
+            "call prepare(model) on this very model and make the arena by arena_shapes"
+        )
     windows = {layer: window.size for layer, window in proved_windows(parts).items() if window.slides}
     head_dims = {k.shape[-1] for k, _ in arena}
     with deferred_rotation(head_dims) if parts.defers_rotation else nullcontext() as rotation:
