@@ -50,7 +50,7 @@ def test_a_changed_model_gives_the_logits_of_the_stock_one(config: type, lora: b
     stock = prepare(tiny_model(config, head_dim=16), impl="eager").to(DEVICE)
     stock = with_lora(stock) if lora else stock
     expected = logits_of(stock, model_parts(stock), "eager")
-    model = copy.deepcopy(stock)
+    model = prepare(copy.deepcopy(stock), impl="eager")
     parts = fewer_kernels(model)
     assert parts.defers_rotation
     assert fuse_layers(model, "triton") > 2 * 3  # two norms and an MLP a layer, and the last norm
