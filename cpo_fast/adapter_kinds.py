@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 # kinds that change modules, token by token. All were compared with PEFT's own forward
-SEARCHED = frozenset(
-    "LORA ADALORA BOFT C3A FOURIERFT HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT RANDLORA SHIRA TRAINABLE_TOKENS VBLORA VERA "
-    "WAVEFT".split()
-)
+# fmt: off
+SEARCHED = {
+    "LORA", "ADALORA", "BOFT", "C3A", "FOURIERFT", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT",
+    "RANDLORA", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
+}
+# fmt: on
 _AROUND = "it works around the model's forward and not inside its layers, so a token's path does not decide its result"
 _RANDOM = "its layers draw random numbers in training, whatever its settings say"
 _NOT_TRAINED = {
@@ -46,8 +48,8 @@ def reason_against_loading(settings: Mapping[str, Any]) -> str | None:
         return "repeats layers of the base (layer_replication), which are not computed apart; train one without"
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         return (
-            f"changes the base when it is loaded (init_lora_weights={start}), each time a little differently; convert it by "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"changes the base when it is loaded (init_lora_weights={start}), each time a little differently; convert it "
+            "by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return None
 

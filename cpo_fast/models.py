@@ -290,7 +290,7 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
 
 
 def _merged(model: Any, path: str) -> Any:
-    """The base with the adapter in its weights. Raises ConfigError where PEFT cannot, CheckpointError for NaN or infinity."""
+    """The base with the adapter in its weights. Raises ConfigError where PEFT cannot, CheckpointError for NaN."""
     import torch
     from peft.tuners.lora.layer import LoraLayer
 
