@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def numbers_by_dtype(folder: Path) -> Counter[str]:
 
 
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
-    """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
+    """Load model and tokenizer, in eval mode, with `sdpa` attention where it has one, else `eager`.
 
     Returns:
         (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The base has the dtype that `resolve_dtype`
@@ -156,14 +157,20 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         check_adapter(config.adapter)  # before weights are read
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        load = partial(
+            transformers.AutoModelForCausalLM.from_pretrained,
             folder,
             dtype=resolve_dtype(config.dtype, device),
             trust_remote_code=_remote_code_allowed,
             use_safetensors=True,  # a pickle is never opened
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
+        try:
+            model, loaded = load(attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, loaded = load(attn_implementation="eager")  # scores with a soft-cap, for instance
         model.to(device)
     except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
@@ -335,12 +342,6 @@ def _load_problem(path: str, error: Exception) -> Exception:
         return ConfigError(
             f"model.path: {path} needs Python code that comes with the model, which is not run; use a model whose "
             "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
-        )
-    if "scaled_dot_product_attention" in str(error):
-        architecture = first_line(error).partition(" ")[0]
-        return ConfigError(
-            f"model.path: {path}: transformers has no sdpa attention for {architecture} (its attention is not a standard "
-            "one: soft-capped scores, for instance), and every command computes with it; use another model"
         )
     return ConfigError(f"model.path: {path} cannot be loaded ({first_line(error)}); check the folder's files")
 

@@ -2,8 +2,9 @@
 
 Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. Where that
 runs in Triton, other parts of the modules are replaced by fewer and larger kernels too (`fewer_kernels`). An answer
-depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a
-GPU, equal trees are promised for equal settings only.
+depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, on a GPU,
+and for mixtures of experts (Mixtral, Qwen3-MoE, OLMoE: an expert's product has as many rows as are routed to it, so sums
+are grouped by who is beside a row) equal trees are promised for equal settings only.
 """
 
 import hashlib
