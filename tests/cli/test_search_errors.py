@@ -83,7 +83,9 @@ def test_a_sliding_window_shorter_than_the_prompt_names_the_engine_that_can(run:
 
 
 @COMMANDS
-def test_soft_capped_attention_is_refused_by_name_where_the_arena_cannot_and_searched_by_the_other_engine(run: Run, tmp_path: Path, command: str):
+def test_soft_capped_attention_is_refused_by_name_or_searched_by_the_other_engine(
+    run: Run, tmp_path: Path, command: str
+):
     folder = save(tmp_path / "gemma", Gemma2Config, attention="eager", head_dim=8)
     code, _, stderr = run(command, f"model.path={folder}")
     assert code == 2
