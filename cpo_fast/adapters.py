@@ -10,22 +10,29 @@ torch and peft are imported inside the functions: this module is cheap to import
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.adapter_kinds import reason_against_loading
 from cpo_fast.errors import CheckpointError, ConfigError, first_line, require_library
 from cpo_fast.files import aside_of, file_digest, files_hash
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 ADAPTER = "default"  # the name, inside a model, of the adapter that is trained or loaded
+_SAVES_EMBEDDINGS = (
+    "_cpo_saves_embeddings"  # attribute of a PeftModel whose adapter's file holds embeddings of the base
+)
 
 
 def adapter_folder(path: str) -> Path:
@@ -47,11 +54,7 @@ def adapter_hash(path: str | Path | None) -> str:
     """
     if path is None:
         return ""
-    folder = adapter_folder(str(path))
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json cannot be read ({first_line(error)})") from None
+    folder, settings = adapter_folder(str(path)), adapter_settings(str(path))
     settings.pop("base_model_name_or_path", None)  # trained elsewhere, the same adapter is the same
     canonical = json.dumps(settings, sort_keys=True).encode()
     return files_hash(
@@ -62,8 +65,38 @@ def adapter_hash(path: str | Path | None) -> str:
     )
 
 
+def adapter_settings(path: str) -> dict[str, Any]:
+    """What `adapter_config.json` says. Raises CheckpointError where there is none."""
+    file = adapter_folder(path) / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)})") from None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} cannot be read (it holds no JSON object)")
+    return settings
+
+
+def check_adapter(path: str, *reasons_against: Callable[[Mapping[str, Any]], str | None]) -> None:
+    """Refuse an adapter by its settings, before a model is loaded.
+
+    Args:
+        path: its folder.
+        reasons_against: of `adapter_kinds`. Why it cannot be loaded is asked first.
+
+    Raises:
+        CheckpointError: the folder holds no adapter. ConfigError: it holds one of a kind that is not computed.
+    """
+    settings = adapter_settings(path)
+    for reason_against in (reason_against_loading, *reasons_against):
+        reason = reason_against(settings)
+        if reason is not None:
+            raise ConfigError(f"model.adapter: {path} {reason}")
+
+
 def load_adapter(model: Any, path: str) -> Any:
     """Wrap `model` by the adapter in folder `path`, refusing one whose weights are not exactly the ones needed."""
+    check_adapter(path)
     peft, safetensors, torch = (require_library(name) for name in ("peft", "safetensors", "torch"))
     folder = adapter_folder(path)
     try:
@@ -79,14 +112,49 @@ def load_adapter(model: Any, path: str) -> Any:
             f"model.adapter: {path} does not fit the model ({first_line(error)}); it was trained on another one"
         ) from error
     needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    saves_embeddings = saved > needed  # PEFT has put them into the base
+    if saves_embeddings:
+        needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=True))
     # PEFT only warns here, and an adapter that is half applied looks like one that learnt nothing
-    astray = sorted((needed - saved) | {key for key in saved - needed if "lora_" in key})
+    astray = sorted(needed ^ saved)
     if astray:
         raise CheckpointError(
             f"model.adapter: {len(astray)} weight(s) in {path} do not fit the model, the first {astray[0]}; "
             "the adapter was trained on another model"
         )
+    setattr(wrapped, _SAVES_EMBEDDINGS, saves_embeddings)
     return wrapped
+
+
+def switch_off_dropout(model: Any) -> None:
+    """Set every dropout of a PEFT model's adapters to 0, in their configurations and in their modules, with a warning."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, float] = {}
+    for config in model.peft_config.values():
+        for key, value in vars(config).items():
+            if key.endswith("dropout") and isinstance(value, int | float) and value:
+                found[key] = value
+                setattr(config, key, 0.0)
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        for key, children in layer.named_children():
+            for name, dropout in children.named_children() if key.endswith("dropout") else ():
+                if getattr(dropout, "p", 0.0):
+                    found.setdefault(key, dropout.p)
+                    setattr(children, name, _no_dropout())
+    for key, value in found.items():
+        logger.warning(
+            "%s=%g of the adapter is set to 0: branches of a forest share their prefix's activations, so that none can be "
+            "dropped for one of them alone",
+            key,
+            value,
+        )
+
+
+def _no_dropout() -> Any:
+    import torch
+
+    return torch.nn.Identity()  # as PEFT makes of 0: a Dropout of 0 draws numbers all the same
 
 
 def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True) -> None:
@@ -98,18 +166,19 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with _gathered(model, zero_stage):  # every rank takes part, whether it writes or not
-        state = {
-            key: value.detach().to("cpu", copy=True)  # outlives the gathering
-            for key, value in get_peft_model_state_dict(
-                model, adapter_name=ADAPTER, save_embedding_layers=False
-            ).items()
-        }
+    options = {"save_embedding_layers": getattr(model, _SAVES_EMBEDDINGS, False)}
+    saved_parameters = _saved_parameters(model)
+    with _gathered(list(saved_parameters.values()), zero_stage):  # every rank takes part, whether it writes or not
+        # copies outlive the gathering
+        copies = {name: each.detach().to("cpu", copy=True) for name, each in saved_parameters.items()}
+        whole = {name: copies.get(name, value) for name, value in model.state_dict().items()}
     if not writes:
         return
+    state = get_peft_model_state_dict(model, whole, ADAPTER, **options)
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=state, save_embedding_layers=False)
+    # names as the model has them: PEFT makes those of the file out of them
+    model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=whole, **options)
     with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
         written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
     # a tensor that ZeRO-3 holds in parts and that was not gathered has no elements
@@ -134,14 +203,25 @@ def _replace(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _gathered(model: Any, zero_stage: int) -> AbstractContextManager[Any]:
+def _saved_parameters(model: Any) -> "dict[str, torch.Tensor]":
+    """By name, the parameters that may go into the adapter's file."""
+    saved = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if getattr(model, _SAVES_EMBEDDINGS, False):
+        base = model.get_base_model()
+        embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+        addresses = {id(each) for module in embeddings if module is not None for each in module.parameters()}
+        every = model.named_parameters(remove_duplicate=False)  # tied ones have two names
+        saved |= {name: each for name, each in every if id(each) in addresses}
+    return saved
+
+
+def _gathered(parameters: "list[torch.Tensor]", zero_stage: int) -> AbstractContextManager[Any]:
     if zero_stage < 3:
         return nullcontext()
     import deepspeed
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # no rank changes what is gathered
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(trainable, modifier_rank=None)
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
     return context
 
 
@@ -152,6 +232,7 @@ OPTION = "search.merge_adapter"
 class _Target:
     """A layer that is merged: PEFT's module, the base weight inside it [out, in], and the adapters that change it."""
 
+    name: str
     layer: Any
     weight: "torch.Tensor"
     adapters: list[str]
@@ -204,7 +285,13 @@ def _sum(target: _Target) -> "torch.Tensor":
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
             update = (b.to(weight.device, dtype) @ a.to(weight.device, dtype)) * layer.scaling[name]
             total += update.T if layer.fan_in_fan_out else update
-        return total.to(weight.dtype)
+        rounded = total.to(weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise ConfigError(
+                f"{OPTION}: {target.name} has NaN or infinity in {weight.dtype} after merging; the adapter or the base is "
+                f"damaged, or outgrows its dtype; set {OPTION}=false to search with the adapter live"
+            )
+        return rounded
 
 
 def _targets(model: Any) -> list[_Target]:
@@ -223,7 +310,7 @@ def _targets(model: Any) -> list[_Target]:
             _check(name, layer, holders)
             adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
             if adapters:
-                targets.append(_Target(layer, layer.get_base_layer().weight, adapters))
+                targets.append(_Target(name, layer, layer.get_base_layer().weight, adapters))
     if not targets:
         raise ConfigError(
             f"{OPTION}: no active LoRA adapter changes a layer of the model; activate one, or set {OPTION}=false"

@@ -12,13 +12,15 @@ prompts, and refused above a limit.
 import hashlib
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpo_fast.adapters import load_adapter
+from cpo_fast.adapters import check_adapter, load_adapter
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
@@ -134,7 +136,7 @@ def numbers_by_dtype(folder: Path) -> Counter[str]:
 
 
 def load_model(config: ModelConfig) -> tuple[Any, Any]:
-    """Load model and tokenizer, in eval mode, with `sdpa` attention, on the configured device.
+    """Load model and tokenizer, in eval mode, with `sdpa` attention where it has one, else `eager`.
 
     Returns:
         (PreTrainedModel or, with an adapter, PeftModel, and its tokenizer). The base has the dtype that `resolve_dtype`
@@ -151,16 +153,24 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
     folder = model_folder(config.path)
+    if config.adapter is not None:
+        check_adapter(config.adapter)  # before weights are read
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        load = partial(
+            transformers.AutoModelForCausalLM.from_pretrained,
             folder,
             dtype=resolve_dtype(config.dtype, device),
             trust_remote_code=_remote_code_allowed,
             use_safetensors=True,  # a pickle is never opened
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
+        try:
+            model, loaded = load(attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, loaded = load(attn_implementation="eager")  # scores with a soft-cap, for instance
         model.to(device)
     except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
@@ -178,10 +188,10 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
             f"model.path: {config.path} lacks {len(missing)} weight(s) of its architecture, the first {missing[0]}; "
             "fetch the whole model"
         )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > num_embeddings(model):
         raise ConfigError(
             f"model.path: the tokenizer in {config.path} has {len(tokenizer)} tokens, but the model embeds "
-            f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
+            f"{num_embeddings(model)}; they do not belong together"
         )
     # sampling settings that a model recommends are dropped: a repetition penalty would change greedy decoding too
     stock = model.generation_config
@@ -191,6 +201,11 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     if config.adapter is not None:
         model = load_adapter(model, config.adapter)
     return model.eval(), tokenizer
+
+
+def num_embeddings(model: Any) -> int:
+    """How many token ids a model embeds, whatever an adapter has put around its embeddings."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def model_hash(path: str | Path) -> str:
@@ -259,7 +274,7 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
     del model  # makes room for the second one
     model, _ = load_model(exact)
     # rounded to what is written, then compared in what base plus adapter were computed in: no cast up changes a bit
-    merged = _cast(_cast(model.merge_and_unload(), written), compared)
+    merged = _cast(_cast(_merged(model, config.model.adapter), written), compared)
     divergences = torch.cat(
         [
             (left.exp() * (left - right)).sum(dim=-1).flatten()
@@ -275,7 +290,37 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
     target.mkdir(parents=True, exist_ok=True)
     _cast(merged, written).save_pretrained(target)
     tokenizer.save_pretrained(target)
+    recommended = model_folder(config.model.path) / "generation_config.json"
+    if recommended.is_file():  # loading keeps its ids only
+        shutil.copyfile(recommended, target / recommended.name)
     return MergeResult(target, mean_kl, max_kl, divergences.numel())
+
+
+def _merged(model: Any, path: str) -> Any:
+    """The base with the adapter in its weights. Raises ConfigError where PEFT cannot, CheckpointError for NaN."""
+    import torch
+    from peft.tuners.lora.layer import LoraLayer
+
+    base = model.get_base_model()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    inner, outer = (getattr(each, "base_layer", each) for each in (embeddings, head))
+    # an update of one of them alone must not reach the other
+    if getattr(inner, "weight", inner) is getattr(outer, "weight", None) and any(
+        isinstance(each, LoraLayer) for each in (embeddings, head)
+    ):
+        outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
+    try:
+        merged = model.merge_and_unload()
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            f"model.adapter: {path} cannot be merged ({first_line(error)}); keep the adapter apart"
+        ) from error
+    for name, parameter in merged.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"model.adapter: {name} has NaN or infinity in it after merging {path}; the adapter or the base is damaged"
+            )
+    return merged
 
 
 def _download(path: str) -> Path:
@@ -297,12 +342,6 @@ def _load_problem(path: str, error: Exception) -> Exception:
         return ConfigError(
             f"model.path: {path} needs Python code that comes with the model, which is not run; use a model whose "
             "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
-        )
-    if "scaled_dot_product_attention" in str(error):
-        architecture = first_line(error).partition(" ")[0]
-        return ConfigError(
-            f"model.path: {path}: transformers has no sdpa attention for {architecture} (its attention is not a standard "
-            "one: soft-capped scores, for instance), and every command computes with it; use another model"
         )
     return ConfigError(f"model.path: {path} cannot be loaded ({first_line(error)}); check the folder's files")
 

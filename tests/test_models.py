@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config
 
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import ModelConfig
 from cpo_fast.errors import CheckpointError, ConfigError, CpoFastError, EnvironmentProblem
 from cpo_fast.models import load_model, model_folder, model_hash, resolve_device
-from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer, with_lora
+from tests.tiny import save_tiny_model, tiny_llama, tiny_model, tiny_tokenizer, with_lora
 
 
 @pytest.fixture
@@ -242,3 +243,9 @@ def test_adapter_hash_ignores_where_the_base_model_lay(tmp_path: Path) -> None:
 
 def test_model_folder_of_a_folder_is_itself(folder: Path) -> None:
     assert model_folder(str(folder)) == folder
+
+
+def test_a_model_without_sdpa_is_loaded_with_eager_attention(folder: Path) -> None:
+    tiny_model(Gemma2Config, vocab_size=259, head_dim=8, attention="eager").save_pretrained(folder)
+    model, _ = load_model(config(folder))
+    assert model.config._attn_implementation == "eager"

@@ -26,7 +26,7 @@ from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
 from cpo_fast.files import append_line, write_atomic
-from cpo_fast.models import resolve_device
+from cpo_fast.models import num_embeddings, resolve_device
 from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
 from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore
@@ -343,7 +343,7 @@ def _check_readable(config: Config) -> None:
 
 
 def _check_vocabulary(examples: Sequence[Example], policy: Policy) -> None:
-    size = policy.model.get_base_model().get_input_embeddings().num_embeddings
+    size = num_embeddings(policy.model.get_base_model())
     for example in examples:
         largest = max(max(ids) for ids in (example.prompt_ids, *example.responses))
         if largest >= size:

@@ -4,6 +4,7 @@ The base keeps its dtype and is frozen. Adapters are float32 and their own maste
 step 0: the base with the adapter off, or, when training starts from a saved adapter, a frozen second copy of it.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers.pytorch_utils import Conv1D
 
-from cpo_fast.adapters import ADAPTER
+from cpo_fast.adapter_kinds import reason_against_training
+from cpo_fast.adapters import ADAPTER, check_adapter, switch_off_dropout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -32,6 +35,7 @@ from cpo_kernels.tree_attention import resolve_tree_attention
 logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER = "reference"
+_ADAPTED = (torch.nn.Linear, Conv1D, torch.nn.Embedding)  # modules that a new LoRA is put on
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,24 @@ def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Pol
         ConfigError: a LoRA target matches no module.
     """
     if model is None or tokenizer is None:
+        if config.model.adapter is not None:
+            check_adapter(config.model.adapter, reason_against_training)
+        elif not config.lora.target_modules:
+            raise ConfigError("lora.target_modules: the list is empty; name at least one kind of layer, such as q_proj")
         model, tokenizer = load_model(config.model)
     reference = "adapter_off"
     if not hasattr(model, "peft_config"):
         torch.manual_seed(config.seed)
         model = _with_new_adapter(model, config)
-    elif config.model.adapter is not None:
-        model.load_adapter(config.model.adapter, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-        model.set_adapter(ADAPTER)
-        reference = REFERENCE_ADAPTER
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{ADAPTER}." in name)
+    else:
+        for name, settings in model.peft_config.items():
+            if (reason := reason_against_training(settings.to_dict())) is not None:
+                raise ConfigError(f"adapter '{name}' of the model {reason}")
+        switch_off_dropout(model)
+        if config.model.adapter is not None:
+            _add_frozen_copy(model)
+            reference = REFERENCE_ADAPTER
+    _train_adapter_only(model)
     if config.train.lora_input == "recast":
         keep_input_dtype(model)
     return Policy(model, tokenizer, reference)
@@ -119,16 +130,19 @@ def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
 
 
 def _with_new_adapter(model: Any, config: Config) -> Any:
-    names = {name for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
+    linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) in _ADAPTED[:2]})
     for target in config.lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted(
-                {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear}
-            )
-            raise ConfigError(
-                f"lora.target_modules: '{target}' matches no module of {type(model).__name__}; its linear layers are "
-                f"{', '.join(linear)}"
-            )
+        found = {name: each for name, each in modules.items() if name == target or name.endswith(f".{target}")}
+        where = f"of {type(model).__name__}; its linear layers are {', '.join(linear)}"
+        if not found:
+            raise ConfigError(f"lora.target_modules: '{target}' matches no module {where}")
+        for name, module in found.items():
+            if not isinstance(module, _ADAPTED):
+                raise ConfigError(
+                    f"lora.target_modules: '{target}' matches {name}, a {type(module).__name__}, which has no weight "
+                    f"matrix for LoRA {where}"
+                )
     lora = PeftLoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
@@ -139,6 +153,30 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     )
     # float32 adapters on a base of any dtype: they are trained directly, without a second master copy
     return get_peft_model(model, lora, adapter_name=ADAPTER, autocast_adapter_dtype=True)
+
+
+def _add_frozen_copy(model: Any) -> None:
+    """Give a model a second copy of its adapter, which keeps the weights of step 0."""
+    settings = copy.deepcopy(model.peft_config[ADAPTER])
+    settings.inference_mode = True
+    if hasattr(settings, "init_lora_weights"):
+        settings.init_lora_weights = True  # some other starts take their update away from the base, once more
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    model.add_adapter(REFERENCE_ADAPTER, settings)
+    set_peft_model_state_dict(model, state, adapter_name=REFERENCE_ADAPTER)
+    model.set_adapter(ADAPTER)
+
+
+def _train_adapter_only(model: Any) -> None:
+    """Let gradients flow into the adapter and nowhere else."""
+    for name, parameter in model.named_parameters():
+        # some kinds keep modules under the adapter's name, some the parameters themselves
+        parameter.requires_grad_(f".{ADAPTER}." in name or name.endswith(f".{ADAPTER}"))
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"{name} would be trained in {dtype_name(parameter.dtype)}, which rounds small steps away; set "
+                "model.dtype=float32, or train an adapter without trained copies of the base's modules"
+            )
 
 
 def put_adapter(model: Any, weights: Mapping[str, np.ndarray]) -> None:
@@ -160,8 +198,8 @@ def base_hash(config: Config, policy: Policy) -> str:
     """16 hex digits that name the base: its files, or the weights of a model that came without. They must be whole."""
     if config.model.path:
         return model_hash(config.model.path)
-    weights = policy.model.get_base_model().state_dict()
-    return weights_hash({name: value for name, value in weights.items() if "lora_" not in name})
+    weights, adapters = policy.model.get_base_model().state_dict(), set(policy.model.peft_config)
+    return weights_hash({name: value for name, value in weights.items() if not adapters & set(name.split("."))})
 
 
 def checkpoint_layers(model: Any) -> None:

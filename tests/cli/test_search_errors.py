@@ -87,12 +87,15 @@ def test_a_path_limit_below_the_prompt_names_the_engine_that_can(run: Run, tmp_p
 
 
 @COMMANDS
-def test_soft_capped_attention_is_refused_by_name(run: Run, tmp_path: Path, command: str):
+def test_soft_capped_attention_is_refused_by_name_or_searched_by_the_other_engine(
+    run: Run, tmp_path: Path, command: str
+):
     folder = save(tmp_path / "gemma", Gemma2Config, attention="eager", head_dim=8)
     code, _, stderr = run(command, f"model.path={folder}")
     assert code == 2
-    assert f"model.path: {folder}: transformers has no sdpa attention for Gemma2ForCausalLM" in error_line(stderr)
-    assert error_line(stderr).endswith("use another model")
+    assert "search.engine: arena: Gemma2ForCausalLM has a soft-cap on the attention scores" in error_line(stderr)
+    assert error_line(stderr).endswith("set search.engine=hf")
+    assert run(command, f"model.path={folder}", "search.engine=hf")[0] == 0
 
 
 @COMMANDS

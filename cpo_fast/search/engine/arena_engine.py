@@ -2,12 +2,14 @@
 
 Stock Hugging Face modules compute, with or without live LoRA adapters. Attention goes through `tree_decode`. Where that
 runs in Triton, other parts of the modules are replaced by fewer and larger kernels too (`fewer_kernels`). An answer
-depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, and on a
-GPU, equal trees are promised for equal settings only.
+depends on its request alone: in float32 on a CPU to the last bit, whatever else runs beside it. In bfloat16, on a GPU,
+and for mixtures of experts (Mixtral, Qwen3-MoE, OLMoE: an expert's product has as many rows as are routed to it, so sums
+are grouped by who is beside a row) equal trees are promised for equal settings only.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from cpo_kernels.integrations.transformers.model import model_parts
 from cpo_kernels.integrations.transformers.prepare import check_kernels
 from cpo_kernels.integrations.transformers.proof import check_call, proved_attention
 from cpo_kernels.tree_decode import resolve_tree_decode
+
+MAX_HASHED = 1 << 24  # numbers of a tensor of an adapter: LoRA on the largest vocabularies has fewer
 
 
 class ArenaEngine:
@@ -135,15 +139,29 @@ def _check_device(device: torch.device) -> None:
 
 
 def weights_fingerprint(model: Any) -> str:
-    """Changes with any weight that a step of training or a switch of adapters can change."""
+    """Changes with whatever a step of training, a merge or a switch of adapters can change, of any kind of adapter.
+
+    A weight or buffer counts by its address and by how often it was changed in place, one of an adapter by its bytes too,
+    unless it is a whole copy of an embedding or the like.
+    """
     digest = hashlib.sha256()
+    adapters = set(getattr(model, "peft_config", None) or ())
     for name, module in model.named_modules():
-        if hasattr(module, "merged_adapters"):
-            state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
+        if hasattr(module, "_disable_adapters"):  # PEFT's layers, and its wrappers of trained copies
+            state = [(key, value) for key, value in vars(module).items() if _is_setting(value)]
             digest.update(f"{name} {state}".encode())
-    for name, parameter in model.named_parameters():
-        # the base by address and how often it was changed in place, an adapter by its bytes
-        digest.update(f"{name} {parameter.data_ptr()} {parameter._version}".encode())
-        if "lora_" in name:
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        version = 0 if tensor.is_inference() else tensor._version
+        digest.update(f"{name} {tensor.data_ptr()} {version}".encode())
+        if tensor.numel() <= MAX_HASHED and ("lora_" in name or adapters & set(name.split("."))):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute of a layer is a plain value, or plain values by the name of an adapter, such as its scaling."""
+    if isinstance(value, dict):
+        return bool(value) and all(map(_is_setting, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, bool | int | float | str)

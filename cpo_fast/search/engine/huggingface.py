@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cpo_fast.search.engine.requests import (
+    EMPTY_SAMPLE,
     Answer,
     AnswerCache,
     R,
@@ -86,9 +87,13 @@ class HuggingFaceEngine:
         for prompt, group in groupby(requests, key=lambda request: request.token_ids):
             rows = list(group)
             check_length(len(prompt), max(request.max_new_tokens for request in rows), self.max_positions)
-            logits, cache = self._prefill(prompt)
-            for start in range(0, len(rows), self.batch_size):
-                samples.extend(self._decode(rows[start : start + self.batch_size], logits[0, -1], cache))
+            found: list[Sample] = []
+            if wanted := [row for row in rows if row.max_new_tokens > 0]:
+                logits, cache = self._prefill(prompt)
+                for start in range(0, len(wanted), self.batch_size):
+                    found.extend(self._decode(wanted[start : start + self.batch_size], logits[0, -1], cache))
+            new = iter(found)
+            samples.extend(next(new) if row.max_new_tokens > 0 else EMPTY_SAMPLE for row in rows)
         return samples
 
     @torch.inference_mode()
@@ -102,6 +107,8 @@ class HuggingFaceEngine:
         """
         longest = max((len(continuation) for continuation in continuations), default=0)
         check_length(len(token_ids), longest, self.max_positions)
+        if longest == 0:
+            return [0.0] * len(continuations)
         logits, cache = self._prefill(tuple(token_ids))
         first = log_probs(_on_host(logits[0, -1]))
         sums = [first[continuation[0]] if continuation else 0.0 for continuation in continuations]

@@ -22,7 +22,7 @@ class SampleRequest:
     Attributes:
         token_ids: the prompt, special tokens included.
         uid: names this sample in the whole run (seed, question, state, sample index). It decides the random numbers.
-        temperature: 0 is greedy. top_p: nucleus mass. max_new_tokens: the cap.
+        temperature: 0 is greedy. top_p: nucleus mass. max_new_tokens: the cap. With 0 the sample is empty.
         top_k: only so many of the likeliest tokens. 0 is all. repetition_penalty: of every token in the prompt or
             generated so far, as Hugging Face defines it. 1 is none.
     """
@@ -106,6 +106,16 @@ class AnswerCache(Protocol):
 
     def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
         """Take an answer as soon as it is computed."""
+
+
+EMPTY_SAMPLE = Sample((), "", "length", ())
+
+
+def answer_to_nothing(item: SampleRequest | ScoreRequest) -> Answer | None:
+    """The answer to a request for no token at all, which needs no model. None: the request wants some."""
+    if item.max_new_tokens > 0:
+        return None
+    return EMPTY_SAMPLE if isinstance(item, SampleRequest) else [0.0] * len(item.continuations)
 
 
 class Engine(Protocol):

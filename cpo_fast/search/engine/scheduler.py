@@ -28,6 +28,7 @@ from cpo_fast.search.engine.requests import (
     SampleRequest,
     ScoreRequest,
     Search,
+    answer_to_nothing,
     check_length,
 )
 from cpo_fast.search.engine.sampler import NOT_FINITE_MESSAGE
@@ -158,6 +159,9 @@ class Scheduler:
         except ValueError as error:
             active.error = error
             return
+        for index, item in enumerate(requests.items):
+            if (answer := answer_to_nothing(item)) is not None:
+                active.answers[index] = answer
         # what a score request reads must be computed with it, so only the prompt's tokens before the last may be there
         prompts = [prompt for item in requests.items for prompt in _prompts(item)]
         limits = [len(item.token_ids) - 1 for item in requests.items for _ in _prompts(item)]
@@ -309,6 +313,8 @@ def _stop_using(nodes: Iterable[KVNode]) -> None:
 
 def _prompts(item: SampleRequest | ScoreRequest) -> list[tuple[int, ...]]:
     """What a request needs in the trie: what stands before the first token it generates, or each token it scores."""
+    if answer_to_nothing(item) is not None:
+        return []
     if isinstance(item, SampleRequest):
         return [item.token_ids[:-1]]
     return [(*item.token_ids, *continuation[:-1]) for continuation in item.continuations]
