@@ -38,6 +38,7 @@ class ArenaEngine:
         make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
             graphs where the device and `config` have them, else plain steps.
         stop_checker: says when a line ends. None is newline and end-of-sequence.
+        keep_modules: leave the model's modules as they are, which goes on training.
 
     Attributes:
         arena: keys and values. scheduler: what runs.
@@ -53,6 +54,7 @@ class ArenaEngine:
         config: SearchConfig,
         make_batch: Callable[[ModelRunner, StopChecker], DecodeBatch] | None = None,
         stop_checker: StopChecker | None = None,
+        keep_modules: bool = False,
     ) -> None:
         self.model = prepare(model.eval())
         parts = model_parts(model)
@@ -60,7 +62,9 @@ class ArenaEngine:
         _check_device(device)
         check_kernels(parts, ("tree_decode", "sample_tokens"))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
-        if impl == "triton":  # launches cost time there, and no bits are promised against another batch's
+        if (
+            impl == "triton" and not keep_modules
+        ):  # launches cost time there, and no bits are promised against another batch's
             parts = fewer_kernels(model)
         num_tokens = config.arena_tokens or default_num_tokens(parts.config, dtype, device)
         self.arena = KVArena(parts.config, num_tokens, dtype, device)
