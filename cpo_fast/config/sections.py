@@ -302,7 +302,10 @@ class EvalConfig(Section):
 
     method: Literal["cot", "tot", "both"] = Field("cot", description="chain, tree of thought with its vote, or both")
     max_new_tokens: int = Field(320, ge=1, description="cap on one chain, all its lines together")
-    batch_size: int = Field(1, ge=1, description="questions per forward pass; 1 is what latency is quoted at")
+    batch_size: int = Field(64, ge=1, description="chains that run side by side in the arena engine")
+    latency_questions: int = Field(
+        4, ge=1, description="the first so many questions are asked alone, one after the other: seconds are theirs"
+    )
 
 
 class Config(Section):

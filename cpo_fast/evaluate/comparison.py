@@ -52,7 +52,8 @@ class Comparison:
         num_both, num_only_first, num_only_second, num_neither: graded questions by who is right.
         mcnemar_p: exact two-sided p-value, or None when nothing is graded.
         metrics: `accuracy` (the task's own verdict) and each metric that both have.
-        seconds_ratio, tokens_ratio: mean of the second over mean of the first, over all questions, or None over zero.
+        seconds_ratio, tokens_ratio: mean of the second over mean of the first, or None over zero. Seconds are of the
+            questions that were asked alone in both, tokens of all.
         num_resamples, confidence, seed: of the bootstrap.
         stated: a sentence for each thing that differs besides the answers.
     """
@@ -102,6 +103,10 @@ def compare(
     num_both = sum(one.correct is True and other.correct is True for one, other in graded)
     num_only_first = sum(one.correct is True and other.correct is False for one, other in graded)
     num_only_second = sum(one.correct is False and other.correct is True for one, other in graded)
+    timed = [
+        (one.seconds, other.seconds) for one, other in pairs if one.seconds is not None and other.seconds is not None
+    ]
+    first_seconds = sum(one for one, _ in timed)
     return Comparison(
         first=names[0],
         second=names[1],
@@ -113,7 +118,7 @@ def compare(
         num_neither=len(graded) - num_both - num_only_first - num_only_second,
         mcnemar_p=mcnemar_exact(num_only_first, num_only_second) if graded else None,
         metrics=_metrics(graded, seed, num_resamples),
-        seconds_ratio=second.seconds.mean / first.seconds.mean if first.seconds.mean else None,
+        seconds_ratio=sum(other for _, other in timed) / first_seconds if first_seconds else None,
         tokens_ratio=second.tokens.mean / first.tokens.mean if first.tokens.mean else None,
         num_resamples=num_resamples,
         confidence=CONFIDENCE,

@@ -1,33 +1,31 @@
 """Ask every question of a task, by greedy chain or by tree of thought, and measure answers, seconds and tokens.
 
 The prompt is the task's own, tokenised as the search tokenises it, so a model is measured on the very format it was
-trained on. With `eval.batch_size: 1` chains run through the search engine, one question at a time, which is what
-latency is quoted at. Larger batches run through `generate`, and a question's seconds are its batch's divided by its
-questions. A tree is always searched alone, answers by its vote, and is not kept.
+trained on. Everything runs through the search engine. The first `eval.latency_questions` chains are asked one at a time,
+which is what seconds are quoted from, and the others `eval.batch_size` side by side. A tree is always searched alone,
+answers by its vote, and is not kept.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cpo_fast.config import Config, config_hash
+from cpo_fast.config import Config, SearchConfig, config_hash
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
+from cpo_fast.evaluate.chain import Chain, chain_search
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
 from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
-from cpo_fast.search.engine import Engine, Requests, SampleRequest, run_search
+from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
 from cpo_fast.tree import ROOT, comparable
-
-if TYPE_CHECKING:
-    from cpo_fast.evaluate.chain import Chain
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ def evaluate(
             lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
         model, tokenizer: those that `config.model` names, already loaded. None loads them.
         on_question: called with (questions done, questions in all) after each.
-        make_engine: gives what answers chains that are asked one at a time, and searches.
+        make_engine: gives what answers chains and searches.
 
     Raises:
         CpoFastError: the questions or the model cannot be read (see `load_questions` and `load_model`), or not one
@@ -77,21 +75,28 @@ def evaluate_methods(
     evaluations = []
     with searched_weights(model, config.search):
         for number, method in enumerate(methods):
-            results = []  # gold answers are read here, when an answer is generated
-            for result in asker.ask_all(method):
-                results.append(result)
+            first, total = number * len(questions), len(methods) * len(questions)
+
+            def answered(num_answers: int, first: int = first, total: int = total) -> None:
                 if on_question is not None:
-                    on_question(number * len(questions) + len(results), len(methods) * len(questions))
-            evaluations.append(_finished(config, task, asker, method, results))
+                    on_question(first + num_answers, total)
+
+            evaluations.append(_finished(config, task, asker, method, answered))
     return evaluations
 
 
-def _finished(config: Config, task: Task, asker: "_Asker", method: Method, results: list[QuestionResult]) -> Evaluation:
-    """The evaluation of these results, both its files written."""
+def _finished(
+    config: Config, task: Task, asker: "_Asker", method: Method, answered: Callable[[int], None]
+) -> Evaluation:
+    """The evaluation by one method, both its files written."""
+    setup_seconds = asker.setup_seconds
+    started = time.perf_counter()
+    results = asker.ask_all(method, answered)
+    seconds = time.perf_counter() - started
     if all(result.stop == "failed" for result in results):
         raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
     label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
-    evaluation = summarise(label, method, task.name, asker.identity(method), results, asker.setup_seconds(method))
+    evaluation = summarise(label, method, task.name, asker.identity(method), results, setup_seconds, seconds)
     evaluation.write(Path(config.run))
     return evaluation
 
@@ -102,7 +107,7 @@ class QuestionAnswer:
 
     answer: str | None
     num_tokens: int
-    seconds: float
+    seconds: float | None
     stop: str
     text: str
     num_verdict_tokens: int = 0
@@ -123,14 +128,33 @@ class _Asker:
         self._make_engine = make_engine
         self._engine_and_setup: tuple[Engine, float] | None = None
 
-    def ask_all(self, method: Method) -> Iterator[QuestionResult]:
-        answers = self._batched_chains() if self._is_batched(method) else self._one_by_one(method)
-        for question, answer in zip(self._questions, answers, strict=True):
-            yield self._result(question, answer)
+    def ask_all(self, method: Method, answered: Callable[[int], None]) -> list[QuestionResult]:
+        """The results of all questions, in order. `answered` is called with how many there are, after each."""
+        questions = self._questions
+        num_alone = len(questions) if method == "tot" else self._config.eval.latency_questions
+        results: dict[str, QuestionResult] = {}
 
-    def setup_seconds(self, method: Method) -> float:
-        """What `method` paid once, before the first question."""
-        return 0.0 if self._is_batched(method) else self._engine[1]
+        def take(question: Question, answer: QuestionAnswer) -> None:
+            if answer.stop == "failed":
+                logger.warning("question %r failed: %s", question.id, answer.detail)
+            results[question.id] = self._result(question, answer)  # a gold answer is read when an answer is there
+            answered(len(results))
+
+        for question in questions[:num_alone]:
+            take(question, self._alone(method, question))
+        by_name = {question.id: question for question in questions[num_alone:]}
+        searches = ((name, self._chain(question)) for name, question in by_name.items())
+        for name, outcome, _ in self._engine[0].run(searches):
+            if isinstance(outcome, Exception):
+                take(by_name[name], _failed(name, outcome, None))
+            else:
+                take(by_name[name], self._of_chain(outcome, None))
+        return [results[question.id] for question in questions]
+
+    @property
+    def setup_seconds(self) -> float:
+        """What is paid once, before the first question."""
+        return self._engine[1]
 
     def identity(self, method: Method) -> RunIdentity:
         from cpo_fast.adapters import adapter_hash
@@ -155,55 +179,27 @@ class _Asker:
             # a chain reads no evaluator prompt
             prompt_hash=short_hash(canonical_json(prompts if method == "tot" else prompts[:1])),
             settings_hash=short_hash(canonical_json(settings)),
-            engine="generate" if self._is_batched(method) else config.search.engine,
-            batch_size=config.eval.batch_size if method == "cot" else 1,
+            engine=config.search.engine,
+            batch_size=config.eval.batch_size if method == "cot" and config.search.engine == "arena" else 1,
         )
 
-    def _is_batched(self, method: Method) -> bool:
-        return method == "cot" and self._config.eval.batch_size > 1
-
-    def _batched_chains(self) -> Iterator[QuestionAnswer]:
-        from cpo_fast.evaluate.chain import greedy_chains
-
-        chains = greedy_chains(
-            self._model,
-            self._prompts.tokenizer,
-            [self._prompts.encode(question) for question in self._questions],
-            self._task,
-            max_new_tokens=self._config.eval.max_new_tokens,
-            max_steps=self._config.search.max_steps,
-            batch_size=self._config.eval.batch_size,
-        )
-        return (self._of_chain(chain) for chain in chains)
-
-    def _one_by_one(self, method: Method) -> Iterator[QuestionAnswer]:
+    def _alone(self, method: Method, question: Question) -> QuestionAnswer:
         engine, _ = self._engine
-        ask = self._chain if method == "cot" else self._tree
-        for question in self._questions:
-            start = time.perf_counter()
-            try:
-                answer = ask(engine, question)
-            except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
-                logger.debug("question %r failed", question.id, exc_info=error)
-                answer = QuestionAnswer(
-                    None, 0, time.perf_counter() - start, "failed", "", detail=failure_detail(error)
-                )
-            if answer.stop == "failed":
-                logger.warning("question %r failed: %s", question.id, answer.detail)
-            yield answer
+        start = time.perf_counter()
+        try:
+            if method == "tot":
+                return tree_answer(engine, self._config, self._prompts, question)
+            chain = run_search(engine, self._chain(question))
+            return self._of_chain(chain, time.perf_counter() - start)
+        except Exception as error:  # one bad question must not end a run of thousands; the reason is kept with it
+            return _failed(question.id, error, time.perf_counter() - start)
 
-    def _chain(self, engine: Engine, question: Question) -> QuestionAnswer:
-        from cpo_fast.evaluate.chain import engine_chain
-
+    def _chain(self, question: Question) -> Search[Chain]:
         caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
-        prompt_ids = self._prompts.encode(question)
-        return self._of_chain(engine_chain(engine, self._prompts.tokenizer, prompt_ids, self._task, **caps))
+        return chain_search(self._prompts.tokenizer, self._prompts.encode(question), self._task, **caps)
 
-    def _of_chain(self, chain: "Chain") -> QuestionAnswer:
-        return QuestionAnswer(chain.answer(self._task), chain.num_tokens, chain.seconds, chain.stop, chain.text)
-
-    def _tree(self, engine: Engine, question: Question) -> QuestionAnswer:
-        return tree_answer(engine, self._config, self._prompts, question)
+    def _of_chain(self, chain: Chain, seconds: float | None) -> QuestionAnswer:
+        return QuestionAnswer(chain.answer(self._task), chain.num_tokens, seconds, chain.stop, chain.text)
 
     def _result(self, question: Question, answer: QuestionAnswer) -> QuestionResult:
         gold = question.gold
@@ -227,13 +223,26 @@ class _Asker:
         """The search engine with every shared prompt in its cache, and the seconds that took. Made when first used."""
         if self._engine_and_setup is None:
             start = time.perf_counter()
-            engine = build_engine(self._config.search, self._prompts, self._model, self._make_engine)
+            search = chains_side_by_side(self._config)
+            engine = build_engine(search, self._prompts, self._model, self._make_engine)
             # what a first call pays once is no question's cost
             warm_up = SampleRequest(tuple(self._prompts.encode(ANY_QUESTION)), "warm-up", 0.0, 1.0, 2)
             with suppress(ValueError):  # every question will fail as this one does, and say why
                 engine.answer(Requests((warm_up,), keep=False))
             self._engine_and_setup = engine, time.perf_counter() - start
         return self._engine_and_setup
+
+
+def chains_side_by_side(config: Config) -> SearchConfig:
+    """Settings of an engine that runs `eval.batch_size` chains at a time."""
+    at_once = config.eval.batch_size
+    sizes = {"questions_in_flight": at_once, "batch_size": max(at_once, config.search.batch_size)}
+    return config.search.model_copy(update=sizes)
+
+
+def _failed(name: str, error: Exception, seconds: float | None) -> QuestionAnswer:
+    logger.debug("question %r failed", name, exc_info=error)
+    return QuestionAnswer(None, 0, seconds, "failed", "", detail=failure_detail(error))
 
 
 def tree_answer(engine: Engine, config: Config, prompts: Prompts, question: Question) -> QuestionAnswer:

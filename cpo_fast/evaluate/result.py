@@ -17,7 +17,7 @@ from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
 
-SCHEMA_VERSION = 2  # of both files; another one is refused
+SCHEMA_VERSION = 3  # of both files; another one is refused
 
 Method = Literal["cot", "tot"]
 
@@ -34,7 +34,7 @@ class QuestionResult:
         scores: every metric of the task, by name. Empty without a reference answer.
         num_tokens: generated tokens, ends of sequences included. Of a tree all of them, losers and verdicts too.
         num_verdict_tokens: of these, the sampled verdicts of a tree. 0 with `evaluator: logits`, which generates none.
-        seconds: wall time. With a batch size above 1, the batch's time divided by its questions.
+        seconds: wall time of a question that was asked alone, None of one that was asked beside others.
         stop: why the chain ended (see `chain`), the status of the tree (see `tree.Status`), or `failed`.
         chain: the generated text or, of a tree, its best winning path.
         detail: the reason of a failure, else "".
@@ -48,7 +48,7 @@ class QuestionResult:
     scores: dict[StrictStr, StrictInt | StrictFloat]
     num_tokens: StrictInt
     num_verdict_tokens: StrictInt
-    seconds: StrictInt | StrictFloat
+    seconds: StrictInt | StrictFloat | None
     stop: StrictStr
     chain: StrictStr
     detail: StrictStr = ""
@@ -63,8 +63,8 @@ class RunIdentity:
         dtype: precision of the base weights. device: where it ran.
         task_hash: hash of the task section. prompt_hash: of the prompt's ids around a fixed question.
         settings_hash: of the caps of a chain or, for a tree, of the search section and the seed.
-        engine: the search engine that chains and trees went through (`arena` or `hf`), or `generate` for padded batches.
-        batch_size: questions per forward pass. Latency is quoted at 1.
+        engine: the search engine that chains and trees went through (`arena` or `hf`).
+        batch_size: questions that were asked side by side, but for those whose seconds were measured.
     """
 
     model: str
@@ -93,8 +93,10 @@ class Evaluation(RunIdentity):
         accuracy: num_correct / num_graded, None when nothing is graded. interval: its Wilson 95 % interval.
         metrics: mean of each of the task's metrics over the graded questions that it is for. `numeric` is for those whose
             reference answer is a number.
-        seconds: wall time per question. tokens: generated tokens per question.
+        seconds: wall time of a question that is asked alone, over the num_timed ones that were, the first of the file.
+        tokens: generated tokens per question.
         setup_seconds: paid once, no question's: filling the cache of the shared prompts and a first forward.
+        total_seconds: wall time of all questions together, setup aside.
         stops: how many questions ended for which reason.
         results: one per question, in order.
     """
@@ -111,8 +113,10 @@ class Evaluation(RunIdentity):
     interval: tuple[float, float] | None
     metrics: dict[str, float]
     seconds: Spread
+    num_timed: int
     tokens: Spread
     setup_seconds: float
+    total_seconds: float
     stops: dict[str, int]
     results: tuple[QuestionResult, ...]
 
@@ -134,8 +138,10 @@ def summarise(
     identity: RunIdentity,
     results: Sequence[QuestionResult],
     setup_seconds: float,
+    total_seconds: float,
 ) -> Evaluation:
-    """Counts, means and intervals of `results`, which holds at least one question."""
+    """Counts, means and intervals of `results`, which holds at least one question that was asked alone."""
+    timed = [result.seconds for result in results if result.seconds is not None]
     graded = [result for result in results if result.correct is not None]
     num_correct = sum(result.correct is True for result in graded)
     names = sorted({name for result in graded for name in result.scores})
@@ -152,9 +158,11 @@ def summarise(
         accuracy=num_correct / len(graded) if graded else None,
         interval=wilson_interval(num_correct, len(graded)) if graded else None,
         metrics={name: _mean([result.scores[name] for result in graded if name in result.scores]) for name in names},
-        seconds=spread([result.seconds for result in results]),
+        seconds=spread(timed),
+        num_timed=len(timed),
         tokens=spread([result.num_tokens for result in results]),
         setup_seconds=setup_seconds,
+        total_seconds=total_seconds,
         stops=dict(sorted(Counter(result.stop for result in results).items())),
         results=tuple(results),
     )

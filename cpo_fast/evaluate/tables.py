@@ -19,9 +19,6 @@ def evaluation_cells(evaluation: Evaluation) -> dict[str, str]:
     interval, num_questions = evaluation.interval, evaluation.num_questions
     ungraded = num_questions - evaluation.num_graded
     accuracy = "no reference answers" if evaluation.accuracy is None else f"{evaluation.accuracy:.1%}"
-    # `generate` has no cache to fill beforehand
-    setup = f"{evaluation.setup_seconds:.2f}" if evaluation.engine != "generate" else ""
-    divided = "" if evaluation.batch_size == 1 else ", divided"
     return {
         "method": METHODS[evaluation.method],
         "correct": f"{evaluation.num_correct} of {evaluation.num_graded}" + (f", {ungraded} ungraded" * bool(ungraded)),
@@ -30,10 +27,11 @@ def evaluation_cells(evaluation: Evaluation) -> dict[str, str]:
         # a task names its own metrics
         **{name.replace("_", " "): f"{value:.1%}" for name, value in evaluation.metrics.items()},
         "without a readable answer": f"{evaluation.num_unanswered} of {num_questions}",
-        "batch size": str(evaluation.batch_size),  # seconds never stand without it
-        "seconds per question": f"{_spread(evaluation.seconds, 2)}{divided}",
+        "seconds per question": _spread(evaluation.seconds, 2),
+        "timed, each alone": f"{evaluation.num_timed} of {num_questions}",  # seconds never stand without it
         "tokens per question": _spread(evaluation.tokens, 1),
-        "seconds once, for shared prompts": setup,
+        "seconds once, for shared prompts": f"{evaluation.setup_seconds:.2f}",
+        "seconds for all": f"{evaluation.total_seconds:.2f}, {evaluation.batch_size} at once",
     }
 
 

@@ -5,7 +5,9 @@ best adapter, or, because the loss can fall while a model collapses, greedy chai
 reference answers. Those answers choose among adapters here and never touch search or pairs.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ import torch
 from cpo_fast.adapters import save_adapter
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
-from cpo_fast.errors import ConfigError, NonFiniteError
-from cpo_fast.evaluate.chain import greedy_chains
+from cpo_fast.errors import ConfigError, NonFiniteError, failure_detail
+from cpo_fast.evaluate.chain import chain_search
+from cpo_fast.evaluate.evaluation import chains_side_by_side
 from cpo_fast.files import file_digest
+from cpo_fast.search.collect import build_engine, configured_engine
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -141,20 +147,33 @@ class Validator:
         assert self._questions is not None
         task, everything = self._questions
         questions = everything[self.communicator.rank :: self.communicator.world_size]
-        tokenizer = self.policy.tokenizer
-        prompts = Prompts(task, tokenizer, self.config.task.chat)
-        chains = greedy_chains(
-            self.policy.model,
-            tokenizer,
-            [prompts.encode(question) for question in questions],
-            task,
-            max_new_tokens=self.config.eval.max_new_tokens,
-            max_steps=self.config.search.max_steps,
-            batch_size=self.config.eval.batch_size,
+        tokenizer, config = self.policy.tokenizer, self.config
+        prompts = Prompts(task, tokenizer, config.task.chat)
+        caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
+        asked = {question.id: question for question in questions}
+        searches = (
+            (name, chain_search(tokenizer, prompts.encode(question), task, **caps)) for name, question in asked.items()
         )
-        right = sum(
-            task.is_correct(chain.answer(task), question.gold)
-            for question, chain in zip(questions, chains, strict=True)
-        )
+        right, refused = 0, []
+        if asked:
+            # an engine of its own each time: its memory is training's again afterwards
+            make_engine = partial(configured_engine, keep_modules=True)
+            engine = build_engine(chains_side_by_side(config), prompts, self.policy.model, make_engine)
+            for name, chain, _ in engine.run(searches):
+                if isinstance(chain, Exception):
+                    refused.append(f"'{name}': {failure_detail(chain)}")
+                else:
+                    right += task.is_correct(chain.answer(task), asked[name].gold)
+        if refused and len(refused) == len(asked):
+            raise ConfigError(
+                f"train.stop_on=accuracy: no question of task.path could be asked; the first, {refused[0]}"
+            )
+        if refused:
+            logger.warning(
+                "%d of %d questions could not be asked and count as wrong; the first, %s",
+                len(refused),
+                len(asked),
+                refused[0],
+            )
         total = self.communicator.gather(torch.tensor([right], device=self.communicator.device)).sum()
         return int(total) / len(everything)

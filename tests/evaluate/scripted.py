@@ -1,4 +1,4 @@
-"""Stand-ins whose words are known: a model behind `generate`, a model whose head leans, an engine that reads lines."""
+"""Stand-ins whose words are known: an engine that reads lines, a model whose head leans."""
 
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,32 +13,9 @@ from tests.tiny import tiny_tokenizer
 EOS = 2  # of the tiny tokenizer
 
 
-class Scripted:
-    """Stands for a model whose greedy continuation is known: row b is given the ids of `scripts[b]`, one at a time.
-
-    `generate` follows the contract that matters: it appends a column, asks every stopping criterion, fills finished
-    rows with padding and ends when all are done or the cap is reached.
-    """
-
-    device = torch.device("cpu")
-    generation_config = types.SimpleNamespace(eos_token_id=[EOS])
-
-    def __init__(self, scripts: list[list[int]], dtype: torch.dtype = torch.float32) -> None:
-        self.scripts = scripts
-        self.dtype = dtype
-
-    def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any, stopping_criteria: Any
-    ) -> torch.Tensor:
-        done = torch.zeros(len(input_ids), dtype=torch.bool)
-        for step in range(generation_config.max_new_tokens):
-            column = [[script[step] if step < len(script) else 5] for script in self.scripts[: len(input_ids)]]
-            column = torch.tensor(column).masked_fill(done[:, None], generation_config.pad_token_id)
-            input_ids = torch.cat([input_ids, column], dim=1)
-            done |= stopping_criteria(input_ids, None)
-            if done.all():
-                break
-        return input_ids
+def silent_model(dtype: torch.dtype = torch.float32) -> Any:
+    """Stands for the model of an engine that needs none."""
+    return types.SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
 
 
 class ScriptedEngine:
@@ -136,4 +113,4 @@ def made_evaluation(
         results.append(result)
     identity = RunIdentity(**{**IDENTITY.__dict__, **changes})
     method = "tot" if label.endswith("-tot") else "cot"
-    return summarise(label, method, "svamp", identity, results, 0.25)
+    return summarise(label, method, "svamp", identity, results, 0.25, len(results) * seconds)

@@ -86,4 +86,4 @@ def test_a_metric_of_some_questions_is_averaged_over_those() -> None:
             ("c", "8", {"exact": 1.0, "numeric": 0.0}),
         )
     ]
-    assert summarise("base", "cot", "hotpotqa", IDENTITY, results, 0.0).metrics == {"exact": 2 / 3, "numeric": 0.5}
+    assert summarise("base", "cot", "hotpotqa", IDENTITY, results, 0.0, 3.0).metrics == {"exact": 2 / 3, "numeric": 0.5}

@@ -42,7 +42,13 @@ def config(tmp_path: Path) -> Path:
 
 def test_both_methods_in_terminal_json_markdown_and_csv(tmp_path: Path, config: Path) -> None:
     shown = invoke(config, "eval.method=both")
-    for words in ("greedy chain", "tree of thought", "0 of 1, 1 ungraded", "seconds per question", "batch size"):
+    for words in (
+        "greedy chain",
+        "tree of thought",
+        "0 of 1, 1 ungraded",
+        "seconds per question",
+        "timed, each alone",
+    ):
         assert words in shown.stdout, words
     assert "base → base-tot: the method differs: cot in base, tot in base-tot" in shown.stdout
     assert "base: without a reference answer and not graded: 1" in shown.stdout

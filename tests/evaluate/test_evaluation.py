@@ -14,8 +14,8 @@ from cpo_fast.evaluate import evaluate, evaluate_methods, read_evaluation
 from cpo_fast.models import load_model, model_hash
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.tasks import get_task
-from tests.evaluate.scripted import Scripted, ScriptedEngine
-from tests.tiny import save_tiny_model, tiny_tokenizer, with_lora
+from tests.evaluate.scripted import ScriptedEngine, silent_model
+from tests.tiny import save_tiny_model, with_lora
 
 TASK = get_task("svamp")
 
@@ -51,22 +51,27 @@ def numbered(path: Path, golds: list[str | None]) -> Path:
 def test_the_recorded_dtype_is_the_model_s_not_the_word_that_asked_for_it(
     asked: str, tmp_path: Path, folder: Path
 ) -> None:
-    config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), batch_size=4)
+    config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]))
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": asked})})
-    tokenizer = tiny_tokenizer()
+    engine = ScriptedEngine({"number": "Answer: 1\n"})
     for dtype in (torch.float32, torch.bfloat16):
-        model = Scripted([tokenizer("Answer: 1\n").input_ids], dtype)
-        assert evaluate(config, model, tokenizer).dtype == str(dtype).removeprefix("torch.")
+        evaluation = evaluate(config, silent_model(dtype), engine.tokenizer, make_engine=lambda *_: engine)
+        assert evaluation.dtype == str(dtype).removeprefix("torch.")
 
 
 def test_evaluation_counts_grades_and_writes_both_files(tmp_path: Path, folder: Path) -> None:
     questions = numbered(tmp_path / "q.jsonl", ["1", "2", None, "-4.5"])
-    texts = ["Step 1: x\nAnswer: 1\n", "Answer: 3\n", "Answer: 9\n", "Step 1: no end"]
-    tokenizer = tiny_tokenizer()
-    model = Scripted([tokenizer(text).input_ids for text in texts])
-    config = config_for(folder, tmp_path / "run", questions, batch_size=4)
+    texts = ["Step 1: x\nAnswer: 1\n", "Answer: 3\n", "Answer: 9\n", "Step 1: no end of it, and no end\n"]
+    engine = ScriptedEngine({f"number {number}": text for number, text in enumerate(texts)})
+    config = config_for(folder, tmp_path / "run", questions, latency_questions=3)
     ticks: list[tuple[int, int]] = []
-    evaluation = evaluate(config, model, tokenizer, on_question=lambda done, total: ticks.append((done, total)))
+    evaluation = evaluate(
+        config,
+        silent_model(),
+        engine.tokenizer,
+        on_question=lambda done, total: ticks.append((done, total)),
+        make_engine=lambda *_: engine,
+    )
 
     assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [result.correct for result in evaluation.results] == [True, False, None, False]
@@ -77,7 +82,11 @@ def test_evaluation_counts_grades_and_writes_both_files(tmp_path: Path, folder: 
     assert set(evaluation.metrics) == set(TASK.score_answer("1", "2"))
     assert evaluation.metrics[TASK.main_metric] == 1 / 3  # over the graded questions alone
     assert evaluation.stops == {"answer": 3, "max_new_tokens": 1}
-    assert (evaluation.engine, evaluation.batch_size, evaluation.method) == ("generate", 4, "cot")
+    assert (evaluation.engine, evaluation.batch_size, evaluation.method) == ("arena", 64, "cot")
+    # seconds are of questions that were asked alone
+    assert [result.seconds is None for result in evaluation.results] == [False, False, False, True]
+    assert evaluation.num_timed == 3
+    assert evaluation.total_seconds >= 3 * evaluation.seconds.mean
 
     lines = [json.loads(line) for line in (tmp_path / "run/eval-base.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines] == ["1", "3", "9", None]
@@ -99,21 +108,20 @@ def test_evaluation_without_reference_answers_has_no_accuracy(tmp_path: Path, fo
     assert (evaluation.metrics, evaluation.num_graded) == ({}, 0)
 
 
-@pytest.mark.parametrize("engine", ["arena", "hf"])
-def test_chains_alone_run_in_the_search_engine_and_equal_those_of_batches(
-    tmp_path: Path, folder: Path, engine: str
-) -> None:
+def test_chains_alone_equal_those_side_by_side_and_of_the_other_engine(tmp_path: Path, folder: Path) -> None:
     texts = ["zzzzzzzzzzzzzzzzzzzzzzzzzzzzzz 7?", "QQ", "12 12 12 12 12 12 12 12 12 12 12 12 12 12 12"]
     questions = write_questions(tmp_path / "q.jsonl", texts, ["1", "2", "3"])
-    config = config_for(folder, tmp_path / "a", questions)
-    search = config.search.model_copy(update={"engine": engine, "arena_tokens": 8000})
-    alone = evaluate(config.model_copy(update={"search": search}))
-    batched = evaluate(config_for(folder, tmp_path / "b", questions, batch_size=3))
-    assert (alone.engine, alone.batch_size, batched.engine, batched.batch_size) == (engine, 1, "generate", 3)
-    assert [result.chain for result in alone.results] == [result.chain for result in batched.results]
-    assert len({result.chain for result in alone.results}) > 1, "the same to every question would prove nothing"
-    assert alone.setup_seconds > 0
-    assert batched.setup_seconds == 0
+    found = []
+    for engine, num_alone in (("arena", 3), ("arena", 1), ("hf", 3)):
+        config = config_for(folder, tmp_path / engine, questions, latency_questions=num_alone)
+        search = config.search.model_copy(update={"engine": engine, "arena_tokens": 8000})
+        found.append(evaluate(config.model_copy(update={"search": search})))
+        assert (found[-1].engine, found[-1].num_timed) == (engine, num_alone)
+        assert found[-1].setup_seconds > 0
+    assert [each.batch_size for each in found] == [64, 64, 1]
+    for other in found[1:]:
+        assert [result.chain for result in found[0].results] == [result.chain for result in other.results]
+    assert len({result.chain for result in found[0].results}) > 1, "the same to every question would prove nothing"
 
 
 def test_adapter_is_evaluated_under_its_own_label(tmp_path: Path, folder: Path) -> None:
@@ -130,14 +138,11 @@ def test_adapter_is_evaluated_under_its_own_label(tmp_path: Path, folder: Path) 
     assert (summary["label"], summary["adapter_hash"]) == ("adapter", adapter_hash(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_merged_adapter_gives_the_same_answers_and_says_that_it_was_merged(
-    tmp_path: Path, folder: Path, batch_size: int
-) -> None:
+def test_a_merged_adapter_gives_the_same_answers_and_says_that_it_was_merged(tmp_path: Path, folder: Path) -> None:
     questions = numbered(tmp_path / "q.jsonl", ["1", "2"])
     base, _ = load_model(config_for(folder, folder).model)
     with_lora(base, seed=5).save_pretrained(tmp_path / "adapter")
-    config = config_for(folder, tmp_path / "run", questions, method="both", batch_size=batch_size)
+    config = config_for(folder, tmp_path / "run", questions, method="both", latency_questions=1)
     changes = {"model": config.model.model_copy(update={"adapter": str(tmp_path / "adapter")})}
     found = []
     for merge in (False, True):
@@ -176,7 +181,7 @@ def test_both_methods_ask_the_same_questions_of_one_engine(
     ticks: list[tuple[int, int]] = []
     chain, tree = evaluate_methods(
         config,
-        Scripted([]),
+        silent_model(),
         scripted.tokenizer,
         on_question=lambda done, total: ticks.append((done, total)),
         make_engine=lambda *_: scripted,
@@ -196,7 +201,7 @@ def test_both_methods_ask_the_same_questions_of_one_engine(
     assert [prefix.startswith(TASK.few_shot) for prefix in scripted.prefixes] == [True, False, False]
     assert read_evaluation(tmp_path / "run/eval-base-tot.jsonl") == tree
     with pytest.raises(ValueError, match="evaluate_methods"):
-        evaluate(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted)
+        evaluate(config, silent_model(), scripted.tokenizer, make_engine=lambda *_: scripted)
 
 
 def test_reference_answers_change_no_answer(tmp_path: Path, folder: Path, scripted: ScriptedEngine) -> None:
@@ -204,7 +209,7 @@ def test_reference_answers_change_no_answer(tmp_path: Path, folder: Path, script
     for number, golds in enumerate((["5", "6", "9"], ["1", None, "2"])):
         questions = write_questions(tmp_path / f"{number}.jsonl", TEXTS, golds)
         config = config_for(folder, tmp_path / str(number), questions, method="both")
-        evaluations = evaluate_methods(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted)
+        evaluations = evaluate_methods(config, silent_model(), scripted.tokenizer, make_engine=lambda *_: scripted)
         answers.append([(each.answer, each.num_tokens) for one in evaluations for each in one.results])
     assert answers[0] == answers[1]
 
@@ -213,8 +218,8 @@ def test_failed_question_is_recorded_and_the_others_go_on(
     tmp_path: Path, folder: Path, scripted: ScriptedEngine
 ) -> None:
     questions = write_questions(tmp_path / "q.jsonl", ["How many apples?", "Please raise?"], ["5", "5"])
-    config = config_for(folder, tmp_path / "run", questions, method="both")
-    for evaluation in evaluate_methods(config, Scripted([]), scripted.tokenizer, make_engine=lambda *_: scripted):
+    config = config_for(folder, tmp_path / "run", questions, method="both", latency_questions=1)
+    for evaluation in evaluate_methods(config, silent_model(), scripted.tokenizer, make_engine=lambda *_: scripted):
         fine, failed = evaluation.results
         assert (fine.correct, fine.stop != "failed", fine.detail) == (True, True, "")
         assert (failed.correct, failed.answer, failed.stop) == (False, None, "failed")
@@ -224,7 +229,7 @@ def test_failed_question_is_recorded_and_the_others_go_on(
     with pytest.raises(CpoFastError, match=r"every question failed.*does not fit"):
         evaluate(
             config_for(folder, tmp_path / "bad", only_bad),
-            Scripted([]),
+            silent_model(),
             scripted.tokenizer,
             make_engine=lambda *_: scripted,
         )
@@ -271,24 +276,9 @@ def test_prompt_ids_are_those_the_search_uses(tmp_path: Path, folder: Path, chat
     assert first == [tuple(tokenizer(expected).input_ids)] * 2
 
 
-class RecordingModel(Scripted):
-    """Remembers the prompts that it is given."""
-
-    seen: torch.Tensor
-
-    def generate(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.seen = input_ids
-        return super().generate(input_ids, *args, **kwargs)
-
-
-def test_batched_chains_use_the_same_prompts(tmp_path: Path, folder: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    config = config_for(folder, tmp_path / "run", numbered(tmp_path / "q.jsonl", ["1"]), batch_size=2)
-    model = RecordingModel([tokenizer("Answer: 1\n").input_ids])
-    evaluate(config, model, tokenizer)
-    assert model.seen.tolist() == [tokenizer(TASK.few_shot + "Question: What is number 0?\n").input_ids]
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match="model and tokenizer together"):
-        evaluate(config, Scripted([]))
+        evaluate(config_for(folder, tmp_path / "run"), silent_model())
 
 
 def test_no_question_left_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
@@ -306,7 +296,7 @@ def test_no_question_left_is_an_error_before_any_model_is_loaded(tmp_path: Path)
         (lambda row, summary: row.update(num_tokens="3"), r"eval-base\.jsonl:1: a field has a wrong type"),
         (lambda row, summary: summary.update(num_questions=2), r"1 questions, its summary eval-base\.json counts 2"),
         (lambda row, summary: summary.pop("dtype"), r"eval-base\.json: fields missing or unknown: dtype"),
-        (lambda row, summary: summary.update(schema_version=1), "schema_version is 1, this version reads 2"),
+        (lambda row, summary: summary.update(schema_version=1), "schema_version is 1, this version reads 3"),
     ],
 )
 def test_damaged_result_is_named(tmp_path: Path, folder: Path, change: Any, message: str) -> None:

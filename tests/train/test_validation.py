@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from cpo_fast.config import Config
 from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
-from cpo_fast.errors import DataError, NonFiniteError
+from cpo_fast.errors import ConfigError, DataError, NonFiniteError
+from cpo_fast.evaluate.chain import Chain
+from cpo_fast.models import load_model
+from cpo_fast.tasks import ArithmeticTask, Prompts, get_task
 from cpo_fast.train.loop import train
 from cpo_fast.train.metrics import OverOptimisationAlarm
-from tests.tiny import tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.train.runs import MakeConfig, id_rows, largest_difference
 
 
@@ -77,18 +82,49 @@ def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig) -> Non
     assert largest_difference(best, last) > 0.0
 
 
-def test_accuracy_on_questions_with_answers_can_choose_the_adapter(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.fixture
+def asked(make_config: MakeConfig, tmp_path: Path) -> Config:
+    """Training that moves nothing and stops on the accuracy of two questions, with a model of enough positions for them."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": "4"}\n')
-    config = make_config(num_epochs=1, stop_on="accuracy")
-    config = config.model_copy(
-        update={
-            "task": config.task.model_copy(update={"path": str(questions)}),
-            "eval": config.eval.model_copy(update={"max_new_tokens": 4}),
-        }
+    folder = save_tiny_model(tmp_path / "model", seed=3, max_position_embeddings=4096)
+    config = make_config(num_epochs=1, stop_on="accuracy", lr=1e-12, model={"path": str(folder)})
+    changes = {"path": str(questions)}, {"max_new_tokens": 4}
+    sections = {name: getattr(config, name) for name in ("task", "eval")}
+    return config.model_copy(
+        update={name: sections[name].model_copy(update=new) for name, new in zip(sections, changes, strict=True)}
     )
-    (line,) = [line for line in lines(train(config).metrics_path) if "eval_accuracy" in line]
-    assert 0.0 <= line["eval_accuracy"] <= 1.0
+
+
+def test_accuracy_is_that_of_greedy_chains_of_the_model_in_training(
+    asked: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question is answered as plain `generate` answers it, and the other is not."""
+    model, tokenizer = load_model(asked.model)
+    prompts = Prompts(get_task("svamp"), tokenizer)
+    questions = get_task("svamp").load(asked.task.path)
+    ids = torch.tensor([prompts.encode(questions[0])])
+    said = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=4)[0, ids.shape[1] :])
+    assert len(said) == 4
+    monkeypatch.setattr(Chain, "answer", lambda chain, task: chain.text)
+    monkeypatch.setattr(ArithmeticTask, "is_correct", lambda task, answer, gold: gold == "2" and answer == said)
+    (line,) = [line for line in lines(train(asked).metrics_path) if "eval_accuracy" in line]
+    assert line["eval_accuracy"] == 0.5
+
+
+def test_a_question_that_does_not_fit_the_model_counts_as_wrong_and_all_of_them_are_refused(
+    asked: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(asked.task.path)
+    fits = path.read_text()
+    long = json.dumps({"question": "very " * 900 + "long?", "answer": "2"}) + "\n"
+    path.write_text(fits + long)
+    (line,) = [line for line in lines(train(asked).metrics_path) if "eval_accuracy" in line]
+    assert line["eval_accuracy"] == 0.0
+    assert "1 of 3 questions could not be asked and count as wrong" in caplog.text
+    path.write_text(long)
+    with pytest.raises(ConfigError, match=r"stop_on=accuracy: no question .* exceed the model's 4096 positions"):
+        train(asked.model_copy(update={"run": f"{asked.run}-again"}))
 
 
 def test_holding_out_everything_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

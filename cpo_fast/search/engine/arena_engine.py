@@ -42,6 +42,7 @@ class ArenaEngine:
         make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
             graphs where the device and `config` have them, else plain steps.
         stop_checker: says when a line ends. None is newline and end-of-sequence.
+        keep_modules: leave the model's modules as they are, which goes on training.
 
     Attributes:
         arena: keys and values. scheduler: what runs.
@@ -57,6 +58,7 @@ class ArenaEngine:
         config: SearchConfig,
         make_batch: Callable[[ModelRunner, StopChecker], DecodeBatch] | None = None,
         stop_checker: StopChecker | None = None,
+        keep_modules: bool = False,
     ) -> None:
         self.model = prepare(model.eval())
         parts = model_parts(model)
@@ -64,7 +66,9 @@ class ArenaEngine:
         _check_device(device)
         check_kernels(parts, ("tree_decode", "sample_tokens"), proved_attention(parts))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
-        if impl == "triton":  # launches cost time there, and no bits are promised against another batch's
+        if (
+            impl == "triton" and not keep_modules
+        ):  # launches cost time there, and no bits are promised against another batch's
             parts = fewer_kernels(model)
         shapes = arena_shapes(parts)
         num_tokens = config.arena_tokens or default_num_tokens(shapes, dtype, device)
