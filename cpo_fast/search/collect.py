@@ -56,11 +56,8 @@ def searched_weights(model: Any, config: SearchConfig) -> AbstractContextManager
     return merged_adapter(model)
 
 
-def configured_engine(config: SearchConfig, prompts: Prompts, model: Any, keep_modules: bool = False) -> Engine:
-    """The engine that `config` names, nothing computed yet.
-
-    `keep_modules` is as in `ArenaEngine`. Raises as `build_engine`.
-    """
+def configured_engine(config: SearchConfig, prompts: Prompts, model: Any, **options: Any) -> Engine:
+    """The engine that `config` names, nothing computed yet. `options` are of `ArenaEngine`. Raises as `build_engine`."""
     if config.engine == "hf":
         from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 
@@ -71,7 +68,7 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any, keep_m
     from cpo_kernels.self_check import KernelCheckError
 
     try:
-        engine = ArenaEngine(model, prompts.tokenizer, config, keep_modules=keep_modules)
+        engine = ArenaEngine(model, prompts.tokenizer, config, **options)
     except KernelCheckError as error:
         raise EnvironmentProblem(str(error)) from error
     except ValueError as error:

@@ -151,13 +151,15 @@ class Validator:
         prompts = Prompts(task, tokenizer, config.task.chat)
         caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
         asked = {question.id: question for question in questions}
-        searches = (
-            (name, chain_search(tokenizer, prompts.encode(question), task, **caps)) for name, question in asked.items()
-        )
+        encoded = {question.id: prompts.encode(question) for question in questions}
+        searches = ((name, chain_search(tokenizer, prompt, task, **caps)) for name, prompt in encoded.items())
         right, refused = 0, []
         if asked:
-            # an engine of its own each time: its memory is training's again afterwards
-            make_engine = partial(configured_engine, keep_modules=True)
+            # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
+            num_side_by_side = min(len(asked), config.eval.batch_size)
+            longest = max(map(len, encoded.values())) + config.eval.max_new_tokens
+            max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
+            make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
             engine = build_engine(chains_side_by_side(config), prompts, self.policy.model, make_engine)
             for name, chain, _ in engine.run(searches):
                 if isinstance(chain, Exception):

@@ -42,7 +42,8 @@ class ArenaEngine:
         make_batch: the decode batch, from the model runner and the stop checker. For measurements and tests. None: CUDA
             graphs where the device and `config` have them, else plain steps.
         stop_checker: says when a line ends. None is newline and end-of-sequence.
-        keep_modules: leave the model's modules as they are, which goes on training.
+        keep_modules: leave the model's modules as they are, because it goes on training.
+        max_tokens: that the arena holds, however much memory is free. None: no limit.
 
     Attributes:
         arena: keys and values. scheduler: what runs.
@@ -59,6 +60,7 @@ class ArenaEngine:
         make_batch: Callable[[ModelRunner, StopChecker], DecodeBatch] | None = None,
         stop_checker: StopChecker | None = None,
         keep_modules: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         self.model = prepare(model.eval())
         parts = model_parts(model)
@@ -66,12 +68,12 @@ class ArenaEngine:
         _check_device(device)
         check_kernels(parts, ("tree_decode", "sample_tokens"), proved_attention(parts))
         impl = resolve_tree_decode(None, device.type)  # once, for all layers of all forwards
-        if (
-            impl == "triton" and not keep_modules
-        ):  # launches cost time there, and no bits are promised against another batch's
+        # launches cost time there, and no bits are promised against another batch's
+        if impl == "triton" and not keep_modules:
             parts = fewer_kernels(model)
         shapes = arena_shapes(parts)
         num_tokens = config.arena_tokens or default_num_tokens(shapes, dtype, device)
+        num_tokens = min(num_tokens, max_tokens or num_tokens)
         self.arena = KVArena(shapes, num_tokens, dtype, device)
         self._permanent = KVTrie()  # of the prompts that all questions share
         self._config = config
