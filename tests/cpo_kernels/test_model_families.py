@@ -1,8 +1,9 @@
 """Families whose forward is not Llama's: one forest equals one unpadded forward a sequence, in values and every gradient.
 
 Each case changes one thing: what is done to the head's products (a scale, a soft-cap), how attention's output is read,
-positions whose rotary table depends on the longest of them, a window on what a row sees. The oracle is the stock model
-with its own attention, a sequence at a time.
+what is done to its scores (a soft-cap, sinks), heads of values that are smaller than those of keys, other heads in other
+layers, positions whose rotary table depends on the longest of them, a window on what a row sees. The oracle is the stock
+model with its own attention, a sequence at a time.
 """
 
 import copy
@@ -16,17 +17,25 @@ from transformers import (
     AfmoeConfig,
     Cohere2Config,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteSWAConfig,
     HyperCLOVAXConfig,
     JetMoeConfig,
+    MiMoV2FlashConfig,
+    MiniCPM3Config,
     MistralConfig,
     NanoChatConfig,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    VaultGemmaConfig,
 )
 from transformers.masking_utils import create_causal_mask
 
@@ -36,15 +45,63 @@ from tests.cpo_kernels.padded_oracle import pair_sequences, relative_error, trai
 from tests.tiny import random_pairs, tiny_llama, tiny_model, with_lora
 
 FULL = ["full_attention"] * 2
+MIXED = ["sliding_attention", "full_attention"]
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "topk_group": 1,
+}  # fmt: skip
 # configuration class, attention that the stock model has, changes
 FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "granite": (GraniteConfig, "sdpa", {"logits_scaling": 8.0}),
     "cohere": (CohereConfig, "sdpa", {"logit_scale": 0.0625}),
     "cohere2": (Cohere2Config, "sdpa", {"logit_scale": 4.0, "head_dim": 8, "layer_types": FULL}),
     "hyperclovax": (HyperCLOVAXConfig, "sdpa", {"logits_scaling": 3.0}),
-    "gemma2": (Gemma2Config, "eager", {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
+    # scores of this model reach 1.5
+    "gemma2": (
+        Gemma2Config,
+        "eager",
+        {"head_dim": 8, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0, "sliding_window": 6},
+    ),
+    "gemma2, no cap on scores": (
+        Gemma2Config,
+        "eager",
+        {"head_dim": 8, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0},
+    ),
+    "vaultgemma": (VaultGemmaConfig, "eager", {"head_dim": 8, "attn_logit_softcapping": 0.5}),
     "gemma3": (Gemma3TextConfig, "sdpa", {"head_dim": 8, "final_logit_softcapping": 2.0, "layer_types": FULL}),
     "nanochat": (NanoChatConfig, "sdpa", {"final_logit_softcapping": 2.0}),
+    "gpt-oss": (
+        GptOssConfig,
+        "eager",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "layer_types": MIXED},
+    ),
+    "granite_swa": (
+        GraniteSWAConfig,
+        "eager",
+        {"sliding_window": 6, "layer_types": MIXED, "initializer_range": 0.1},
+    ),
+    # sinks and twice as many key heads in the layers with a window
+    "mimo_v2_flash": (
+        MiMoV2FlashConfig,
+        "eager",
+        {"head_dim": 8, "v_head_dim": 6, "layer_types": MIXED, "sliding_window": 6, "n_routed_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    # heads of 8 in the one layer and of 16 in the other
+    "gemma4": (
+        Gemma4TextConfig,
+        "sdpa",
+        {"head_dim": 8, "global_head_dim": 16, "layer_types": MIXED, "sliding_window": 6,
+         "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0,
+         "initializer_range": 0.1},
+    ),
+    "deepseek_v2": (DeepseekV2Config, "sdpa", LATENT | EXPERTS | {"topk_method": "greedy", "n_group": 1}),
+    "deepseek_v3": (DeepseekV3Config, "sdpa", LATENT | EXPERTS | {"n_group": 2, "head_dim": 4}),
+    "minicpm3": (MiniCPM3Config, "sdpa", LATENT),
     # their attention takes a view of what the hook gives
     "afmoe": (
         AfmoeConfig,
@@ -59,8 +116,11 @@ FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
 def build(name: str, lora: bool, seed: int = 0) -> nn.Module:
     config_class, attention, changes = FAMILIES[name]
     model = tiny_model(config_class, seed, attention=attention, **changes)
-    targets = ("kv_proj",) if name == "jetmoe" else ("q_proj", "k_proj", "v_proj")
-    return with_lora(model, targets=targets) if lora else model
+    targets = {
+        "jetmoe": ("kv_proj",),
+        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), ("q_b_proj", "o_proj")),
+    }
+    return with_lora(model, targets=targets.get(name, ("q_proj", "k_proj", "v_proj"))) if lora else model
 
 
 def one_by_one(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
@@ -96,7 +156,6 @@ def test_family_equals_one_unpadded_forward_a_sequence(name: str, lora: bool, im
         assert relative_error(got.ref_segment_logps, want) <= 1e-5
 
 
-MIXED = ["sliding_attention", "full_attention"]
 WINDOWS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": 6}),
     "mistral, two tokens": (MistralConfig, {"sliding_window": 2}),

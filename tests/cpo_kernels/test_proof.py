@@ -15,7 +15,9 @@ from peft import LoraConfig, PromptTuningConfig, RandLoraConfig, VeraConfig, get
 from torch import nn
 from transformers import (
     FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     JambaConfig,
     Lfm2Config,
     MiniMaxConfig,
@@ -369,6 +371,60 @@ def test_configuration_of_one_layer_in_exchange_is_seen() -> None:
     attention.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match=r"decoder layer 1 of LlamaForCausalLM \(LlamaAttention\) does not ask"):
         score(model)
+
+
+def gpt_oss(**changes: Any) -> Any:
+    return tiny_model(
+        GptOssConfig, attention="eager", head_dim=8, num_local_experts=2, num_experts_per_tok=1, **changes
+    )
+
+
+def without_option(model: Any, option: str) -> Any:
+    """Layer 1's attention no longer hands `option` on to a forest, as a module that forgets it would."""
+    attention = model.model.layers[1].self_attn
+    stock, place = type(attention).forward, sys.modules[type(attention).__module__]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        functions = place.ALL_ATTENTION_FUNCTIONS
+
+        class Forgetful:
+            def get_interface(self, *names: Any) -> Any:
+                function = functions.get_interface(*names)
+                return lambda *inputs, **options: function(*inputs, **{k: v for k, v in options.items() if k != option})
+
+        place.ALL_ATTENTION_FUNCTIONS = Forgetful()
+        try:
+            return stock(attention, *args, **kwargs)
+        finally:
+            place.ALL_ATTENTION_FUNCTIONS = functions
+
+    attention.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("sink", [0.0, -60.0])
+def test_dropped_sink_is_refused_however_small(sink: float) -> None:
+    """Stock attention reads the module's sinks. At -60 they change no score that a random row has."""
+    model = gpt_oss()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(sink)
+    torch.testing.assert_close(score(prepare(model)).detach(), stock(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"decoder layer 1 of GptOssForCausalLM .* sink"):
+        score(without_option(model, "s_aux"))
+
+
+def test_soft_cap_that_only_the_stock_attention_has_is_refused_far_above_todays_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(Gemma2Config, attention="eager", head_dim=8, attn_logit_softcapping=None)
+    place = sys.modules[type(model).__module__]
+    eager = place.eager_attention_forward
+    monkeypatch.setattr(
+        place, "eager_attention_forward", lambda *args, **options: eager(*args, **options | {"softcap": 500.0})
+    )
+    with pytest.raises(ValueError, match=r"decoder layer 0 of Gemma2ForCausalLM .* soft-cap"):
+        prepare(model)
 
 
 class _Mixer(nn.Module):

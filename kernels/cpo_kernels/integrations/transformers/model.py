@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 # classes of modules whose output at a token depends on its neighbours in the row
 _ROW_STATE = re.compile(
     r"Mamba(2?Mixer|2|Layer|Block)?$|MambaMixer|Mamba2|SSM|Rwkv|Rglru|RecurrentBlock|Delta(Net|Attention)|ShortConv"
-    r"|LinearAttention|LightningAttention|Retention|[xms]LSTM"
+    r"|LinearAttention|LightningAttention|Retention|[xms]LSTM|Compressor$"
 )
 
 

@@ -218,8 +218,8 @@ def _louder(head: torch.nn.Module) -> Iterator[None]:
 
 
 def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Hidden states of the paths, [1, path, E] each, as those of the forest [1, T, E]."""
-    packed = states[0].new_empty(1, forest.num_tokens, states[0].shape[-1])
+    """Hidden states of the paths, [1, path, ..] each, as those of the forest [1, T, ..]."""
+    packed = states[0].new_empty(1, forest.num_tokens, *states[0].shape[2:])
     for path, hidden in enumerate(states):
         packed[0, _rows(forest, path)] = hidden[0]
     return packed
