@@ -24,13 +24,12 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(unpadded_|shape_|pronunciation_)?vocab_size(_per_layer_input)?|encoder_hash_byte_group_vocab", VOCAB_SIZE),
     (r"pad_token_id", 0),
     (r"(bos|eos|sep|cls|decoder_start|eod|start|mask)_token_id", 1),
-    (r"(n_heads|n_head|num_heads|num_attention_heads|attention_heads|(de|en)coder_attention_heads"
-     r"|num_(de|en)coder_attention_heads|swa_num_attention_heads)", 4),
+    (r"n_heads?|num_heads|(num_|swa_num_)?attention_heads|(num_)?(de|en)coder_attention_heads", 4),
     (r"num_key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
-    (r"hidden_size|d_model|n_embd|emb_dim|embedding_size|word_embed_proj_dim|embed_dim|embedding_dim"
-     r"|(in|out)put_embedding_size|lru_width|attention_hidden_size", 32),
-    (r"head_dim|swa_head_dim|d_head|dim_head|attention_head_size|kv_channels|attention_head_dim"
-     r"|qk_(rope|nope)_head_dim|index_head_dim|linear_(key_|value_)?head_dim|(global_)?head_dim", 8),
+    (r"hidden_size|d_model|n_embd|emb_dim|((in|out)put_)?embedding_size|word_embed_proj_dim", 32),
+    (r"embed_dim|embedding_dim|lru_width|attention_hidden_size", 32),
+    (r"(swa_|qk_rope_|qk_nope_|index_|attention_|linear_|linear_key_|linear_value_)?head_dim", 8),
+    (r"d_head|dim_head|attention_head_size|kv_channels", 8),
     (r"rotary_dim", 4),
     (r"qk_head_dim", 16),
     (r"v_head_dim", 12),
@@ -62,12 +61,12 @@ _LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_lay
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _DOTS3 = {
-    "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
-    "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 12,
+    "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 12,
 }  # fmt: skip
 _QWEN4 = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": WINDOW, "indexer_compress_ratio": 2,
-    "ngram_vocab_size_base": 97,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": WINDOW,
+    "indexer_compress_ratio": 2, "ngram_vocab_size_base": 97,
 }  # fmt: skip
 _ZAMBA = {
     "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 64,
@@ -117,7 +116,7 @@ UNBUILT: dict[str, str] = {
 
 def architectures() -> list[str]:
     """Model types that Transformers maps to a causal language model."""
-    return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
 
 
 def tiny_config(model_type: str, window: int = WINDOW) -> PreTrainedConfig:
