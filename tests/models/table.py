@@ -68,7 +68,8 @@ Written by `python -m tests.models.table` on {datetime.date.today()}: {versions}
 
 Each of the {len(rows) + len(UNBUILT)} model types that Transformers maps to a causal language model is built tiny:
 two to four layers, one of each kind that the type has, random weights of deviation 0.2, windows of {WINDOW}
-tokens where it has them. One forest of eight sequences (prefixes of each other, equal ones, 41 tokens deep) is computed in training mode without
+tokens where it has them. One forest of eight sequences (prefixes of each other, equal ones, 41 tokens deep)
+is computed in training mode without
 dropout. *Training* is equal when values and every gradient are within {BOUND:.0e} ({looser})
 of one unpadded forward a sequence through an untouched copy, *LoRA* likewise under LoRA on every linear layer but the
 head. *Search* is equal when the arena engine writes what `generate` writes greedily, and its log-probs are within
