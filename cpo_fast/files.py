@@ -7,6 +7,7 @@ killed process leaves at most a last line without a newline, which `read_jsonl(d
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -84,6 +85,16 @@ def aside_of(path: Path) -> Path:
     Two hosts that share the folder may have equal process numbers.
     """
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Leave nothing of a folder that the block writes beside its place, where that fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:

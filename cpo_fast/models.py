@@ -22,7 +22,7 @@ from cpo_fast.adapters import load_adapter
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
-from cpo_fast.files import file_digest, files_hash
+from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
 from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
@@ -246,6 +246,8 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
 
     if config.model.adapter is None:
         raise ConfigError("model.adapter is not set; give the folder of the adapter to merge")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; choose a new folder for the merged model")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
     named = config.model.dtype != "auto"
@@ -272,9 +274,12 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
             f"the merged model differs from base plus adapter by {mean_kl:.2e} nats a token on average, more than "
             f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    _cast(merged, written).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    aside = aside_of(target)
+    aside.mkdir(parents=True, exist_ok=True)
+    with removed_on_error(aside):
+        _cast(merged, written).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        os.replace(aside, target)  # which may be there and empty
     return MergeResult(target, mean_kl, max_kl, divergences.numel())
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cpo_fast.config import load_config
 from cpo_fast.errors import ConfigError
+from cpo_fast.files import write_atomic
 from cpo_fast.launchers import LAUNCHERS, SBATCH_GRACE, Host, launch, read_hosts, sbatch_script
 from cpo_fast.ranks import find_ranks
 
@@ -103,7 +104,7 @@ def train_command(
         job = sbatch_script(arguments, num_nodes or 1, num_ranks or _num_gpus(), config.run)
         try:
             Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
-            Path(sbatch_path).write_text(job, encoding="utf-8")
+            write_atomic(sbatch_path, job)
         except OSError as error:
             raise ConfigError(
                 f"--sbatch: {error.filename} cannot be written ({error.strerror}); choose another file or run folder"

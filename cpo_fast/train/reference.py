@@ -141,8 +141,11 @@ def _load(path: Path, scored: Sequence[Scored]) -> list[float] | None:
 def _save(values: ReferenceLogps, path: Path, scored: Sequence[Scored]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
-    save_file({"segment_logps": torch.tensor([values[item] for item in scored], dtype=torch.float64)}, aside)
-    aside.replace(path)
+    try:
+        save_file({"segment_logps": torch.tensor([values[item] for item in scored], dtype=torch.float64)}, aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _online(policy: Policy, wanted: Sequence[Scored]) -> torch.Tensor:
