@@ -135,7 +135,11 @@ def files_hash(digests: dict[str, str]) -> str:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step. What is no file, such as a pipe or a terminal, is written to."""
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 

@@ -23,6 +23,7 @@ from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
+from cpo_fast.progress import is_shown, stage
 from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
@@ -145,11 +146,20 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         CheckpointError: the weights are damaged or incomplete, or the adapter is missing or does not fit the model.
         EnvironmentProblem: a library or the device is missing.
     """
-    torch, transformers = require_library("torch"), require_library("transformers")
-    safetensors = require_library("safetensors")
+    torch = require_library("torch")
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
+    with stage("loading the model"):
+        return _loaded(config, device)
+
+
+def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
+    """As `load_model`."""
+    torch, transformers = require_library("torch"), require_library("transformers")
+    safetensors = require_library("safetensors")
+    if is_shown():
+        transformers.utils.logging.disable_progress_bar()
     folder = model_folder(config.path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)

@@ -18,6 +18,7 @@ import click
 
 from cpo_fast import __version__
 from cpo_fast.errors import OUTPUT_CLOSED, ConfigError, note_failure, outcome
+from cpo_fast.progress import shown
 from cpo_fast.ranks import find_ranks
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
@@ -43,6 +44,10 @@ OPTIONAL_LIBRARIES = {
 class Escaped(Exception):
     """Carries past click what that would turn into an interrupt or an exit code of its own."""
 
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
 
 class LazyGroup(click.Group):
     """Lists commands without importing them, and suggests the nearest name for an unknown one."""
@@ -67,10 +72,13 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        with contextlib.suppress(ConfigError):  # the command will say what is wrong with its launcher
+            if find_ranks().rank == 0:
+                ctx.with_resource(shown())
         try:
             return super().invoke(ctx)
         except (OSError, EOFError, KeyboardInterrupt) as error:
-            raise Escaped from error
+            raise Escaped(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click would import every command for its help
@@ -130,8 +138,7 @@ def guarded(run: Callable[[], Any]) -> int:
         error.show()
         return error.exit_code
     except Escaped as escaped:
-        assert escaped.__cause__ is not None
-        return _ended(escaped.__cause__)
+        return _ended(escaped.error)
     except BaseException as error:
         return _ended(error)
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cpo_fast import progress
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
@@ -60,7 +61,8 @@ class ReferenceCache:
                 "reference: the values in %s differ from an online computation; making them anew", self.folder
             )
         started = time.perf_counter()
-        values = self._compute(policy, communicator, scored)
+        with progress.stage("reference"):
+            values = self._compute(policy, communicator, scored)
         if communicator.writes:
             _save(values, path, scored)
         logger.info("reference: %d sequences scored in %.1f s", len(scored), time.perf_counter() - started)
@@ -87,6 +89,7 @@ class ReferenceCache:
         place_of = {item: place for place, item in enumerate(scored)}
         values = torch.zeros(len(scored), dtype=torch.float64, device=communicator.device)
         for first in range(0, len(forests), communicator.world_size):
+            progress.at(first, len(forests), "forests")
             turn = first + communicator.rank
             # a rank without a forest of its own repeats the first: under ZeRO 3 all ranks make equally many forwards
             logps = _online(policy, forests[turn] if turn < len(forests) else forests[0])
