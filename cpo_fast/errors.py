@@ -109,7 +109,7 @@ OUTPUT_CLOSED = 128 + 13  # exit code of a program whose reader has gone, as SIG
 FAULT = "this is likely a fault of cpo-fast: `cpo-fast --debug` before the command shows where, please report it"
 # by the library whose class it is: exit code, what it is about and what to do
 _OF_LIBRARIES = {
-    "safetensors_rust": (CheckpointError.exit_code, "a file of tensors is damaged", "fetch or write it again"),
+    "safetensors": (CheckpointError.exit_code, "a file of tensors is damaged", "fetch or write it again"),
     "pyarrow": (DataError.exit_code, "a table cannot be read", "write it again, or give the rows as JSON lines"),
     "datasets": (DataError.exit_code, "a data set cannot be read", "check its name, or give the rows as JSON lines"),
     "jinja2": (ConfigError.exit_code, "the tokenizer's chat template failed", "mend it, or use a model with another"),

@@ -38,7 +38,7 @@ class Stage:
     figures: str = ""  # what came out last
     counts: Counts | None = None
     max_thoughts: int = 0  # of a unit, where thoughts say how far it is
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     # when, and after how much, the counting of what is left began
     counted_from: tuple[float, int] | None = None
 

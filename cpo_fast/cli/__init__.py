@@ -71,6 +71,12 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"there is no command '{args[0]}'; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except (OSError, EOFError, KeyboardInterrupt) as error:  # --help prints here
+            raise Escaped(error) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         with contextlib.suppress(ConfigError):  # the command will say what is wrong with its launcher
             if find_ranks().rank == 0:
