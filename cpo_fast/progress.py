@@ -22,7 +22,7 @@ from cpo_fast.errors import AT
 
 PIPED_SECONDS = 30.0  # without a word before a plain line is due: a log of an hour gets 120 at most
 REFRESHES = 4  # a second, on a terminal
-# thoughts and tokens so far
+# lines (thoughts, of a search) and tokens that were generated so far
 Counts = Callable[[], tuple[int, int]]
 
 
@@ -37,6 +37,7 @@ class Stage:
     note: str = ""  # what is being done
     figures: str = ""  # what came out last
     counts: Counts | None = None
+    counts_from: float = 0.0  # when they began
     max_thoughts: int = 0  # of a unit, where thoughts say how far it is
     began: float = field(default_factory=lambda: time.monotonic())
     # when, and after how much, the counting of what is left began
@@ -56,8 +57,9 @@ class Stage:
         num_thoughts = 0
         if self.counts is not None:
             num_thoughts, num_tokens = self.counts()
-            speed = num_tokens / max(now - (self.counted_from or (self.began, 0))[0], 1e-3)
-            parts += [f"{num_thoughts} thoughts" if num_thoughts else "", f"{speed:.0f} tokens/s" if num_tokens else ""]
+            name = "thoughts" if self.max_thoughts else "lines"
+            speed = num_tokens / max(now - self.counts_from, 1e-3)
+            parts += [f"{num_thoughts} {name}" if num_thoughts else "", f"{speed:.0f} tokens/s" if num_tokens else ""]
         parts.append(_clock(now - self.began))
         left = self._seconds_left(now, num_thoughts)
         parts.append(f"about {_clock(left)} left" if left is not None else "")
@@ -187,10 +189,10 @@ def figures(text: str) -> None:
         _stages[-1].figures = text
 
 
-def counted_by(counts: Counts | None, max_thoughts: int = 0) -> None:
-    """Let the newest stage show what an engine counts. `max_thoughts` are the most that a unit of it can need."""
+def counted_by(counts: Counts | None) -> None:
+    """Let the newest stage show what an engine counts, which has counted nothing yet."""
     if _stages:
-        _stages[-1].counts, _stages[-1].max_thoughts = counts, max_thoughts
+        _stages[-1].counts, _stages[-1].counts_from = counts, time.monotonic()
 
 
 def current_line() -> str:

@@ -20,7 +20,8 @@ def test_a_stage_says_how_far_it_is_and_how_long_it_will_take(monkeypatch: pytes
     with progress.stage("search") as stage:
         assert progress.current_line() == "search, 0:00"
         stage.at(2, 8, "questions")
-        progress.counted_by(lambda: (30, 900), max_thoughts=20)
+        progress.counted_by(lambda: (30, 900))
+        stage.max_thoughts = 20
         progress.doing("reading")
         now[0] += 10
         # 30 thoughts of the 6 x 20 that can come: a quarter of the way

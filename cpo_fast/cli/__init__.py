@@ -98,7 +98,10 @@ class LazyGroup(click.Group):
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model. Never set by a file.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
-    """Teach a language model to reason in one chain by learning from its own search tree."""
+    """Teach a language model to reason in one chain by learning from its own search tree.
+
+    Long work shows what it is at in one line on a terminal, and elsewhere on stderr, after 30 seconds without a word.
+    """
     ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code}
     if debug:
         logging.basicConfig()

@@ -103,7 +103,7 @@ def build_engine(
     for prefix in prompts.prefixes:
         engine.cache_prefix(prefix)
     progress_line.doing("")
-    progress_line.counted_by(getattr(engine, "counts", None), max_thoughts(config))
+    progress_line.counted_by(getattr(engine, "counts", None))
     return engine
 
 
@@ -164,6 +164,7 @@ def collect(
                 searches = ((each.id, search_question(config, prompts, each, provenance)) for each in missing)
                 num_done = len(own) - len(missing)
                 shown.at(num_done, len(own))
+                shown.max_thoughts = max_thoughts(config.search)
                 for name, tree, tree_seconds in engine.run(searches, answers):
                     assert isinstance(tree, SearchTree), "a search returns its tree, failed or not"
                     store.append(tree, tree_seconds)
