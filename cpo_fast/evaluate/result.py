@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -128,9 +129,11 @@ class Evaluation(RunIdentity):
         with replacing(summary) as file:
             file.write((json.dumps(self.summary(), indent=2) + "\n").encode())
             file.flush()
+            os.fsync(file.fileno())
             with replacing(rows) as lines:
                 lines.writelines((canonical_json(asdict(result)) + "\n").encode() for result in self.results)
                 lines.flush()
+                os.fsync(lines.fileno())
                 summary.unlink(missing_ok=True)  # from here on nothing is left to write
 
 
