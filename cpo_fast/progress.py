@@ -92,7 +92,6 @@ class _Screen:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        self.spoken = time.monotonic()
         if (sys.stderr if self.err else sys.stdout).isatty():
             from rich.console import Console
             from rich.live import Live

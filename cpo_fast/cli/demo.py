@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cpo_fast.search.collect import CollectResult
     from cpo_fast.train.loop import TrainResult
 
-LIFE_SECONDS = 1.5  # without a word before a line says what it is at, also where nobody watches
+LIFE_SECONDS = 1.0  # without a word before a line says what it is at, also where nobody watches
 STATEMENT = (
     "A model of 135M parameters shows that the pipeline works, not what it gains: it is too small for reliable "
     "arithmetic, and a dozen questions cannot tell a difference from chance (see the intervals)."
@@ -40,12 +40,14 @@ def demo_command(out: str, quick: bool) -> None:
 
     Eight are searched and trained on, all twelve are asked before and after. Run again, it keeps the trees it has.
     """
-    with shown(LIFE_SECONDS, err=False):
-        _demonstrate(out, quick)
+    with shown(LIFE_SECONDS, err=False), stage("demo"):  # so that there is no moment without a stage
+        started = time.perf_counter()
+        found = _demonstrate(out, quick)
+    _report(*found, time.perf_counter() - started)
 
 
-def _demonstrate(out: str, quick: bool) -> None:
-    started = time.perf_counter()
+def _demonstrate(out: str, quick: bool) -> "tuple[Path, CollectResult, TreeRows, TrainResult, list[Evaluation]]":
+    """Every stage, and what `_report` shows of it."""
     # the hub client reads this once, when transformers is first imported: nothing here may reach for the network
     os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -66,7 +68,7 @@ def _demonstrate(out: str, quick: bool) -> None:
         config = demo_config(convert_demo_model(gguf), out, quick)
 
     device = resolve_device(config.model.device)
-    click.echo(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
+    say(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
     run = Path(config.run)
     write_atomic(run / "demo.yaml", dump_config(config))
     _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
@@ -74,7 +76,7 @@ def _demonstrate(out: str, quick: bool) -> None:
     _stage(3, "pairs: every winning thought against its losing siblings")
     with stage("pairs"):
         pairs = write_rows(collected.trees_path, config.data.path)
-    click.echo(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
+    say(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
     _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
     trained = train(config, progress=_train_line)
     _stage(5, "eval: greedy chain of thought, base and adapter")
@@ -87,7 +89,7 @@ def _demonstrate(out: str, quick: bool) -> None:
             config.model_copy(update={"task": asked, "model": adapted}),
             on_question=partial(place.at, unit="questions"),
         )
-    _report(run, collected, pairs, trained, [base, adapter], time.perf_counter() - started)
+    return run, collected, pairs, trained, [base, adapter]
 
 
 def demo_config(model: Path, out: str, quick: bool) -> Config:
@@ -122,7 +124,7 @@ def demo_config(model: Path, out: str, quick: bool) -> Config:
 
 
 def _stage(number: int, text: str) -> None:
-    click.secho(f"[{number}/5] {text}", bold=True)
+    say(f"[{number}/5] {text}")
 
 
 def _quiet_libraries() -> None:
