@@ -53,7 +53,7 @@ def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple
             value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
             raise DataError(f"{path}:{number}: the line is not valid JSON ({error}); mend or delete it") from None
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
