@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_loading
 from cpo_fast.errors import CheckpointError, ConfigError, first_line, require_library
-from cpo_fast.files import aside_of, file_digest, files_hash
+from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
 
 if TYPE_CHECKING:
     import torch
@@ -177,29 +177,38 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
     state = get_peft_model_state_dict(model, whole, ADAPTER, **options)
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
-    # names as the model has them: PEFT makes those of the file out of them
-    model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=whole, **options)
-    with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
-        written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
-    # a tensor that ZeRO-3 holds in parts and that was not gathered has no elements
-    if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
-        raise CheckpointError(f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained")
-    _replace(aside, folder)
+    with removed_on_error(aside):
+        # names as the model has them: PEFT makes those of the file out of them
+        model.save_pretrained(aside, selected_adapters=[ADAPTER], state_dict=whole, **options)
+        with safe_open(aside / "adapter_model.safetensors", framework="pt") as file:
+            written = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
+        # a tensor that ZeRO-3 holds in parts and that was not gathered has no elements
+        if {key: list(value.shape) for key, value in state.items()} != written or any(0 in s for s in written.values()):
+            raise CheckpointError(
+                f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained"
+            )
+        _replace(aside, folder)
 
 
 def copy_adapter(source: Path, target: Path) -> None:
     """Copy an adapter folder over another, whole or not at all."""
     aside = aside_of(target)
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside)
-    _replace(aside, target)
+    with removed_on_error(aside):
+        shutil.copytree(source, aside)
+        _replace(aside, target)
 
 
 def _replace(aside: Path, folder: Path) -> None:
     old = aside_of(folder).with_suffix(".old")
-    if folder.exists():  # a folder that is not empty cannot be renamed over
-        os.replace(folder, old)
-    os.replace(aside, folder)
+    try:
+        if folder.exists():  # a folder that is not empty cannot be renamed over
+            os.replace(folder, old)
+        os.replace(aside, folder)
+    except BaseException:  # a signal, too
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,14 +1,16 @@
 """Errors that end a command: one clear sentence each, and the exit code that scripts can rely on.
 
-Every message says what is wrong, where (file:line, row or key), why, and how to mend it. Anything else that escapes a
-command is a bug of ours and keeps its traceback.
+Every message says what is wrong, where (file:line, row or key), why, and how to mend it. What else escapes a command is
+put into a sentence by `outcome`: what other libraries and the system raise, by kind, and the rest as a fault of ours.
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,88 @@ def require_library(name: str) -> Any:
         raise EnvironmentProblem(
             f"cannot import {name} ({first_line(error)}); install it with: pip install 'cpo-fast[train]'"
         ) from None
+
+
+AT = "at: "  # how a note on an exception begins that says what was being done (see `cpo_fast.progress`)
+OUTPUT_CLOSED = 128 + 13  # exit code of a program whose reader has gone, as SIGPIPE ends one
+FAULT = "this is likely a fault of cpo-fast: `cpo-fast --debug` before the command shows where, please report it"
+# by the library whose class it is: exit code, what it is about and what to do
+_OF_LIBRARIES = {
+    "safetensors": (CheckpointError.exit_code, "a file of tensors is damaged", "fetch or write it again"),
+    "pyarrow": (DataError.exit_code, "a table cannot be read", "write it again, or give the rows as JSON lines"),
+    "datasets": (DataError.exit_code, "a data set cannot be read", "check its name, or give the rows as JSON lines"),
+    "jinja2": (ConfigError.exit_code, "the tokenizer's chat template failed", "mend it, or use a model with another"),
+    "yaml": (ConfigError.exit_code, "a file is not valid YAML", "mend it"),
+    "huggingface_hub": (EnvironmentProblem.exit_code, "the hub does not answer", "try again, or give a folder"),
+    "requests": (EnvironmentProblem.exit_code, "the network does not answer", "try again, or give a folder"),
+    "httpx": (EnvironmentProblem.exit_code, "the network does not answer", "try again, or give a folder"),
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def outcome(error: BaseException, command: str = "") -> tuple[int, str]:
+    """The exit code and the sentence of any exception that ends a command. The sentence is empty where none is due.
+
+    What is no `CpoFastError` names the command and, where a note says it, what was being done.
+
+    Args:
+        command: `train`, for instance.
+    """
+    if isinstance(error, CpoFastError):
+        return error.exit_code, f"{'' if isinstance(error, Interrupted) else 'error: '}{error}"
+    if isinstance(error, BrokenPipeError):
+        return OUTPUT_CLOSED, ""
+    at = next((note.removeprefix(AT) for note in getattr(error, "__notes__", ()) if note.startswith(AT)), "")
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted{f' at {at}' if at else ''}"
+    exit_code, reason = _explained(error)
+    return exit_code, f"error: {', '.join(filter(None, (f'cpo-fast {command}'.strip(), at)))}: {reason}"
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence of an exception of Python or of a library, by its kind."""
+    kind, text = type(error).__name__, first_line(error)
+    library = type(error).__module__.partition(".")[0]
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        return OutOfMemory.exit_code, (
+            f"memory ran out ({text}); close other programs, or lower train.max_tokens for a training, "
+            "search.batch_size and search.arena_tokens for a search"
+        )
+    if library in _OF_LIBRARIES:
+        exit_code, what, remedy = _OF_LIBRARIES[library]
+        return exit_code, f"{what} ({text}); {remedy}"
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding.lower() != "utf-8":
+        return EnvironmentProblem.exit_code, f"text cannot be written as {error.encoding}; set PYTHONUTF8=1"
+    if isinstance(error, UnicodeError):
+        return DataError.exit_code, f"text is not UTF-8 ({text}); save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return DataError.exit_code, f"a file is not valid JSON ({text}); mend it, or write it again"
+    if isinstance(error, RecursionError):
+        return DataError.exit_code, "an input is nested too deeply; look for brackets within brackets in it"
+    if isinstance(error, ImportError):
+        return (
+            EnvironmentProblem.exit_code,
+            f"a library cannot be used ({text}); `cpo-fast doctor` says what to install",
+        )
+    if kind == "AcceleratorError":
+        return EnvironmentProblem.exit_code, f"the GPU failed ({text}); look at nvidia-smi, and try again"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and frames and "cpo_kernels" in Path(frames[-1].filename).parts:
+        return ConfigError.exit_code, text  # these refuse by a sentence for whoever calls
+    return 1, f"{kind}: {text}; {FAULT}"
+
+
+def _of_system(error: OSError) -> tuple[int, str]:
+    name = error.filename2 or error.filename
+    shown = "" if name is None else f"{os.fsdecode(name) if isinstance(name, str | bytes) else name}: "
+    reason = error.strerror or first_line(error)
+    if error.errno in _FULL:
+        return EnvironmentProblem.exit_code, f"{shown}cannot be written ({reason}); free some space"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return EnvironmentProblem.exit_code, f"{shown}cannot be used ({reason}); choose another path, or allow it"
+    if isinstance(error, _WRONG_PATH) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return ConfigError.exit_code, f"{shown}cannot be used ({reason}); check the path"
+    return EnvironmentProblem.exit_code, f"{shown}the system refused ({reason}); mend that, and try again"

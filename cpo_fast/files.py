@@ -7,6 +7,7 @@ killed process leaves at most a last line without a newline, which `read_jsonl(d
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple
             value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
             raise DataError(f"{path}:{number}: the line is not valid JSON ({error}); mend or delete it") from None
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
@@ -84,6 +85,16 @@ def aside_of(path: Path) -> Path:
     Two hosts that share the folder may have equal process numbers.
     """
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Leave nothing of a folder that the block writes beside its place, where that fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:
@@ -124,7 +135,11 @@ def files_hash(digests: dict[str, str]) -> str:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step. What is no file, such as a pipe or a terminal, is written to."""
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 

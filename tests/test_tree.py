@@ -157,6 +157,15 @@ def test_a_line_that_is_no_tree_is_named_with_its_place(tmp_path, row, message):
         read_trees(path)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e400", "1e308", "1" + "0" * 400, "1" * 5000])
+@pytest.mark.parametrize("name", ["value", "evaluations"])
+def test_a_verdict_that_is_no_usable_number_is_named(tmp_path, name, value):
+    row = _edit_node(2, **{name: "@" if name == "value" else [{"imported": "@"}]})
+    (tmp_path / "trees.jsonl").write_text(json.dumps(row).replace('"@"', value) + "\n")
+    with pytest.raises(DataError, match=r"trees\.jsonl:1: .*(is not a number up to 1e\+100|4300 digits)"):
+        read_trees(tmp_path / "trees.jsonl")
+
+
 def test_broken_json_doubled_ids_and_torn_tails(tmp_path):
     path = _write(tmp_path / "trees.jsonl", _tree(), _tree())
     with pytest.raises(DataError, match=r":2: tree 'q1' is already on line 1"):

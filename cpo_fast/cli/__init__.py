@@ -1,18 +1,24 @@
 """The `cpo-fast` command: a click group whose commands are imported only when they run.
 
-Every command module holds one click command named like the file. Errors a user can mend (`CpoFastError`) print as one
-line and set the exit code. `--debug` shows their traceback.
+Every command module holds one click command named like the file. Whatever ends a command prints as one line and sets the
+exit code (`cpo_fast.errors.outcome`). `--debug` shows the traceback too.
 """
 
+import contextlib
 import difflib
 import importlib
 import logging
+import os
 import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
 
 import click
 
 from cpo_fast import __version__
-from cpo_fast.errors import ConfigError, CpoFastError, EnvironmentProblem, Interrupted, failure_detail, note_failure
+from cpo_fast.errors import OUTPUT_CLOSED, ConfigError, note_failure, outcome
+from cpo_fast.progress import shown
 from cpo_fast.ranks import find_ranks
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
@@ -33,6 +39,14 @@ OPTIONAL_LIBRARIES = {
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
     "gguf": "demo",
 }
+
+
+class Escaped(Exception):
+    """Carries past click what that would turn into an interrupt or an exit code of its own."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 class LazyGroup(click.Group):
@@ -57,6 +71,21 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"there is no command '{args[0]}'; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except (OSError, EOFError, KeyboardInterrupt) as error:  # --help prints here
+            raise Escaped(error) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with contextlib.suppress(ConfigError):  # the command will say what is wrong with its launcher
+            if find_ranks().rank == 0:
+                ctx.with_resource(shown())
+        try:
+            return super().invoke(ctx)
+        except (OSError, EOFError, KeyboardInterrupt) as error:
+            raise Escaped(error) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click would import every command for its help
         with formatter.section("Commands"):
@@ -69,7 +98,10 @@ class LazyGroup(click.Group):
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model. Never set by a file.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
-    """Teach a language model to reason in one chain by learning from its own search tree."""
+    """Teach a language model to reason in one chain by learning from its own search tree.
+
+    Long work shows what it is at in one line on a terminal, and elsewhere on stderr, after 30 seconds without a word.
+    """
     ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code}
     if debug:
         logging.basicConfig()
@@ -91,32 +123,57 @@ def _who() -> str:
 
 
 def main() -> None:
-    """Entry point of the console script: run the group, map errors to one line and an exit code."""
-    debug = "--debug" in sys.argv[1:]  # an error leaves no context to read it from
+    """Entry point of the console script: run the group, and end with a line and an exit code whatever happens."""
+    sys.exit(guarded(lambda: cli.main(standalone_mode=False)))
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Call `run`, and return the exit code of what came of it, after one sentence to stderr where it failed.
+
+    `--debug` adds the traceback. A rank leaves a note for its launcher.
+    """
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        note_failure(130, "interrupted")
-        click.echo("interrupted", err=True)
-        sys.exit(130)  # 128 + SIGINT, as shells say it
+        result = run()
+        sys.stdout.flush()  # a reader that has gone is noticed here, and not while the interpreter ends
+        return result if isinstance(result, int) else 0  # click returns what --help exits with
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich makes this of it
+            return _ended(end.__context__)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except click.exceptions.Abort as abort:
+        return _ended(abort.__cause__ or KeyboardInterrupt())
     except click.ClickException as error:
         note_failure(error.exit_code, error.format_message())
         error.show()
-        sys.exit(error.exit_code)
-    except CpoFastError as error:
-        note_failure(error.exit_code, str(error))
-        if debug:
-            raise
-        click.echo(f"{_who()}{'' if isinstance(error, Interrupted) else 'error: '}{error}", err=True)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        note_failure(EnvironmentProblem.exit_code, str(error))
+        return error.exit_code
+    except Escaped as escaped:
+        return _ended(escaped.error)
+    except BaseException as error:
+        return _ended(error)
+
+
+def _ended(error: BaseException) -> int:
+    """Say what became of the command, and return its exit code."""
+    exit_code, sentence = outcome(error, next((each for each in sys.argv[1:] if each in COMMANDS), ""))
+    if isinstance(error, ModuleNotFoundError):
         library = (error.name or "").partition(".")[0]
-        if debug or library not in OPTIONAL_LIBRARIES:  # a missing module of ours is a bug, with its traceback
-            raise
-        extra = OPTIONAL_LIBRARIES[library]
-        click.echo(f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'", err=True)
-        sys.exit(EnvironmentProblem.exit_code)
-    except Exception as error:
-        note_failure(1, failure_detail(error))
-        raise
+        if library in OPTIONAL_LIBRARIES:  # a missing module of ours is a bug
+            extra = OPTIONAL_LIBRARIES[library]
+            sentence = f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'"
+    note_failure(exit_code, sentence.removeprefix("error: "))
+    if exit_code == OUTPUT_CLOSED:
+        _discard_output()
+    with contextlib.suppress(OSError):  # nobody listens any more
+        if "--debug" in sys.argv[1:] and exit_code not in (130, OUTPUT_CLOSED):
+            traceback.print_exception(error)
+        if sentence:
+            click.echo(f"{_who()}{sentence}", err=True)
+    return exit_code
+
+
+def _discard_output() -> None:
+    """Let the interpreter, which flushes what was printed last, write into nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)

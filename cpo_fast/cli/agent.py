@@ -2,7 +2,8 @@
 
 import sys
 
+from cpo_fast.cli import guarded
 from cpo_fast.launch import obey
 
 if __name__ == "__main__":
-    sys.exit(obey(iter(sys.stdin)))
+    sys.exit(guarded(lambda: obey(iter(sys.stdin))))

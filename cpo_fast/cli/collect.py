@@ -2,15 +2,13 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError
-
-if TYPE_CHECKING:
-    from cpo_fast.search.tree_store import Worker
+from cpo_fast.progress import say
 
 # ids, answers and reasons in a line of progress: some are written by a model
 MAX_SHOWN = 80
@@ -53,10 +51,7 @@ def collect_command(
 
     worker = find_worker(worker_option, os.environ)
     load_questions(config)  # a bad question file is reported before torch is loaded
-    if sys.stderr.isatty():
-        result = _collect_with_bar(config, collect, worker)
-    else:
-        result = collect(config, progress=_print_line, worker=worker)
+    result = collect(config, progress=_show, worker=worker)
     if as_json:
         _print_json(result)
     else:
@@ -89,37 +84,17 @@ def _import(config: Config, official_path: str, as_json: bool) -> None:
     click.echo(f"trees: {result.trees_path}; left out: {result.dropped_path}")
 
 
-def _collect_with_bar(config: Config, collect: Any, worker: "Worker") -> Any:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    def show(number: int, total: int, tree: Any, seconds: float) -> None:
-        if tree.status == "failed":  # the bar would not say why
-            _print_line(number, total, tree, seconds)
-        bar.update(bar_id, completed=number, total=total)
-
-    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        bar_id = bar.add_task("collect", total=None)
-        result = collect(config, progress=show, worker=worker)
-        # with nothing left to search `show` was never called
-        num_finished = result.num_questions - result.num_missing
-        bar.update(bar_id, completed=num_finished, total=num_finished)
-    return result
+def _show(number: int, total: int, tree: Any, seconds: float) -> None:
+    """A line a question for logs. On a terminal, whose line shows how far it is, of failures alone."""
+    if not sys.stderr.isatty() or tree.status == "failed":
+        _print_line(number, total, tree, seconds)
 
 
 def _print_line(number: int, total: int, tree: Any, seconds: float) -> None:
     """One plain line a question, for logs."""
     reason = f" ({_shown(tree.detail, 300)})" if tree.detail else ""
     answer = None if tree.answer is None else _shown(tree.answer)
-    click.echo(
+    say(
         f"{number}/{total} {_shown(tree.id)}: {tree.status}{reason}, {len(tree.nodes)} thoughts, "
         f"{len(tree.winning_nodes)} winning paths, answer {answer}, {seconds:.1f} s",
         err=True,  # stdout is for the summary

@@ -8,12 +8,14 @@ import logging
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cpo_fast.config import Config, dump_config, validate_config
+from cpo_fast.progress import say, shown, stage
 
 if TYPE_CHECKING:
     from cpo_fast.data.pair_files import TreeRows
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from cpo_fast.search.collect import CollectResult
     from cpo_fast.train.loop import TrainResult
 
+LIFE_SECONDS = 1.0  # without a word before a line says what it is at, also where nobody watches
 STATEMENT = (
     "A model of 135M parameters shows that the pipeline works, not what it gains: it is too small for reliable "
     "arithmetic, and a dozen questions cannot tell a difference from chance (see the intervals)."
@@ -37,7 +40,14 @@ def demo_command(out: str, quick: bool) -> None:
 
     Eight are searched and trained on, all twelve are asked before and after. Run again, it keeps the trees it has.
     """
-    started = time.perf_counter()
+    with shown(LIFE_SECONDS, err=False), stage("demo"):  # so that there is no moment without a stage
+        started = time.perf_counter()
+        found = _demonstrate(out, quick)
+    _report(*found, time.perf_counter() - started)
+
+
+def _demonstrate(out: str, quick: bool) -> "tuple[Path, CollectResult, TreeRows, TrainResult, list[Evaluation]]":
+    """Every stage, and what `_report` shows of it."""
     # the hub client reads this once, when transformers is first imported: nothing here may reach for the network
     os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -45,33 +55,41 @@ def demo_command(out: str, quick: bool) -> None:
     from cpo_fast.demo import convert_demo_model, find_gguf
 
     gguf = find_gguf()
-    _quiet_libraries()
-    config = demo_config(convert_demo_model(gguf), out, quick)
-    from cpo_fast.data.pair_files import write_rows
-    from cpo_fast.dtype import dtype_name, resolve_dtype
-    from cpo_fast.evaluate import evaluate
-    from cpo_fast.files import write_atomic
-    from cpo_fast.models import resolve_device
-    from cpo_fast.search.collect import collect
-    from cpo_fast.train.loop import train
+    with stage("loading the libraries"):
+        _quiet_libraries()
+        from cpo_fast.data.pair_files import write_rows
+        from cpo_fast.dtype import dtype_name, resolve_dtype
+        from cpo_fast.evaluate import evaluate
+        from cpo_fast.files import write_atomic
+        from cpo_fast.models import resolve_device
+        from cpo_fast.search.collect import collect
+        from cpo_fast.train.loop import train
+    with stage("converting the model"):
+        config = demo_config(convert_demo_model(gguf), out, quick)
 
     device = resolve_device(config.model.device)
-    click.echo(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
+    say(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
     run = Path(config.run)
     write_atomic(run / "demo.yaml", dump_config(config))
     _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
     collected = collect(config, progress=_collect_line)
     _stage(3, "pairs: every winning thought against its losing siblings")
-    pairs = write_rows(collected.trees_path, config.data.path)
-    click.echo(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
+    with stage("pairs"):
+        pairs = write_rows(collected.trees_path, config.data.path)
+    say(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
     _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
     trained = train(config, progress=_train_line)
     _stage(5, "eval: greedy chain of thought, base and adapter")
     asked = config.task.model_copy(update={"num_questions": 4 if quick else None})
     adapted = config.model.model_copy(update={"adapter": str(trained.adapter_path)})
-    base = evaluate(config.model_copy(update={"task": asked}), on_question=_eval_line("base"))
-    adapter = evaluate(config.model_copy(update={"task": asked, "model": adapted}), on_question=_eval_line("adapter"))
-    _report(run, collected, pairs, trained, [base, adapter], time.perf_counter() - started)
+    with stage("evaluation of the base") as place:
+        base = evaluate(config.model_copy(update={"task": asked}), on_question=partial(place.at, unit="questions"))
+    with stage("evaluation of the adapter") as place:
+        adapter = evaluate(
+            config.model_copy(update={"task": asked, "model": adapted}),
+            on_question=partial(place.at, unit="questions"),
+        )
+    return run, collected, pairs, trained, [base, adapter]
 
 
 def demo_config(model: Path, out: str, quick: bool) -> Config:
@@ -106,7 +124,7 @@ def demo_config(model: Path, out: str, quick: bool) -> Config:
 
 
 def _stage(number: int, text: str) -> None:
-    click.secho(f"[{number}/5] {text}", bold=True)
+    say(f"[{number}/5] {text}")
 
 
 def _quiet_libraries() -> None:
@@ -122,25 +140,17 @@ def _quiet_libraries() -> None:
 
 
 def _collect_line(number: int, total: int, tree: Any, seconds: float) -> None:
-    click.echo(
+    say(
         f"  {number}/{total} {tree.id}: {len(tree.nodes)} thoughts, {len(tree.winning_nodes)} winning paths, "
         f"answer {tree.answer}, {seconds:.1f} s"
     )
 
 
 def _train_line(values: dict[str, Any], num_steps: int) -> None:
-    click.echo(
+    say(
         f"  step {values['step']}/{num_steps}: loss {values['loss']:.4f}, "
         f"pairs ranked right {values['rewards/accuracies']:.0%}, {values['seconds']:.1f} s"
     )
-
-
-def _eval_line(label: str) -> Any:
-    def show(done: int, total: int) -> None:
-        if done == total or done % 4 == 0:
-            click.echo(f"  {label}: {done}/{total} questions")
-
-    return show
 
 
 def _report(

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cpo_fast.config import Config, load_config
+from cpo_fast.progress import stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,15 +51,11 @@ def eval_command(
 
 def _evaluate(settings: Config, as_json: bool) -> None:
     from rich.console import Console
-    from rich.progress import Progress
 
     from cpo_fast.evaluate import evaluate_methods, run_overview
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:  # stdout is for the result
-        bar = progress.add_task("questions", total=None)
-        evaluations = evaluate_methods(
-            settings, on_question=lambda done, total: progress.update(bar, completed=done, total=total)
-        )
+    with stage("evaluation") as shown:
+        evaluations = evaluate_methods(settings, on_question=partial(shown.at, unit="questions"))
     run = Path(settings.run)
     overview = run_overview(run, settings.seed)
     overview.write(run)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpo_fast.config import load_config
+from cpo_fast.files import write_atomic
 
 if TYPE_CHECKING:
     from cpo_fast.config import Config
@@ -35,7 +35,7 @@ def plan_command(
 
     plan = make_plan(config, num_ranks)
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(plan.deepspeed, indent=2) + "\n", encoding="utf-8")
+        write_atomic(json_path, json.dumps(plan.deepspeed, indent=2) + "\n")
     if as_json:
         click.echo(json.dumps(asdict(plan)))
         return

@@ -1,6 +1,6 @@
 """`cpo-fast train CONFIG [section.key=value ...]`: train a LoRA adapter.
 
-It shows a progress line on a terminal, one plain line a step elsewhere, and a final table, below what training logs.
+It prints what training logs, one plain line a step where that is no terminal, and a final table.
 """
 
 import json
@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cpo_fast.config import load_config
 from cpo_fast.errors import ConfigError
+from cpo_fast.files import write_atomic
 from cpo_fast.launchers import LAUNCHERS, SBATCH_GRACE, Host, launch, read_hosts, sbatch_script
+from cpo_fast.progress import figures, say
 from cpo_fast.ranks import find_ranks
 
 # metric, its label on the progress line, its format
@@ -103,7 +104,7 @@ def train_command(
         job = sbatch_script(arguments, num_nodes or 1, num_ranks or _num_gpus(), config.run)
         try:
             Path(config.run).mkdir(parents=True, exist_ok=True)  # Slurm writes its output there
-            Path(sbatch_path).write_text(job, encoding="utf-8")
+            write_atomic(sbatch_path, job)
         except OSError as error:
             raise ConfigError(
                 f"--sbatch: {error.filename} cannot be written ({error.strerror}); choose another file or run folder"
@@ -159,39 +160,25 @@ def _num_gpus() -> int:
 class _LogToConsole(logging.Handler):
     """Prints log lines above the progress line: which kernels run, whether layers are recomputed, what was scored."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self.console.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
 class TrainingScreen:
-    """A context that shows the progress of the steps, and above it the sentences that training logs."""
+    """A context that prints the sentences that training logs, and the figures of each step."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet)
-        self.progress: Progress | None = None
-        if self.console.is_terminal and not quiet:
-            self.progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-        self.task: Any = None
-        self.log_to_console = _LogToConsole(self.console)
+        self.console, self.quiet = Console(), quiet
+        self.log_to_console = _LogToConsole()
 
     def __enter__(self) -> "TrainingScreen":
-        if not self.console.quiet:
+        if not self.quiet:
             self.level = TRAINING.level
             TRAINING.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
             TRAINING.addHandler(self.log_to_console)
-        if self.progress is not None:
-            self.progress.start()
         return self
 
     def __exit__(
@@ -200,19 +187,15 @@ class TrainingScreen:
         if self.log_to_console in TRAINING.handlers:  # not added on a quiet screen
             TRAINING.removeHandler(self.log_to_console)
             TRAINING.setLevel(self.level)
-        if self.progress is not None:
-            self.progress.stop()
 
     def update(self, values: dict[str, Any], num_steps: int) -> None:
+        """On a terminal the line that moves shows a step's figures, elsewhere a line of their own."""
         text = "  ".join(
             f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None
         )
-        if self.progress is None:
-            self.console.print(f"step {values['step']}/{num_steps}  {text}  {values['seconds']:.1f} s", highlight=False)
-            return
-        if self.task is None:  # only now the number of steps is known
-            self.task = self.progress.add_task(text, total=num_steps)
-        self.progress.update(self.task, completed=values["step"], description=text)
+        figures(text)
+        if not self.quiet and not self.console.is_terminal:
+            say(f"step {values['step']}/{num_steps}  {text}  {values['seconds']:.1f} s")
 
     def summary(self, result: Any) -> None:
         """The final table: first and last step side by side, what validation chose, and where the adapter is."""

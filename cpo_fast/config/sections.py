@@ -10,13 +10,27 @@ defects (greedy samples at k = 10, lower-cased text, random tie order) are not r
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are frozen after validation."""
+    """Base of every section: unknown keys are refused, values are frozen after validation, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("the number has more than 63 bits; take a smaller one")
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("the text holds a null character; take it out")
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("the text is not UTF-8; rename the file or folder that it names") from None
+        return value
 
 
 class ModelConfig(Section):
@@ -311,7 +325,7 @@ class EvalConfig(Section):
 class Config(Section):
     """Everything one run needs. A command reads the sections it uses and leaves the others alone."""
 
-    run: str = Field("runs/default", description="folder that receives every file of this run")
+    run: str = Field("runs/default", min_length=1, description="folder that receives every file of this run")
     seed: int = Field(0, ge=0, description="the one seed: search, data order and adapter initialisation derive from it")
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()

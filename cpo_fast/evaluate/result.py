@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +16,7 @@ from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter,
 
 from cpo_fast.errors import DataError
 from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
-from cpo_fast.files import read_jsonl, write_atomic, write_jsonl
+from cpo_fast.files import canonical_json, read_jsonl, replacing
 
 SCHEMA_VERSION = 3  # of both files; another one is refused
 
@@ -127,8 +128,17 @@ class Evaluation(RunIdentity):
         return {"schema_version": SCHEMA_VERSION, **values}
 
     def write(self, run: Path) -> None:
-        write_jsonl(run / f"eval-{self.label}.jsonl", (asdict(result) for result in self.results))
-        write_atomic(run / f"eval-{self.label}.json", json.dumps(self.summary(), indent=2) + "\n")
+        """Both files or neither. A kill between their renames leaves no summary, which readers say."""
+        rows, summary = run / f"eval-{self.label}.jsonl", run / f"eval-{self.label}.json"
+        with replacing(summary) as file:
+            file.write((json.dumps(self.summary(), indent=2) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+            with replacing(rows) as lines:
+                lines.writelines((canonical_json(asdict(result)) + "\n").encode() for result in self.results)
+                lines.flush()
+                os.fsync(lines.fileno())
+                summary.unlink(missing_ok=True)  # from here on nothing is left to write
 
 
 def summarise(

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cpo_fast import progress as progress_line
 from cpo_fast.config import Config, SearchConfig
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
@@ -97,10 +98,19 @@ def build_engine(
         EnvironmentProblem: its kernels are wrong on this device.
         OutOfMemory: the shared prompts do not fit into the arena.
     """
+    progress_line.doing("reading the shared prompts")
     engine = make_engine(config, prompts, model)
     for prefix in prompts.prefixes:
         engine.cache_prefix(prefix)
+    progress_line.doing("")
+    progress_line.counted_by(getattr(engine, "counts", None))
     return engine
+
+
+def max_thoughts(config: SearchConfig) -> int:
+    """The most thoughts that a level-by-level search of one question samples."""
+    later = config.num_candidates * config.num_kept * (config.max_steps - 1)
+    return min(config.max_nodes, config.num_candidates + later)
 
 
 def collect(
@@ -143,17 +153,24 @@ def collect(
         answers.discard(store.trees)  # of a kill between writing a tree and forgetting its answers
         seconds = 0.0
         if missing:
-            with searched_weights(model, config.search), closing(answers):
+            with (
+                progress_line.stage("search", unit="questions") as shown,
+                searched_weights(model, config.search),
+                closing(answers),
+            ):
                 # inside, because what the engine stores follows from the merged weights
                 engine = build_engine(config.search, prompts, model, make_engine)
                 started = time.perf_counter()
                 searches = ((each.id, search_question(config, prompts, each, provenance)) for each in missing)
                 num_done = len(own) - len(missing)
+                shown.at(num_done, len(own))
+                shown.max_thoughts = max_thoughts(config.search)
                 for name, tree, tree_seconds in engine.run(searches, answers):
                     assert isinstance(tree, SearchTree), "a search returns its tree, failed or not"
                     store.append(tree, tree_seconds)
                     answers.discard([name])  # only now that the tree is on disk
                     num_done += 1
+                    shown.at(num_done, len(own))
                     if progress is not None:
                         progress(num_done, len(own), tree, tree_seconds)
                 seconds = time.perf_counter() - started

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from cpo_fast import progress
 from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
 from cpo_fast.ranks import Ranks
 
@@ -30,7 +31,17 @@ class Communicator:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
-        self.doing = "starting"  # what this rank is at, for those that wait for it
+        self.doing = "starting"
+
+    @property
+    def doing(self) -> str:
+        """What this rank is at, for those that wait for it."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, text: str) -> None:
+        self._doing = text
+        progress.doing(text)
 
     @property
     def rank(self) -> int:

@@ -6,9 +6,10 @@ what is optimised is the objective's affair (`cpo_fast.train.objective`).
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from cpo_fast import progress as progress_line
 from cpo_fast.adapters import copy_adapter, save_adapter
 from cpo_fast.config import Config, config_hash, dump_config
 from cpo_fast.data.batches import split_by_question, weigh
@@ -108,7 +110,11 @@ def train(
     if ranks.world_size > 1 and device.type == "cuda" and config.model.device != "auto":
         raise ConfigError(f"model.device={config.model.device} names one GPU for {ranks.world_size} ranks; use auto")
     communicator = Communicator(ranks, device)
-    with _run_lock(run) if communicator.writes else nullcontext(), EndSignals(config.train.grace) as signals:
+    with (
+        progress_line.stage("train"),
+        _run_lock(run) if communicator.writes else nullcontext(),
+        EndSignals(config.train.grace, partial(_remains, run)) as signals,
+    ):
         with signals.leaving_at_once():
             store = meet(ranks)
             stuck = 0.9 * config.train.collective_timeout if device.type == "cuda" else None
@@ -176,6 +182,7 @@ def _set_up(
     objective = Objective(policy.model, config.train, policy.reference)
     trainer = Trainer(config, policy, objective, examples, communicator, stage, make_optimizer)
     with torch.no_grad():
+        communicator.doing = "preparing the model"
         policy = trainer.with_whole_weights(partial(prepare_policy, policy=policy, config=config))
         assert policy.impl is not None
         objective.impl = policy.impl
@@ -222,16 +229,20 @@ def _take_steps(
         return is_saved
 
     def end(is_saved: bool) -> None:
+        communicator.doing = f"writing the adapter of step {trainer.num_done}"
+        with suppress(OSError):  # a full disk: what is said below tells what there is
+            save_adapter(trainer.model, run / "adapter-last", trainer.stage, communicator.writes)
         # no rank leaves before rank 0 has saved: a launcher would then end that too
         saved_where = (
             f"is saved in {ready.checkpoints.folder}" if communicator.broadcast(is_saved) else "could not be saved"
         )
         raise Interrupted(
             f"{Signals(trainer.signal).name} after step {trainer.num_done} of {trainer.num_steps}, which {saved_where}; "
-            "the same command goes on from the newest checkpoint",
+            f"{_remains(run)}; the same command goes on from the newest checkpoint",
             exit_code_of(trainer.signal),
         )
 
+    progress_line.at(trainer.num_done, trainer.num_steps, "steps")
     for values in trainer.steps(profiler, signals):
         step = values["step"]
         if trainer.is_validated(step):
@@ -240,8 +251,9 @@ def _take_steps(
             if trainer.signal:
                 end(is_saved)
             communicator.doing = f"validating after step {step}"
-            with signals.leaving_at_once():
+            with progress_line.stage(f"validation after step {step}"), signals.leaving_at_once():
                 values.update(validator.run(trainer.engine, step))
+        progress_line.at(step, trainer.num_steps, "steps")
         trainer.unvalidated = None
         trainer.first, trainer.last = trainer.first or values, values
         if communicator.writes:
@@ -270,6 +282,8 @@ def _take_steps(
                 validator.best_step,
                 run / "adapter",
             )
+    elif communicator.writes:  # of an interrupt
+        shutil.rmtree(run / "adapter-last", ignore_errors=True)
     communicator.barrier()
     disconnect_at_exit()
     return TrainResult(
@@ -300,6 +314,15 @@ def _run_lock(run: Path) -> Iterator[None]:
         raise EnvironmentProblem(
             f"{run} is being trained by another process; wait for it, or choose another run folder"
         ) from None
+
+
+def _remains(run: Path) -> str:
+    """What an interrupted training leaves to work with, in words."""
+    found = [run / name / "adapter_model.safetensors" for name in ("adapter", "adapter-best", "adapter-last")]
+    whole = [file for file in found if file.is_file()]  # folders get these names when they are whole
+    if not whole:
+        return "there is no adapter yet"
+    return f"the last complete adapter is {max(whole, key=lambda file: file.stat().st_mtime).parent}"
 
 
 def _check_equal(communicator: Communicator, stage: int, config: Config) -> None:

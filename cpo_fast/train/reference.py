@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cpo_fast import progress
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
@@ -60,7 +61,8 @@ class ReferenceCache:
                 "reference: the values in %s differ from an online computation; making them anew", self.folder
             )
         started = time.perf_counter()
-        values = self._compute(policy, communicator, scored)
+        with progress.stage("reference"):
+            values = self._compute(policy, communicator, scored)
         if communicator.writes:
             _save(values, path, scored)
         logger.info("reference: %d sequences scored in %.1f s", len(scored), time.perf_counter() - started)
@@ -87,6 +89,7 @@ class ReferenceCache:
         place_of = {item: place for place, item in enumerate(scored)}
         values = torch.zeros(len(scored), dtype=torch.float64, device=communicator.device)
         for first in range(0, len(forests), communicator.world_size):
+            progress.at(first, len(forests), "forests")
             turn = first + communicator.rank
             # a rank without a forest of its own repeats the first: under ZeRO 3 all ranks make equally many forwards
             logps = _online(policy, forests[turn] if turn < len(forests) else forests[0])
@@ -141,8 +144,11 @@ def _load(path: Path, scored: Sequence[Scored]) -> list[float] | None:
 def _save(values: ReferenceLogps, path: Path, scored: Sequence[Scored]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
-    save_file({"segment_logps": torch.tensor([values[item] for item in scored], dtype=torch.float64)}, aside)
-    aside.replace(path)
+    try:
+        save_file({"segment_logps": torch.tensor([values[item] for item in scored], dtype=torch.float64)}, aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _online(policy: Policy, wanted: Sequence[Scored]) -> torch.Tensor:

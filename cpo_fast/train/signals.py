@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,8 +35,9 @@ class EndSignals:
     where Python takes no signals, it notes none.
     """
 
-    def __init__(self, grace: float) -> None:
-        self.grace = grace
+    def __init__(self, grace: float, remains: Callable[[], str] = lambda: "") -> None:
+        """`remains` says what a run that ends between steps leaves to work with."""
+        self.grace, self.remains = grace, remains
         self.received = 0
         self._is_saved = False
         self._first_at = 0.0
@@ -74,7 +75,7 @@ class EndSignals:
         self._is_saved = True
         try:
             if self.received:
-                raise _left(self.received)
+                raise self._left(self.received)
             yield
         finally:
             self._is_saved = False
@@ -94,7 +95,7 @@ class EndSignals:
     def _enforce(self) -> None:
         if self._is_saved:
             if not self._finished.wait(min(LEAVE_SECONDS, self.grace)):
-                self._leave(str(_left(self.received)))
+                self._leave(str(self._left(self.received)))
         elif not self._finished.wait(self.grace):
             self._leave(f"error: the run was not saved within {self.grace:g} s of the signal; leaving at once")
 
@@ -109,12 +110,12 @@ class EndSignals:
         """Runs in the main thread, when that comes to it. Otherwise the thread does what is to be done."""
         if self._is_saved and not self._finished.is_set():
             self._is_saved = False  # raised once
-            raise _left(number)
+            raise self._left(number)
 
-
-def _left(number: int) -> Interrupted:
-    return Interrupted(
-        f"{signal.Signals(number).name} between steps; the same command goes on from the newest "
-        "checkpoint, or from the start",
-        exit_code_of(number),
-    )
+    def _left(self, number: int) -> Interrupted:
+        remains = self.remains()
+        return Interrupted(
+            f"{signal.Signals(number).name} between steps; {remains}{'; ' if remains else ''}the same command goes on from "
+            "the newest checkpoint, or from the start",
+            exit_code_of(number),
+        )

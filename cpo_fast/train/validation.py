@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cpo_fast import progress
 from cpo_fast.adapters import save_adapter
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
@@ -129,7 +130,8 @@ class Validator:
         capacity = max(sum(len(batch.examples) for batch in turn) for turn in turns)
         metrics = Metrics(self.config.train, self.held_out, self.communicator, capacity)
         with torch.no_grad():
-            for batch in turns[rank]:
+            for place, batch in enumerate(turns[rank]):
+                progress.at(place, len(turns[rank]), "forests")
                 metrics.add(batch, engine(batch))
             if self.stage == 3 and len(turns[rank]) < len(turns[0]):
                 engine(batches[0])  # every rank makes equally many forwards, which gather weights

@@ -8,11 +8,17 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from cpo_fast.adapters import copy_adapter
 from cpo_fast.errors import Interrupted
+from cpo_fast.train.loop import train
 from cpo_fast.train.signals import EndSignals, exit_code_of
+from tests.train.runs import MakeConfig
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -104,3 +110,62 @@ def test_a_signal_where_nothing_would_be_lost_raises_at_once() -> None:
             time.sleep(0.01)
         with pytest.raises(Interrupted), signals.leaving_at_once():
             raise AssertionError("not reached")
+
+
+def test_an_interrupt_leaves_the_adapter_of_its_step_and_the_end_removes_it(make_config: MakeConfig) -> None:
+    config = make_config(num_epochs=3, save_every=100)
+    run = Path(config.run)
+
+    def interrupt(values: dict[str, Any], num_steps: int) -> None:
+        if values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # the thread that listens notes it before the next step
+
+    with pytest.raises(
+        Interrupted, match=r"SIGINT after step 3 .* the last complete adapter is .*adapter-last; "
+    ) as end:
+        train(config, progress=interrupt)
+    assert end.value.exit_code == 130
+    left = load_file(run / "adapter-last" / "adapter_model.safetensors")
+    saved = load_file(run / "checkpoints" / "step-00000003" / "adapter.safetensors")
+    assert {name.replace(".default", ""): value.tolist() for name, value in saved.items()} == {
+        name: value.tolist() for name, value in left.items()
+    }
+    assert not [each for each in run.iterdir() if each.name.endswith(".tmp")]
+    train(config)
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (run / "adapter-last").exists()
+
+
+def test_an_interrupt_before_the_first_step_says_that_there_is_no_adapter(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+
+    monkeypatch.setattr("cpo_fast.train.loop.load_policy", interrupted)
+    with pytest.raises(Interrupted, match=r"SIGINT between steps; there is no adapter yet; the same command") as end:
+        train(make_config())
+    assert end.value.exit_code == 130
+
+
+def test_an_adapter_that_cannot_be_replaced_stays_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("new", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    real, calls = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        copy_adapter(tmp_path / "new", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "weights").read_text() == "adapter"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter", "new"]

@@ -122,6 +122,10 @@ class ArenaEngine:
         self._check_weights()
         return self.scheduler.run(searches, cache)
 
+    def counts(self) -> tuple[int, int]:
+        """Thoughts and tokens generated so far, for whoever watches."""
+        return self.scheduler.num_thoughts, self.scheduler.batch.counts.num_tokens
+
     def _check_weights(self) -> None:
         """Refuse a model that was changed into one that is not exact. Drop stored nodes of other weights or adapters."""
         check_call(self.model, self._runner.parts)

@@ -52,6 +52,7 @@ class HuggingFaceEngine:
         self.batch_size = batch_size
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self._stop_checker = stop_checker or StopChecker(model, tokenizer)
+        self._num_thoughts = self._num_tokens = 0
         self._prefixes: list[tuple[tuple[int, ...], Any]] = []
 
     @torch.inference_mode()
@@ -64,11 +65,17 @@ class HuggingFaceEngine:
 
     def answer(self, requests: Requests) -> list[Answer]:
         # nothing but the shared prefixes is kept between calls, whatever `requests.keep` says
-        samples = iter(self.sample([item for item in requests.items if isinstance(item, SampleRequest)]))
+        wanted = [item for item in requests.items if isinstance(item, SampleRequest)]
+        samples = iter(self.sample(wanted))
+        self._num_thoughts += len(wanted) * requests.keep
         return [
             self.score(item.token_ids, item.continuations) if isinstance(item, ScoreRequest) else next(samples)
             for item in requests.items
         ]
+
+    def counts(self) -> tuple[int, int]:
+        """Thoughts and tokens generated so far, for whoever watches."""
+        return self._num_thoughts, self._num_tokens
 
     def run(
         self, searches: Iterable[tuple[str, Search[R]]], cache: AnswerCache | None = None
@@ -142,6 +149,7 @@ class HuggingFaceEngine:
             for row, index in enumerate(active):
                 if lines[index].stop is None:
                     lines[index].append(values[row], self._stop_checker)
+                    self._num_tokens += 1
             running = [row for row, index in enumerate(active) if lines[index].stop is None]
             if not running:
                 break

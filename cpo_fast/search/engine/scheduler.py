@@ -75,6 +75,7 @@ class Scheduler:
 
     Attributes:
         batch: its counts say what was read. num_prefilled: tokens computed into nodes.
+        num_thoughts: samples that are finished, verdicts left out.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Scheduler:
         config: SearchConfig,
     ) -> None:
         self.batch = batch
-        self.num_prefilled = 0
+        self.num_prefilled = self.num_thoughts = 0
         self._runner, self._arena, self._permanent = runner, runner.arena, permanent
         self._stop_checker = stop_checker
         self._config = config
@@ -273,6 +274,7 @@ class Scheduler:
 
     def _finish_sample(self, running: RunningRequest) -> None:
         self._release(running)
+        self.num_thoughts += running.owner.requests.keep  # verdicts are not kept
         text = self._stop_checker.text(running.generated)
         sample = Sample(tuple(running.generated), text, running.stop or "length", tuple(running.logps))
         self._finish(running.owner, running.index, sample, not running.failed)
