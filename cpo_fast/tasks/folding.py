@@ -26,12 +26,15 @@ _PLAIN = str.maketrans(
 )
 _RAISED = "\u2070\u00b9\u00b2\u00b3\u2074-\u207f\u2080-\u208e"
 _RAISED_NUMBER = re.compile(f"(?<![^\\W\\d_])[{_RAISED}]+")  # after a letter they belong to a unit or a name
+_FRACTIONS = "\u00bc-\u00be\u2150-\u215e\u2189"
+# a fraction is no part of the digits beside it, but for the sign of one over what follows
+_BESIDE_A_FRACTION = re.compile(f"(?<=\\d)(?=[{_FRACTIONS}\u215f])|(?<=[{_FRACTIONS}])(?=[\\d{_FRACTIONS}\u215f])")
 
 
 def fold(text: str) -> str:
     """`text` in its plain form. Folding twice is folding once."""
     if not text.isascii():
-        text = _RAISED_NUMBER.sub(lambda run: f"^{run[0]}", text.translate(_PLAIN))
+        text = _BESIDE_A_FRACTION.sub(" ", _RAISED_NUMBER.sub(lambda run: f"^{run[0]}", text.translate(_PLAIN)))
         text = unicodedata.normalize("NFKC", "".join(map(_apart, text))).translate(_PLAIN)
         text = "".join(map(_plain_character, text))
         # without the characters removed above, a letter and its accent may have become neighbours
@@ -43,10 +46,8 @@ def _apart(character: str) -> str:
     """A numeral of one character, kept apart from its neighbours."""
     if unicodedata.category(character) != "No":
         return character
-    decomposition = unicodedata.decomposition(character)
-    if decomposition.startswith("<fraction>"):
-        return f" {character}"
-    return character if decomposition.startswith(("<super>", "<sub>")) else f" {character} "
+    is_part = unicodedata.decomposition(character).startswith(("<fraction>", "<super>", "<sub>"))
+    return character if is_part else f" {character} "
 
 
 def _plain_character(character: str) -> str:

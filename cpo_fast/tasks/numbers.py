@@ -71,7 +71,7 @@ _AFTER = re.compile(
     r"|(?:quadr|quint|sext|zill)\w*ion\w*|mil(?:le|l|lones|lionen|iones|h.es|iardy?)?|millones|milliard\w*|tausend|myriads?"
     r"|mio|mln|mrd|mld|mn|bn|bln|tn|trn|thou|grand|gross|score|kilo|mega|giga"
     r"|squared|cubed|factorial|below|under\s+zero)\b"
-    r"|\s?(?-i:[mMbBtT]|\s[kK])\b(?<!\s[mt])"  # "5m" may be metres or millions, "5 m" is metres
+    r"|\s?(?-i:[MBbT])\b|(?-i:[mt])\b|\s(?-i:[kK])\b"  # "5m" may be metres or millions, "5 m" is metres
     r"|\s?\^|[^\d=]{0,40}\bbelow\b|\s?-[\s.,;:!?)]*\Z",
     re.IGNORECASE,
 )
@@ -83,7 +83,7 @@ _SPELT_OUT = re.compile(rf"(?:(?:minus|negative)\s+)?(?:{_WORDS})\b", re.IGNOREC
 _CHANGED = re.compile(
     rf"[\^\u221a\u221b\u00b1\u2260{_UNCLEAR}]|\\[a-zA-Z]|!=|\d{{31}}"
     # a minus that is not beside its number: --5, -(5), (-)5, -EUR 5
-    rf"|(?<![\w)])-\s?(?:\)|(?:(?!{_CURRENCY}\s?\.?\d|\.\d)[^\w\s])+\s?{_CURRENCY}?\s?\.?\d"
+    rf"|(?<![\w)])-\s?(?:\)|(?:(?!{_CURRENCY}\s?\.?\d|\.\d)[^\w\s]){{1,12}}\s?{_CURRENCY}?\s?\.?\d"
     rf"|[^\W\d_]{{1,3}}\.?\s?{_CURRENCY}?\s?\.?\d)"
 )
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}")

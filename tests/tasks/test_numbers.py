@@ -229,8 +229,30 @@ def test_every_promised_spelling_is_read_as_its_value(spelling):
 
 
 CHANGES_AFTER = [" quintillion", "bn", " M", " thousandths", " and a half", " squared", " point five", " millones"]
-CHANGES_AFTER += ["\u4e07", "\u00b2", "^2", " below zero", " twenty", " half", " mrd", " thousand million", "-", " 10^3"]
-CHANGES_BEFORE = ["half of ", "twice ", "twenty ", "the root of ", "\\sqrt", "\u00b1", "-EUR ", "ten minus ", "--", "-("]
+CHANGES_AFTER += [
+    "\u4e07",
+    "\u00b2",
+    "^2",
+    " below zero",
+    " twenty",
+    " half",
+    " mrd",
+    " thousand million",
+    "-",
+    " 10^3",
+]
+CHANGES_BEFORE = [
+    "half of ",
+    "twice ",
+    "twenty ",
+    "the root of ",
+    "\\sqrt",
+    "\u00b1",
+    "-EUR ",
+    "ten minus ",
+    "--",
+    "-(",
+]
 CHANGES_BEFORE += ["plus or minus ", "two hundred ", "zero point ", "7 ", "double ", "-[", "..", "(-)"]
 
 
