@@ -96,13 +96,14 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="cpo-fast")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error, of a question that fails too.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a model. Never set by a file.")
+@click.option("--trust-task-code", is_flag=True, help="Run the Python file of task.module. Never set by a file.")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
+def cli(ctx: click.Context, debug: bool, trust_remote_code: bool, trust_task_code: bool) -> None:
     """Teach a language model to reason in one chain by learning from its own search tree.
 
     Long work shows what it is at in one line on a terminal, and elsewhere on stderr, after 30 seconds without a word.
     """
-    ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code}
+    ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code, "trust-task-code": trust_task_code}
     if debug:
         logging.basicConfig()
         logging.getLogger("cpo_fast").setLevel(logging.DEBUG)
@@ -111,6 +112,11 @@ def cli(ctx: click.Context, debug: bool, trust_remote_code: bool) -> None:
 
         click.echo("warning: code in the model's folder will run with your rights", err=True)
         allow_remote_code()
+    if trust_task_code:
+        from cpo_fast.tasks import allow_task_code
+
+        click.echo("warning: the code of task.module will run with your rights", err=True)
+        allow_task_code()
 
 
 def _who() -> str:

@@ -24,9 +24,9 @@ def merge_command(config_path: str, overrides: tuple[str, ...], output: str, max
     config = load_config(config_path, overrides)  # its errors come before torch is loaded
 
     from cpo_fast.models import merge
-    from cpo_fast.tasks import get_task
+    from cpo_fast.tasks import load_task
 
-    task = get_task(config.task.name)
+    task = load_task(config)
     # the task's own prompts, cut at different places, so that many kinds of position are compared
     blocks = task.few_shot.split("\n\n")
     texts = ["\n\n".join(blocks[: count + 1]) for count in range(len(blocks))]

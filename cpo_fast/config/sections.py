@@ -10,7 +10,15 @@ defects (greedy samples at k = 10, lower-cased text, random tie order) are not r
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -52,6 +60,14 @@ class TaskConfig(Section):
     name: Literal["svamp", "gsm8k", "bamboogle", "2wikimultihopqa", "hotpotqa", "fever", "feverous", "vitaminc"] = (
         Field("svamp", description="the data set: how its questions are read, asked and answered")
     )
+    file: str | None = Field(
+        None,
+        description="a task of your own, in place of task.name: its words and how answers are read (docs/tasks.md)",
+    )
+    module: str | None = Field(
+        None,
+        description="my_task.py:MyTask, Python code for what a task file cannot say; needs cpo-fast --trust-task-code",
+    )
     path: str = Field(
         "", description="the released file, a JSONL of question[, answer], or hub:org/name[:config][:split]"
     )
@@ -59,6 +75,18 @@ class TaskConfig(Section):
     skip_questions: int = Field(0, ge=0, description="leave out so many questions at the beginning of the file")
     chat: bool = Field(False, description="for instruct models: ask through the tokenizer's chat template")
     shuffle_demonstrations: bool = Field(False, description="show the worked examples in an order drawn by the seed")
+
+    @model_validator(mode="after")
+    def _has_one_name(self) -> "TaskConfig":
+        if self.file is not None and self.name != "svamp":  # its default
+            raise ValueError("name and file exclude each other; delete one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_both_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # hashes of this section, and so comparisons with evaluations of older versions, stay as they were
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value is not None or key not in ("file", "module")}
 
 
 # settings of the search that decide its speed and memory, never its result

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from cpo_fast.official.reader import Entry
 from cpo_fast.tasks import Task
-from cpo_fast.tasks.task import ANSWER_MARK
+from cpo_fast.tasks.task_file import Marks
 from cpo_fast.tree import ROOT, Node
 
 # with case and whitespace, what the program changed in its last level after it had used it
@@ -78,7 +78,7 @@ def build_nodes(
             folded, ends = _fold(chain)
             parents = [(length, above[folded[:length]]) for length in lengths if folded[:length] in above]
             try:
-                parent, line = _thought(chain, ends, parents, step, is_last=step == len(entry.levels))
+                parent, line = _thought(chain, ends, parents, step, task.file.marks, is_last=step == len(entry.levels))
             except _NoThought as error:
                 dropped.append(Dropped(step - 1, index, str(error)))
                 continue
@@ -104,14 +104,14 @@ def _fold(text: str) -> tuple[str, list[int]]:
 
 
 def _thought(
-    chain: str, ends: Sequence[int], parents: Sequence[tuple[int, int]], step: int, is_last: bool
+    chain: str, ends: Sequence[int], parents: Sequence[tuple[int, int]], step: int, marks: Marks, is_last: bool
 ) -> tuple[int, str]:
     """(parent node, line) of the last thought of a chain. Raises _NoThought.
 
     Args:
         chain: the whole text. ends: as `_fold` gives it.
         parents: (folded length, node) of every chain that this one continues, longest first.
-        step: from 1. is_last: whether chains end on this level.
+        step: from 1. marks: of the task. is_last: whether chains end on this level.
     """
     if not parents:
         raise _NoThought("continues no candidate of the level above")
@@ -119,19 +119,19 @@ def _thought(
         rest = chain[ends[length - 1] if length else 0 :]
         mark = _STEP.match(rest)
         if mark and int(mark[1]) == step:
-            return parent, _line(" ".join(rest[mark.end() :].split()), step, is_last)
+            return parent, _line(" ".join(rest[mark.end() :].split()), step, marks, is_last)
     raise _NoThought("no mark of its step")
 
 
-def _line(body: str, step: int, is_last: bool) -> str:
+def _line(body: str, step: int, marks: Marks, is_last: bool) -> str:
     if not body:
         raise _NoThought("empty thought")
     conclusion = _CONCLUSION.search(body) if is_last else None
     if conclusion is None:
-        return f"Step {step}: {body}\n"
+        return f"{marks.step.replace('{n}', str(step))} {body}\n"
     if conclusion.start() > 0:
         raise _NoThought("answer in the middle of prose")  # neither a step nor an answer line
-    return f"{ANSWER_MARK} {body[conclusion.end() :].strip()}".strip() + "\n"
+    return f"{marks.answer} {body[conclusion.end() :].strip()}".strip() + "\n"
 
 
 def _nodes(drafts: Sequence[_Draft], task: Task, tokenize: Callable[[str, str], list[int]]) -> list[Node]:

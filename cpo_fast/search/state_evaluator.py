@@ -17,7 +17,8 @@ from typing import Any
 from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine import Answer, Requests, Sample, SampleRequest, ScoreRequest, Search
 from cpo_fast.tasks import Prompts, Question
-from cpo_fast.tasks.task import IMPOSSIBLE, LIKELY
+from cpo_fast.tasks.folding import fold
+from cpo_fast.tasks.task_file import IMPOSSIBLE, LIKELY
 
 
 def state_digest(token_ids: Sequence[int]) -> str:
@@ -106,7 +107,7 @@ class Evaluator:
         config = self._config
         self.num_tokens += sum(sample.num_tokens for sample in samples)
         texts = [sample.text for sample in samples]
-        labels = [parse_verdict(text) for text in texts]  # None is recorded, and counted
+        labels = [parse_verdict(text, self._prompts.task.labels) for text in texts]  # None is recorded, and counted
         meaning = {LIKELY: config.value_likely, IMPOSSIBLE: config.value_impossible}
         if config.unparseable == "drop":
             values = [meaning[label] for label in labels if label is not None]
@@ -116,14 +117,18 @@ class Evaluator:
         return Verdict(sum(values) / len(values) if values else None, records)
 
 
-def parse_verdict(text: str) -> str | None:
-    """The label a sampled verdict line consists of, or None.
+def parse_verdict(text: str, labels: tuple[str, str] = (LIKELY, IMPOSSIBLE)) -> str | None:
+    """What a sampled verdict line says, likely or impossible, or None.
 
     Case and one full stop at the end do not matter. "unlikely", "not impossible", "likely or impossible" and
     explanations are not verdicts.
+
+    Args:
+        labels: what the task calls likely and impossible.
     """
-    word = text.strip().removesuffix(".").lower()
-    return word if word in (LIKELY, IMPOSSIBLE) else None
+    word = fold(text).removesuffix(".").lower()
+    meaning = zip((fold(label).lower() for label in labels), (LIKELY, IMPOSSIBLE), strict=True)
+    return next((verdict for label, verdict in meaning if label == word), None)
 
 
 def num_unparseable(evaluations: Sequence[dict[str, Any]]) -> int:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
-from cpo_fast.tasks.task import ANSWER_MARK, IMPOSSIBLE, LIKELY, VERDICT_CUE, Question, Task
+from cpo_fast.tasks.task import Question, Task
 from cpo_fast.tree import Prompt
 
 # what the prompts of these two have in common is what the prompts of all questions have in common: it depends on no
@@ -73,22 +73,23 @@ class Prompts:
         return self.encode_text(self.text(question) + lines)
 
     def verdict_text(self, question: Question, lines: Sequence[str]) -> str:
-        """The prompt that ` likely` or ` impossible` follows. Ends in `VERDICT_CUE`. `lines` are the state's thoughts."""
+        """The prompt that a label follows. Ends in the task's `verdict_cue`. `lines` are the state's thoughts."""
         prompt = self.task.evaluator_prompt(question, lines)
         # in a chat the cue opens the assistant's turn, so that the label is the next thing the model says
-        return self._user_turn(prompt.removesuffix(VERDICT_CUE)) + VERDICT_CUE if self.chat else prompt
+        cue = self.task.verdict_cue
+        return self._user_turn(prompt.removesuffix(cue)) + cue if self.chat else prompt
 
     def labels(self, verdict_text: str) -> tuple[list[int], list[list[int]]]:
         """Ids of an evaluator prompt and of its two labels (likely, impossible, with the leading space)."""
         plain = self.encode_text(verdict_text)
         # together with the prompt: a tokenizer that joins or splits at the boundary is scored on the ids it would produce
-        whole = [self.encode_text(f"{verdict_text} {label}") for label in (LIKELY, IMPOSSIBLE)]
+        whole = [self.encode_text(f"{verdict_text} {label}") for label in self.task.labels]
         length = min(common_prefix_length(plain, ids) for ids in whole)
         return plain[:length], [ids[length:] for ids in whole]
 
     def one_of_each(self, question: Question) -> list[list[int]]:
         """Ids of three prompts of a question: for a thought, for a verdict on a step, and for one on an answer."""
-        verdicts = [self.verdict_text(question, lines) for lines in ((), (f"{ANSWER_MARK} 0\n",))]
+        verdicts = [self.verdict_text(question, lines) for lines in ((), (f"{self.task.answer_mark} 0\n",))]
         return [self.encode(question), *map(self.encode_text, verdicts)]
 
     def encode_text(self, text: str) -> list[int]:

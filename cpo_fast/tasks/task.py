@@ -1,30 +1,26 @@
-"""What every task family gives: questions, the text of prompts for thoughts and verdicts, and the meaning of an answer.
+"""What a task gives: questions, the text of prompts for thoughts and verdicts, and the meaning of an answer.
 
-A chain is lines, `Step 1: ...` and so on, the last one `Answer: ...`. A thought is one line including its newline. A
-family is one file: it reads a row, parses an answer line, scores an answer, and holds the demonstrations.
+A chain is lines, `Step 1: ...` and so on, the last one `Answer: ...`. A thought is one line including its newline. The
+words and the way rows and answers are read come from a task file (`task_file`). A subclass says what a file cannot: it
+overrides `read_row`, `parse_answer`, `score_answer` or another method.
 """
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from cpo_fast.errors import DataError
-from cpo_fast.rows import is_hub, read_question_rows
+from cpo_fast.rows import first_value, is_hub, read_question_rows, row_id, row_text
+from cpo_fast.tasks.folding import fold
+from cpo_fast.tasks.task_file import IMPOSSIBLE, LIKELY, Judged, TaskFile, Verdicts
 
 logger = logging.getLogger(__name__)
 
-ANSWER_MARK = "Answer:"
-QUESTION_MARK = "Question:"
-CLAIM_MARK = "Claim:"
-# ends every evaluator prompt; naming both labels leaves fewer verdicts that are something else (seen with a 135M
-# model, which after a bare "Verdict:" tends to write the answer)
-VERDICT_CUE = "Is the last line likely or impossible? It is"
-LIKELY = "likely"
-IMPOSSIBLE = "impossible"
+# what a model runs on into, whatever its task: the marks of the data sets that ship
+_QUESTION_MARKS = ("Question:", "Claim:")
 
 
 @dataclass(frozen=True)
@@ -55,47 +51,98 @@ class Question:
     gold: str | None = None
 
 
-class Task(ABC):
-    """A task: a data set's name and the family it belongs to.
+class Task:
+    """A task.
 
-    Attributes:
-        name: what `task.name` says.
+    Args:
+        name: what `task.name` says, or a file's name with its hash.
+        file: its words, and how its rows and answers are read.
         demonstration_seed: draws the order of the chain-of-thought demonstrations. None keeps the written one.
         evaluator_seed: the same for the demonstrations of verdicts.
-        question_mark: what stands before a question.
+
+    Attributes:
+        reader: reads and scores answers.
+        question_mark, answer_mark: what stands before a question and an answer.
+        verdict_cue: ends every evaluator prompt.
+        labels: what likely and impossible are called there.
         vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
         main_metric: the entry of `score_answer` that decides `is_correct`.
-        demonstrations: four questions with their chains.
-        step_verdicts, conclusion_verdicts: four states each, ending in a step or in an answer line, with verdicts.
     """
 
-    question_mark: ClassVar[str] = QUESTION_MARK
-    vote_by: ClassVar[Literal["value", "count"]] = "value"
-    main_metric: ClassVar[str]
-    demonstrations: ClassVar[Demonstrations]
-    step_verdicts: ClassVar[Demonstrations]
-    conclusion_verdicts: ClassVar[Demonstrations]
-
-    def __init__(self, name: str, demonstration_seed: int | None = None, evaluator_seed: int | None = None) -> None:
+    def __init__(
+        self, name: str, file: TaskFile, demonstration_seed: int | None = None, evaluator_seed: int | None = None
+    ) -> None:
         self.name = name
+        self.file = file
         self.demonstration_seed = demonstration_seed
         self.evaluator_seed = evaluator_seed
+        self.reader = file.answer.reader()
+        self.question_mark, self.answer_mark = file.marks.question, file.marks.answer
+        self.verdict_cue = file.verdict.cue
+        self.labels = (file.verdict.likely, file.verdict.impossible)
+        self.vote_by = file.vote
+        self.main_metric = self.reader.main_metric
+        self._demonstrations = Demonstrations(
+            file.instruction, tuple("\n".join(chain.lines(file.marks)) for chain in file.demonstrations)
+        )
+        self._step_verdicts, self._conclusion_verdicts = map(
+            self._verdicts, (file.step_verdicts, file.conclusion_verdicts)
+        )
 
-    @abstractmethod
+    def _verdicts(self, verdicts: Verdicts) -> Demonstrations:
+        def block(state: Judged) -> str:
+            label = self.labels[(LIKELY, IMPOSSIBLE).index(state.verdict)]
+            return "\n".join([*state.lines(self.file.marks), f"{self.verdict_cue} {label}"])
+
+        return Demonstrations(verdicts.instruction, tuple(map(block, verdicts.demonstrations)))
+
     def read_row(self, row: dict[str, Any], place: str) -> Question | None:
         """The question of one row, or None for a row that is no data (a header). Raises DataError naming `place`."""
+        header = self.file.rows.header
+        is_header = bool(header) and all(row.get(column) == value for column, value in header.items())
+        if is_header or (row and all(value in (None, "") for value in row.values())):  # an empty line of a table
+            return None
+        text = self._question_text(row, place)
+        return Question(row_id(row, text, place), text, self._gold(row, place))
 
-    @abstractmethod
+    def _question_text(self, row: dict[str, Any], place: str) -> str:
+        columns = self.file.rows.question
+        for joined in columns:
+            if isinstance(joined, tuple) and row.get(joined[0]) is not None:
+                parts = [row.get(column) for column in joined]
+                if not all(isinstance(part, str) for part in parts):
+                    raise DataError(f"{place}: expected text in {' and '.join(map(repr, joined))}")
+                text = " ".join(str(part).strip() for part in parts).strip()
+                if not text:
+                    raise DataError(f"{place}: the question is empty; delete the row")
+                return text
+        return row_text(row, [column for column in columns if isinstance(column, str)] or columns[0], place)
+
+    def _gold(self, row: dict[str, Any], place: str) -> str | None:
+        rows = self.file.rows
+        value = first_value(row, rows.answer)
+        if value is None or value == "":  # as in test sets
+            return None
+        try:
+            after = rows.answer_after
+            return self.reader.gold(value.rpartition(after)[2] if after and isinstance(value, str) else value)
+        except ValueError as error:
+            what = rows.answer[0].lower()
+            raise DataError(f"{place}: the {what} {value!r} {error}; mend it, or leave the {what} out") from None
+
     def parse_answer(self, line: str) -> str | None:
-        """The normalised answer of an `Answer: ...` line, or None if it is not one or holds no readable answer."""
+        """The normalised answer of an answer line, or None if it is not one or holds no readable answer."""
+        return self.reader.read(fold(line).removeprefix(fold(self.answer_mark))) if self.is_answer_line(line) else None
 
-    @abstractmethod
     def score_answer(self, answer: str | None, gold: str) -> dict[str, float]:
         """Every metric that applies, each from 0 to 1. Both sides are normalised first. None scores 0 everywhere."""
+        return self.reader.scores(answer, gold)
 
     def may_repeat(self, row: dict[str, Any]) -> bool:
         """Whether the format of `row` gives one question in several rows, or no ids to tell equal questions apart."""
-        return False
+        rows = self.file.rows
+        answer = str(first_value(row, rows.answer))
+        return bool(rows.answer_after and rows.answer_after in answer) or any(key in row for key in rows.repeated_with)
 
     def load(self, path: str | Path, limit: int | None = None, skip: int = 0) -> list[Question]:
         """Questions in file order, without the first `skip`, at most `limit`.
@@ -135,31 +182,31 @@ class Task(ABC):
         return list(questions.values())[skip:end]
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
-        """Whether an answer is right by the family's main metric, which None never is."""
+        """Whether an answer is right by the main metric, which None never is."""
         return answer is not None and self.score_answer(answer, gold)[self.main_metric] == 1.0
 
     # each of the three ends with a blank line
     @property
     def few_shot(self) -> str:
         """The demonstrations, shared by every question."""
-        return self.demonstrations.text(self.demonstration_seed)
+        return self._demonstrations.text(self.demonstration_seed)
 
     @property
     def few_shot_evaluator(self) -> str:
         """The verdicts on steps, shared by every state that ends in a step."""
-        return self.step_verdicts.text(self.evaluator_seed)
+        return self._step_verdicts.text(self.evaluator_seed)
 
     @property
     def few_shot_conclusion_evaluator(self) -> str:
         """The verdicts on answers, shared by every state that ends in an answer line."""
-        return self.conclusion_verdicts.text(self.evaluator_seed)
+        return self._conclusion_verdicts.text(self.evaluator_seed)
 
     def prompt(self, question: Question) -> str:
         """Few-shot text and the question. Ends in a newline, and the first thought follows."""
         return f"{self.few_shot}{self.question_mark} {question.text}\n"
 
     def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
-        """Few-shot verdicts and the state to judge. Ends in `VERDICT_CUE`, and ` likely` or ` impossible` follows.
+        """Few-shot verdicts and the state to judge. Ends in `verdict_cue`, and a label follows.
 
         A state whose last line (of `lines`, its thoughts) is an answer line gets the demonstrations for conclusions.
         """
@@ -167,11 +214,11 @@ class Task(ABC):
         few_shot = self.few_shot_conclusion_evaluator if concludes else self.few_shot_evaluator
         # whitespace around a line aside: a verdict is about what it says, and its tokens are not trained
         state = "".join(f"{line.strip()}\n" for line in lines)
-        return f"{few_shot}{self.question_mark} {question.text}\n{state}{VERDICT_CUE}"
+        return f"{few_shot}{self.question_mark} {question.text}\n{state}{self.verdict_cue}"
 
     def is_answer_line(self, line: str) -> bool:
-        return line.strip().startswith(ANSWER_MARK)
+        return fold(line).startswith(fold(self.answer_mark))
 
     def leaves_question(self, line: str) -> bool:
         """Whether a thought starts another question, as a model does that runs on in the few-shot format."""
-        return line.strip().startswith((QUESTION_MARK, CLAIM_MARK))
+        return line.strip().startswith((self.question_mark, *_QUESTION_MARKS))

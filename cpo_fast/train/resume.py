@@ -15,6 +15,7 @@ from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
 from cpo_fast.errors import CheckpointError, ConfigError
+from cpo_fast.tasks import task_name
 
 # keys of section train that say how and where to compute, or what to write, and not what to compute
 FREE = frozenset(
@@ -53,6 +54,8 @@ def training_identity(config: Config, base: str, dtype: str, examples: Sequence[
                 values[f"{section}.{key}"] = value
     if config.train.stop_on == "accuracy":  # the best adapter and patience go by these chains
         values |= {f"task.{key}": value for key, value in config.task.model_dump(mode="json").items()}
+        if config.task.file or config.task.module:
+            values["task"] = task_name(config.task)  # their content decides, and not their path alone
         values |= {"eval.max_new_tokens": config.eval.max_new_tokens, "search.max_steps": config.search.max_steps}
     return values | {
         "model": base,

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpo_fast.tasks.answers import contains, exact_match, f1_score, is_number, normalise_number, normalise_words
+from cpo_fast.tasks.answers import contains, exact_match, f1_score, is_number, normalise_words
+from cpo_fast.tasks.numbers import normalise_number
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,18 @@ def test_the_normal_form_is_its_own_normal_form(text):
         ("1984-85", "198485"),
         ("The The", "the the"),
         ("A", "a"),
-        ("...", ""),
+        ("...", "..."),
+        ("!!!", "!!!"),
+        ("Beyonce\u0301", "beyonc\u00e9"),
+        ("O\u2019Brien", "obrien"),
+        ("2009\u20132010", "20092010"),
+        ("\u201320", "-20"),
+        ("minus 5", "-5"),
+        ("1\u00bd", "1.5"),
+        ("2 million people", "2000000 people"),
+        ("\u00bfQu\u00e9?", "qu\u00e9"),
+        ("Hawai\u02bbi", "hawaii"),
+        ("\uff21\uff22\uff23", "abc"),
         ("", ""),
     ],
 )
@@ -196,6 +208,20 @@ def test_normal_forms(text, form):
         ("yes and no", "yes", False),
         ("they are not", "no", False),
         ("there is no evidence", "no", False),
+        ("no one", "no", False),
+        ("No doubt", "no", False),
+        ("nobody", "no", False),
+        ("Yes Minister", "yes", False),
+        ("yes (both of them)", "yes", False),
+        ("Yes - both of them", "yes", True),
+        ("No.", "no", True),
+        ("No, yes", "no", False),
+        ("2 million", "2", False),
+        ("1\u00bd", "1", False),
+        ("Beyonce\u0301 Knowles", "Beyonc\u00e9", True),
+        ("the band O\u00b4Brien", "O'Brien", True),
+        ("!!!", "!!!", True),
+        ("???", "!!!", False),
         ("12", "2", False),
         ("1912", "12", False),
         ("in 1,912", "1912", True),
@@ -228,6 +254,12 @@ def test_nothing_is_not_equal_to_nothing():
     assert not exact_match("", "")
     assert not exact_match("...", "!!!")
     assert f1_score("", "") == 0.0
+
+
+def test_an_answer_without_words_is_compared_as_it_stands():
+    assert exact_match("!!!", " !!! ")
+    assert f1_score("!!!", "!!!") == 1.0
+    assert not exact_match("!!!", "!!")
 
 
 @pytest.mark.parametrize(

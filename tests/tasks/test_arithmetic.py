@@ -7,7 +7,7 @@ import pytest
 
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.tasks import Question, get_task
-from cpo_fast.tasks.task import VERDICT_CUE
+from cpo_fast.tasks.task_file import VERDICT_CUE
 
 TASK = get_task("svamp")
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from cpo_fast.tasks import Question, get_task
-from cpo_fast.tasks.task import VERDICT_CUE, Demonstrations
+from cpo_fast.tasks.task import Demonstrations
+from cpo_fast.tasks.task_file import VERDICT_CUE
 
 FAMILIES = ["svamp", "bamboogle", "fever"]
 GOLDS = {"svamp": "4", "bamboogle": "Rome", "fever": "REFUTES"}

@@ -6,9 +6,9 @@ import pytest
 
 from cpo_fast.errors import DataError
 from cpo_fast.tasks import Question, get_task
-from cpo_fast.tasks.fact_verification import NOT_ENOUGH_INFO, REFUTES, SUPPORTS
 
 TASK = get_task("fever")
+SUPPORTS, REFUTES, NOT_ENOUGH_INFO = "SUPPORTS", "REFUTES", "NOT ENOUGH INFO"
 
 
 def _jsonl(path, *rows):
@@ -71,7 +71,8 @@ def test_own_files_may_say_claim_or_question_and_label_or_answer(tmp_path, row):
         ({"claim": "C.", "label": "not SUPPORTS"}, "is none of"),
         ({"label": "SUPPORTS"}, r"q\.jsonl:1: expected text in 'claim' or 'question'"),
         ({"claim": ["C."], "label": "SUPPORTS"}, "expected text"),
-        ({"claim": "", "label": ""}, "the claim is empty"),
+        ({"claim": "", "label": "SUPPORTS"}, "the claim is empty"),
+        ({"claim": "", "label": ""}, "holds no question"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, message):

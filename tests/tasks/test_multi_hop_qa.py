@@ -45,7 +45,6 @@ def test_bamboogle_is_a_table_with_quoted_commas_and_lines(tmp_path):
         (b"Question,Answer\nA?,b\nWho, then?,c\n", r"\.csv:3: more fields than the header"),
         (b"Question,Answer\nA?,b\n,c\n", r"\.csv:3: the question is empty"),
         (b"Frage,Antwort\nA?,b\n", r"\.csv:2: expected text in 'question' or 'Question'"),
-        (b"Question,Answer\nA?,!!!\n", r"\.csv:2: the answer '!!!' is no text"),
         (b"Question,Answer\nA?,b\nA?,b\n", r"\.csv:3: .*already at .*\.csv:2"),
         (b"Question,Answer\n\xff,b\n", r"\.csv: the file is not UTF-8"),
         (b"Question,Answer\n" + b"x" * 200_000 + b",b\n", r"\.csv:2: the line is not valid CSV"),
@@ -59,7 +58,7 @@ def test_a_bad_line_of_a_table_is_named(tmp_path, content, message):
         TASK.load(path)
 
 
-@pytest.mark.parametrize("answer", ["true", '["a", "b"]', '""'])
+@pytest.mark.parametrize("answer", ["true", '["a", "b"]', "NaN"])
 def test_an_answer_that_is_no_text_is_refused(tmp_path, answer):
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"question": "Who?", "answer": {answer}}}\n', encoding="utf-8")
@@ -75,13 +74,30 @@ def test_an_answer_that_is_no_text_is_refused(tmp_path, answer):
         ("Answer: Malcolm X", "malcolm x"),
         ("Answer: Taylor - Burton", "taylor burton"),
         ("Answer: 1,912", "1912"),
-        ("Answer: ?", None),
+        ("Answer: !!!", "!!!"),
+        ("Answer: No, both were born in Bonn.", "no"),
+        ("Answer: no one", "no one"),
+        ("Answer\uff1a Beyonce\u0301", "beyonc\u00e9"),
         ("Answer:", None),
         ("Step 2: Her stepmother gave no Answer: Rome", None),
     ],
 )
 def test_an_answer_line_is_read_whole(line, answer):
     assert TASK.parse_answer(line) == answer
+
+
+def test_odd_rows_of_released_files_are_read(tmp_path):
+    """HotpotQA's dev set has the band `!!!`; a hidden answer may be empty; tables end in rows of commas."""
+    rows = [{"_id": "1", "question": "Which band?", "answer": "!!!"}, {"_id": "2", "question": "Who?", "answer": ""}]
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    band, hidden = TASK.load(path)
+    assert (band.gold, hidden.gold) == ("!!!", None)
+    assert TASK.is_correct(TASK.parse_answer("Answer: !!!\n"), band.gold)
+    assert not TASK.is_correct(TASK.parse_answer("Answer: ???\n"), band.gold)
+    path = tmp_path / "b.csv"
+    path.write_text("Question,Answer\nA?,b\n,\n,\n", encoding="utf-8")
+    assert len(TASK.load(path)) == 1
 
 
 def test_answers_are_one_group_only_if_they_are_equal():

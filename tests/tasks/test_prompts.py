@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cpo_fast.errors import ConfigError
 from cpo_fast.tasks import Prompts, Question, Task, common_prefix_length, encode_prompt, get_task
-from cpo_fast.tasks.task import VERDICT_CUE
+from cpo_fast.tasks.task_file import VERDICT_CUE
 from tests.tiny import tiny_tokenizer
 
 TASK = get_task("bamboogle")
