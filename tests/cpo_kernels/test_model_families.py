@@ -40,6 +40,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.integrations.transformers.hook import cpo_tree_attention
 from cpo_kernels.tree_attention import Window, attention_layer
 from tests.cpo_kernels.padded_oracle import pair_sequences, relative_error, trained_gradients, worst_gradient_error
 from tests.tiny import random_pairs, tiny_llama, tiny_model, with_lora
@@ -311,6 +312,19 @@ def test_float32_weights_under_autocast_are_no_further_from_float32_than_stock(
         found = gradients(model, logps)
         errors.append(relative_error(*(torch.cat([g[name].flatten() for name in expected]) for g in (found, expected))))
     assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_under_autocast_reads_rounded_inputs_and_adds_up_in_float32(dtype: torch.dtype, impl: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3)]
+    options: dict[str, Any] = {"subtree_end": torch.full((20,), 20, dtype=torch.int32), "tree_impl": impl}
+    with torch.autocast("cpu", dtype):
+        got, _ = cpo_tree_attention(nn.Module(), *inputs, None, **options)
+    want, _ = cpo_tree_attention(nn.Module(), *(each.to(dtype) for each in inputs), None, **options)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("change", ["cap", "key", "rows"])
