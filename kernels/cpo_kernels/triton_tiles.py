@@ -150,6 +150,32 @@ def apply_tree_mask(
 
 
 @triton.jit
+def apply_window(
+    scores: tl.tensor,  # [queries, keys] or [keys, queries]
+    row_depths: tl.tensor,  # int32, a row or a column
+    key_depths: tl.tensor,  # int32, the other
+    window: tl.tensor,
+) -> tl.tensor:
+    """The scores where the key stands less than `window` above the row on its path, elsewhere -inf."""
+    return tl.where(row_depths - key_depths < window, scores, float("-inf"))
+
+
+@triton.jit
+def accurate_tanh(x: tl.tensor) -> tl.tensor:
+    """tanh in float32 to about two units in the last place, near zero too, where exponentials would cancel.
+
+    Below 0.625 the polynomial of Cephes' tanhf (Moshier, 1989), above it 1 - 2 / (exp(2 x) + 1), which saturates.
+    """
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)  # 2 log2(e)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * series, far)
+
+
+@triton.jit
 def online_softmax_step(
     maximum: tl.tensor,  # [Q] fp32, of the scores so far, -inf before the first
     total: tl.tensor,  # [Q] fp32, sum of 2^(score - maximum)
