@@ -94,12 +94,12 @@ nb::tuple split_pairs(Input<int64_t> tokens, Input<int64_t> offsets, Input<int64
 }
 
 nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t block_kv, int64_t num_heads,
-                       int64_t num_kv_heads) {
+                       int64_t num_kv_heads, int64_t window) {
     cpo::Schedule schedule;
     {
         nb::gil_scoped_release unlocked;
         schedule = cpo::tree_schedule(subtree_end.data(), static_cast<int64_t>(subtree_end.shape(0)), block_q, block_kv,
-                                      num_heads, num_kv_heads);
+                                      num_heads, num_kv_heads, window);
     }
     const Shared<cpo::Schedule> shared(std::move(schedule));
     nb::dict arrays;
@@ -120,6 +120,7 @@ nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t bloc
     arrays["segment_start"] = shared.view(&cpo::Schedule::segment_start);
     arrays["segment_stop"] = shared.view(&cpo::Schedule::segment_stop);
     arrays["segment_end"] = shared.view(&cpo::Schedule::segment_end);
+    arrays["depths"] = shared.view(&cpo::Schedule::depths);
     return arrays;
 }
 
@@ -138,7 +139,7 @@ NB_MODULE(_csrc, module) {
     module.def("split_pairs", &split_pairs, "tokens"_a, "offsets"_a, "prompt_lengths"_a, "max_tokens"_a,
                "tokens int64 [N], offsets int64 [2 P + 1], prompt_lengths int64 [P] -> (order, batch_offsets, batch_tokens)");
     module.def("tree_schedule", &tree_schedule, "subtree_end"_a, "block_q"_a, "block_kv"_a, "num_heads"_a, "num_kv_heads"_a,
-               "subtree_end int32 [T] -> the arrays of a TreeSchedule by name");
+               "window"_a = 0, "subtree_end int32 [T] -> the arrays of a TreeSchedule by name, and depths [T] with a window");
     module.def("validate_subtree_end", &validate_subtree_end, "subtree_end"_a,
                "ValueError unless subtree_end int32 [T] describes nested subtrees in depth-first preorder");
 }

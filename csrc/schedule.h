@@ -26,6 +26,7 @@ struct Schedule {
     std::vector<int32_t> segment_start;    // [N] first row of the run
     std::vector<int32_t> segment_stop;     // [N] one past its last row
     std::vector<int32_t> segment_end;      // [N] subtree_end of its rows
+    std::vector<int32_t> depths;           // [T] rows above each row on its own path; empty without a window
 };
 
 // Throws std::invalid_argument naming the row unless i < subtree_end[i] <= T and the intervals [i, subtree_end[i])
@@ -34,7 +35,10 @@ void validate_subtree_end(const int32_t* subtree_end, int64_t num_rows);
 
 // Time O(T + visited blocks). Validates subtree_end; throws std::invalid_argument for a block size below 1 too, and for
 // heads that are no multiple of the key heads. The heads decide only how the work on dK and dV is cut.
+// With a window, 0 for none, blocks are skipped that no row sees through it and full where all rows see all keys. The time
+// is then that of the rows that would see each block without it; kv_query_stop is one past the last row that sees the
+// block, [kv_full_start, kv_full_stop) the first rows that see all of it, and the work leaves out rows that see nothing.
 Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t block_q, int64_t block_kv, int64_t num_heads,
-                       int64_t num_kv_heads);
+                       int64_t num_kv_heads, int64_t window);
 
 }  // namespace cpo

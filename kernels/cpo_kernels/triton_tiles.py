@@ -150,6 +150,17 @@ def apply_tree_mask(
 
 
 @triton.jit
+def apply_window(
+    scores: tl.tensor,  # [queries, keys] or [keys, queries]
+    row_depths: tl.tensor,  # int32, a row or a column
+    key_depths: tl.tensor,  # int32, the other
+    window: tl.tensor,
+) -> tl.tensor:
+    """The scores where the key stands less than `window` above the row on its path, elsewhere -inf."""
+    return tl.where(row_depths - key_depths < window, scores, float("-inf"))
+
+
+@triton.jit
 def accurate_tanh(x: tl.tensor) -> tl.tensor:
     """tanh in float32 to about two units in the last place, near zero too, where exponentials would cancel.
 

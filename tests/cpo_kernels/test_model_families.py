@@ -288,8 +288,8 @@ def test_checkpointed_layers_keep_their_windows(reentrant: bool) -> None:
 
 def test_window_is_refused_by_an_implementation_without_one() -> None:
     q = torch.zeros(3, 1, 8)
-    with pytest.raises(ValueError, match="impl='triton' computes no sliding window"):
-        attention_layer(q, q, q, torch.full((3,), 3), None, None, "triton", Window(torch.arange(3), 2))
+    with pytest.raises(ValueError, match="impl='flash' computes no sliding window"):
+        attention_layer(q, q, q, torch.full((3,), 3), None, None, "flash", Window(torch.arange(3), 2))
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpo_kernels.forest import build_forest
-from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, validate_subtree_end
+from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, validate_subtree_end, window_schedule
 
 
 def random_subtree_end(rng: np.random.Generator, num_rows: int) -> torch.Tensor:
@@ -42,9 +42,9 @@ def lists(offsets: torch.Tensor, blocks: torch.Tensor) -> list[list[int]]:
     return [blocks[a:b].tolist() for a, b in pairwise(bounds)]
 
 
-def check_against_brute_force(end: torch.Tensor, schedule: TreeSchedule) -> None:
-    mask, block_q, block_kv = dense_mask(end), schedule.block_q, schedule.block_kv
-    num_rows = end.numel()
+def check_lists(mask: np.ndarray, schedule: TreeSchedule) -> np.ndarray:
+    """The mask, padded to whole key blocks, after a check of the full and partial lists against it."""
+    num_rows, block_q, block_kv = len(mask), schedule.block_q, schedule.block_kv
     # keys beyond the line count as unseen, so a ragged key block can never be full
     padded = np.pad(mask, ((0, 0), (0, -num_rows % block_kv)))
     full, partial = [], []
@@ -55,7 +55,11 @@ def check_against_brute_force(end: torch.Tensor, schedule: TreeSchedule) -> None
         partial.append(np.flatnonzero(tiles.any(axis=(0, 2)) & ~is_full).tolist())
     assert lists(schedule.full_offsets, schedule.full_blocks) == full
     assert lists(schedule.partial_offsets, schedule.partial_blocks) == partial
+    return padded
 
+
+def check_against_brute_force(end: torch.Tensor, schedule: TreeSchedule) -> None:
+    padded, block_kv = check_lists(dense_mask(end), schedule), schedule.block_kv
     for block in range(padded.shape[1] // block_kv):
         keys = padded[:, block * block_kv : (block + 1) * block_kv]
         seeing = range(int(schedule.kv_query_start[block]), int(schedule.kv_query_stop[block]))
@@ -72,6 +76,28 @@ def test_schedule_equals_brute_force(block_q: int, block_kv: int, num_rows: int)
     for _ in range(4):
         end = random_subtree_end(rng, num_rows)
         check_against_brute_force(end, tree_schedule(end, block_q, block_kv))
+
+
+@pytest.mark.parametrize("window", [1, 40, 10**6])
+@pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (3, 7)])
+def test_schedule_under_a_window_equals_brute_force(blocks: tuple[int, int], window: int) -> None:
+    """Lists exactly; a piece of work visits whole query blocks, and every row that sees its keys is in one piece."""
+    rng = np.random.default_rng(window)
+    for num_rows in (1, 129, 777):
+        end = random_subtree_end(rng, num_rows)
+        schedule, derived = window_schedule(tree_schedule(end, *blocks), window, (4, 2))
+        mask = dense_mask(end)
+        depths = mask.sum(axis=1) - 1
+        assert derived.depths.tolist() == depths.tolist()
+        padded = check_lists(mask & (depths[:, None] - depths[None] < window), schedule)
+        visits = np.zeros((padded.shape[1] // blocks[1], num_rows), int)
+        for block, start, stop in zip(schedule.work_block, schedule.work_start, schedule.work_stop, strict=True):
+            visits[block, start : start + -(-(stop - start) // blocks[0]) * blocks[0]] += 1
+        for block in range(len(visits)):
+            keys = padded[:, block * blocks[1] : (block + 1) * blocks[1]]
+            assert (visits[block][keys.any(axis=1)] == 1).all()
+            assert visits[block].max() == 1
+            assert keys[int(schedule.kv_full_start[block]) : int(schedule.kv_full_stop[block])].all()
 
 
 def test_blocks_larger_than_the_line_and_blocks_of_one_row() -> None:

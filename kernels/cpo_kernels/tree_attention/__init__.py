@@ -15,11 +15,11 @@ from cpo_kernels.tree_attention.check import check_tree_attention
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.reference import tree_attention_reference
-from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule
+from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, window_schedule
 from cpo_kernels.tree_attention.window import Window
 
 # implementations that compute a `Window`, a soft-cap and sinks
-WINDOWED = ("reference", "eager")
+WINDOWED = ("reference", "eager", "triton")
 
 __all__ = [
     "WINDOWED",
@@ -108,7 +108,7 @@ def attention_layer(
     if impl == "flash":
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
     if impl == "triton":
-        return _triton(q, k, v, schedule, scale)
+        return _triton(q, k, v, schedule, scale, window, softcap, sinks)
     assert impl == "eager", impl
     runs = key_runs(schedule, q.shape[1], q.device)
     return _apply(EagerTreeAttention, q, k, v, runs, scale, window, softcap, sinks)
@@ -120,7 +120,16 @@ def _apply(function: Any, *arguments: Any) -> torch.Tensor:
     return result
 
 
-def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSchedule, scale: float) -> torch.Tensor:
+def _triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: TreeSchedule,
+    scale: float,
+    window: Window | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"tree_attention: expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if schedule.subtree_end.device != q.device:
@@ -130,7 +139,14 @@ def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: TreeSch
         )
     from cpo_kernels.tree_attention.triton import TritonTreeAttention  # loads Triton: only when it is asked for
 
-    return _apply(TritonTreeAttention, q, k, v, schedule, scale)
+    if window is None and softcap is None and sinks is None:
+        return _apply(TritonTreeAttention, q, k, v, schedule, scale)
+    if window is not None:
+        given = window.depths
+        schedule, window = window_schedule(schedule, window.size, (q.shape[1], k.shape[1]))
+        if given.is_cpu and not torch.equal(given.to(torch.int32), window.depths):
+            raise ValueError("tree_attention: expected window.depths to be each row's place on its own path")
+    return _apply(TritonTreeAttention, q, k, v, schedule, scale, window, softcap, sinks)
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor) -> None:

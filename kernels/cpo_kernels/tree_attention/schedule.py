@@ -7,6 +7,9 @@ every visible score and masks only where it must. The rows that see a key block 
 dV therefore walk [n0, emax) and need no list, only pieces of work. A range much longer than the others is cut into
 parts, by the heads of the attention too, whose sums are added afterwards in the order of the parts.
 
+Under a sliding window `window_schedule` leaves out the blocks that no row sees through it. Its tests are exact too; the
+rows that see a key block are then several ranges, those less than four query blocks apart taken as one and masked.
+
 Computed by csrc in O(T + visited blocks). A schedule makes attention faster and never changes what it means.
 """
 
@@ -20,6 +23,7 @@ import torch
 
 import cpo_kernels._csrc as _csrc
 from cpo_kernels.device import to_device
+from cpo_kernels.tree_attention.window import Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +100,47 @@ def tree_schedule(
             size is below 1, or the query heads are no multiple of the key heads.
     """
     arrays = _csrc.tree_schedule(_host_array(subtree_end), block_q, block_kv, *heads)
-    num_parts = int(arrays["split_offsets"][-1])
+    return _from_arrays(subtree_end, (block_q, block_kv), arrays).to(subtree_end.device)
+
+
+def window_schedule(schedule: TreeSchedule, size: int, heads: tuple[int, int]) -> tuple[TreeSchedule, Window]:
+    """What a schedule becomes under a sliding window, made once for all layers and kept with it. No device is waited for.
+
+    Its `kv_query_start` and `kv_query_stop` still bound the rows that see a key block, but rows between them may not, and
+    the pieces of work leave most of those out. `kv_full_start` and `kv_full_stop` bound the first of the rows that see
+    all keys: others may follow.
+
+    Args:
+        schedule: of a forest.
+        size: of the window.
+        heads: as of `tree_schedule`, of the attention.
+
+    Returns:
+        The schedule, on the device of the given one, with the same blocks, and the window with depths [T] int32 there.
+    """
+    device = schedule.subtree_end.device
+    key = ("window", size, heads, device)
+    if key not in schedule.host_derived:
+        lengths = schedule.host_segment_stop - schedule.host_segment_start
+        ends = torch.repeat_interleave(schedule.host_segment_end, lengths)
+        arrays = _csrc.tree_schedule(ends.numpy(), *schedule.blocks, *heads, window=size)
+        depths = to_device(torch.from_numpy(arrays["depths"]), device)
+        windowed = _from_arrays(ends, schedule.blocks, arrays).to(device, schedule.subtree_end)
+        schedule.host_derived[key] = (windowed, Window(depths, size))
+    derived: tuple[TreeSchedule, Window] = schedule.host_derived[key]
+    return derived
+
+
+def _from_arrays(
+    subtree_end: torch.Tensor, blocks: tuple[int, int], arrays: dict[str, np.ndarray[Any, Any]]
+) -> TreeSchedule:
     tensors: dict[str, Any] = {
         f"host_{name}" if name.startswith("segment_") else name: torch.from_numpy(array)
         for name, array in arrays.items()
+        if name != "depths"
     }
-    schedule = TreeSchedule(subtree_end=subtree_end, block_q=block_q, block_kv=block_kv, num_parts=num_parts, **tensors)
-    return schedule.to(subtree_end.device)
+    num_parts = int(arrays["split_offsets"][-1])
+    return TreeSchedule(subtree_end=subtree_end, block_q=blocks[0], block_kv=blocks[1], num_parts=num_parts, **tensors)
 
 
 def validate_subtree_end(subtree_end: torch.Tensor) -> None:

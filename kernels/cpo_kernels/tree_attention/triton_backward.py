@@ -6,8 +6,10 @@ With p = 2^(scale log2(e) q . k - lse), dp = dout . v and delta = dout . out, ov
     dv[j] = sum_i p[i, j] dout[i]       ds = p (dp - delta)
     dq[i] = scale sum_j ds[i, j] k[j]   dk[j] = scale sum_i ds[i, j] q[i]
 
-The probabilities are made again from the forward's log-sum-exp. Every gradient is written once by one program that sums
-in a fixed order, query heads of a group and parts of a query range included: no atomics, bitwise repeatable.
+The probabilities are made again from the forward's log-sum-exp. A soft-cap multiplies ds by its slope 1 - (s / c)^2. A
+sink is in the log-sum-exp, and its own gradient needs no kernel (`sink_gradient`). A window is a further mask. Every
+gradient is written once by one program that sums in a fixed order, query heads of a group and parts of a query range
+included: no atomics, bitwise repeatable.
 
 dq: one program makes one tile of query rows of one head over the key blocks that the schedule lists for them, as in the
 forward: first the full ones, without a mask and without bounds, then the partial ones.
@@ -19,17 +21,23 @@ a prompt that nearly all rows see, it writes float32 sums to a workspace, and a 
 their order. The cut does not depend on the device, so neither do the bits.
 """
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
+from cpo_kernels.tree_attention.triton_forward import feature_arguments, score_factor
+from cpo_kernels.tree_attention.window import Window, sink_gradient
 from cpo_kernels.triton_tiles import (
     EXACT_TILES,
     INTERPRETED,
-    LOG2_E,
     Tile,
+    accurate_tanh,
     apply_tree_mask,
+    apply_window,
     as_operand,
     by_rows,
     choose_tile,
@@ -84,17 +92,22 @@ def tree_attention_backward(
     schedule: TreeSchedule,
     scale: float,
     needs: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of q, k and v from the gradient of the output.
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k and v, and of sinks, from the gradient of the output.
 
     Args:
         grad_out: in the dtype of q, any strides.
-        q, k, v, schedule, scale: as given to the forward.
+        q, k, v, schedule, scale, window, softcap: as given to the forward.
         out, lse: as returned by it.
         needs: which of dq, dk and dv are wanted. dk and dv come together, so that wanting one makes both.
+        sinks: as given to the forward, or None where they need no gradient.
 
     Returns:
-        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q, each None where it is not wanted.
+        dq [T, H, D], dk and dv [T, Hkv, D], contiguous, in the dtype of q, and dsinks [H] in the dtype of sinks, each None
+        where it is not wanted.
     """
     num_rows, num_heads, head_dim = q.shape
     grad_out, q, k, v = by_rows(grad_out), by_rows(q), by_rows(k), by_rows(v)
@@ -104,13 +117,15 @@ def tree_attention_backward(
         grad_out, out, delta, num_rows, num_heads, *grad_out.stride()[:2], BLOCK_Q=DELTA_ROWS, **constants
     )
     inputs = (q, k, v, grad_out, lse, delta)
-    sizes = (num_rows, num_heads, num_heads // k.shape[1], scale * LOG2_E, scale)
+    grad_sinks = None if sinks is None else sink_gradient(sinks, lse * math.log(2), delta)
+    sizes = (num_rows, num_heads, num_heads // k.shape[1], score_factor(scale, softcap), scale)
+    features = feature_arguments(window, softcap)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2])
-    grad_q = launch_grad_q(inputs, schedule, sizes, strides, constants) if needs[0] else None
+    grad_q = launch_grad_q(inputs, schedule, sizes, strides, constants, features) if needs[0] else None
     if not (needs[1] or needs[2]):
-        return grad_q, None, None
-    grad_k, grad_v = launch_grad_kv(inputs, schedule, sizes, strides, constants)
-    return grad_q, grad_k if needs[1] else None, grad_v if needs[2] else None
+        return grad_q, None, None, grad_sinks
+    grad_k, grad_v = launch_grad_kv(inputs, schedule, sizes, strides, constants, features)
+    return grad_q, grad_k if needs[1] else None, grad_v if needs[2] else None, grad_sinks
 
 
 def launch_grad_q(
@@ -119,6 +134,7 @@ def launch_grad_q(
     sizes: tuple[int | float, ...],  # num_rows, num_heads, group, scale_log2, scale
     strides: tuple[int, ...],  # of rows and heads of q, k, v and grad_out
     constants: dict[str, int | bool],
+    features: dict[str, Any],  # of `feature_arguments`
 ) -> torch.Tensor:
     """dq [T, H, D], contiguous, in the dtype of q."""
     q = inputs[0]
@@ -132,7 +148,7 @@ def launch_grad_q(
         schedule.full_offsets, schedule.full_blocks, schedule.partial_offsets, schedule.partial_blocks,
         *sizes, *strides, BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
         TILES_PER_Q=schedule.block_q // tile.block_q, TILES_PER_KV=schedule.block_kv // tile.block_kv,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **constants, **features,
     )  # fmt: skip
     return grad_q
 
@@ -143,6 +159,7 @@ def launch_grad_kv(
     sizes: tuple[int | float, ...],  # num_rows, num_heads, group, scale_log2, scale
     strides: tuple[int, ...],  # of rows and heads of q, k, v and grad_out
     constants: dict[str, int | bool],
+    features: dict[str, Any],  # of `feature_arguments`
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv [T, Hkv, D], contiguous, in the dtype of k."""
     q, k, v = inputs[:3]
@@ -160,7 +177,7 @@ def launch_grad_kv(
             schedule.work_block, schedule.work_start, schedule.work_stop, schedule.work_part,
             schedule.kv_full_start, schedule.kv_full_stop, *sizes, *strides,
             BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv, TILES_PER_KV=tiles_per_kv, WITH_K=with_k, WITH_V=with_v,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **constants, **features,
         )  # fmt: skip
     if schedule.num_parts > 0:
         sum_tiles = schedule.block_kv // SUM_ROWS
@@ -191,7 +208,7 @@ def _delta_kernel(
     tl.store(delta_ptr + head * num_rows + rows, delta, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _grad_q_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, Hkv, D]
@@ -214,6 +231,9 @@ def _grad_q_kernel(
     grad_out_row_stride, grad_out_head_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     TILES_PER_Q: tl.constexpr, TILES_PER_KV: tl.constexpr, UPCAST: tl.constexpr,
+    depths_ptr=None,  # [T] int32
+    window=None,
+    cap_log2=None,  # softcap log2(e); scale_log2 is then scale / softcap
 ) -> None:  # fmt: skip
     """dq of one query tile and head, over the full and the partial key blocks of its schedule block."""
     tile_index = tl.program_id(0) // num_heads
@@ -227,6 +247,8 @@ def _grad_q_kernel(
     lse = tl.load(lse_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
     delta = tl.load(delta_ptr + head * num_rows + rows, mask=rows < num_rows, other=0.0)
 
+    if depths_ptr is not None:
+        row_depths = tl.load(depths_ptr + rows, mask=rows < num_rows, other=0)
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     block_q = tile_index // TILES_PER_Q
     for masked in tl.static_range(2):  # full blocks, then partial ones
@@ -240,13 +262,22 @@ def _grad_q_kernel(
             tile = listed_tile(blocks_ptr, step + 1, last, TILES_PER_KV)  # ahead: copies wait for no list
             k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            if cap_log2 is not None:
+                capped = accurate_tanh(scores)
+                scores = capped * cap_log2
+            scores = scores - lse[:, None]
             if masked == 1:
                 ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
                 scores = apply_tree_mask(scores, rows[:, None], keys[None, :], ends[None, :])
+                if depths_ptr is not None:
+                    key_depths = tl.load(depths_ptr + keys, mask=keys < num_rows, other=0)
+                    scores = apply_window(scores, row_depths[:, None], key_depths[None, :], window)
             weights = tl.exp2(scores)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
             grad_scores = weights * (grad_weights - delta[:, None])
+            if cap_log2 is not None:
+                grad_scores *= 1.0 - capped * capped
             grad_q = tl.dot(as_operand(grad_scores, k_ptr.dtype.element_ty, UPCAST), k, grad_q, input_precision="ieee")
     store_rows(grad_q_ptr, grad_q * scale, rows, head, num_heads, num_rows, HEAD_DIM, BLOCK_D, UPCAST)
 
@@ -267,6 +298,7 @@ def _add_queries(
     q_row_stride, grad_out_row_stride, num_rows, scale_log2,
     BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    depths_ptr, key_depths, window, cap_log2,
 ):  # fmt: skip
     """Add one tile of queries of one head to dk (without its scale) and dv, with MASKED only the visible pairs."""
     offsets = tl.arange(0, BLOCK_Q)
@@ -283,9 +315,16 @@ def _add_queries(
     else:
         lse = tl.load(lse_ptr + rows)
         delta = tl.load(delta_ptr + rows)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]  # [BLOCK_KV, BLOCK_Q]
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_KV, BLOCK_Q]
+    if cap_log2 is not None:
+        capped = accurate_tanh(scores)
+        scores = capped * cap_log2
+    scores = scores - lse[None, :]
     if MASKED:
         scores = apply_tree_mask(scores, rows[None, :], keys[:, None], ends[:, None])
+        if depths_ptr is not None:
+            row_depths = tl.load(depths_ptr + rows, mask=rows < num_rows, other=0)
+            scores = apply_window(scores, row_depths[None, :], key_depths[:, None], window)
     weights = tl.exp2(scores)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     if WITH_V:
@@ -293,11 +332,13 @@ def _add_queries(
     if WITH_K:
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
         grad_scores = weights * (grad_weights - delta[None, :])
+        if cap_log2 is not None:
+            grad_scores *= 1.0 - capped * capped
         grad_k = tl.dot(as_operand(grad_scores, dtype, UPCAST), q, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _grad_kv_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, Hkv, D]
@@ -325,6 +366,9 @@ def _grad_kv_kernel(
     grad_out_row_stride, grad_out_head_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     TILES_PER_KV: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, UPCAST: tl.constexpr,
+    depths_ptr=None,  # [T] int32
+    window=None,
+    cap_log2=None,  # softcap log2(e); scale_log2 is then scale / softcap
 ) -> None:  # fmt: skip
     """dk and dv of one key tile and key head, over the rows of a piece of work and the query heads of the group."""
     num_kv_heads = num_heads // group
@@ -339,6 +383,9 @@ def _grad_kv_kernel(
     k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
     v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, True, UPCAST)
 
+    key_depths = None
+    if depths_ptr is not None:
+        key_depths = tl.load(depths_ptr + keys, mask=keys < num_rows, other=0)
     start, stop = tl.load(work_start_ptr + work), tl.load(work_stop_ptr + work)
     full_start, full_stop = tl.load(full_start_ptr + block), tl.load(full_stop_ptr + block)
     num_steps = tl.cdiv(stop - start, BLOCK_Q)
@@ -362,6 +409,7 @@ def _grad_kv_kernel(
                     q_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                     q_row_stride, grad_out_row_stride, num_rows, scale_log2,
                     BLOCK_Q, HEAD_DIM, BLOCK_D, WITH_K, WITH_V, phase != 1, UPCAST,
+                    depths_ptr, key_depths, window, cap_log2,
                 )  # fmt: skip
     part = tl.load(work_part_ptr + work)
     if part < 0:

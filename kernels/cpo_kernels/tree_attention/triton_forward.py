@@ -8,6 +8,10 @@ first the full ones, without a mask and without bounds, then the partial ones un
 blocks that no row of the tile sees are never read. The softmax is the online one in base 2, with maximum, sum and
 weighted values in float32. log2 of the sum of exponentials is kept for the backward.
 
+What a model has beyond this is an argument that is None where it has not: the machine code is then without it. A window
+is a further mask of partial blocks, by depth. A soft-cap c makes the scores c tanh(scale q . k / c) before the mask. A
+sink is where the online softmax of a row starts: its maximum, a sum of 1 and no values.
+
 A NaN or an infinity among the values of a hidden row that shares a partial block with visible ones is multiplied by zero
 and spreads.
 """
@@ -17,12 +21,15 @@ import triton
 import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
+from cpo_kernels.tree_attention.window import Window
 from cpo_kernels.triton_tiles import (
     EXACT_TILES,
     INTERPRETED,
     LOG2_E,
     Tile,
+    accurate_tanh,
     apply_tree_mask,
+    apply_window,
     by_rows,
     choose_tile,
     listed_tile,
@@ -57,6 +64,9 @@ def tree_attention_forward(
     v: torch.Tensor,  # [T, Hkv, D]
     schedule: TreeSchedule,
     scale: float,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [H]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output and what the backward needs of the softmax.
 
@@ -64,10 +74,13 @@ def tree_attention_forward(
         q, k, v: bfloat16, float16 or float32, all the same, any strides. Hkv divides H.
         schedule: of the same forest, on the device of q. Its block sizes are powers of two >= 16.
         scale: factor on q . k.
+        window: with `schedule`, as `window_schedule` gives both.
+        softcap: positive, of the scores.
+        sinks: floating point, on the device of q.
 
     Returns:
         out [T, H, D] contiguous, in the dtype of q, and lse [H, T] float32: log2 of the sum over visible keys of
-        exp(scale * q . k).
+        exp(score), and of exp(sink) where there is one.
 
     Raises:
         ValueError: head size, dtype or block sizes that no kernel is made for.
@@ -82,16 +95,32 @@ def tree_attention_forward(
     _forward_kernel[(triton.cdiv(num_rows, tile.block_q) * num_heads,)](
         q, k, v, out, lse, schedule.subtree_end,
         schedule.full_offsets, schedule.full_blocks, schedule.partial_offsets, schedule.partial_blocks,
-        num_rows, num_heads, num_heads // k.shape[1], scale * LOG2_E,
+        num_rows, num_heads, num_heads // k.shape[1], score_factor(scale, softcap),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_Q=tile.block_q, BLOCK_KV=tile.block_kv,
         TILES_PER_Q=schedule.block_q // tile.block_q, TILES_PER_KV=schedule.block_kv // tile.block_kv,
         UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        sinks_ptr=None if sinks is None else sinks.to(torch.float32).contiguous(),
+        **feature_arguments(window, softcap),
     )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+def score_factor(scale: float, softcap: float | None) -> float:
+    """What kernels multiply q . k by: scores in base 2, or what a soft-cap takes the tanh of."""
+    return scale * LOG2_E if softcap is None else scale / softcap
+
+
+def feature_arguments(window: Window | None, softcap: float | None) -> dict[str, torch.Tensor | int | float | None]:
+    """Arguments of the kernels of both directions for a window and a soft-cap, None for what is not there."""
+    return {
+        "depths_ptr": None if window is None else window.depths,
+        "window": None if window is None else window.size,
+        "cap_log2": None if softcap is None else softcap * LOG2_E,
+    }
+
+
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _forward_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, Hkv, D]
@@ -106,10 +135,14 @@ def _forward_kernel(
     num_rows,
     num_heads,
     group,  # query heads per key head
-    scale_log2,
+    scale_log2,  # or, with cap_log2, scale / softcap
     q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     TILES_PER_Q: tl.constexpr, TILES_PER_KV: tl.constexpr, UPCAST: tl.constexpr,
+    depths_ptr=None,  # [T] int32
+    window=None,
+    cap_log2=None,  # softcap log2(e)
+    sinks_ptr=None,  # [H] fp32
 ) -> None:  # fmt: skip
     """Output and log-sum-exp of one query tile and head. Neighbouring programs are heads, whose rows are adjacent."""
     tile_index = tl.program_id(0) // num_heads
@@ -122,6 +155,11 @@ def _forward_kernel(
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if sinks_ptr is not None:
+        maximum = tl.zeros([BLOCK_Q], tl.float32) + tl.load(sinks_ptr + head) * 1.4426950408889634
+        total = tl.full([BLOCK_Q], 1.0, tl.float32)
+    if depths_ptr is not None:
+        row_depths = tl.load(depths_ptr + rows, mask=rows < num_rows, other=0)
     block_q = tile_index // TILES_PER_Q
     for masked in tl.static_range(2):  # full blocks, then partial ones
         offsets_ptr = partial_offsets_ptr if masked else full_offsets_ptr
@@ -135,9 +173,14 @@ def _forward_kernel(
             k = load_rows(k_head_ptr, keys, k_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             v = load_rows(v_head_ptr, keys, v_row_stride, num_rows, HEAD_DIM, BLOCK_D, masked == 1, UPCAST)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_Q, BLOCK_KV]
+            if cap_log2 is not None:
+                scores = accurate_tanh(scores) * cap_log2
             if masked == 1:
                 ends = tl.load(end_ptr + keys, mask=keys < num_rows, other=0)
                 scores = apply_tree_mask(scores, rows[:, None], keys[None, :], ends[None, :])
+                if depths_ptr is not None:
+                    key_depths = tl.load(depths_ptr + keys, mask=keys < num_rows, other=0)
+                    scores = apply_window(scores, row_depths[:, None], key_depths[None, :], window)
             maximum, total, acc = online_softmax_step(
                 maximum, total, acc, scores, v, v_ptr.dtype.element_ty, masked == 1, UPCAST
             )
