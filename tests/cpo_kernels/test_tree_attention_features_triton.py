@@ -137,18 +137,23 @@ def test_only_sinks_get_a_gradient() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("size", [1e-4, 0.1, 0.6, 0.65, 3.0, 40.0])
-def test_softcap_is_exact_at_every_size(size: float) -> None:
-    """One row sees two keys: its log-odds are the difference of two capped scores, to float32's own rounding."""
-    cap, scale = 50.0, 0.25
-    q = torch.tensor([[[0.0] * 16], [[1.0] + [0.0] * 15]], device=DEVICE)
-    k = torch.tensor([[[cap * size / scale] + [0.0] * 15], [[0.0] * 16]], device=DEVICE)
-    v = torch.tensor([[[1.0] * 16], [[0.0] * 16]], device=DEVICE)
-    ends = torch.tensor([2, 2], dtype=torch.int32, device=DEVICE)
-    schedule = tree_schedule(ends, 16, 16)
-    got = featured("triton", ends, schedule, None, cap)(q, k, v)[1, 0, 0].double()
-    want = torch.sigmoid(cap * torch.tanh(torch.tensor(size, dtype=torch.float64)))
-    assert abs(float(got - want)) < 3e-7
+def test_softcap_is_exact_at_every_size() -> None:
+    """Chains of two rows, whose second sees a capped score beside one of zero: its odds have no more error than the score.
+
+    An exponential alone is off near zero by float32's rounding of 50: by 1.1e-6 here.
+    """
+    cap, sizes = (
+        50.0,
+        torch.tensor([1e-4, 1e-3, 0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, -0.01, -0.03, 0.62, 0.63, 40.0]),
+    )
+    q, k, v = (torch.zeros(2 * len(sizes), 1, 16, device=DEVICE) for _ in range(3))
+    q[1::2, 0, 0] = 1.0
+    k[::2, 0, 0] = (cap / SCALE * sizes).to(DEVICE)
+    v[::2] = 1.0
+    ends = torch.arange(2, 2 * len(sizes) + 2, 2, dtype=torch.int32).repeat_interleave(2).to(DEVICE)
+    got = featured("triton", ends, tree_schedule(ends, 16, 16), None, cap)(q, k, v)[1::2, 0, 0].double().cpu()
+    want = torch.sigmoid(cap * torch.tanh(sizes.double()))
+    assert float((got - want).abs().max()) < 2e-7
 
 
 @runs_kernels

@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
-from cpo_kernels.tree_attention.triton_forward import feature_arguments, score_factor
-from cpo_kernels.tree_attention.window import Window, sink_gradient
+from cpo_kernels.tree_attention.window import Window, feature_arguments, score_factor, sink_gradient
 from cpo_kernels.triton_tiles import (
     EXACT_TILES,
     INTERPRETED,

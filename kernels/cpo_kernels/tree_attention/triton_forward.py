@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 
 from cpo_kernels.tree_attention.schedule import TreeSchedule
-from cpo_kernels.tree_attention.window import Window
+from cpo_kernels.tree_attention.window import Window, feature_arguments, score_factor
 from cpo_kernels.triton_tiles import (
     EXACT_TILES,
     INTERPRETED,
-    LOG2_E,
     Tile,
     accurate_tanh,
     apply_tree_mask,
@@ -104,20 +103,6 @@ def tree_attention_forward(
         **feature_arguments(window, softcap),
     )  # fmt: skip
     return out, lse
-
-
-def score_factor(scale: float, softcap: float | None) -> float:
-    """What kernels multiply q . k by: scores in base 2, or what a soft-cap takes the tanh of."""
-    return scale * LOG2_E if softcap is None else scale / softcap
-
-
-def feature_arguments(window: Window | None, softcap: float | None) -> dict[str, torch.Tensor | int | float | None]:
-    """Arguments of the kernels of both directions for a window and a soft-cap, None for what is not there."""
-    return {
-        "depths_ptr": None if window is None else window.depths,
-        "window": None if window is None else window.size,
-        "cap_log2": None if softcap is None else softcap * LOG2_E,
-    }
 
 
 @triton.jit(do_not_specialize=["num_rows", "window"])

@@ -3,9 +3,12 @@
 A window over a forest is counted in depth on a row's own path, because siblings stand between rows.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+
+LOG2_E = math.log2(math.e)
 
 
 class Window(NamedTuple):
@@ -31,3 +34,17 @@ def sink_gradient(
     """
     weights = torch.exp(sinks.to(delta.dtype).unsqueeze(1) - log_sum_exp)
     return -(weights * delta).sum(dim=1).to(sinks.dtype)
+
+
+def score_factor(scale: float, softcap: float | None) -> float:
+    """What kernels multiply q . k by: scores in base 2, or what a soft-cap takes the tanh of."""
+    return scale * LOG2_E if softcap is None else scale / softcap
+
+
+def feature_arguments(window: Window | None, softcap: float | None) -> dict[str, torch.Tensor | int | float | None]:
+    """Arguments of the kernels of both directions for a window and a soft-cap, None for what is not there."""
+    return {
+        "depths_ptr": None if window is None else window.depths,
+        "window": None if window is None else window.size,
+        "cap_log2": None if softcap is None else softcap * LOG2_E,
+    }
