@@ -7,9 +7,11 @@ is tokenised again. The same question gives the same prompt on every day and mac
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from cpo_fast.config import DataConfig
 from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
 from cpo_fast.tasks.task import ANSWER_MARK, IMPOSSIBLE, LIKELY, VERDICT_CUE, Question, Task
 from cpo_fast.tree import Prompt
@@ -18,11 +20,8 @@ from cpo_fast.tree import Prompt
 # question of a run, so a restart splits its forwards in the same places and rounds the same
 ANY_QUESTION, _ANOTHER = Question("", "A"), Question("", "7")
 
-# put before a template that asks for today's date: a run repeated tomorrow must ask the same
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | "
-    "replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') }}{%- endmacro -%}"
-)
+# what a template that asks for today's date is told: a run repeated tomorrow must read the same ids
+_DAY = datetime.fromisoformat(DataConfig().template_date)
 
 
 class Prompts:
@@ -111,13 +110,12 @@ class Prompts:
             ) from None
         content = content.rstrip()  # a template may or may not strip it; the turn must not depend on that
         try:
-            template: str = self.tokenizer.get_chat_template()
             text: str = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=False,  # the chain of steps is the thinking
-                chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
+                **template_clock(self.tokenizer.get_chat_template()),
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -127,6 +125,11 @@ class Prompts:
         if content not in text:
             raise ConfigError("task.chat: the tokenizer's chat template changes the user's text; set task.chat=false")
         return text
+
+
+def template_clock(template: Any) -> dict[str, Any]:
+    """What `apply_chat_template` is given so that a template which asks for the date is told `data.template_date`."""
+    return {"strftime_now": _DAY.strftime} if "strftime_now" in str(template) else {}
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
