@@ -220,9 +220,12 @@ def open_sources(config: Config, chat: bool) -> list[tuple[RowSource | TreeSourc
     mixture = config.data.mixture
     if not mixture and not config.data.path:
         raise ConfigError("data.path is empty; set it to trees, pairs or a preference set")
-    listed = [(item.path, item.columns) for item in mixture] or [(config.data.path, {})]
+    listed = [(item.path, {**config.data.columns, **item.columns}) for item in mixture]
     names = RESPONSES[config.train.method]
-    sources = [_open(path, config, Layout(names, {**config.data.columns, **more}, chat)) for path, more in listed]
+    sources = [
+        _open(path, config, Layout(names, {str(name): key for name, key in columns.items()}, chat))
+        for path, columns in listed or [(config.data.path, config.data.columns)]
+    ]
     total = config.pairs.num_questions
     if not mixture and total is None:
         return [(sources[0], set(sources[0].questions))]
