@@ -120,7 +120,7 @@ def _values_over_lines(content: bytes) -> list[tuple[int, Any]] | None:
     if not first.lstrip().startswith((b"{", b"[")):
         return None
     try:
-        json.loads(first)
+        json.JSONDecoder().decode(first.decode("utf-8", "replace"))
         return None  # the first line is a value of its own: the file is lines
     except (ValueError, RecursionError):
         pass

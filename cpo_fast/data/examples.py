@@ -18,7 +18,7 @@ from cpo_fast.config import Config
 from cpo_fast.data.layouts import NOT_A_RESPONSE
 from cpo_fast.errors import DataError, first_line
 from cpo_fast.rows import BadRow, Row
-from cpo_fast.tasks import common_prefix_length, encode_prompt, template_clock
+from cpo_fast.tasks import common_prefix_length, encode_prompt, with_clock
 
 Ids = tuple[int, ...]
 
@@ -239,10 +239,12 @@ def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[l
         # TRL takes tools as JSON text too
         options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
         options |= row.get("chat_template_kwargs") or {}
-        clock = template_clock([template, options.get("chat_template")])
+        if "strftime_now" in str(template) or "chat_template" in options:
+            named = tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
+            options["chat_template"] = with_clock(named)
 
         def render(messages: list[dict[str, Any]], **more: Any) -> str:
-            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **more, **clock, **options)
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
             return text
 
         # the prompt ends in the cue for an answer; in a sequence the template itself opens the response

@@ -100,7 +100,8 @@ class Layout:
                 raise BadRow(f"missing key '{name}'", self._hint(row, names))
         taken, turns = self._turns(values)
         made = {name: values[name] for name in self.responses}
-        messages = any(isinstance(values.get(name), list) for name in ("prompt", "messages", *self.responses))
+        messages = any(isinstance(values.get(name), list) for name in QUESTIONS)
+        messages |= any(_is_dialogue(values[name]) for name in self.responses)
         if turns is not None and (self.chat or messages):
             made = {name: _overlapping(turns, _as_turns(made[name])) for name in made}
             made["prompt"] = turns
@@ -176,7 +177,7 @@ class Layout:
             turns = _system_first(asked, values, used)
         elif isinstance(asked, str):
             beside = [name for name in ("system", "history") if name in values]
-            if question == "prompt" and not beside and not any(isinstance(values[n], list) for n in self.responses):
+            if question == "prompt" and not beside and not any(_is_dialogue(values[n]) for n in self.responses):
                 return used, None
             if question == "instruction" and "input" in values:
                 asked, used = "\n".join([asked, *_texts("input", values["input"])]), used | {"input"}
@@ -238,6 +239,10 @@ def _is_ours(key: str) -> bool:
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {})
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _role(message: Any) -> Any:

@@ -5,7 +5,7 @@ from cpo_fast.errors import ConfigError
 from cpo_fast.tasks.arithmetic import ArithmeticTask
 from cpo_fast.tasks.fact_verification import FactVerificationTask
 from cpo_fast.tasks.multi_hop_qa import MultiHopQATask
-from cpo_fast.tasks.prompts import Prompts, common_prefix_length, encode_prompt, template_clock
+from cpo_fast.tasks.prompts import Prompts, common_prefix_length, encode_prompt, with_clock
 from cpo_fast.tasks.task import Question, Task
 
 _FAMILIES: dict[str, type[Task]] = {
@@ -63,5 +63,5 @@ __all__ = [
     "get_task",
     "load_questions",
     "load_task",
-    "template_clock",
+    "with_clock",
 ]

@@ -20,8 +20,15 @@ from cpo_fast.tree import Prompt
 # question of a run, so a restart splits its forwards in the same places and rounds the same
 ANY_QUESTION, _ANOTHER = Question("", "A"), Question("", "7")
 
-# what a template that asks for today's date is told: a run repeated tomorrow must read the same ids
+# put before a template that asks for today's date: a run repeated tomorrow must read the same ids. A macro, as what is
+# given beside the messages may be made text; of the codes none gives a percent sign but the last
 _DAY = datetime.fromisoformat(DataConfig().template_date)
+_CODES = [f"%{code}" for code in ("-d", "-m", "-H", "-I", "-j", "-M", "-S", *"aAbBcdDeFHIjmMpRSTuUVwWxXyYZz", "%")]
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
+    + " }}{%- endmacro -%}"
+)
 
 
 class Prompts:
@@ -115,7 +122,7 @@ class Prompts:
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=False,  # the chain of steps is the thinking
-                **template_clock(self.tokenizer.get_chat_template()),
+                chat_template=with_clock(self.tokenizer.get_chat_template()),
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -127,9 +134,9 @@ class Prompts:
         return text
 
 
-def template_clock(template: Any) -> dict[str, Any]:
-    """What `apply_chat_template` is given so that a template which asks for the date is told `data.template_date`."""
-    return {"strftime_now": _DAY.strftime} if "strftime_now" in str(template) else {}
+def with_clock(template: str) -> str:
+    """The template, told that today is `data.template_date` where it asks."""
+    return _CLOCK + template if "strftime_now" in template else template
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
