@@ -218,7 +218,9 @@ class Layout:
         self.read_as[f"{kind}: {pairs}"] += 1
 
     def _hint(self, row: Row, names: Mapping[str, str]) -> str:
-        """What to do about a row without responses."""
+        """What to do about a row without responses, where the others may have none either."""
+        if "prompt" in names and any(name in names for name in self.responses):
+            return ""
         if "messages" in names:
             return (
                 f"'{names['messages']}' is one conversation, as ShareGPT has it: train.method=sft learns its last turn, a "
