@@ -4,7 +4,7 @@
     *.parquet                       through pyarrow
     *.csv                           with a header
     a JSON list                     told by its first character
-    JSON lines                      everything else
+    JSON lines                      everything else; training data may also be objects over several lines each
 
 Two readers share all of it. `read_question_rows` is strict: a file of questions is mended, so its first bad row raises.
 `read_rows` counts: in training data a bad row keeps its place and has a reason, so that it is counted with the others.
@@ -29,6 +29,7 @@ Row = dict[str, Any]
 
 HUB_PREFIX = "hub:"
 ID_FIELDS = ("id", "_id", "ID", "unique_id", "uid", "qid")
+_VALUE = re.compile(r"\S")  # where the next JSON value of a text begins
 _SPLIT = re.compile(r"(train|validation|dev|test)\w*(\[.*\])?")
 
 
@@ -86,7 +87,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     opens_list = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if path.lower().endswith(".csv"):
         yield from _csv_rows(path, content)
-    # in training data a .jsonl is lines whatever it holds, and one that is a list is counted as bad
+    # in training data a .jsonl is lines, unless its first line is no value and the whole file is
     elif opens_list and (strict or not path.endswith(".jsonl")):
         yield from _list_rows(path, content, strict)
     elif strict:
@@ -96,6 +97,13 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
 
 
 def _line_rows(path: str, content: bytes) -> Iterator[tuple[str, Row | BadRow]]:
+    values = _values_over_lines(content)
+    if values is not None:
+        listed = len(values) == 1 and isinstance(values[0][1], list)
+        items = list(enumerate(values[0][1], start=1)) if listed else values
+        for number, value in items:
+            yield f"{path}: item {number}" if listed else f"{path}:{number}", _object(value)
+        return
     # a line ends at a newline byte and nothing else: U+2028, form feeds and carriage returns are text
     for number, raw in enumerate(content.split(b"\n"), start=1):
         if raw.strip():
@@ -104,6 +112,30 @@ def _line_rows(path: str, content: bytes) -> Iterator[tuple[str, Row | BadRow]]:
             except BadRow as bad:
                 bad.text = raw.decode("utf-8", "backslashreplace")
                 yield f"{path}:{number}", bad
+
+
+def _values_over_lines(content: bytes) -> list[tuple[int, Any]] | None:
+    """(line it begins on, value) of every JSON value of a pretty-printed file, or None for anything else."""
+    first = next((line for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()), b"")
+    if not first.lstrip().startswith((b"{", b"[")):
+        return None
+    try:
+        json.JSONDecoder().decode(first.decode("utf-8", "replace"))
+        return None  # the first line is a value of its own: the file is lines
+    except (ValueError, RecursionError):
+        pass
+    decoder, values, line, place = json.JSONDecoder(object_pairs_hook=_unique), [], 1, 0
+    try:
+        text = content.decode("utf-8-sig")
+        while begin := _VALUE.search(text, place):
+            line += text.count("\n", place, begin.start())
+            value, end = decoder.raw_decode(text, begin.start())
+            values.append((line, value))
+            line, place = line + text.count("\n", begin.start(), end), end
+    except (BadRow, ValueError, RecursionError):
+        return None
+    # a broken line may be followed by the values that it would have held
+    return values if all(isinstance(value, dict | list) for _, value in values) else None
 
 
 def _list_rows(path: str, content: bytes, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:

@@ -200,10 +200,29 @@ class PairsConfig(Section):
     )
 
 
+# what data.columns can name (`cpo_fast.data.layouts.NAMES` says what each is)
+Columns = dict[
+    Literal[
+        "prompt",
+        "messages",
+        "instruction",
+        "input",
+        "system",
+        "history",
+        "tools",
+        "chosen",
+        "rejected",
+        "completion",
+    ],
+    str,
+]
+
+
 class MixtureItem(Section):
     """One data set of a mixture."""
 
     path: str = Field(description="as data.path")
+    columns: Columns = Field({}, description="as data.columns, for this data set")
     weight: float = Field(1.0, gt=0, description="its share of the questions, relative to the other items")
 
 
@@ -216,6 +235,14 @@ class DataConfig(Section):
         "hub:org/name[:config][:split]",
     )
     mixture: tuple[MixtureItem, ...] = Field((), description="several data sets with their shares, in place of path")
+    columns: Columns = Field(
+        {},
+        description="our names to your columns, where yours are not recognised: instruction: ask makes ask the user's "
+        "turn, prompt: ask the text that a response continues",
+    )
+    template_date: Literal["2024-07-26"] = Field(
+        "2024-07-26", description="the day that a chat template which asks for today's date is told, in every command"
+    )
     eos: Literal["final", "every", "never"] = Field(
         "final",
         description="where the model learns to stop: after the final answer only, after every response, or nowhere",

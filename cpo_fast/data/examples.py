@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpo_fast.config import Config
-from cpo_fast.errors import DataError
+from cpo_fast.data.layouts import NOT_A_RESPONSE
+from cpo_fast.errors import DataError, first_line
 from cpo_fast.rows import BadRow, Row
-from cpo_fast.tasks import common_prefix_length, encode_prompt
+from cpo_fast.tasks import common_prefix_length, encode_prompt, with_clock
 
 Ids = tuple[int, ...]
 
@@ -85,7 +86,11 @@ class RowParser:
                 raise BadRow("empty response", f"'{name}' has no tokens")
         if not conversational:  # its template ended a conversation already
             finals = [row.get(f"{name}_final", True) for name in self.names]
-            responses = [self._ended(ids, final) for ids, final in zip(responses, finals, strict=True)]
+            ended = [self._says_end(row.get(name)) for name in self.names]
+            responses = [
+                ids if end else self._ended(ids, final)
+                for ids, final, end in zip(responses, finals, ended, strict=True)
+            ]
         if len(set(responses)) < len(responses):  # texts that differ may have the same tokens
             raise BadRow("chosen equals rejected after tokenisation")
         self._check_length(len(prompt), max(len(ids) for ids in responses))
@@ -98,6 +103,11 @@ class RowParser:
         if self.config.eos == "never" or (self.config.eos == "final" and not final) or ids[-1] == eos:
             return ids
         return (*ids, eos)
+
+    def _says_end(self, response: Any) -> bool:
+        """Whether a text ends in end-of-sequence already, with or without white space after it."""
+        eos = self.tokenizer.eos_token
+        return bool(eos) and isinstance(response, str) and response.rstrip().endswith(eos)
 
     def _check_length(self, prompt_length: int, response_length: int) -> None:
         limit = self.config.max_length
@@ -162,11 +172,29 @@ def _encode(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[Ids, list[I
     if isinstance(row["prompt"], list):
         prompt, sequences = _conversation_ids(row, names, tokenizer)
     else:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        sequences = [encode_prompt(tokenizer, row["prompt"] + row[name]) for name in names]
+        responses = [_without_bos(tokenizer, row[name]) for name in names]
+        prompt = _text_ids(tokenizer, row["prompt"])
+        sequences = [_text_ids(tokenizer, row["prompt"] + response) for response in responses]
     # a token that merges across the boundary belongs to the response and is trained
     common = min(common_prefix_length(prompt, ids) for ids in sequences)
     return tuple(sequences[0][:common]), [tuple(ids[common:]) for ids in sequences], common < len(prompt)
+
+
+def _without_bos(tokenizer: Any, response: str) -> str:
+    """A response that was rendered by itself, without the beginning-of-sequence that belongs before the prompt alone."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return response.removeprefix(bos) if bos and bos != tokenizer.eos_token else response
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with one beginning- and one end-of-sequence, where the text and the tokenizer both write it."""
+    ids = encode_prompt(tokenizer, text)
+    bos, eos = getattr(tokenizer, "bos_token", None), tokenizer.eos_token
+    if bos and text.startswith(bos) and not text.startswith(bos + bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    if eos and text.endswith(eos) and not text.endswith(eos + eos) and ids[-2:] == [tokenizer.eos_token_id] * 2:
+        ids = ids[:-1]
+    return ids
 
 
 def _check_kind(row: Row, name: str) -> None:
@@ -181,10 +209,12 @@ def _check_kind(row: Row, name: str) -> None:
         for message in value:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise BadRow(f"'{name}' is not a conversation", "a message needs a 'role' and a 'content'")
-            if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
                 raise BadRow(f"'{name}' is not a conversation", "a message has no 'content'")
         if name == "prompt" and not value:
             raise BadRow("empty prompt")
+        if name != "prompt" and value and value[0]["role"] in NOT_A_RESPONSE:
+            raise BadRow(f"'{name}' begins with a turn of the {value[0]['role']}", "only what the model says is learnt")
     elif not isinstance(value, str):
         raise BadRow(f"'{name}' is not text", type(value).__name__)
 
@@ -201,19 +231,41 @@ def _is_blank(response: str | list[dict[str, Any]]) -> bool:
 def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     from jinja2 import TemplateError
 
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
         raise DataError("the data holds conversations, but the tokenizer has no chat template; use an instruct model")
     try:
         tools = row.get("tools")
         # TRL takes tools as JSON text too
         options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
         options |= row.get("chat_template_kwargs") or {}
+        if "strftime_now" in str(template) or "chat_template" in options:
+            named = tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
+            options["chat_template"] = with_clock(named)
 
-        def ids(messages: list[dict[str, Any]], **more: Any) -> list[int]:
-            encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more, **options)
-            return list(encoded["input_ids"])
+        def render(messages: list[dict[str, Any]], **more: Any) -> str:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **more, **options)
+            return text
 
         # the prompt ends in the cue for an answer; in a sequence the template itself opens the response
-        return ids(row["prompt"], add_generation_prompt=True), [ids(row["prompt"] + row[name]) for name in names]
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise BadRow("the chat template refuses the conversation", str(error)) from None
+        prompt = render(row["prompt"], add_generation_prompt=True)
+        sequences = [render(row["prompt"] + row[name]) for name in names]
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RecursionError):
+            raise
+        raise BadRow("the chat template refuses the conversation", first_line(error)) from None
+    for name, text in zip(names, sequences, strict=True):
+        for message in row["prompt"] + row[name]:
+            _check_shown(message, text)
+    # a template writes its own special tokens
+    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, *sequences)]
+    return ids[0], ids[1:]
+
+
+def _check_shown(message: dict[str, Any], text: str) -> None:
+    """Raise BadRow for a turn that the template leaves out or changes. What a model thought before it may be left out."""
+    content = message.get("content")
+    if message["role"] not in (*NOT_A_RESPONSE, "assistant") or message.get("tool_calls") or not content:
+        return
+    if content.rpartition("</think>")[2].strip() not in text:
+        raise BadRow("the chat template leaves out or changes what a turn says", f"of the {message['role']}")

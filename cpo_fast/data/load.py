@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.config import Config, PairsConfig
-from cpo_fast.data.examples import Example, RowParser, prompt_text, with_extracted_prompt
+from cpo_fast.data.examples import RESPONSES, Example, RowParser, prompt_text, with_extracted_prompt
+from cpo_fast.data.layouts import Layout
 from cpo_fast.data.pair_files import TreeFileReader, write_dropped
 from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError
@@ -25,9 +26,13 @@ from cpo_fast.rows import BadRow, Row, is_hub, read_rows
 
 logger = logging.getLogger(__name__)
 
+TOO_DEEP = BadRow("the JSON is nested too deeply")
 MAX_REASONS_SHOWN = 5  # in a message, while dropped.jsonl has them all
 
-SourceRow = tuple[str, str, Row | BadRow]  # (question or "" for a bad row, place, row)
+DUPLICATE = "duplicate"  # dropped and counted, but not bad
+
+# (question or "" for a bad row, place, the row as it stands in the file, the row as its layout reads it)
+SourceRow = tuple[str, str, Row | BadRow, Row | BadRow]
 
 
 @dataclass
@@ -66,18 +71,18 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
     parser = RowParser(config, tokenizer)
     loaded = LoadedExamples()
     first_place: dict[tuple[tuple[int, ...], ...], str] = {}
-    for source, questions in open_sources(config):
-        for question, place, row in source.rows(questions):
+    for source, questions in open_sources(config, bool(getattr(tokenizer, "chat_template", None))):
+        for question, place, row, read in source.rows(questions):
             try:
-                if isinstance(row, BadRow):
-                    raise row  # counted below, with those that parse to no example
-                group = _group(question, row, source.path, bool(config.data.mixture))
-                example, merged = parser.parse(row, place, group, source.implicit_prompt)
+                if isinstance(read, BadRow):
+                    raise read  # counted below, with those that parse to no example
+                group = _group(question, read, source.path, bool(config.data.mixture))
+                example, merged = parser.parse(read, place, group, source.implicit_prompt)
                 ids = (example.prompt_ids, *example.responses)
                 if ids in first_place:
-                    raise BadRow("duplicate", f"of {first_place[ids]}")
+                    raise BadRow(DUPLICATE, f"of {first_place[ids]}")
             except RecursionError:
-                loaded.dropped.append(_record(place, BadRow("the JSON is nested too deeply"), ""))
+                loaded.dropped.append(_record(place, TOO_DEEP, ""))
             except BadRow as bad:  # a line that is no object is kept as its text
                 loaded.dropped.append(_record(place, bad, bad.text if bad is row else row))
             else:
@@ -111,7 +116,9 @@ def _record(place: str, bad: BadRow, content: Any) -> Row:
 
 def _check_drop_rate(config: Config, loaded: LoadedExamples) -> None:
     label = config.data.path or "data.mixture"
-    num_dropped, total = len(loaded.dropped), len(loaded.examples) + len(loaded.dropped)
+    num_duplicates = loaded.dropped_by_reason.get(DUPLICATE, 0)
+    num_bad = len(loaded.dropped) - num_duplicates
+    total = len(loaded.examples) + num_bad  # of distinct rows: copies make no row better or worse
     if total == 0:
         if config.train.method == "sft":
             what = "example: no tree has a winning path"
@@ -119,13 +126,15 @@ def _check_drop_rate(config: Config, loaded: LoadedExamples) -> None:
             what = f"pair: by pairs.rule={config.pairs.rule} no winning path of its trees has a loser"
         raise DataError(f"{label}: no {what}; look at `cpo-fast pairs`, or collect more questions")
     # with no example left nothing can be trained, whatever data.max_drop allows
-    if not loaded.examples or num_dropped > config.data.max_drop * total:
+    if not loaded.examples or num_bad > config.data.max_drop * total:
         raise DataError(
-            f"{label}: {num_dropped} of {total} rows are bad, more than data.max_drop={config.data.max_drop} allows: "
+            f"{label}: {num_bad} of {total} rows are bad, more than data.max_drop={config.data.max_drop} allows: "
             f"{_reasons(loaded)}; mend the rows or raise the limit"
         )
-    if loaded.dropped:
-        logger.warning("%s: dropped %d of %d rows: %s", label, num_dropped, total, _reasons(loaded))
+    if num_duplicates:
+        logger.warning("%s: %d rows repeat an earlier row and are trained once", label, num_duplicates)
+    if num_bad:
+        logger.warning("%s: dropped %d of %d rows: %s", label, num_bad, total, _reasons(loaded))
     if loaded.num_merged_boundaries:
         logger.warning(
             "%s: in %d rows the prompt's last token merges with the response and is trained with it",
@@ -137,11 +146,12 @@ def _check_drop_rate(config: Config, loaded: LoadedExamples) -> None:
 def _reasons(loaded: LoadedExamples) -> str:
     """`3 like rows.jsonl:7: missing key 'chosen'`, the most frequent first."""
     parts = []
-    for reason, count in list(loaded.dropped_by_reason.items())[:MAX_REASONS_SHOWN]:
+    reasons = {reason: count for reason, count in loaded.dropped_by_reason.items() if reason != DUPLICATE}
+    for reason, count in list(reasons.items())[:MAX_REASONS_SHOWN]:
         first = next(row for row in loaded.dropped if row["reason"] == reason)
         detail = f" ({first['detail']})" if first["detail"] else ""
         parts.append(f"{count} like {first['source']}: {reason}{detail}")
-    more = len(loaded.dropped_by_reason) - len(parts)
+    more = len(reasons) - len(parts)
     return "; ".join(parts) + (f"; and {more} other reasons" if more else "")
 
 
@@ -153,12 +163,18 @@ class RowSource:
         implicit_prompt: no row has a prompt: it is the common beginning of chosen and rejected.
     """
 
-    def __init__(self, path: str, rows: Sequence[tuple[str, Row | BadRow]]) -> None:
+    def __init__(self, path: str, rows: Sequence[tuple[str, Row | BadRow]], layout: Layout) -> None:
         self.path = path
-        good = [row for _, row in rows if not isinstance(row, BadRow)]
+        layout.check_columns(path, [row for _, row in rows if not isinstance(row, BadRow)])
+        readings = [_read(row, layout) for _, row in rows]
+        layout.report(path)
+        good = [read for read in readings if not isinstance(read, BadRow)]
         self.implicit_prompt = not any("prompt" in row or "prompt_token_ids" in row for row in good)
-        self._rows = [(_question(row, self.implicit_prompt), place, row) for place, row in rows]
-        self.questions = [name for name in dict.fromkeys(name for name, _, _ in self._rows) if name]
+        self._rows = [
+            (_question(read, self.implicit_prompt), place, row, read)
+            for (place, row), read in zip(rows, readings, strict=True)
+        ]
+        self.questions = [name for name in dict.fromkeys(entry[0] for entry in self._rows) if name]
 
     def rows(self, questions: AbstractSet[str]) -> Iterator[SourceRow]:
         """The rows of these questions, and every row that names none because it is bad."""
@@ -182,11 +198,20 @@ class TreeSource:
         if reasons:
             unused = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             logger.info("%s: not used: %s", self.path, unused)
-        return ((row["tree"], f"{self.path}:{row['tree']}", row) for row in made.rows)
+        return ((row["tree"], f"{self.path}:{row['tree']}", row, row) for row in made.rows)
 
 
-def open_sources(config: Config) -> list[tuple[RowSource | TreeSource, set[str]]]:
-    """Every data set of the configuration with the questions to use of it.
+def _read(row: Row | BadRow, layout: Layout) -> Row | BadRow:
+    try:
+        return row if isinstance(row, BadRow) else layout.read(row)
+    except RecursionError:
+        return TOO_DEEP
+    except BadRow as bad:
+        return bad
+
+
+def open_sources(config: Config, chat: bool) -> list[tuple[RowSource | TreeSource, set[str]]]:
+    """Every data set of the configuration with the questions to use of it. `chat`: there is a chat template.
 
     Raises:
         ConfigError: no data is configured, or a share leaves a data set without a question.
@@ -195,7 +220,12 @@ def open_sources(config: Config) -> list[tuple[RowSource | TreeSource, set[str]]
     mixture = config.data.mixture
     if not mixture and not config.data.path:
         raise ConfigError("data.path is empty; set it to trees, pairs or a preference set")
-    sources = [_open(path, config) for path in [item.path for item in mixture] or [config.data.path]]
+    listed = [(item.path, {**config.data.columns, **item.columns}) for item in mixture]
+    names = RESPONSES[config.train.method]
+    sources = [
+        _open(path, config, Layout(names, {str(name): key for name, key in columns.items()}, chat))
+        for path, columns in listed or [(config.data.path, config.data.columns)]
+    ]
     total = config.pairs.num_questions
     if not mixture and total is None:
         return [(sources[0], set(sources[0].questions))]
@@ -216,7 +246,7 @@ def open_sources(config: Config) -> list[tuple[RowSource | TreeSource, set[str]]
     ]
 
 
-def _open(path: str, config: Config) -> RowSource | TreeSource:
+def _open(path: str, config: Config, layout: Layout) -> RowSource | TreeSource:
     """Read one data set. It holds trees if its first readable row has nodes."""
     rows = read_rows(path)
     begin: list[tuple[str, Row | BadRow]] = []
@@ -237,7 +267,7 @@ def _open(path: str, config: Config) -> RowSource | TreeSource:
         logger.warning(
             "%s holds no trees but rows, which are used as they are: no effect of %s", path, ", ".join(ignored)
         )
-    return RowSource(path, [*begin, *rows])
+    return RowSource(path, [*begin, *rows], layout)
 
 
 def apportion(weights: Sequence[float], sizes: Sequence[int], total: int | None) -> list[int]:

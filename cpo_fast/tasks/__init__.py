@@ -8,7 +8,7 @@ from pathlib import Path
 from cpo_fast.config import Config, TaskConfig
 from cpo_fast.errors import ConfigError, failure_detail
 from cpo_fast.files import short_hash
-from cpo_fast.tasks.prompts import Prompts, common_prefix_length, encode_prompt
+from cpo_fast.tasks.prompts import Prompts, common_prefix_length, encode_prompt, with_clock
 from cpo_fast.tasks.task import Question, Task
 from cpo_fast.tasks.task_file import TaskFile, read_task_file
 
@@ -140,4 +140,5 @@ __all__ = [
     "load_questions",
     "load_task",
     "task_name",
+    "with_clock",
 ]

@@ -7,9 +7,11 @@ is tokenised again. The same question gives the same prompt on every day and mac
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from cpo_fast.config import DataConfig
 from cpo_fast.errors import ConfigError, EnvironmentProblem, first_line
 from cpo_fast.tasks.task import Question, Task
 from cpo_fast.tree import Prompt
@@ -18,10 +20,14 @@ from cpo_fast.tree import Prompt
 # question of a run, so a restart splits its forwards in the same places and rounds the same
 ANY_QUESTION, _ANOTHER = Question("", "A"), Question("", "7")
 
-# put before a template that asks for today's date: a run repeated tomorrow must ask the same
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | "
-    "replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') }}{%- endmacro -%}"
+# put before a template that asks for today's date: a run repeated tomorrow must read the same ids. A macro, as what is
+# given beside the messages may be made text; of the codes none gives a percent sign but the last
+_DAY = datetime.fromisoformat(DataConfig().template_date)
+_CODES = [f"%{code}" for code in ("-d", "-m", "-H", "-I", "-j", "-M", "-S", *"aAbBcdDeFHIjmMpRSTuUVwWxXyYZz", "%")]
+_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _CODES)
+    + " }}{%- endmacro -%}"
 )
 
 
@@ -112,13 +118,12 @@ class Prompts:
             ) from None
         content = content.rstrip()  # a template may or may not strip it; the turn must not depend on that
         try:
-            template: str = self.tokenizer.get_chat_template()
             text: str = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=False,  # the chain of steps is the thinking
-                chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
+                chat_template=with_clock(self.tokenizer.get_chat_template()),
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -128,6 +133,11 @@ class Prompts:
         if content not in text:
             raise ConfigError("task.chat: the tokenizer's chat template changes the user's text; set task.chat=false")
         return text
+
+
+def with_clock(template: str) -> str:
+    """The template, told that today is `data.template_date` where it asks."""
+    return _CLOCK + template if "strftime_now" in template else template
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:

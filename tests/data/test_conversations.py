@@ -159,14 +159,14 @@ def test_bad_conversations_are_counted_by_reason(tmp_path: Path) -> None:
         {**good, "prompt": []},
         {**good, "chosen": []},
         {**good, "chosen": [say("assistant", " \n")]},
-        {**good, "chosen": "4"},
+        {**good, "chosen": 4},
         {**good, "chosen": [{"content": "4"}]},
         {**good, "chosen": [{"role": "assistant"}]},
         {**good, "prompt": ["hello"]},
         {**good, "rejected": good["chosen"]},
         {**good, "prompt": [say("tool", "x")]},
         {**good, "prompt": [say("user", "\ud800")]},
-        {"prompt": "a", "chosen": [say("assistant", "4")], "rejected": [say("assistant", "5")]},
+        {"prompt": "a", "chosen": [say("assistant", "4")], "rejected": 5},
     ]
     loaded = ours(rows, tmp_path / "rows.jsonl", tokenizer, max_drop=1.0)
     assert len(loaded.examples) == 1
@@ -178,7 +178,7 @@ def test_bad_conversations_are_counted_by_reason(tmp_path: Path) -> None:
         "chosen equals rejected": 1,
         "the chat template refuses the conversation": 1,
         "a text holds a lone surrogate": 1,
-        "'chosen' is not text": 1,
+        "'rejected' is not a conversation": 1,
     }
 
 
