@@ -134,7 +134,8 @@ def test_a_reader_that_goes_ends_a_command_without_a_word(arguments: list[str]) 
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test session in the background ignores it
 import cpo_fast.config.load as load
 def wait(*_):
     print("waits", flush=True)
