@@ -44,6 +44,7 @@ from cpo_kernels.integrations.transformers.proof import (
     shortest,
 )
 from cpo_kernels.integrations.trl import _route_forward
+from cpo_kernels.tree_attention import WINDOWED
 from tests.tiny import tiny_llama, tiny_mistral, tiny_model, with_lora
 
 ROWS = [list(range(3, 23)), [*range(3, 13), *range(40, 50)]]  # two paths of 20 tokens, shared to the tenth
@@ -185,16 +186,19 @@ def test_window_of_a_layer_is_the_one_that_it_runs_with(name: str) -> None:
     assert shortest(proved_windows(parts), parts.config) == (8, "a sliding window of 8")
     assert path_limit(parts) is None  # a search computes it
     check_path(parts, 9)
-    for impl in ("triton", "flash"):
-        check_path(parts, 8, impl)
-        with pytest.raises(ValueError, match=f"path of 9 tokens .* sliding window of 8 of decoder layer {layer}"):
-            check_path(parts, 9, impl)
+    for impl in WINDOWED:
+        check_path(parts, 9, impl)
+    check_path(parts, 8, "flash")
+    with pytest.raises(
+        ValueError, match=f"path of 9 tokens .* sliding window of 8 of decoder layer {layer}, .*'flash'"
+    ):
+        check_path(parts, 9, "flash")
 
 
 def test_packed_forward_asks_for_the_window_by_the_implementation_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, windowed = prepare(tiny_mistral()), prepare(tiny_mistral(sliding_window=8))
     score(policy, reference=windowed)
-    monkeypatch.setattr("cpo_kernels.integrations.transformers.packed.resolve_tree_attention", lambda *_: "triton")
+    monkeypatch.setattr("cpo_kernels.integrations.transformers.packed.resolve_tree_attention", lambda *_: "flash")
     for model, options in ((windowed, {}), (policy, {"reference": windowed})):
         with pytest.raises(ValueError, match="sliding window of 8 of decoder layer 0"):
             score(model, **options)

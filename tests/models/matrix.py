@@ -38,11 +38,11 @@ NUM_SHARED = 9  # tokens that all prompts begin with
 NO_WINDOW = 200  # tokens: longer than any path
 PARTS = ("training", "lora", "search")
 OWN_CODE = {"cpo_kernels", "cpo_fast"}
-# model type -> bound above BOUND. Gemma 4 does not divide its scores by the root of the head size: 2.8e-5 between packed
-# and stock, where stock itself is 1.3e-5 from its own float64 copy and packed 2.1e-5
-BOUNDS = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), 5e-5)
+# model types compared in float64 in training: their stock gradients in float32 are 1e-5 (Gemma 4, which does not divide its
+# scores by the root of the head size) to 3e-4 (Gemma 3n) from those of a float64 copy, and packed ones no further
+IN_FLOAT64 = ("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 # model type -> linear layers that PEFT itself cannot run once it has wrapped them
-NO_LORA = {"phimoe": r".*router"}  # it gives two tensors
+NO_LORA = dict.fromkeys(("phimoe", "llama4", "llama4_text"), r".*router")  # it gives two tensors
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def worst_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     return worst, where
 
 
-def compared(
-    packed: nn.Module, stock: nn.Module, bound: float = BOUND, seed: int = 0, impl: str | None = None
-) -> Result:
+def compared(packed: nn.Module, stock: nn.Module, seed: int = 0, impl: str | None = None) -> Result:
     """`packed`, prepared here, against `stock`: values and gradients, in the mode that they are in."""
     sequences, starts = forest(seed)
     got = packed_logps(prepare(packed, impl), sequences, starts, impl=impl).segment_logps
@@ -131,7 +129,7 @@ def compared(
     value = float((got - want).detach().double().norm() / want.detach().double().norm())
     gradient, where = worst_error(gradients(packed, got), gradients(stock, want))
     error = max(value, gradient)
-    if not error <= bound:
+    if not error <= BOUND:
         return Result("wrong", error, f"values {value:.1e}, gradient {gradient:.1e} of {where}")
     return Result("equal", error)
 
@@ -227,7 +225,10 @@ def attempted(part: Callable[[], Result], model: nn.Module) -> Result:
     except Exception as error:
         text = " ".join(str(error).split())
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not (isinstance(error, ValueError) and OWN_CODE & set(Path(last.filename).parts)):
+        unforeseen = (
+            "was not proved exact on a forest" in text and "ended in" in text
+        )  # what `prepare` made of any exception
+        if unforeseen or not (isinstance(error, ValueError) and OWN_CODE & set(Path(last.filename).parts)):
             return Result(
                 "crashed", text=f"{type(error).__name__}: {text[:300]} ({Path(last.filename).name}:{last.lineno})"
             )
@@ -285,19 +286,21 @@ def run(model_type: str, seed: int = 0, window: int = WINDOW, impl: str | None =
 def _run(model_type: str, seed: int, window: int, impl: str | None) -> Row:
     model = tiny_model(model_type, seed, window)
     row = Row(model_type, type(model).__name__, features(model))
-    stock, bound = copy.deepcopy(model), BOUNDS.get(model_type, BOUND)
+    stock = copy.deepcopy(model)
     proved = attempted(lambda: Result("equal" if prepare(model, impl) is model else "wrong"), model)
     if proved.outcome != "equal":
         row.results = dict.fromkeys(PARTS, proved)  # every part begins with this call
         return row
     row.results["search"] = attempted(lambda: searched(model, stock), model)
+    if model_type in IN_FLOAT64:
+        model, stock = model.double(), stock.double()
     for part in ("training", "lora"):
         if part == "lora":
             stock = with_lora(stock, model_type)
             model = copy.deepcopy(stock)
         for mode in (True, False):
             both = [each.train(mode) for each in (model, stock)]
-            result = attempted(functools.partial(compared, *both, bound=bound, seed=seed, impl=impl), model)
+            result = attempted(functools.partial(compared, *both, seed=seed, impl=impl), model)
             if mode:
                 row.results[part] = result
             elif result.outcome != "refused":

@@ -17,7 +17,7 @@ from cpo_kernels.integrations.transformers.hook import check_layers_seen, prepar
 from cpo_kernels.integrations.transformers.logits import final_logits
 from cpo_kernels.integrations.transformers.model import ModelParts, model_parts, peft_configs
 from cpo_kernels.integrations.transformers.projections import merge_projections
-from cpo_kernels.integrations.transformers.proof import proved_shapes, proved_windows
+from cpo_kernels.integrations.transformers.proof import proved_attention, proved_shapes, proved_windows
 from cpo_kernels.integrations.transformers.rotary import defer_rotation, deferred_rotation
 from cpo_kernels.tree_decode import DecodePlan, resolve_tree_decode
 
@@ -44,7 +44,16 @@ def fewer_kernels(model: torch.nn.Module) -> ModelParts:
 
 
 def arena_shapes(parts: ModelParts) -> list[tuple[int, int]]:
-    """Key heads and head size of the keys and values that each decoder layer of a prepared model stores."""
+    """Key heads and head size of the keys and values that each decoder layer of a prepared model stores.
+
+    Raises:
+        ValueError: a layer's keys and values alone are not what its attention needs in a search.
+    """
+    if layer := proved_attention(parts).chooses_blocks:
+        raise ValueError(
+            f"{layer} chooses among blocks of its row's keys by their place in the row: a search has rows of many states; "
+            "use an engine that runs the stock model"
+        )
     return [(shape.num_heads, shape.head_dim) for shape in proved_shapes(parts)]
 
 

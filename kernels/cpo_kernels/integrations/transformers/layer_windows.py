@@ -8,6 +8,7 @@ values are those of the tensors that the attention function really gets.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class LayerAttention:
         shapes: of each layer.
         heads: query heads and key heads of the first layer.
         capped, has_sinks: whether some layer hands its attention function a soft-cap, or sinks.
+        chooses_blocks: the first layer that chooses among blocks of its row's keys, by name. Empty: none does.
     """
 
     windows: dict[int, LayerWindow] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class LayerAttention:
     heads: tuple[int, int] = (1, 1)
     capped: bool = False
     has_sinks: bool = False
+    chooses_blocks: str = ""
 
 
 class KVShape(NamedTuple):
@@ -84,18 +87,21 @@ def limiting_windows(windows: dict[int, LayerWindow], impl: str | None) -> dict[
 def layer_attention(parts: ModelParts) -> LayerAttention:
     """What attention the decoder layers ask for.
 
-    Chunked attention counts with its chunk, and sparse attention with the number of keys that it keeps (`index_topk`):
-    up to so many tokens both see everything. The model's attention is put back as it was.
+    Chunked attention counts with its chunk, and sparse attention with the number of keys that it keeps: up to so many
+    tokens both see everything. The model's attention is put back as it was.
 
     Raises:
-        ValueError: a layer does not ask Transformers' attention interface, hands it no keyword arguments, or asks for
-            something that tree attention computes otherwise (`check_scores`).
+        ValueError: a layer does not ask Transformers' attention interface, hands it no keyword arguments, chooses keys
+            and does not say how many, adds a mask of its own to the scores, or asks for something that tree attention
+            computes otherwise (`check_scores`).
     """
     asked: dict[int, list[LayerWindow]] = {}  # by layer, size 0 for none
     made: dict[int, tuple[torch.Tensor, LayerWindow]] = {}  # masks by id, kept so that no id is used twice
     shapes: dict[int, KVShape] = {}  # by layer
     heads: list[tuple[int, int]] = []  # query heads and key heads, call by call
     options: set[str] = set()  # that change scores
+    kept_keys: list[int] = []  # of layers that choose, call by call
+    in_blocks: list[str] = []  # layers that choose among blocks
     layer_now: list[int] = []
     reached: set[int] = set()  # layers that ask the attention interface
     handed: set[int] = set()  # those that also hand on what the caller says, as `subtree_end` will be
@@ -120,9 +126,21 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
             candidates = [made[id(attention_mask)][1]]
             attention_mask = None  # two tokens see each other under any window, as sdpa finds without one
         else:  # a mask of the model's own making: the shortest that it may be
+            if layer_now:
+                _check_mask(parts, layer_now[-1], module, attention_mask)
             sizes = [kwargs.get("sliding_window"), *(window.size for _, window in made.values())]
             candidates = [LayerWindow(size or 0, False) for size in sizes]
-        candidates += [LayerWindow(getattr(each, "index_topk", None) or 0, False) for each in module.modules()]
+        kept_keys.extend(size for each in module.modules() if (size := _num_kept_keys(each)))
+        if chosen := [name for name, value in kwargs.items() if name.endswith("indices") and value is not None]:
+            name = f"decoder layer {layer_now[-1] if layer_now else '?'} ({type(module).__name__})"
+            if not kept_keys:
+                raise ValueError(
+                    f"{name} of {type(parts.causal_lm).__name__} chooses the keys that a token sees ({chosen[0]}), and how "
+                    "many it keeps is not known to this library; use another model"
+                )
+            # a layer without an index of its own takes the choice of one before it
+            candidates.append(LayerWindow(min(kept_keys), False))
+            in_blocks.extend([name] if "block_indices" in chosen else [])
         found = min((window for window in candidates if window.size), default=LayerWindow(0, False))
         reached.update(layer_now[-1:])
         if kwargs.get("layers_seen") is reached:
@@ -168,15 +186,48 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
             # attention that is asked twice in a layer may mean two windows
             windows[index] = LayerWindow(min(sizes), len(found) == 1 and found[0].slides)
     all_shapes = [shapes[index] for index in range(len(layers))]
-    return LayerAttention(windows, all_shapes, heads[0], "softcap" in options, "s_aux" in options)
+    blocks = in_blocks[0] if in_blocks else ""
+    return LayerAttention(windows, all_shapes, heads[0], "softcap" in options, "s_aux" in options, blocks)
+
+
+def _num_kept_keys(module: torch.nn.Module) -> int:
+    """Up to how many tokens a module that chooses keys keeps all of them. 0: it does not choose, or does not say."""
+    blocks = (getattr(module, "topk_blocks", None) or 0) * (getattr(module, "block_size", None) or 0)
+    return getattr(module, "index_topk", None) or blocks
+
+
+def _check_mask(parts: ModelParts, layer: int, module: torch.nn.Module, mask: torch.Tensor | None) -> None:
+    """Raise ValueError for a mask [.., 2, 2] of a model's own making that does more than hide what comes later."""
+    if mask is None:
+        return
+    hidden = torch.ones(2, 2, dtype=torch.bool, device=mask.device).triu(1)
+    seen = ~mask if mask.dtype == torch.bool else mask
+    if bool(seen.masked_fill(hidden, 0).any()):
+        raise ValueError(
+            f"decoder layer {layer} of {type(parts.causal_lm).__name__} ({type(module).__name__}) adds a mask of its own "
+            "making to the scores of attention, which tree attention does not compute; use another model"
+        )
 
 
 def _slides(mask_function: Callable[..., Any], size: int, device: torch.device) -> bool:
     """Whether a mask function of Transformers, (batch, head, query, key) -> visible, is causal with a sliding window."""
     last = 3 * size + 1
+    mask_function = _longer(mask_function, last + 1)
     places = sorted({place for place in (0, 1, size - 1, size, size + 1, last // 2, last - size, last) if place >= 0})
     index = torch.tensor(places, device=device)
     query, key = index[:, None], index[None]
     first = torch.zeros((), dtype=torch.int64, device=device)
     visible = mask_function(first, first, query, key)
     return torch.equal(visible.expand(len(places), len(places)), (key <= query) & (key > query - size))
+
+
+def _longer(value: Any, length: int) -> Any:
+    """A mask function whose tensors, made for a short row, go on to `length` tokens as they end."""
+    if isinstance(value, tuple):
+        return tuple(_longer(each, length) for each in value)
+    if isinstance(value, torch.Tensor) and value.dim() > 1:  # [B, T]: a kind for each token
+        return torch.cat([value, value[..., -1:].expand(*value.shape[:-1], length)], dim=-1)
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return value
+    cells = tuple(CellType(_longer(cell.cell_contents, length)) for cell in value.__closure__)
+    return FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)

@@ -49,6 +49,9 @@ def model_parts(model: torch.nn.Module) -> ModelParts:
             "call this inside the module that you wrap, not on the wrapper"
         )
     backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    if backbone is causal_lm:  # its class names another attribute than it has
+        inner = [child for child in causal_lm.children() if isinstance(child, PreTrainedModel)]
+        backbone = inner[0] if len(inner) == 1 else causal_lm
     if head is None or backbone is causal_lm:
         raise ValueError(
             f"{type(causal_lm).__name__} is not a causal language model with a backbone and an output head"
@@ -62,6 +65,7 @@ def decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
     Raises:
         ValueError: the model holds no list of them.
     """
+    num_layers: int | None = getattr(parts.config, "num_hidden_layers", None)
     decoder: Any = parts.causal_lm.get_decoder() or parts.backbone
     for module in (
         parts.backbone,
@@ -69,11 +73,11 @@ def decoder_layers(parts: ModelParts) -> list[torch.nn.Module]:
         *decoder.modules(),
     ):  # OPT and multimodal models hold them one module deeper
         for child in module.children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == parts.config.num_hidden_layers:
+            if isinstance(child, torch.nn.ModuleList) and len(child) == num_layers:
                 return list(child)
     raise ValueError(
         f"{type(parts.causal_lm).__name__} cannot be checked layer by layer: its backbone holds no list of its "
-        f"{parts.config.num_hidden_layers} decoder layers"
+        f"{'' if num_layers is None else f'{num_layers} '}decoder layers"
     )
 
 
@@ -180,6 +184,11 @@ def check_supported(model: torch.nn.Module) -> ModelParts:
 
 def _check_head(head: torch.nn.Module) -> None:
     """Raise ValueError for a head that is more than the weight and bias that are read from it."""
+    if isinstance(head, torch.nn.ModuleList):
+        raise ValueError(
+            f"the output head is a list of {len(head)}, one for each of several tokens that the model gives at a place: a "
+            "forest has one; use another model"
+        )
     if type(head) is not torch.nn.Linear:
         raise ValueError(
             f"the output head is a {type(head).__name__}: an adapter, a trained copy or a replacement of the head is not "

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -35,9 +36,11 @@ from cpo_kernels.integrations.transformers.model import (
     decoder_layers,
     fetches_weights,
     kv_shape,
+    model_parts,
 )
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
+from cpo_kernels.kernel_check import KernelCheckError
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -65,17 +68,41 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
             differs.
         KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
     """
-    parts, impl = check_supported(model), Implementations.of(impl)
+    parts, impl = model_parts(model), Implementations.of(impl)
+    with _stage(parts, "a look at its modules"):
+        check_supported(model)
     drop_proof(parts)
     register()
-    with _evaluating(parts):
+    with _stage(parts, "a forward of two tokens"), _evaluating(parts):
         attention = layer_attention(parts)
     if impl == Implementations():
         check_kernels(parts, attention=attention)
-    with _evaluating(parts):
+    with _stage(parts, "the comparison of a forest with the stock model"), _evaluating(parts):
         _probe(model, parts, impl, attention)
     keep_proof(parts, partial(prepare, impl=impl), attention)
     return model
+
+
+@contextmanager
+def _stage(parts: ModelParts, name: str) -> Iterator[None]:
+    """Turn what a model's own code raises, or ours on what it gives, into a ValueError that names the model and a stage.
+
+    What says nothing of the model passes: no memory, a device or a library that fails, a kernel that is not right.
+    """
+    passing = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, ImportError, KernelCheckError)
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and str(frame.f_globals.get("__name__")).startswith("cpo_kernels."):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{type(parts.causal_lm).__name__} was not proved exact on a forest: {name} ended in {type(error).__name__}: "
+            f"{first}"
+        ) from error
 
 
 @contextmanager
@@ -149,6 +176,7 @@ def _probe(model: Any, parts: ModelParts, impl: Implementations, attention: Laye
             shorter = forest_windows(attention.windows, forest.position_ids, len(paths[0]))
             schedule = forest.schedule(heads=attention.heads)
             output = forest_forward(parts, forest, schedule, impl.tree_attention, tree_windows=shorter)
+        _compare_embeddings(parts, forest, layers, ours.states[0], [each.states[0] for each in stock], paths[0])
         _compare_layers(parts, forest, ours.states, [each.states for each in stock])
         _compare_layers_in_float32(parts, forest, layers, ours, stock)
         _compare_head(parts, forest, output.last_hidden_state[0], logits, paths, impl.linear_logprob)
@@ -218,11 +246,23 @@ def _louder(head: torch.nn.Module) -> Iterator[None]:
 
 
 def _packed(forest: Forest, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Hidden states of the paths, [1, path, ..] each, as those of the forest [1, T, ..]."""
-    packed = states[0].new_empty(1, forest.num_tokens, *states[0].shape[2:])
+    """Hidden states of the paths, [.., 1, path, ..] each, as those of the forest [.., 1, T, ..]."""
+    first, rows = states[0], _rows(forest, 0)
+    tokens = _token_dimension(first, len(rows))
+    packed = first.new_empty(*first.shape[:tokens], forest.num_tokens, *first.shape[tokens + 1 :])
     for path, hidden in enumerate(states):
-        packed[0, _rows(forest, path)] = hidden[0]
+        packed.index_copy_(tokens, _rows(forest, path), hidden)
     return packed
+
+
+def _of_path(forest: Forest, packed: torch.Tensor, path: int) -> torch.Tensor:
+    """What `_packed` packed of one path."""
+    return packed.index_select(_token_dimension(packed, forest.num_tokens), _rows(forest, path))
+
+
+def _token_dimension(hidden: torch.Tensor, num_tokens: int) -> int:
+    """The dimension behind that of the batch, which is 1: models with several streams have it before them or behind."""
+    return next(each for each in (1, 2) if hidden.shape[each - 1 : each + 1] == (1, num_tokens))
 
 
 def _two_branches(vocab_size: int, limit: tuple[int, str] | None) -> tuple[Forest, list[list[int]]]:
@@ -235,17 +275,47 @@ def _two_branches(vocab_size: int, limit: tuple[int, str] | None) -> tuple[Fores
     return build_forest(paths), paths
 
 
+def _compare_embeddings(
+    parts: ModelParts,
+    forest: Forest,
+    layers: list[torch.nn.Module],
+    ours: torch.Tensor,
+    stock: list[torch.Tensor],
+    path: list[int],
+) -> None:
+    """Compare what the first layer is given, and say why it differs where positions are the cause."""
+    bound = LAYER_SHARE * end_to_end_bound(parts.causal_lm.dtype)
+    difference = max(_relative(_of_path(forest, ours, index), want) for index, want in enumerate(stock))
+    if difference <= bound:
+        return
+    told = []
+    count = torch.arange(len(path), device=ours.device).unsqueeze(0)
+    for position_ids in (count, count // 2):
+        with _recorded(layers) as recorded:
+            parts.backbone(
+                input_ids=torch.tensor([path], device=ours.device), position_ids=position_ids, use_cache=False
+            )
+        told.append(_relative(recorded.states[0], stock[0]) <= bound)
+    causes = {
+        (True, True): ": it takes positions from the place in the row and does not read position_ids",
+        (False, False): ": told no position_ids, it counts otherwise than 0, 1, 2, .. (from its padding id, say)",
+    }
+    raise ValueError(
+        f"{type(parts.causal_lm).__name__} cannot run on a forest: its embeddings differ from sdpa's by {difference:.1e} "
+        f"(bound {bound:.0e} for {parts.causal_lm.dtype}){causes.get((told[0], told[1]), '')}; use another model"
+    )
+
+
 def _compare_layers(
     parts: ModelParts, forest: Forest, ours: list[torch.Tensor], stock: list[list[torch.Tensor]]
 ) -> None:
     bound = LAYER_SHARE * end_to_end_bound(parts.causal_lm.dtype)
-    for layer, hidden in enumerate(ours):
+    for layer, hidden in enumerate(ours[1:]):
         for path, expected in enumerate(stock):
-            difference = _relative(hidden[0][_rows(forest, path)], expected[layer][0])
+            difference = _relative(_of_path(forest, hidden, path), expected[layer + 1])
             if not difference <= bound:
-                where = "the embeddings" if layer == 0 else f"decoder layer {layer - 1}"
                 raise ValueError(
-                    f"{type(parts.causal_lm).__name__} cannot run on a forest: {where} differs from sdpa by "
+                    f"{type(parts.causal_lm).__name__} cannot run on a forest: decoder layer {layer} differs from sdpa by "
                     f"{difference:.1e} (bound {bound:.0e} for {parts.causal_lm.dtype})"
                 )
 
@@ -281,7 +351,7 @@ def _compare_layers_in_float32(
         except (RuntimeError, TypeError, ValueError):  # another dtype, or no memory for it
             continue
         for path, want in enumerate(expected):
-            difference = _relative(hidden[0][_rows(forest, path)], want[0])
+            difference = _relative(_of_path(forest, hidden, path), want)
             if not difference <= bound:
                 raise ValueError(
                     f"{type(parts.causal_lm).__name__} cannot run on a forest: decoder layer {index} in float32 differs "

@@ -35,6 +35,7 @@ from cpo_kernels.integrations.transformers.model import (
     moves_weights_only,
     rope_limit,
 )
+from cpo_kernels.tree_attention import WINDOWED
 
 # attributes of modules and of the configuration, by name
 _STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
@@ -214,8 +215,7 @@ def check_path(parts: ModelParts, longest_path: int, impl: str | None = None) ->
         if longest_path > window.size and window.slides:
             raise ValueError(
                 f"a path of {longest_path} tokens is longer than the sliding window of {window.size} of decoder layer "
-                f"{layer}, which is computed in training by impl='eager' only; shorten the rows or use a model without a "
-                "sliding window"
+                f"{layer}, which impl={impl!r} does not compute; choose one of {list(WINDOWED)} or shorten the rows"
             )
         if longest_path > window.size:
             raise ValueError(
@@ -306,7 +306,7 @@ def _random_module(model: torch.nn.Module, parts: ModelParts) -> str | None:
     return (
         f"dropout or noise is on: {name or 'the model'} ({type(module).__name__}{', ' if found else ''}{found}) draws "
         "random numbers in a forward; branches share their prefix's activations, so it would not match padded training; "
-        "set it to 0 in that module or call model.eval()"
+        + ("set it to 0 in that module or call model.eval()" if found else "call model.eval(), which is to stop it")
     )
 
 
