@@ -80,6 +80,16 @@ def reason_against_head(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
+def reason_against_tied_tokens(settings: Mapping[str, Any]) -> str | None:
+    """Why a forest cannot be computed, where the base's output head is its embeddings."""
+    if _kind(settings) == "TRAINABLE_TOKENS" or settings.get("trainable_token_indices"):
+        return (
+            "trains embeddings of some tokens, and the base's output head is the same weight (tie_word_embeddings), so "
+            "that it changes the head too, whose weight is read directly; merge it (cpo-fast merge) first"
+        )
+    return None
+
+
 def _kind(settings: Mapping[str, Any]) -> str:
     kind = settings.get("peft_type")
     return str(getattr(kind, "value", kind))

@@ -12,14 +12,16 @@ prompts, and refused above a limit.
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpo_fast.adapter_kinds import reason_against_head, reason_against_tied_tokens
 from cpo_fast.adapters import check_adapter, load_adapter
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import resolve_dtype
@@ -213,6 +215,26 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def check_forest_adapter(config: ModelConfig, *reasons_against: Callable[[Mapping[str, Any]], str | None]) -> None:
+    """Refuse, before anything is loaded, an adapter whose output head a forest cannot be computed with.
+
+    Args:
+        config: its `adapter` is set.
+        reasons_against: other reasons, of `adapter_kinds`, asked first.
+
+    Raises as `model_folder` and `check_adapter`.
+    """
+    if config.adapter is None:
+        raise ValueError("config.adapter is not set")
+    check_adapter(config.adapter, *reasons_against, reason_against_head)
+    try:
+        base = require_library("transformers").AutoConfig.from_pretrained(model_folder(config.path))
+    except (OSError, ValueError, KeyError):
+        return  # loading says why
+    if getattr(base.get_text_config(decoder=True), "tie_word_embeddings", False) or base.tie_word_embeddings:
+        check_adapter(config.adapter, reason_against_tied_tokens)
+
+
 def num_embeddings(model: Any) -> int:
     """How many token ids a model embeds, whatever an adapter has put around its embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])
@@ -358,7 +380,17 @@ def _load_problem(path: str, error: Exception) -> Exception:
             f"model.path: {path} needs Python code that comes with the model, which is not run; use a model whose "
             "architecture transformers implements, or, if you have read that code, cpo-fast --trust-remote-code"
         )
+    if "for this kind of AutoModel" in str(error):
+        return ConfigError(
+            f"model.path: transformers has no causal language model for {path} ({_class_name(error)}): a multimodal model, "
+            "say, whose text part stands apart; save that part as a text model of its own, and set model.path to it"
+        )
     return ConfigError(f"model.path: {path} cannot be loaded ({first_line(error)}); check the folder's files")
+
+
+def _class_name(error: Exception) -> str:
+    found = re.search(r"configuration class <class '[\w.]*?(\w+)'>", str(error))
+    return found[1] if found else first_line(error)
 
 
 def _dtype_of_files(folder: Path) -> "torch.dtype":

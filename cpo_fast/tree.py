@@ -98,6 +98,8 @@ class SearchTree:
         answer: the winning answer or None. num_empty: samples dropped because they were only whitespace.
         status: see `Status`. detail: the reason when failed, where it was imported from, else "".
         model_hash, adapter_hash ("" without one), config_hash: what produced the tree. seed: the run's seed.
+        equal_for: "settings" where only a search with the same settings, of speed and memory too, on the same device finds
+            the same tree (16 bits, a GPU, a mixture of experts), else "" and not written.
         num_thought_tokens: tokens generated for thoughts, those of duplicates and of empty samples included.
         num_verdict_tokens: tokens generated for sampled verdicts. Both 0 in an imported tree, which does not tell.
     """
@@ -122,6 +124,7 @@ class SearchTree:
     num_thought_tokens: StrictInt = 0
     num_verdict_tokens: StrictInt = 0
     question_prompt: StrictStr = ""
+    equal_for: StrictStr = ""
     schema_version: StrictInt = SCHEMA_VERSION
 
     def children(self, node_id: int) -> list[Node]:
@@ -148,7 +151,8 @@ class SearchTree:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
-        return asdict(self)
+        row = asdict(self)
+        return row if self.equal_for else {name: value for name, value in row.items() if name != "equal_for"}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "SearchTree":
@@ -165,7 +169,7 @@ class SearchTree:
             )
         # names first: pydantic fills in defaults and drops what it does not know, and an older or a cut line must not pass
         # for a whole one
-        _check_names(cls, row, "tree")
+        _check_names(cls, {"equal_for": ""} | row if isinstance(row, dict) else row, "tree")
         for position, node in enumerate(row["nodes"] if isinstance(row["nodes"], list) else ()):
             _check_names(Node, node, f"node {position}")
         try:

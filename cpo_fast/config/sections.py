@@ -153,8 +153,8 @@ class SearchConfig(Section):
     batch_size: int = Field(
         256,
         ge=1,
-        description="lines that are generated side by side: more is faster and takes more memory. In float32 neither this "
-        "nor the next four change a tree",
+        description="lines that are generated side by side: more is faster and takes more memory. In float32 on a "
+        "CPU neither this nor the next four change a tree, unless the model is a mixture of experts",
     )
     questions_in_flight: int = Field(16, ge=1, description="questions that the arena engine searches at a time")
     arena_tokens: int | None = Field(

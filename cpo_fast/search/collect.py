@@ -36,15 +36,18 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
     """Model and tokenizer that `config.model` names.
 
     Raises:
-        ConfigError: an adapter is to be merged and none is set. Besides, what `load_model` raises.
+        ConfigError: an adapter is to be merged and none is set, or the engine cannot compute it. Besides, what
+            `load_model` raises.
     """
     if config.search.merge_adapter and config.model.adapter is None:
         raise ConfigError(
             "search.merge_adapter: there is no adapter to merge; set model.adapter to its folder, or "
             "search.merge_adapter=false"
         )
-    from cpo_fast.models import load_model
+    from cpo_fast.models import check_forest_adapter, load_model
 
+    if config.model.adapter is not None and config.search.engine == "arena" and not config.search.merge_adapter:
+        check_forest_adapter(config.model)
     return load_model(config.model)
 
 

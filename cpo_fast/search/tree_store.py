@@ -38,8 +38,11 @@ class Provenance:
     adapter_hash: str
     seed: int
     config_hash: str
+    equal_for: str = ""  # decides nothing, and is not compared
 
 
+# classes of modules whose matrix products have as many rows as were routed to them
+_EXPERTS = re.compile(r"Experts?$|M[oO]E$|Moe$|SparseMoe")
 # how a refusal names the field that differs
 _FIELD_NAMES = {
     "task": "task",
@@ -72,7 +75,15 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
         "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
     }
     settings_hash = short_hash(canonical_json(settings))
-    return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash)
+    equal_for = "" if config.search.engine == "hf" or _keeps_bits(model) else "settings"
+    return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash, equal_for)
+
+
+def _keeps_bits(model: Any) -> bool:
+    """Whether the arena engine's answers do not depend on what runs beside them, to the last bit."""
+    parameter = next(iter(model.parameters()))
+    plain = parameter.device.type == "cpu" and dtype_name(model.dtype) == "float32"
+    return plain and not any(_EXPERTS.search(type(module).__name__) for module in model.modules())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ step 0: the base with the adapter off, or, when training starts from a saved ada
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,11 +18,11 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from transformers.pytorch_utils import Conv1D
 
 from cpo_fast.adapter_kinds import reason_against_training
-from cpo_fast.adapters import ADAPTER, check_adapter, switch_off_dropout
+from cpo_fast.adapters import ADAPTER, switch_off_dropout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
-from cpo_fast.models import load_model, model_hash, weights_hash
+from cpo_fast.models import check_forest_adapter, load_model, model_hash, weights_hash
 from cpo_kernels.implementation import Implementations, available_implementations
 from cpo_kernels.integrations.lora import fuse_lora, keep_input_dtype
 from cpo_kernels.integrations.transformers import prepare
@@ -72,7 +73,7 @@ def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Pol
     """
     if model is None or tokenizer is None:
         if config.model.adapter is not None:
-            check_adapter(config.model.adapter, reason_against_training)
+            check_forest_adapter(config.model, reason_against_training)
         elif not config.lora.target_modules:
             raise ConfigError("lora.target_modules: the list is empty; name at least one kind of layer, such as q_proj")
         model, tokenizer = load_model(config.model)
@@ -131,6 +132,9 @@ def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:
 
 def _with_new_adapter(model: Any, config: Config) -> Any:
     modules = dict(model.named_modules())
+    decoder = model.get_decoder()
+    text = next((f"{name}." for name, module in modules.items() if module is decoder and name), "")
+    outside = False
     linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) in _ADAPTED[:2]})
     for target in config.lora.target_modules:
         found = {name: each for name, each in modules.items() if name == target or name.endswith(f".{target}")}
@@ -143,10 +147,20 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
                     f"lora.target_modules: '{target}' matches {name}, a {type(module).__name__}, which has no weight "
                     f"matrix for LoRA {where}"
                 )
+        beside = sorted(name for name in found if text and not name.startswith(text))
+        if len(beside) == len(found):
+            raise ConfigError(
+                f"lora.target_modules: '{target}' matches nothing in the text part of {type(model).__name__} "
+                f"({text[:-1]}), but {beside[0]}; only the text part is trained"
+            )
+        outside = outside or bool(beside)
+    if outside:
+        logger.warning("LoRA is put on the text part alone (%s): no image is trained on", text[:-1])
     lora = PeftLoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         target_modules=list(config.lora.target_modules),
+        exclude_modules=f"(?!{re.escape(text)}).*" if outside else None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",

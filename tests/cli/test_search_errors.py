@@ -87,15 +87,26 @@ def test_a_path_limit_below_the_prompt_names_the_engine_that_can(run: Run, tmp_p
 
 
 @COMMANDS
-def test_soft_capped_attention_is_refused_by_name_or_searched_by_the_other_engine(
-    run: Run, tmp_path: Path, command: str
-):
+def test_soft_capped_attention_is_searched_by_both_engines(run: Run, tmp_path: Path, command: str):
     folder = save(tmp_path / "gemma", Gemma2Config, attention="eager", head_dim=8)
-    code, _, stderr = run(command, f"model.path={folder}")
+    for engine in ("arena", "hf"):
+        assert run(command, f"model.path={folder}", f"search.engine={engine}", f"run={tmp_path}/{engine}")[0] == 0
+
+
+@COMMANDS
+def test_an_adapter_on_the_head_is_refused_before_a_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    adapter = tmp_path / "adapter"
+    with_lora(tiny_llama(vocab_size=len(tiny_tokenizer())), targets=("lm_head",)).save_pretrained(adapter)
+
+    def loads(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loads)
+    code, _, stderr = run(command, f"model.adapter={adapter}")
     assert code == 2
-    assert "search.engine: arena: Gemma2ForCausalLM has a soft-cap on the attention scores" in error_line(stderr)
-    assert error_line(stderr).endswith("set search.engine=hf")
-    assert run(command, f"model.path={folder}", "search.engine=hf")[0] == 0
+    assert "changes the output head (target_modules has lm_head)" in error_line(stderr)
 
 
 @COMMANDS

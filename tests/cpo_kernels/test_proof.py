@@ -17,9 +17,11 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GptOssConfig,
     JambaConfig,
     Lfm2Config,
+    LlamaConfig,
     MiniMaxConfig,
     MixtralConfig,
     NemotronConfig,
@@ -505,3 +507,27 @@ def test_check_of_a_call_is_cheap_and_runs_nothing() -> None:
         times.append(time.perf_counter() - start)
     print(f"{1e3 * min(times):.2f} ms for {len(list(model.modules()))} modules")
     assert min(times) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "table"), [(GPT2Config, {}, "wpe"), (OPTConfig, {"ffn_dim": 48}, "embed_positions")]
+)
+def test_a_row_beyond_learned_positions_is_refused_by_the_tables_name(
+    config_class: type, changes: dict[str, Any], table: str
+) -> None:
+    model = prepare(tiny_model(config_class, max_position_embeddings=24, **changes))
+    row = [3 + number % 60 for number in range(24)]
+    assert packed_logps(model, [row], [1]).segment_logps.isfinite().all()
+    with pytest.raises(ValueError, match=rf"a path of 25 tokens is longer than the 24 positions that \S*{table} has"):
+        packed_logps(model, [[*row, 5]], [1])
+
+
+def test_a_row_beyond_the_positions_of_rope_is_computed_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = prepare(tiny_model(LlamaConfig, max_position_embeddings=24))
+    row = [3 + number % 60 for number in range(30)]
+    packed_logps(model, [row[:24]], [1])
+    assert not caplog.records
+    for _ in range(2):
+        packed_logps(model, [row], [1])
+    (record,) = caplog.records
+    assert "a path of 30 tokens is longer than the 24 positions" in record.getMessage()

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
+from transformers import GptOssConfig, JetMoeConfig, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from cpo_fast.errors import DataError
 from cpo_fast.models import load_model
 from cpo_fast.search.collect import collect
-from cpo_fast.search.tree_store import provenance_of
+from cpo_fast.search.tree_store import _keeps_bits, provenance_of
 from cpo_fast.tasks import Prompts, load_questions
+from cpo_fast.tree import SearchTree, read_trees
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -60,3 +64,21 @@ def test_trees_of_another_dtype_are_refused_and_those_of_the_same_are_kept(run_i
     assert "another search configuration or dtype" in sentence
     assert "set both as they were (model.dtype=auto follows the device), set another folder in 'run'" in sentence
     assert collect(run_in("bfloat16", 40.0)).num_resumed == 3
+
+
+def test_a_tree_says_where_equal_settings_alone_give_it_again(run_in, tmp_path):
+    exact = collect(run_in("float32", 0.5))
+    assert all("equal_for" not in json.loads(line) for line in Path(exact.trees_path).read_text().splitlines())
+    config = run_in("bfloat16", 0.5)
+    rounded = collect(config.model_copy(update={"run": str(tmp_path / "bfloat16")}))
+    arena = config.search.engine == "arena"
+    trees = read_trees(rounded.trees_path)
+    assert [tree.equal_for for tree in trees] == ["settings" if arena else ""] * len(trees)
+    assert [SearchTree.from_dict(tree.to_dict()) for tree in trees] == trees
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig, OlmoeConfig, GptOssConfig, JetMoeConfig])
+def test_mixtures_of_experts_keep_no_bits(config_class):
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert not _keeps_bits(tiny_model(config_class, attention="eager", **experts))
+    assert _keeps_bits(tiny_model(LlamaConfig))

@@ -12,6 +12,7 @@ and after it is compared. Branches of a forest share the activations of their pr
 """
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ from cpo_kernels.integrations.transformers.model import (
 )
 from cpo_kernels.tree_attention import WINDOWED
 
+logger = logging.getLogger(__name__)
+
+_POSITIONS = re.compile(r"(wpe|embed_positions|positions?_embed\w*)$")  # names of tables of learned positions
 # attributes of modules and of the configuration, by name
 _STRUCTURE = re.compile(r"window|sliding|chunk|softcap|is_causal|topk|^scaling$|^logits?_scal")
 _MODE = re.compile(r"drop|jitter|noise|^p$")
@@ -64,6 +68,7 @@ class Proof:
         self._prove = prove
         self._modes: list[tuple[list[Any], str | None]] = []  # what was seen, and what is random in it
         self.attention = attention or LayerAttention()
+        self.warned = False  # of a path beyond the model's positions
         self._states: list[dict[str, Any]] = []
         if causal_lm is not None:
             self._take(causal_lm)
@@ -222,11 +227,34 @@ def check_path(parts: ModelParts, longest_path: int, impl: str | None = None) ->
                 f"a path of {longest_path} tokens is longer than {window.size}, up to which decoder layer {layer} sees "
                 "whole rows: its mask beyond is not known to be a sliding window and is not computed; shorten the rows"
             )
+    _check_positions(parts, longest_path)
     rope = rope_limit(parts.config)
     if rope is not None and longest_path > rope[0]:
         raise ValueError(
             f"a path of {longest_path} tokens is longer than {rope[0]}, up to which RoPE of type {rope[1]} is the same for "
             "rows of any length; shorten the rows"
+        )
+
+
+def _check_positions(parts: ModelParts, longest_path: int) -> None:
+    """Raise ValueError for a path longer than a table of learned positions. Warn once of one beyond those of RoPE."""
+    limit = getattr(parts.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or longest_path <= limit:
+        return
+    for name, module in parts.causal_lm.named_modules():
+        if isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name):
+            raise ValueError(
+                f"a path of {longest_path} tokens is longer than the {limit} positions that {name} has learned; shorten "
+                "the rows or use a model with more positions"
+            )
+    proof = _proof(parts)
+    if not proof.warned:
+        proof.warned = True
+        logger.warning(
+            "a path of %d tokens is longer than the %d positions that the model was made for (max_position_embeddings); "
+            "it is computed as the model does, but a search refuses such rows",
+            longest_path,
+            limit,
         )
 
 
