@@ -30,7 +30,7 @@ RELATIVE = 1e-4  # a hundred times what SSE, AVX2 and AVX-512 were seen to diffe
 ABSOLUTE = 2e-6
 NUM_WEIGHTS = 7  # places are told apart modulo this
 # `stated` names adapters by their hashes
-LEFT_OUT_KEYS = {"model_hash", "adapter_hash", "stated", "setup_seconds", "seconds", "seconds_ratio"}
+LEFT_OUT_KEYS = {"model_hash", "adapter_hash", "stated", "setup_seconds", "total_seconds", "seconds", "seconds_ratio"}
 COMPARED = {".jsonl", ".json", ".safetensors"}
 LEFT_OUT_NAMES = {
     "adapter_config.json",
