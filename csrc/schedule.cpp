@@ -18,11 +18,16 @@
 // its end sees lie on the path of the block's last row, one below the other. So a row sees some key of a block iff it sees
 // the lowest of them that still has it below, and all keys iff it sees the first: two tests a row, exact like those above.
 // What they leave of a block's rows is no range, because depth falls where a branch ends. dK and dV walk the spans of
-// query blocks that hold a row which sees the block, those less than kMinGapBlocks apart as one, and mask.
+// query blocks that hold a row which sees the block, those less than kMinGapBlocks apart as one, and mask. Every gap between
+// spans may be another part or two. Those beyond the longest kNumShares / key heads, or the longest of one for
+// kBlocksPerGap key blocks where these are more, are therefore walked too. A line of K key blocks has so fewer parts
+// than 2 * kNumShares / key heads + 2 * max(kNumShares / key heads, K / kBlocksPerGap), whatever its branches.
 
 #include "schedule.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -34,6 +39,7 @@ namespace {
 constexpr int64_t kMinPartBlocks = 16;  // writing and reading a part's float32 sums costs about as much as two blocks
 constexpr int64_t kNumShares = 1024;    // programs that fill a card several times; bounds the memory that parts take
 constexpr int64_t kMinGapBlocks = 4;    // hidden query blocks that are worth another part
+constexpr int64_t kBlocksPerGap = 8;    // parts of gaps then take no more than a fourth of the rows of dK and dV
 
 struct Span {  // of rows that a key block's dK and dV sum over
     int64_t start;
@@ -83,6 +89,35 @@ void cut_work(Schedule& schedule, const std::vector<std::vector<Span>>& spans, i
             schedule.split_block.push_back(static_cast<int32_t>(block));
             schedule.split_offsets.push_back(num_parts);
         }
+    }
+}
+
+// Joins spans over the shortest gaps until no more than `limit` gaps are left.
+void join_spans(std::vector<std::vector<Span>>& spans, size_t limit) {
+    std::vector<int64_t> gaps;
+    for (const auto& of_block : spans) {
+        for (size_t place = 1; place < of_block.size(); ++place) {
+            gaps.push_back(of_block[place].start - of_block[place - 1].stop);
+        }
+    }
+    if (gaps.size() <= limit) {
+        return;
+    }
+    std::nth_element(gaps.begin(), gaps.begin() + static_cast<std::ptrdiff_t>(limit), gaps.end(), std::greater<>());
+    const int64_t shortest = gaps[limit];  // of those left, which are all that are longer and as many as fit of its length
+    size_t room = static_cast<size_t>(std::count(gaps.begin(), gaps.begin() + static_cast<std::ptrdiff_t>(limit), shortest));
+    for (auto& of_block : spans) {
+        size_t last = 0;
+        for (size_t place = 1; place < of_block.size(); ++place) {
+            const int64_t gap = of_block[place].start - of_block[last].stop;
+            if (gap > shortest || (gap == shortest && room > 0)) {
+                room -= gap == shortest;
+                of_block[++last] = of_block[place];
+            } else {
+                of_block[last].stop = of_block[place].stop;
+            }
+        }
+        of_block.erase(of_block.begin() + static_cast<std::ptrdiff_t>(last) + 1, of_block.end());
     }
 }
 
@@ -215,6 +250,7 @@ Schedule tree_schedule(const int32_t* subtree_end, int64_t num_rows, int64_t blo
         }
     }
 
+    join_spans(spans, static_cast<size_t>(std::max(kNumShares / num_kv_heads, num_kv_blocks / kBlocksPerGap)));
     cut_work(schedule, spans, block_q, num_heads, num_kv_heads);
 
     // Two walks over the visited blocks: count, then place. Key blocks ascend within a query block by construction.

@@ -21,6 +21,7 @@ from cpo_kernels.tree_decode import check as decode_check
 from cpo_kernels.tree_decode.eager import tree_decode_eager
 
 CPU = torch.device("cpu")
+ATTENTION_OPTIONS = ("window", "softcap", "sinks")
 SHAPE = ModelShape(torch.float32, num_heads=2, num_kv_heads=1, head_dim=16, hidden_size=48)
 
 
@@ -67,12 +68,19 @@ class ScaledGradient(torch.autograd.Function):
 
 
 def _attention(part: str, factor: float) -> Callable[..., torch.Tensor]:
-    def attention(q: Any, k: Any, v: Any, schedule: Any, scale: float) -> torch.Tensor:
+    """Parts: "out", a gradient, or "window", "softcap" or "sinks", which is then not computed."""
+
+    def attention(q: Any, k: Any, v: Any, schedule: Any, scale: float, *options: Any) -> torch.Tensor:
         inputs = [
             ScaledGradient.apply(x, factor) if part == name else x
             for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)
         ]
-        out = EagerTreeAttention.apply(*inputs, key_runs(schedule, q.shape[1], q.device), scale)
+        given = [None if part == name else x for name, x in zip(ATTENTION_OPTIONS, options, strict=False)]
+        if part == "dsinks" and given and given[2] is not None:
+            given[2] = ScaledGradient.apply(given[2], factor)
+        out: torch.Tensor = EagerTreeAttention.apply(*inputs, key_runs(schedule, q.shape[1], q.device), scale, *given)
+        if part == "sinks" and options and options[2] is not None:
+            out = out + 0.0 * options[2].sum()
         return out * factor if part == "out" else out
 
     return attention

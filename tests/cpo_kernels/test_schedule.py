@@ -100,6 +100,26 @@ def test_schedule_under_a_window_equals_brute_force(blocks: tuple[int, int], win
             assert keys[int(schedule.kv_full_start[block]) : int(schedule.kv_full_stop[block])].all()
 
 
+def test_gaps_of_a_window_make_no_more_parts_than_memory_is_for() -> None:
+    """A comb: chains of 100 rows below every row of a trunk, which sees the heads of the next 40 chains over a gap each."""
+    ends = [3980 if row % 101 == 0 else min((row // 101 + 1) * 101, 3980) for row in range(3980)]
+    wide, narrow = (
+        window_schedule(tree_schedule(torch.tensor(ends, dtype=torch.int32), 16, 16), 40, heads)[0]
+        for heads in ((1, 1), (128, 128))
+    )
+    gaps = [sum(np.diff(schedule.split_offsets.numpy()) - 1) for schedule in (wide, narrow)]
+    assert gaps[0] > 500  # of one key head 1024 may be left
+    assert gaps[1] == 249 // 8  # key blocks over 8
+    mask = dense_mask(wide.subtree_end)
+    depths = mask.sum(axis=1) - 1
+    mask &= depths[:, None] - depths[None] < 40
+    visited = np.zeros_like(mask)
+    for block, start, stop in zip(narrow.work_block, narrow.work_start, narrow.work_stop, strict=True):
+        assert not visited[start:stop, block * 16 : (block + 1) * 16].any()
+        visited[start:stop, block * 16 : (block + 1) * 16] = True
+    assert (visited | ~mask).all()
+
+
 def test_blocks_larger_than_the_line_and_blocks_of_one_row() -> None:
     end = random_subtree_end(np.random.default_rng(0), 50)
     for block_q, block_kv in ((1, 1), (1, 7), (512, 3), (512, 512)):

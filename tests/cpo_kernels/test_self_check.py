@@ -6,6 +6,7 @@ the kernels themselves.
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from cpo_kernels.kernel_check import KernelCheckError, check_once, run_check
 from cpo_kernels.linear_logprob import resolve_linear_logprob
 from cpo_kernels.self_check import CHECKS, OPS, TRAINING_OPS, self_check
 from cpo_kernels.tree_attention import resolve_tree_attention
+from cpo_kernels.tree_attention.check import check_cases
 from tests.cpo_kernels.kernel_device import not_interpreted
 from tests.cpo_kernels.posed_checks import CPU, SHAPE, checked_ops, nothing_checked, posed_check
 from tests.tiny import tiny_llama
@@ -60,6 +62,42 @@ def test_each_wrong_result_is_refused_by_the_name_of_its_op(unchecked: None, op:
     with pytest.raises(KernelCheckError, match=rf"^{op}: its Triton kernels are wrong on cpu .*CPO_KERNELS_IMPL=eager"):
         run_check(op, posed_check(op, part, factor), CPU, SHAPE)
     assert checked_ops() == set()
+
+
+OPTIONS = {"window": "windowed", "softcap": "capped", "sinks": "has_sinks"}  # what a model has, by what ignores it
+
+
+@pytest.mark.parametrize("part", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_ignores_what_a_model_has_is_refused_and_another_model_not(
+    part: str, dtype: torch.dtype
+) -> None:
+    others = dict.fromkeys((flag for name, flag in OPTIONS.items() if name != part), True)
+    shape = replace(SHAPE, dtype=dtype, **others)
+    with torch.enable_grad():
+        assert max(posed_check("tree_attention", part)(CPU, shape).values()) <= 1
+        shape = replace(shape, **{OPTIONS[part]: True})
+        assert max(posed_check("tree_attention")(CPU, shape).values()) <= 1
+        ratios = posed_check("tree_attention", part)(CPU, shape)
+    wrong = {name for name, ratio in ratios.items() if ratio > 2}
+    cases = ["windowed "] if part == "window" else ["windowed ", "changed scores "]
+    assert {f"{case}{name}" for case in cases for name in ("out", "dq", "dk", "dv")} <= wrong
+    assert not {"out", "dq", "dk", "dv"} & wrong
+
+
+def test_wrong_gradient_of_sinks_is_refused(unchecked: None) -> None:
+    with pytest.raises(KernelCheckError, match="dsinks"):
+        run_check("tree_attention", posed_check("tree_attention", "dsinks", 1.01), CPU, replace(SHAPE, has_sinks=True))
+
+
+def test_attention_is_checked_on_full_blocks_and_on_those_that_a_window_leaves() -> None:
+    """And a model without a window, a soft-cap and sinks runs nothing of what those are checked with."""
+    assert list(check_cases(SHAPE, CPU)) == [""]
+    cases = check_cases(replace(SHAPE, windowed=True, capped=True), CPU)
+    for schedule, _ in cases.values():
+        assert min(len(schedule.full_blocks), len(schedule.partial_blocks), schedule.num_parts) > 0
+    whole, windowed = cases[""][0], cases["windowed "][0]
+    assert len(windowed.full_blocks) < len(whole.full_blocks)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -40,7 +40,7 @@ KERNELS_FOLDER = Path(kernel_check.__file__).parent
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few rows and keys for the interpreter, nothing checked yet, and Triton as the default of the CPU."""
     sizes = {
-        attention_check: {"NUM_ROWS": 83},
+        attention_check: {"NUM_ROWS": 83, "WINDOW": 40},
         logprob_check: {"MANY_ROWS": 23, "MEDIUM_ROWS": 11, "FEW_ROWS": 6, "VOCAB_SIZE": 131},
         decode_check: {"ROOT_KEYS": 21, "PREFILLED_ROWS": 6},
         sample_check: {"VOCAB_SIZE": 150, "COPIES": 1},
@@ -128,6 +128,19 @@ class DoesNothing:
             args[5].fill_(float("-inf"))
 
 
+class Ignores(DoesNothing):
+    """A kernel that gets None for one argument."""
+
+    def __init__(self, kernel: Any, argument: str) -> None:
+        super().__init__(kernel, {})
+        self.argument = argument
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Launch it without the argument."""
+        assert self.argument in options
+        self.kernel[grid](*args, **options | {self.argument: None})
+
+
 @pytest.fixture
 def tiny(small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fewer rows yet, the tiles of the fused product to match, and NaN in memory that is allocated and not written.
@@ -172,6 +185,24 @@ def test_a_kernel_that_does_nothing_is_refused_by_the_name_of_its_op(
     with pytest.raises(KernelCheckError, match=f"^{op}: its Triton kernels are wrong"):
         self_check("cpu", TINY_SHAPE, (op,))
     assert fault.num_skipped > 0
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("module", "kernel", "argument"),
+    [
+        *(("triton_forward", "_forward_kernel", name) for name in ("depths_ptr", "cap_log2", "sinks_ptr")),
+        *(("triton_backward", "_grad_q_kernel", name) for name in ("depths_ptr", "cap_log2")),
+        *(("triton_backward", "_grad_kv_kernel", name) for name in ("depths_ptr", "cap_log2")),
+    ],
+)
+def test_an_attention_kernel_that_ignores_what_a_model_has_is_refused(
+    small: None, monkeypatch: pytest.MonkeyPatch, module: str, kernel: str, argument: str
+) -> None:
+    place = importlib.import_module(f"cpo_kernels.tree_attention.{module}")
+    monkeypatch.setattr(place, kernel, Ignores(getattr(place, kernel), argument))
+    with pytest.raises(KernelCheckError, match=r"^tree_attention: .* error of (windowed|changed scores)"):
+        self_check("cpu", TINY_SHAPE, ("tree_attention",))
 
 
 @interpreted

@@ -48,6 +48,20 @@ def test_values_and_gradients_equal_dense_autograd(case: str, impl: str) -> None
             torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_nan_in_padding_rows_does_not_reach_the_gradient_of_sinks() -> None:
+    *inputs, sinks = double_inputs(40, 4, 2, seed=1)
+    ends = torch.tensor([37] * 37 + [38, 39, 40], dtype=torch.int32)
+    inputs[3][37:] = 0
+    poisoned = [tensor.clone() for tensor in inputs]
+    for tensor in poisoned[:3]:
+        tensor[37:] = float("nan")
+    attention = featured("eager", ends, None, None, 2.0)
+    want, got = (featured_results(given, attention, 0.25, 2.0, sinks)["dsinks"] for given in (inputs, poisoned))
+    torch.testing.assert_close(got, want)
+    inputs[3][36, 0, 0] = float("nan")  # of a row that is in use it does
+    assert featured_results(inputs, attention, 0.25, 2.0, sinks)["dsinks"][0].isnan()
+
+
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_bfloat16_sinks_get_their_gradient_in_bfloat16(impl: str) -> None:
     *inputs, sinks = double_inputs(40, 4, 2, seed=1)

@@ -137,6 +137,20 @@ def test_only_sinks_get_a_gradient() -> None:
 
 
 @runs_kernels
+def test_nan_in_queries_of_padding_rows_does_not_reach_the_gradient_of_sinks() -> None:
+    """Of their keys and values too it does not where they share no block with rows in use."""
+    ends = torch.tensor([32] * 32 + [33, 34, 35], dtype=torch.int32).to(DEVICE)
+    inputs, sinks = random_heads(35, 2, 1, 16, torch.float32), torch.ones(2, device=DEVICE)
+    inputs[3][32:] = 0
+    poisoned = [tensor.clone() for tensor in inputs]
+    for tensor in poisoned[:3]:
+        tensor[32:] = float("nan")
+    attention = featured("triton", ends, tree_schedule(ends, 16, 16), None, None)
+    want, got = (featured_results(given, attention, SCALE, None, sinks)["dsinks"] for given in (inputs, poisoned))
+    torch.testing.assert_close(got, want)
+
+
+@runs_kernels
 def test_softcap_is_exact_at_every_size() -> None:
     """Chains of two rows, whose second sees a capped score beside one of zero: its odds have no more error than the score.
 

@@ -164,7 +164,8 @@ class EagerTreeAttention(torch.autograd.Function):
                 grad_k[:, 0, rows] = (grad_scores * grouped_q[:, :, rows]).sum(dim=1)
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[7]:
-            grad_sinks = sink_gradient(sinks, log_sum_exp.flatten(0, 1), delta.flatten(0, 1).squeeze(-1))
+            rows = log_sum_exp.flatten(0, 1), delta.flatten(0, 1).squeeze(-1)
+            grad_sinks = sink_gradient(sinks, *rows, grad_outputs[0])
         return (
             _ungrouped(grad_q.mul_(ctx.scale), q.dtype) if wants_q else None,
             _ungrouped(grad_k, k.dtype) if wants_k else None,

@@ -108,7 +108,8 @@ def window_schedule(schedule: TreeSchedule, size: int, heads: tuple[int, int]) -
 
     Its `kv_query_start` and `kv_query_stop` still bound the rows that see a key block, but rows between them may not, and
     the pieces of work leave most of those out. `kv_full_start` and `kv_full_stop` bound the first of the rows that see
-    all keys: others may follow.
+    all keys: others may follow. With parts for the rows on both sides of a hidden span, `num_parts` stays below
+    2 N + 2 max(N, K / 8), where N = 1024 / key heads and K key blocks are on the line; 2 N is the bound without a window.
 
     Args:
         schedule: of a forest.

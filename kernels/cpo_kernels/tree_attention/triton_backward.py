@@ -116,7 +116,7 @@ def tree_attention_backward(
         grad_out, out, delta, num_rows, num_heads, *grad_out.stride()[:2], BLOCK_Q=DELTA_ROWS, **constants
     )
     inputs = (q, k, v, grad_out, lse, delta)
-    grad_sinks = None if sinks is None else sink_gradient(sinks, lse * math.log(2), delta)
+    grad_sinks = None if sinks is None else sink_gradient(sinks, lse * math.log(2), delta, grad_out)
     sizes = (num_rows, num_heads, num_heads // k.shape[1], score_factor(scale, softcap), scale)
     features = feature_arguments(window, softcap)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2])

@@ -26,14 +26,17 @@ def sink_gradient(
     sinks: torch.Tensor,  # [H]
     log_sum_exp: torch.Tensor,  # [H, T] float, natural logarithm, the sink's exp in the sum
     delta: torch.Tensor,  # [H, T] float, sum of dout * out over a row's head
+    grad_out: torch.Tensor,  # [T, H, D]
 ) -> torch.Tensor:
     """Gradient [H] of sinks, in their dtype: dsink[h] = -sum_i exp(sink[h] - lse[h, i]) delta[h, i].
 
     The softmax over scores and sink has ds_c = p_c (dp_c - sum_j p_j dp_j) in every column c. A sink has no value, so that
-    its own dp is zero, and what is left in the sum is dout . out = delta.
+    its own dp is zero, and what is left in the sum is dout . out = delta. A row whose dout is zero adds nothing, even where
+    it holds NaN, as a padding row may: no other row sees it, but this sum would.
     """
     weights = torch.exp(sinks.to(delta.dtype).unsqueeze(1) - log_sum_exp)
-    return -(weights * delta).sum(dim=1).to(sinks.dtype)
+    unused = ~grad_out.any(dim=-1).t()  # [H, T]
+    return -(weights * delta).masked_fill_(unused, 0.0).sum(dim=1).to(sinks.dtype)
 
 
 def score_factor(scale: float, softcap: float | None) -> float:
