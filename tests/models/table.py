@@ -77,8 +77,9 @@ training mode without dropout. Figures are the worst relative errors of a line.
 * *Search* is equal when the arena engine writes what `generate` writes greedily, and its log-probs are within
   {BOUND:.0e} of a forward without a cache. Worst: {_worst(worst["search"])}.
 
-Training and LoRA of {doubled} are compared in float64: in float32 stock gradients of these random models are themselves
-1e-5 (Gemma 4, which does not scale its scores down) to 3e-4 (Gemma 3n) from those in float64, and packed ones no further.
+Compared in float64 in training and LoRA: {doubled}.
+In float32 the stock gradients of these random models are themselves 1e-5 (Gemma 4, which does not scale its scores down)
+to 3e-4 (Gemma 3n) from those in float64, and packed ones no further.
 
 Triton kernels on a GPU have their own tests. `make soak` repeats this with other weights and windows, and in bfloat16.
 What `prepare(model)` says of a model counts, whatever stands here.
