@@ -19,6 +19,7 @@ FILES: dict[str, tuple[str, ...]] = {  # what it needs beside torch, Triton, Tra
     "tests/cpo_kernels/test_tree_attention_triton.py": (),
     "tests/cpo_kernels/test_tree_attention_parts.py": (),
     "tests/cpo_kernels/test_tree_attention_features_triton.py": (),
+    "tests/cpo_kernels/test_packed_features_triton.py": ("peft",),
     "tests/cpo_kernels/test_tree_attention_flash.py": (),
     "tests/cpo_kernels/test_linear_logprob_triton_memory.py": (),
     "tests/cpo_kernels/test_linear_logprob_triton_mutations.py": (),

@@ -20,6 +20,7 @@ from transformers import (
 
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import packed_logps, prepare
+from cpo_kernels.kernel_check import KernelCheckError
 from tests.cpo_kernels.padded_oracle import padded_step, pair_sequences, relative_error
 from tests.tiny import random_pairs, tiny_llama, tiny_mistral, tiny_model, with_lora
 
@@ -54,6 +55,55 @@ def test_supported_model_equals_padded(name: str) -> None:
     )
     assert relative_error(packed.segment_logps.detach(), want.logps) <= 1e-5
     assert relative_error(packed.ref_segment_logps, want.ref_logps) <= 1e-5
+
+
+def test_what_a_models_own_code_raises_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: Exception) -> Callable[..., Any]:
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            raise error
+
+        return forward
+
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    for error in (
+        RuntimeError("shapes\nof tensors"),
+        IndexError("5 of 2"),
+        TypeError("an argument"),
+        ValueError("odd"),
+    ):
+        monkeypatch.setattr(mlp, "forward", failing(error))
+        words = f"^LlamaForCausalLM .* a forward of two tokens ended in {type(error).__name__}: {str(error).split()[0]}"
+        with pytest.raises(ValueError, match=words) as caught:
+            prepare(model)
+        assert caught.value.__cause__ is error
+        assert "of tensors" not in str(caught.value)
+    for error in (torch.OutOfMemoryError("full"), MemoryError(), KernelCheckError("wrong"), ImportError("no flash")):
+        monkeypatch.setattr(mlp, "forward", failing(error))
+        with pytest.raises(type(error)):
+            prepare(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_streams_between_layers_are_compared_where_their_tokens_are() -> None:
+    class Streams(nn.Module):  # hidden states [2, 1, T, E] between layers, as AltUp has them, or [1, T, 2, E]
+        def __init__(self, layer: nn.Module, place: int, last: bool) -> None:
+            super().__init__()
+            self.layer, self.place, self.last = layer, place, last
+
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            one = hidden_states if hidden_states.dim() == 3 else hidden_states.select(self.place, 1)
+            one = self.layer(one, **kwargs)
+            return one if self.last else torch.stack([0 * one, one], dim=self.place)
+
+    for place in (0, 2):
+        model = tiny_llama()
+        layers = model.model.layers
+        for index, layer in enumerate(list(layers)):
+            layers[index] = Streams(layer, place, index == len(layers) - 1)
+        want = prepare(tiny_llama())
+        actual, expected = (packed_logps(each, ROWS, STARTS).segment_logps for each in (prepare(model), want))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_prepare_leaves_training_mode_gradients_and_random_state_as_they_were() -> None:

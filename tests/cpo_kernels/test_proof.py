@@ -197,6 +197,30 @@ def test_window_of_a_layer_is_the_one_that_it_runs_with(name: str) -> None:
         check_path(parts, 9, "flash")
 
 
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_window_in_one_layer_only_that_the_probe_cannot_see_is_exact_or_refused(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [list(range(3, 43)), [*range(3, 23), *range(50, 60)]]  # paths of 40 and 30, the probe's are 22
+
+    def values(model: Any) -> torch.Tensor:
+        return packed_logps(model, rows, STARTS, impl=impl).segment_logps.detach()
+
+    unprepared = tiny_model(Qwen2Config, sliding_window=26, use_sliding_window=True, max_window_layers=1)
+    with torch.no_grad():
+        each = [unprepared(torch.tensor([row])).logits[0, :-1].log_softmax(-1) for row in rows]
+    logps = [all_rows.gather(1, torch.tensor(row[1:])[:, None]) for all_rows, row in zip(each, rows, strict=True)]
+    expected = torch.stack([tokens[start - 1 :].sum() for tokens, start in zip(logps, STARTS, strict=True)])
+    model = prepare(unprepared, impl)
+    assert proved_windows(model_parts(model)) == {1: (26, True)}
+    torch.testing.assert_close(values(model), expected, rtol=1e-5, atol=0)
+    check_path(model_parts(model), 26, "flash")
+    with pytest.raises(ValueError, match=r"path of 27 tokens .* window of 26 of decoder layer 1"):
+        check_path(model_parts(model), 27, "flash")
+    monkeypatch.setattr("cpo_kernels.integrations.transformers.packed.forest_windows", lambda *_: {})
+    assert ((values(model) - expected) / expected).abs().max() > 1e-4  # the window matters on these rows
+
+
 def test_packed_forward_asks_for_the_window_by_the_implementation_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, windowed = prepare(tiny_mistral()), prepare(tiny_mistral(sliding_window=8))
     score(policy, reference=windowed)
