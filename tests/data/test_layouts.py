@@ -282,6 +282,34 @@ def test_copies_are_dropped_counted_and_not_bad(tmp_path: Path, caplog: pytest.L
         load([*rows, {"prompt": "p"}], tmp_path, max_drop=0.19)
 
 
+CLOCKS = {  # as templates of Llama 3.2 and others ask for the day
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}no clock{% endif %}": "26 Jul 2024",
+    "{%- set today = strftime_now('%Y-%m-%d') %}{{ today }} {{ today }}": "2024-07-26 2024-07-26",
+    "{{ date_string | default(strftime_now('%B %d, %Y')) }}": "July 26, 2024",
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_every_way_of_asking_for_the_day_gives_the_same_one(clock: str, tmp_path: Path) -> None:
+    (pair,) = load([{"prompt": [say("user", Q)], **REPLIES}], tmp_path, f"{clock}|{TEMPLATE}").examples
+    assert tiny_tokenizer().decode(pair.prompt_ids) == f"{CLOCKS[clock]}|{ASKED}"
+
+
+def test_copies_are_found_across_layouts(tmp_path: Path) -> None:
+    """What is trained decides: the same ids in another layout are a copy, other white space or another order is not."""
+    same = [
+        {"prompt": ASKED, "chosen": f"{YES}[/]", "rejected": f"{NO}[/]"},
+        {"question": Q, "chosen": YES, "rejected": NO},
+        {"prompt": [say("user", Q)], **REPLIES},
+    ]
+    swapped = {"prompt": [say("user", Q)], "chosen": REPLIES["rejected"], "rejected": REPLIES["chosen"]}
+    spaced = {"prompt": [say("user", f"{Q} Now.")], **REPLIES}
+    loaded = load([same[2], swapped, same[2], same[1], spaced, {**same[2], "id": 7}], tmp_path, max_drop=0.0)
+    assert (len(loaded.examples), loaded.dropped_by_reason) == (3, {"duplicate": 3})
+    write_jsonl(tmp_path / "text.jsonl", [same[0], same[0]])
+    assert load_file(tmp_path / "text.jsonl", tokenizer_with(None)).dropped_by_reason == {"duplicate": 1}
+
+
 ROWS = [{"prompt": f"Q{n}?\n", "chosen": "yes", "rejected": "é no"} for n in range(3)]
 
 
