@@ -3,6 +3,7 @@
 import gc
 import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,11 +259,9 @@ def test_index_tensors_that_changed_are_read_again() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"softcap": 30.0}, "attention scores are soft-capped at 30.0, which is not computed here"),
         ({"sliding_window": 3}, "longer than the layer's sliding window of 3"),
         ({"mask": torch.ones(1, 1, 1, 1)}, "comes with an attention mask"),
         ({"dropout": 0.1}, "attention dropout 0.1"),
-        ({"s_aux": torch.ones(4)}, "s_aux"),
         ({"is_causal": False}, "bidirectional"),
         ({"tree_max_seqlen_q": 1}, "longest segment has"),
         ({"tree_max_seqlen_k": 2}, "tree_max_seqlen_k=2"),
@@ -276,6 +275,29 @@ def test_what_the_op_does_not_compute_is_refused_in_a_sentence(changes: dict[str
         layer(packed, **changes)
     off = {"softcap": 0.0, "sliding_window": None, "dropout": 0.0}
     assert torch.equal(layer(packed, **off), layer(packed))
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_soft_caps_and_sinks_are_computed(name: str) -> None:
+    """A path of the row is a causal row of its own."""
+    packed = pack(ROWS["trees"])
+    q, k, v, _ = heads(len(packed["input_ids"]), torch.float64)
+    options = {"softcap": 0.5, "s_aux": torch.linspace(-1, 2, q.shape[1], dtype=torch.float64)}
+    found = layer(packed, **{name: options[name]})[0]
+    assert (found - layer(packed)[0]).abs().max() > 1e-2, "the option changed nothing; the test would prove nothing"
+    arguments = tree_arguments(packed)
+    bounds = arguments["tree_cu_seqlens_k"].tolist()
+    for first, last in pairwise(bounds):
+        path = arguments["tree_kv_index"][first:last].long()
+        scores = q[0, :, path] @ k[0, :, path].repeat_interleave(q.shape[1] // k.shape[1], 0).mT * q.shape[-1] ** -0.5
+        if name == "softcap":
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=torch.float64).triu(1)
+        if name == "s_aux":
+            scores = torch.cat([scores, options["s_aux"][:, None, None].expand(-1, len(path), 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : len(path)]
+        want = weights @ v[0, :, path].repeat_interleave(q.shape[1] // k.shape[1], 0)
+        torch.testing.assert_close(found[path].transpose(0, 1), want, rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_of_two_and_another_number_of_tokens_are_refused() -> None:

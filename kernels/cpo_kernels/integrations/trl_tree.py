@@ -76,7 +76,7 @@ def tree_row_attention(
 
     Raises:
         ValueError: the index tensors do not describe segments of tries in depth-first preorder, or the layer asks for
-            what tree attention does not compute: a soft-cap, a window shorter than a path, a mask, dropout, sinks.
+            what is not computed on such a row: a window shorter than a path, a mask, dropout.
     """
     heads = (query.shape[1], key.shape[1])
     row = _row(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k, query.shape[2], heads, query.device)
@@ -85,8 +85,6 @@ def tree_row_attention(
             f"tree-packed row: its longest segment has {row.longest_segment} tokens and its longest path "
             f"{row.longest_path}, but tree_max_seqlen_q={tree_max_seqlen_q} and tree_max_seqlen_k={tree_max_seqlen_k}"
         )
-    if softcap:
-        raise ValueError(f"tree-packed row: attention scores are soft-capped at {softcap}, which is not computed here")
     if sliding_window and row.longest_path > sliding_window:
         raise ValueError(
             f"tree-packed row: a path of {row.longest_path} tokens is longer than the layer's sliding window of "
@@ -104,6 +102,7 @@ def tree_row_attention(
             value,
             None,
             scaling=scaling,
+            softcap=softcap or None,
             subtree_end=row.schedule.subtree_end,
             tree_schedule=row.schedule,
             tree_impl=row.impl,
