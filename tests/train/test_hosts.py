@@ -171,7 +171,7 @@ def test_the_job_of_sbatch_signals_its_ranks_and_queues_itself_again(make_config
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sbatch", "/proc/none/job.sh"], "--sbatch: /proc/none/job.sh cannot be written"),
+        (["--sbatch", "/proc/none/job.sh"], "--sbatch: /proc/none cannot be written"),
         (["--nodes", "2"], "--nodes is for the job of --sbatch FILE"),
         (["--hosts", "nowhere"], "--hosts nowhere: cannot read"),
         (["--hosts", "nowhere", "--launch", "slurm"], "the allocation says which hosts"),
