@@ -7,7 +7,6 @@ model with its own attention, a sequence at a time.
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,6 +42,7 @@ from cpo_kernels.integrations.transformers import packed_logps, prepare
 from cpo_kernels.integrations.transformers.hook import cpo_tree_attention
 from cpo_kernels.tree_attention import Window, attention_layer
 from tests.cpo_kernels.padded_oracle import pair_sequences, relative_error, trained_gradients, worst_gradient_error
+from tests.models.matrix import stock_logps
 from tests.tiny import random_pairs, tiny_llama, tiny_model, with_lora
 
 FULL = ["full_attention"] * 2
@@ -124,16 +124,6 @@ def build(name: str, lora: bool, seed: int = 0) -> nn.Module:
     return with_lora(model, targets=targets.get(name, ("q_proj", "k_proj", "v_proj"))) if lora else model
 
 
-def one_by_one(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
-    """[S] summed log-probs of each sequence from its start on, by the stock model, one unpadded forward a sequence."""
-    sums = []
-    for sequence, start in zip(sequences, starts, strict=True):
-        ids = torch.tensor([sequence])
-        logps = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
-        sums.append(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum())
-    return torch.stack(sums)
-
-
 def gradients(model: nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of every trained tensor, under weights that differ from sequence to sequence."""
     model.zero_grad(set_to_none=True)
@@ -147,13 +137,13 @@ def gradients(model: nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_family_equals_one_unpadded_forward_a_sequence(name: str, lora: bool, impl: str) -> None:
     sequences, starts = pair_sequences(random_pairs(seed=4))
     stock, packed = build(name, lora), prepare(build(name, lora))
-    want = one_by_one(stock, sequences, starts)
+    want = stock_logps(stock, sequences, starts)
     got = packed_logps(packed, sequences, starts, reference="adapter_off" if lora else None, impl=impl)
     assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
     assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
     if lora:
         with stock.disable_adapter(), torch.no_grad():
-            want = one_by_one(stock, sequences, starts)
+            want = stock_logps(stock, sequences, starts)
         assert relative_error(got.ref_segment_logps, want) <= 1e-5
 
 
@@ -182,7 +172,7 @@ def test_windows_shorter_than_a_path_are_counted_in_depth(name: str, lora: bool,
         with_lora(model, targets=("o_proj", "down_proj")) if lora else model
         for model in (tiny_model(config_class, **changes) for _ in range(2))
     )
-    want = one_by_one(stock, sequences, starts)
+    want = stock_logps(stock, sequences, starts)
     got = packed_logps(prepare(packed), sequences, starts, impl=impl)
     assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
     assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
@@ -210,7 +200,7 @@ def test_rope_that_depends_on_the_longest_row_is_exact_up_to_its_original_length
     prepare(packed)
     with torch.no_grad():  # a longer row before, as `generate` may write one, leaves no trace
         packed(input_ids=torch.randint(3, 97, (1, longest + 9)), use_cache=False)
-    want = one_by_one(stock, sequences, starts)
+    want = stock_logps(stock, sequences, starts)
     got = packed_logps(packed, sequences, starts)
     assert relative_error(got.segment_logps.detach(), want.detach()) <= 1e-5
     assert worst_gradient_error(gradients(packed, got.segment_logps), gradients(stock, want)) <= 1e-5
@@ -225,7 +215,7 @@ def test_rope_that_depends_on_the_longest_row_is_refused_beyond(kind: str, monke
         packed_logps(model, sequences, starts)
     if kind == "longrope":  # what it would be: one row too long changes the tables of all the others
         monkeypatch.setattr("cpo_kernels.integrations.transformers.proof.rope_limit", lambda _: None)
-        want = one_by_one(with_rope(kind, longest - 1), sequences, starts).detach()
+        want = stock_logps(with_rope(kind, longest - 1), sequences, starts).detach()
         assert relative_error(packed_logps(model, sequences, starts).segment_logps.detach(), want) > 1e-3
 
 
@@ -236,7 +226,7 @@ def test_frozen_reference_has_logits_of_its_own(name: str) -> None:
     models = [tiny_llama(), build(name, lora=False, seed=3)]
     for policy, reference in (models, models[::-1]):
         with torch.no_grad():
-            want = one_by_one(reference, sequences, starts)
+            want = stock_logps(reference, sequences, starts)
         packed = packed_logps(
             prepare(copy.deepcopy(policy)), sequences, starts, reference=prepare(copy.deepcopy(reference))
         )
@@ -300,9 +290,9 @@ def test_float32_weights_under_autocast_are_no_further_from_float32_than_stock(
 ) -> None:
     sequences, starts = pair_sequences(random_pairs(seed=4))
     exact, stock, packed = (with_lora(tiny_llama()) if lora else tiny_llama() for _ in range(3))
-    want = one_by_one(exact, sequences, starts)
+    want = stock_logps(exact, sequences, starts)
     with torch.autocast("cpu", dtype):
-        theirs = one_by_one(stock, sequences, starts)
+        theirs = stock_logps(stock, sequences, starts)
         ours = packed_logps(prepare(packed), sequences, starts, impl=impl).segment_logps
     assert ours.dtype == torch.float32
     assert 0 < relative_error(ours.detach(), want.detach()) <= 2 * relative_error(theirs.detach(), want.detach())
