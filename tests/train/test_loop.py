@@ -292,8 +292,8 @@ def test_a_gradient_whose_squares_float32_cannot_hold_is_finite(make_config: Mak
     assert result.first["grad_norm"] == pytest.approx(1e30 * weights[0].numel() ** 0.5)
 
 
-def test_dropout_of_an_adapter_is_refused_before_the_run_and_its_absence_is_looked_for_once(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+def test_dropout_of_an_adapter_is_set_to_zero_and_that_of_another_module_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(reference="online", max_steps=2)
     policy = build_policy(config)
@@ -304,5 +304,10 @@ def test_dropout_of_an_adapter_is_refused_before_the_run_and_its_absence_is_look
     monkeypatch.undo()
     layer = next(module for module in policy.model.modules() if isinstance(module, LoraLayer))
     layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
-    with pytest.raises(ConfigError, match=r"cannot be trained on forests: dropout.*lora_dropout\.default.*p=0\.1"):
+    train(config, policy.model, policy.tokenizer)
+    assert "lora_dropout=0.1 of the adapter is set to 0" in caplog.text
+    assert isinstance(layer.lora_dropout["default"], torch.nn.Identity)
+    mlp = policy.model.get_base_model().model.layers[1].mlp
+    mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Dropout(0.1))
+    with pytest.raises(ConfigError, match=r"cannot be trained on forests: dropout.*layers\.1\.mlp\.act_fn\.1.*p=0\.1"):
         train(config, policy.model, policy.tokenizer)
