@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from cpo_fast import progress
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
-from cpo_fast.data.examples import Example
+from cpo_fast.data.examples import Example, Scored
 from cpo_fast.files import aside_of
 from cpo_fast.train.communication import Communicator
-from cpo_fast.train.objective import Scored, split_examples
+from cpo_fast.train.objective import split_examples
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
 from cpo_kernels.tolerances import end_to_end_bound
@@ -125,7 +125,7 @@ def is_cached(config: Config, stage: int) -> bool:
 
 def scored_sequences(pairs: Sequence[Example]) -> list[Scored]:
     """The distinct (sequence, start) of all pairs, in order of first appearance."""
-    return list(dict.fromkeys((sequence, len(pair.prompt_ids)) for pair in pairs for sequence in pair.sequences))
+    return list(dict.fromkeys(entry for pair in pairs for entries in pair.scored for entry in entries))
 
 
 def _load(path: Path, scored: Sequence[Scored]) -> list[float] | None:
