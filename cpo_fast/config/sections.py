@@ -291,7 +291,7 @@ class TrainConfig(Section):
     )
     visit_smoothing: bool = Field(
         False,
-        description="smooth each pair's label by the visits that a Monte Carlo tree search paid to its thoughts; sigmoid only",
+        description="smooth each pair's label by its thoughts' visits in a Monte Carlo tree search; sigmoid only",
     )
     clip_range: float = Field(
         0.2, gt=0, lt=1, description="tree_grpo: how far a thought's probability may move from that of its sampling"
