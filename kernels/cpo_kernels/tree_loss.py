@@ -57,8 +57,10 @@ def ranking_loss(
         discount = 1 / torch.log(2.0 + (ahead & together).sum(1).to(values))  # 1 + rank, and the first has rank 1
         gain = torch.exp2(values)
         weight = (gain[:, None] - gain).abs() * (discount[:, None] - discount).abs()
-    couples = weight * -F.logsigmoid(beta * (ratio[:, None] - ratio))  # [S, S]
-    return _sums(torch.where(better, couples, 0).sum(1), group, num_groups)
+        weight = torch.where(better, weight, 0)
+    # left out before the logarithm too, where backward would make NaN of 0 times a number that is not finite
+    gap = torch.where(better, ratio[:, None] - ratio, 0)  # [S, S]
+    return _sums((weight * -F.logsigmoid(beta * gap)).sum(1), group, num_groups)
 
 
 def value_loss(

@@ -132,9 +132,7 @@ def samples(of: Oracle, children: list[int]) -> tuple[list[int], list[float]]:
 def values(of: Oracle, children: list[int]) -> torch.Tensor:
     found, of_samples = samples(of, children)
     mean = sum(of_samples) / len(of_samples)
-    squares = [
-        (BETA * of.ratio(child) - (value - mean)) ** 2 for child, value in zip(found, of_samples, strict=True)
-    ]
+    squares = [(BETA * of.ratio(child) - (value - mean)) ** 2 for child, value in zip(found, of_samples, strict=True)]
     return torch.stack(squares).mean()
 
 
@@ -251,7 +249,9 @@ def test_before_the_first_step_thoughts_are_ranked_by_value_and_rounding_does_no
     batch = MicroBatch(examples)
     online = Objective(packed, config.train, "adapter_off")(batch)
     assert not online.columns["rewards"].any()
-    reference = [float(value) for value in padded_logps(model(zero_b=True), *map(list, zip(*batch.scored, strict=True)))]
+    reference = [
+        float(value) for value in padded_logps(model(zero_b=True), *map(list, zip(*batch.scored, strict=True)))
+    ]
     noise = torch.Generator().manual_seed(0)
     shaken = [value + 1e-5 * float(torch.randn((), generator=noise)) for value in reference]
     cached = Objective(packed, config.train, "adapter_off")(MicroBatch(examples, shaken))
@@ -294,7 +294,9 @@ def test_a_policy_that_sampled_its_trees_starts_with_the_gradient_of_the_advanta
         ]
         terms.append(torch.stack(each).mean())
     torch.stack(terms).mean().backward()
-    expected = {name: each for name, each in trained_gradients(start).items() if "lora_B" in name}  # A's is 0 while B is
+    expected = {
+        name: each for name, each in trained_gradients(start).items() if "lora_B" in name
+    }  # A's is 0 while B is
     found = {name: each for name, each in trained_gradients(packed).items() if "lora_B" in name}
     assert worst_gradient_error(found, expected) < 1e-5
 

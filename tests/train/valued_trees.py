@@ -34,9 +34,7 @@ def valued_tree(seed: int, tree_id: str, largest_id: int = 90) -> SearchTree:
     nodes[1] = replace(nodes[1], value=nodes[0].value)
     nodes[5] = replace(nodes[5], value=nodes[4].value + (-0.5 if nodes[4].value > 5 else 0.5))
     nodes[6] = replace(nodes[6], stop="length", complete=False, answer=None)
-    return tree(
-        nodes, (4, 5), tree_id, question=f"How many are {tree_id}?", question_token_ids=(50, 5 + seed % 40, 51)
-    )
+    return tree(nodes, (4, 5), tree_id, question=f"How many are {tree_id}?", question_token_ids=(50, 5 + seed % 40, 51))
 
 
 def sampled_by(trees: Sequence[SearchTree], logps: TokenLogps, **hashes: str) -> list[SearchTree]:
