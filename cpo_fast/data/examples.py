@@ -227,13 +227,14 @@ def prompt_text(row: Row) -> str:
 
 
 def _visits(row: Row, source: str) -> tuple[int, ...]:
-    found = tuple(row.get(f"{name}_visits") for name in RESPONSES["preference"])
-    if any(type(visits) is not int or visits < 0 for visits in found):
+    found = [row.get(f"{name}_visits") for name in RESPONSES["preference"]]
+    counts = tuple(visits for visits in found if type(visits) is int and visits >= 0)
+    if len(counts) < len(found):
         raise DataError(
             f"{source}: no visit counts (chosen_visits and rejected_visits), which train.visit_smoothing needs; trees of "
-            "search.strategy=mcts have them, others do with train.label_smoothing"
+            "search.strategy=mcts have them, and train.label_smoothing needs none"
         )
-    return found
+    return counts
 
 
 def _token_ids(row: Row, key: str) -> Ids:
