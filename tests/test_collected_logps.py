@@ -150,4 +150,4 @@ def test_an_objective_of_sampled_log_probs_starts_at_the_policy_that_sampled(col
     with torch.no_grad():
         columns = Objective(policy.model, config.train, policy.reference)(MicroBatch(examples)).columns
     assert float(columns["off_sampling"]) < BOUND
-    assert not columns["rewards"].any()
+    assert not columns["chosen_rewards"].any()

@@ -199,6 +199,7 @@ def _set_up(
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
         objective.self_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
+        objective.sampling_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
     else:
         trainer.restore(saved)
     trainer.probe()

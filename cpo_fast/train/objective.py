@@ -200,33 +200,42 @@ class Objective(torch.nn.Module):
         Every rank calls with the same examples, and all of them raise where one has other rewards.
 
         Raises:
-            CpoFastError: the policy at step 0 is not its own reference or, with `tree_grpo`, not what sampled the thoughts.
+            CpoFastError: the policy at step 0 is not its own reference.
         """
         if self.config.method == "sft":
             return  # no reference
         with torch.no_grad():
             columns = engine(next(self.micro_batches(examples, online=True))).columns
-        names = ("chosen_rewards", "rejected_rewards", "rewards")
-        largest = torch.cat([columns[name] for name in names if name in columns]).abs().max()  # NaN if one is
-        off = columns.get("off_sampling", torch.zeros_like(largest))
-        everyone = communicator.gather(torch.stack([largest, off]))
-        farthest, bound = float(everyone[:, 1].max()), 0.0
-        if "off_sampling" in columns:  # in nats a token, and rounded in the file
-            model: Any = self.model
-            bound = max(end_to_end_bound(model.get_base_model().dtype), 10.0**-LOGP_DECIMALS)
-        if not farthest <= bound:
-            raise CpoFastError(
-                f"self-test: the log-probs that the trees hold of their sampling are {farthest:.1e} nats a token from the "
-                f"policy's at step 0, more than rounding ({bound:.0e}), so another model, adapter or dtype sampled them; "
-                "train.method=tree_grpo needs trees of the model that it starts from"
-            )
-        for rank, reward in enumerate(everyone[:, 0].tolist()):
+        largest = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]]).abs().max()  # NaN if one is
+        for rank, reward in enumerate(communicator.gather(largest[None])[:, 0].tolist()):
             if reward != 0:
                 where = f" on rank {rank}" if communicator.world_size > 1 else ""
                 raise CpoFastError(
                     f"self-test: rewards at step 0 reach {reward:.1e}{where} instead of exactly 0, so the reference is "
                     "not the policy's starting point (an adapter that was trained, or dropout)"
                 )
+
+    def sampling_test(self, engine: Any, examples: Sequence[Example], communicator: Communicator) -> None:
+        """With `tree_grpo`, the policy before the first step on one forest: the trees must hold its own log-probs.
+
+        Every rank calls with the same examples, and all of them raise where one finds others.
+
+        Raises:
+            CpoFastError: another model, adapter or dtype has sampled the trees.
+        """
+        if self.config.method != "tree_grpo":
+            return
+        with torch.no_grad():
+            off = engine(next(self.micro_batches(examples, online=True))).columns["off_sampling"]
+        farthest = float(communicator.gather(off[None]).max())
+        model: Any = self.model
+        bound = max(end_to_end_bound(model.get_base_model().dtype), 10.0**-LOGP_DECIMALS)  # the file rounds
+        if not farthest <= bound:
+            raise CpoFastError(
+                f"self-test: the log-probs that the trees hold of their sampling are {farthest:.1e} nats a token from the "
+                f"policy's at step 0, more than rounding ({bound:.0e}), so another model, adapter or dtype sampled them; "
+                "train.method=tree_grpo needs trees of the model that it starts from"
+            )
 
 
 def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:
@@ -298,7 +307,7 @@ def _tree_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], c
     places = torch.arange(num_groups, device=logps.device)[:, None] == group  # [G, S]
     with torch.no_grad():
         rewards = beta * (logps - ref_logps)
-        columns = {"losses": losses.detach(), "rewards": rewards}
+        columns = {"losses": losses.detach()}
         for which, name in enumerate(("chosen", "rejected")):
             members = places & (response == which)
             columns[f"{name}_rewards"] = torch.where(members, rewards, 0).sum(1)

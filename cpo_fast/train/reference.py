@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from cpo_fast import progress
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config
-from cpo_fast.data.examples import Example, Scored
+from cpo_fast.data.examples import Example
 from cpo_fast.files import aside_of
 from cpo_fast.train.communication import Communicator
-from cpo_fast.train.objective import split_examples
+from cpo_fast.train.objective import Scored, split_examples
 from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
 from cpo_kernels.tolerances import end_to_end_bound

@@ -248,14 +248,15 @@ def test_before_the_first_step_thoughts_are_ranked_by_value_and_rounding_does_no
     examples, packed = examples_of(config), prepare(model(zero_b=True))
     batch = MicroBatch(examples)
     online = Objective(packed, config.train, "adapter_off")(batch)
-    assert not online.columns["rewards"].any()
+    assert not online.columns["chosen_rewards"].any()
+    assert not online.columns["rejected_rewards"].any()
     reference = [
         float(value) for value in padded_logps(model(zero_b=True), *map(list, zip(*batch.scored, strict=True)))
     ]
     noise = torch.Generator().manual_seed(0)
     shaken = [value + 1e-5 * float(torch.randn((), generator=noise)) for value in reference]
     cached = Objective(packed, config.train, "adapter_off")(MicroBatch(examples, shaken))
-    assert cached.columns["rewards"].abs().min() > 0
+    assert cached.columns["chosen_rewards"].abs().min() > 0
     torch.testing.assert_close(cached.columns["losses"], online.columns["losses"], rtol=1e-5, atol=0)
     expected = []
     for example in examples:

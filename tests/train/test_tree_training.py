@@ -14,6 +14,7 @@ from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from cpo_fast.models import model_hash
 from cpo_fast.train.loop import train
+from cpo_fast.train.plan import make_plan
 from cpo_fast.tree import SearchTree
 from tests.cpo_kernels.padded_oracle import padded_logps
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, largest_difference, metrics_of, sgd
@@ -71,6 +72,14 @@ def test_the_token_budget_and_where_the_reference_is_computed_change_nothing(met
     assert max(float(value.abs().max()) for name, value in adapters[0].items() if "lora_B" in name) > 1e-3
     assert largest_difference(adapters[0], adapters[1]) < 1e-5
     assert largest_difference(adapters[0], adapters[2]) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_counts_what_training_computes(method: str, make: Make) -> None:
+    config = make(method=method, num_epochs=1, batch_pairs=4)
+    plan, lines = make_plan(config, 2), metrics_of(config)
+    assert plan.num_steps == len(lines)
+    assert plan.forest_tokens == sum(line["tokens/computed"] for line in lines)
 
 
 def test_smoothing_by_visits_trains_on_trees_and_on_the_pairs_written_from_them(
