@@ -40,7 +40,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "online": ({"reference": "online"}, (0,)),
     "imitation": ({"method": "sft"}, (0, 3)),
     "ranking": ({"method": "tpo"}, (0, 2)),
-    "weighted steps": ({"method": "full_step"}, (3,)),
     "tied": ({"model": "tied"}, (3,)),
     "accuracy": ({"stop_on": "accuracy", "max_steps": 4}, (2,)),  # three questions, of which the other rank has one
     "gradient": (CONSTANT_RATE | {"max_steps": 1, "max_grad_norm": 0.0}, (0, 2, 3)),
@@ -105,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         dtype: str = "float32",
         **train: Any,
     ) -> dict[str, Any]:
-        data = {"sft": "completions", "tpo": "trees", "full_step": "trees"}.get(train.get("method", ""), data)
+        data = {"sft": "completions", "tpo": "trees"}.get(train.get("method", ""), data)
         # steep enough that gradients are clipped, micro-batches small enough that ranks have several
         options = {"lr": 0.01, "batch_pairs": 12, "num_epochs": 4, "max_steps": 10, "max_tokens": 60}
         return {
