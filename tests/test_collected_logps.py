@@ -13,6 +13,7 @@ from cpo_fast.data.load import load_examples
 from cpo_fast.ranks import SINGLE
 from cpo_fast.search.collect import collect
 from cpo_fast.train.communication import Communicator
+from cpo_fast.train.objective import MicroBatch, Objective
 from cpo_fast.train.policy import Policy, build_policy
 from cpo_fast.train.reference import ReferenceCache, scored_sequences
 from cpo_fast.tree import LOGP_DECIMALS, Node, read_prompt, read_trees
@@ -137,3 +138,16 @@ def test_the_reference_of_the_next_round_is_what_collection_recorded(collected: 
     assert set(cached) == set(wanted) <= set(recorded)
     for (ids, at), value in cached.items():
         assert value == pytest.approx(recorded[ids, at], abs=(len(ids) - at) * BOUND)
+
+
+def test_an_objective_of_sampled_log_probs_starts_at_the_policy_that_sampled(collected: Collected) -> None:
+    """Every ratio is 1 up to rounding, also of thoughts that ended with end-of-sequence, which is not trained."""
+    config = validate_config(collected.config.model_dump() | {"train": {"method": "tree_grpo", "max_tokens": 100_000}})
+    policy, examples = collected.policy, load_examples(config, build_tokenizer()).examples
+    trained = {(sequence, len(example.prompt_ids)) for example in examples for sequence in example.sequences}
+    ended = [scored for node, scored in collected.thoughts if node.stop == "eos"]
+    assert sum((ids[:-1], start) in trained for ids, start in ended) > 5
+    with torch.no_grad():
+        columns = Objective(policy.model, config.train, policy.reference)(MicroBatch(examples)).columns
+    assert float(columns["off_sampling"]) < BOUND
+    assert not columns["chosen_rewards"].any()

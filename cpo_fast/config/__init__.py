@@ -2,6 +2,7 @@
 
 from cpo_fast.config.load import config_hash, dump_config, load_config, validate_config
 from cpo_fast.config.sections import (
+    TREE_METHODS,
     Config,
     DataConfig,
     EvalConfig,
@@ -15,6 +16,7 @@ from cpo_fast.config.sections import (
 )
 
 __all__ = [
+    "TREE_METHODS",
     "Config",
     "DataConfig",
     "EvalConfig",

@@ -270,17 +270,37 @@ class LoraConfig(Section):
     )
 
 
+_LATER = {"visit_smoothing", "clip_range", "gamma"}  # keys of section train that did not exist always
+# methods that read trees and the values in them; all but the last one compare the thoughts that continue a state
+TREE_METHODS = ("tpo", "dvo", "tree_grpo", "full_step")
+
+
 class TrainConfig(Section):
     """The optimisation. `beta`, rate, batch and epochs are the paper's. The rest is ours."""
 
-    method: Literal["preference", "sft"] = Field(
+    method: Literal["preference", "sft", "tpo", "dvo", "tree_grpo", "full_step"] = Field(
         "preference",
-        description="preference: prefer winners over losers (CPO; FPO with pairs.rule=fpo); sft: imitate winning chains",
+        description="preference: prefer winners over losers (CPO; FPO with pairs.rule=fpo); sft: imitate winning chains; "
+        "on search trees alone: tpo: rank the thoughts after a state by value; dvo: fit log-ratios to values; tree_grpo: "
+        "policy gradient by values; full_step: whole chains, each thought weighted by its value",
     )
     beta: float = Field(0.1, gt=0, description="how strongly the model is held to its starting point (paper: 0.1)")
     loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="preference loss, as TRL names them")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of the preferences that you expect to be wrong; sigmoid only"
+    )
+    visit_smoothing: bool = Field(
+        False,
+        description="smooth each pair's label by its thoughts' visits in a Monte Carlo tree search; sigmoid only",
+    )
+    clip_range: float = Field(
+        0.2, gt=0, lt=1, description="tree_grpo: how far a thought's probability may move from that of its sampling"
+    )
+    gamma: float = Field(
+        1.0,
+        ge=0,
+        le=50,
+        description="full_step: how strongly a thought's weight follows its value; 0: all weigh the same",
     )
     nll_weight: float = Field(
         0.0, ge=0, description="also imitate the chosen responses, with this weight: keeps them likely"
@@ -288,7 +308,9 @@ class TrainConfig(Section):
     lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6; SFT: 1e-5)")
     num_epochs: int = Field(4, ge=1, description="passes over the data (paper: 4)")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever the epochs")
-    batch_pairs: int = Field(32, ge=1, description="pairs (or completions) per optimizer step (paper: 32)")
+    batch_pairs: int = Field(
+        32, ge=1, description="pairs (or completions, or states with their thoughts) per optimizer step (paper: 32)"
+    )
     batch_order: Literal["pairs", "questions"] = Field(
         "pairs",
         description="pairs: shuffle all pairs; questions: keep a question's pairs in one step, which is faster because "
@@ -365,6 +387,13 @@ class TrainConfig(Section):
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
 
+    @model_serializer(mode="wrap")
+    def _as_before_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # so that checkpoints of older versions are gone on with
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {key: value for key, value in values.items() if key not in _LATER or value != fields[key].default}
+
 
 class EvalConfig(Section):
     """Evaluation: greedy chain of thought, tree of thought, or both on the same questions."""
@@ -400,6 +429,21 @@ class Config(Section):
         # accuracy is measured on task.path, which needs nothing held out
         if self.train.patience is not None and not self.data.held_out and self.train.stop_on == "held_out_loss":
             raise ValueError("train.patience needs held-out questions: set data.held_out, such as 0.1")
+        return self
+
+    @model_validator(mode="after")
+    def _method_has_its_loss(self) -> "Config":
+        method = self.train.method
+        if method in TREE_METHODS:
+            for key in ("loss_type", "label_smoothing", "visit_smoothing", "nll_weight"):
+                if getattr(self.train, key) != TrainConfig.model_fields[key].default:
+                    raise ValueError(f"train.{key} is of preference pairs, and train.method={method} has its own loss")
+        if method == "tree_grpo" and self.data.eos == "every":
+            raise ValueError("train.method=tree_grpo trains what was sampled, to which data.eos=every would add tokens")
+        if self.train.visit_smoothing and (self.train.label_smoothing or self.train.loss_type != "sigmoid"):
+            raise ValueError(
+                "train.visit_smoothing takes the place of train.label_smoothing, with train.loss_type=sigmoid"
+            )
         return self
 
 

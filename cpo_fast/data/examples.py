@@ -10,25 +10,48 @@ Nothing is cut: a row becomes a whole example, or a `BadRow` says why not.
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
-from cpo_fast.config import Config
+from cpo_fast.config import TREE_METHODS, Config
 from cpo_fast.data.layouts import NOT_A_RESPONSE
 from cpo_fast.errors import DataError, first_line
 from cpo_fast.rows import BadRow, Row
 from cpo_fast.tasks import common_prefix_length, encode_prompt, with_clock
 
 Ids = tuple[int, ...]
+Scored = tuple[Ids, int]  # a sequence and its first scored position
 
 # what the responses of a row are called, by train.method
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
 
 @dataclass(frozen=True)
+class Thoughts:
+    """What a search tree knows of a response, thought by thought.
+
+    Attributes:
+        lengths: tokens of each thought, end-of-sequence included.
+        values: of each, from 0 (impossible) to 1 (likely).
+        count: how many samples the response stands for.
+        sampled_logp: log-prob of the response under the model that sampled it, at temperature 1, or None.
+    """
+
+    lengths: tuple[int, ...]
+    values: tuple[float, ...]
+    count: int
+    sampled_logp: float | None
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt and its responses, as token ids: chosen and rejected make it a pair, a single one is a completion.
+
+    For an objective that reads whole trees the responses are the thoughts after a state, the best first and the worst
+    second, or two whole chains.
 
     Attributes:
         prompt_ids: the tokens that every response continues, at least one. They are read and not learnt.
@@ -37,6 +60,8 @@ class Example:
         step: depth of the thought in its chain from 1, or 0 for data that has no steps.
         source: file:line, for messages.
         weight: factor of a pair's loss (`cpo_fast.data.batches.weigh` sets it).
+        visits: of chosen and rejected in a Monte Carlo tree search, with `train.visit_smoothing`.
+        thoughts: of each response, for an objective that reads whole trees.
     """
 
     prompt_ids: Ids
@@ -45,18 +70,32 @@ class Example:
     step: int
     source: str
     weight: float = 1.0
+    visits: tuple[int, ...] = ()
+    thoughts: tuple[Thoughts, ...] = ()
 
     @property
     def sequences(self) -> tuple[Ids, ...]:
         return tuple(self.prompt_ids + response for response in self.responses)
+
+    @property
+    def scored(self) -> tuple[tuple[Scored, ...], ...]:
+        """For each response what is scored of it: all, or each thought of a chain by itself."""
+        start = len(self.prompt_ids)
+        if not self.thoughts:
+            return tuple(((sequence, start),) for sequence in self.sequences)
+        found = []
+        for sequence, thoughts in zip(self.sequences, self.thoughts, strict=True):
+            ends = accumulate(thoughts.lengths, initial=start)
+            found.append(tuple((sequence[:end], begin) for begin, end in pairwise(ends)))
+        return tuple(found)
 
 
 class RowParser:
     """Rows to examples of `train.method`, with one tokenizer under one configuration."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config.data, tokenizer
-        self.names = RESPONSES[config.train.method]
+        self.config, self.tokenizer, self.train, self.search = config.data, tokenizer, config.train, config.search
+        self.names = RESPONSES.get(config.train.method, ())
 
     def parse(self, row: Row, source: str, group: str, implicit_prompt: bool = False) -> tuple[Example, bool]:
         """The example, and whether its prompt's last token merged with a response.
@@ -68,8 +107,11 @@ class RowParser:
             implicit_prompt: a pair without a prompt has it as the common beginning of its two responses.
 
         Raises:
-            BadRow: with the reason. DataError: a conversation, and the tokenizer has no chat template.
+            BadRow: with the reason. DataError: a conversation, and the tokenizer has no chat template. Or a tree lacks what
+                the objective reads of it.
         """
+        if self.train.method in TREE_METHODS:
+            return self._of_tree(row, source, group), False
         keys = [f"{name}_token_ids" for name in ("prompt", *self.names)]
         conversational = merged = False
         if all(key in row for key in keys):
@@ -95,7 +137,43 @@ class RowParser:
             raise BadRow("chosen equals rejected after tokenisation")
         self._check_length(len(prompt), max(len(ids) for ids in responses))
         step = row.get("step")  # data of others may hold no number there
-        return Example(prompt, tuple(responses), group, step if type(step) is int else 0, source), merged
+        example = Example(prompt, tuple(responses), group, step if type(step) is int else 0, source)
+        return (replace(example, visits=_visits(row, source)) if self.train.visit_smoothing else example), merged
+
+    def _of_tree(self, row: Row, source: str, group: str) -> Example:
+        """An example of an objective that reads whole trees, from `cpo_fast.data.pair_files.valued_row`."""
+        prompt, responses, thoughts = tuple(row["prompt_token_ids"]), [], []
+        for nodes in row["responses"]:
+            ids = tuple(token for node in nodes for token in node["token_ids"])
+            lengths, last = [len(node["token_ids"]) for node in nodes], nodes[-1]
+            sampled = None
+            if self.train.method == "tree_grpo":  # what was sampled and nothing else: no end-of-sequence
+                sampled = self._sampled_logp(last, source)
+            else:
+                ended = self._ended(ids, last["final"])
+                ids, lengths[-1] = ended, lengths[-1] + len(ended) - len(ids)
+            values = tuple(self._unit_value(node["value"], source) for node in nodes)
+            responses.append(ids)
+            thoughts.append(Thoughts(tuple(lengths), values, last["count"], sampled))
+        self._check_length(len(prompt), max(map(len, responses)))
+        return Example(prompt, tuple(responses), group, row["step"], source, thoughts=tuple(thoughts))
+
+    def _unit_value(self, value: float, source: str) -> float:
+        low, high = self.search.value_impossible, self.search.value_likely
+        if not low <= value <= high:
+            raise DataError(
+                f"{source}: the value {value:g} is not between search.value_impossible={low:g} and "
+                f"search.value_likely={high:g}; set both as they were when the trees were searched"
+            )
+        return (value - low) / (high - low)
+
+    def _sampled_logp(self, node: Row, source: str) -> float:
+        if not node["logps"]:
+            raise DataError(
+                f"{source}: the thoughts have no log-probs of their sampling, which train.method=tree_grpo needs; imported "
+                "trees have none, those of cpo-fast collect have"
+            )
+        return math.fsum(node["logps"][: len(node["token_ids"])])  # one more is that of end-of-sequence
 
     def _ended(self, ids: Ids, final: Any) -> Ids:
         """With end-of-sequence where `data.eos` wants it. `final` says that the chain ends with this response."""
@@ -146,6 +224,17 @@ def with_extracted_prompt(row: Row) -> Row:
 def prompt_text(row: Row) -> str:
     """What names the question of a row that has no id: its prompt, in canonical form."""
     return json.dumps(row["prompt"], sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _visits(row: Row, source: str) -> tuple[int, ...]:
+    found = [row.get(f"{name}_visits") for name in RESPONSES["preference"]]
+    counts = tuple(visits for visits in found if type(visits) is int and visits >= 0)
+    if len(counts) < len(found):
+        raise DataError(
+            f"{source}: no visit counts (chosen_visits and rejected_visits), which train.visit_smoothing needs; trees of "
+            "search.strategy=mcts have them, and train.label_smoothing needs none"
+        )
+    return counts
 
 
 def _token_ids(row: Row, key: str) -> Ids:

@@ -114,7 +114,8 @@ class Layout:
             taken.add("tools")
             made["tools"] = values["tools"]
         self._account(row, names, taken, made)
-        kept = ("chat_template_kwargs", "tree", "task", "step", *(f"{name}_final" for name in self.responses))
+        kept = ["chat_template_kwargs", "tree", "task", "step"]
+        kept += [f"{name}_{what}" for name in self.responses for what in ("final", "visits")]
         return made | {key: row[key] for key in kept if key in row}
 
     def check_columns(self, path: str, rows: Sequence[Row]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.config import Config, PairsConfig
+from cpo_fast.config import TREE_METHODS, Config, PairsConfig
 from cpo_fast.data.examples import RESPONSES, Example, RowParser, prompt_text, with_extracted_prompt
 from cpo_fast.data.layouts import Layout
 from cpo_fast.data.pair_files import TreeFileReader, write_dropped
@@ -43,11 +43,13 @@ class LoadedExamples:
         examples: in file order, each with weight 1.
         dropped: a record of every row that became none, as `dropped.jsonl` has them.
         num_merged_boundaries: rows whose prompt merged its last token with a response.
+        samplers: hashes of model and adapter that the trees read were searched with.
     """
 
     examples: list[Example] = field(default_factory=list)
     dropped: list[Row] = field(default_factory=list)
     num_merged_boundaries: int = 0
+    samplers: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def dropped_by_reason(self) -> dict[str, int]:
@@ -72,6 +74,10 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
     loaded = LoadedExamples()
     first_place: dict[tuple[tuple[int, ...], ...], str] = {}
     for source, questions in open_sources(config, bool(getattr(tokenizer, "chat_template", None))):
+        if isinstance(source, TreeSource):
+            loaded.samplers |= {
+                (tree.model_hash, tree.adapter_hash) for tree in source.reader.trees if tree.id in questions
+            }
         for question, place, row, read in source.rows(questions):
             try:
                 if isinstance(read, BadRow):
@@ -122,6 +128,8 @@ def _check_drop_rate(config: Config, loaded: LoadedExamples) -> None:
     if total == 0:
         if config.train.method == "sft":
             what = "example: no tree has a winning path"
+        elif config.train.method in TREE_METHODS:
+            what = f"example for train.method={config.train.method}: no thoughts of different values to compare"
         else:
             what = f"pair: by pairs.rule={config.pairs.rule} no winning path of its trees has a loser"
         raise DataError(f"{label}: no {what}; look at `cpo-fast pairs`, or collect more questions")
@@ -192,8 +200,15 @@ class TreeSource:
         self.questions = self.reader.questions
 
     def rows(self, questions: AbstractSet[str]) -> Iterator[SourceRow]:
-        """The rows that `cpo-fast pairs` would write of these questions' trees."""
-        made = self.reader.rows(self.config.pairs, self.config.seed, questions, self.config.train.method)
+        """The rows that `cpo-fast pairs` would write of these questions' trees, or those of an objective of whole trees."""
+        method = self.config.train.method
+        if method in TREE_METHODS:
+            ignored = _ignored(self.config, ("rule",) if method == "full_step" else ("rule", "rejected_fraction"))
+            if ignored:
+                logger.warning(
+                    "%s: train.method=%s takes what its trees hold: no effect of %s", self.path, method, ignored
+                )
+        made = self.reader.rows(self.config.pairs, self.config.seed, questions, method)
         reasons = Counter(record["reason"] for record in made.unused) + Counter(made.trees_without.values())
         if reasons:
             unused = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -221,7 +236,7 @@ def open_sources(config: Config, chat: bool) -> list[tuple[RowSource | TreeSourc
     if not mixture and not config.data.path:
         raise ConfigError("data.path is empty; set it to trees, pairs or a preference set")
     listed = [(item.path, {**config.data.columns, **item.columns}) for item in mixture]
-    names = RESPONSES[config.train.method]
+    names = RESPONSES.get(config.train.method, ())
     sources = [
         _open(path, config, Layout(names, {str(name): key for name, key in columns.items()}, chat))
         for path, columns in listed or [(config.data.path, config.data.columns)]
@@ -260,14 +275,21 @@ def _open(path: str, config: Config, layout: Layout) -> RowSource | TreeSource:
     # prompts stand in files beside the trees, which a hub data set has not
     if not isinstance(first, BadRow) and "nodes" in first and not is_hub(path):
         return TreeSource(path, config)  # its lines are parsed there, the ones after the first only there
-    shaping = {"rule": config.pairs.rule, "rejected_fraction": config.pairs.rejected_fraction}
-    defaults = PairsConfig()
-    ignored = [f"pairs.{name}={value}" for name, value in shaping.items() if value != getattr(defaults, name)]
-    if ignored:
-        logger.warning(
-            "%s holds no trees but rows, which are used as they are: no effect of %s", path, ", ".join(ignored)
+    if config.train.method in TREE_METHODS:
+        raise DataError(
+            f"{path} holds no trees but rows, and train.method={config.train.method} reads whole trees; set data.path to "
+            "the trees.jsonl of cpo-fast collect"
         )
+    ignored = _ignored(config, ("rule", "rejected_fraction"))
+    if ignored:
+        logger.warning("%s holds no trees but rows, which are used as they are: no effect of %s", path, ignored)
     return RowSource(path, [*begin, *rows], layout)
+
+
+def _ignored(config: Config, names: Sequence[str]) -> str:
+    """Those keys of section pairs that somebody has set, as `pairs.rule=lower, ...`."""
+    given = {name: getattr(config.pairs, name) for name in names}
+    return ", ".join(f"pairs.{name}={value}" for name, value in given.items() if value != getattr(PairsConfig(), name))
 
 
 def apportion(weights: Sequence[float], sizes: Sequence[int], total: int | None) -> list[int]:

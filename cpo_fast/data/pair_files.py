@@ -12,9 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.config import PairsConfig
+from cpo_fast.config import TREE_METHODS, PairsConfig
 from cpo_fast.data.examples import RESPONSES
-from cpo_fast.data.pair_rules import TreeExample, draw, response, select_pairs, select_winning_paths
+from cpo_fast.data.pair_rules import (
+    Selection,
+    TreeExample,
+    draw,
+    response,
+    select_children,
+    select_pairs,
+    select_valued_paths,
+    select_winning_paths,
+)
 from cpo_fast.files import write_jsonl
 from cpo_fast.rows import Row, write_parquet
 from cpo_fast.tasks import Question, get_task
@@ -118,11 +127,13 @@ class TreeFileReader:
             if not tree.winning_nodes or tree.id not in questions:
                 made.trees_without[tree.id] = OUTSIDE_QUESTIONS if tree.winning_nodes else tree.status
                 continue
-            selection = select_winning_paths(tree) if method == "sft" else select_pairs(tree, config, seed)
+            selection = _select(tree, config, seed, method)
+            make_row = valued_row if method in TREE_METHODS else tree_row
             unused, num_before = list(selection.unused), len(made.rows)
             for example in selection.examples:
-                row = tree_row(tree, self.prompts[tree.prompt_hash], example)
+                row = make_row(tree, self.prompts[tree.prompt_hash], example)
                 ids = tuple(tuple(value) for key, value in row.items() if key.endswith("_token_ids"))
+                ids += tuple(tuple(thought["token_ids"]) for each in row.get("responses", ()) for thought in each)
                 if ids in seen:
                     unused.append((example, REPEATED))
                 else:
@@ -135,9 +146,36 @@ class TreeFileReader:
             if len(made.rows) > num_before:
                 made.num_trees += 1
             else:
-                fallback = NO_RIVAL if config.rule == "fpo" else NO_LOSER
+                fallback = NO_RIVAL if config.rule == "fpo" or method == "full_step" else NO_LOSER
                 made.trees_without[tree.id] = unused[0][1] if unused else fallback
         return made
+
+
+def _select(tree: SearchTree, config: PairsConfig, seed: int, method: str) -> Selection:
+    if method == "sft":
+        return select_winning_paths(tree)
+    if method == "full_step":
+        return select_valued_paths(tree, config, seed)
+    return select_children(tree) if method in TREE_METHODS else select_pairs(tree, config, seed)
+
+
+def valued_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
+    """What an objective of `TREE_METHODS` reads: each response as its thoughts, with all that the tree knows of them."""
+    names = ("text", "token_ids", "value", "count", "logps")
+    return {
+        "prompt": state_text(tree, prompt, example.parent),
+        "prompt_token_ids": [*tree.root_ids(prompt), *tree.path_ids(example.parent)],
+        "responses": [
+            [
+                {name: getattr(node, name) for name in names} | {"final": ends_chain(node)}
+                for node in response(tree, example.parent, last)
+            ]
+            for last in example.last
+        ],
+        "task": tree.task,
+        "tree": tree.id,
+        "step": example.step,
+    }
 
 
 def tree_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
@@ -155,7 +193,9 @@ def tree_row(tree: SearchTree, prompt: Prompt, example: TreeExample) -> Row:
         return row | {"node": example.last[0].id, "value": example.last[0].value}
     row["step"] = example.step
     row |= {f"{name}_node": nodes[-1].id for name, nodes in responses.items()}
-    return row | {f"{name}_value": nodes[-1].value for name, nodes in responses.items()}
+    row |= {f"{name}_value": nodes[-1].value for name, nodes in responses.items()}
+    visits = {f"{name}_visits": nodes[-1].visits for name, nodes in responses.items()}
+    return row if None in visits.values() else row | visits
 
 
 def state_text(tree: SearchTree, prompt: Prompt, node_id: int) -> str:

@@ -11,6 +11,11 @@ the winning paths are never used.
 
 A thought without a value (no verdict was readable) ranks below every value, as the search ranks it: it is below any
 winner that has a value, and nothing is below a winner without one. Gold answers, times and file order do not enter.
+
+Objectives that read the whole tree (`train.method`) need values, so thoughts without one are left out:
+
+    tpo, dvo, tree_grpo  the children of every state that was expanded, on a winning path or not, if their values differ
+    full_step            the pairs of fpo, if every thought of both paths has a value
 """
 
 import hashlib
@@ -26,6 +31,8 @@ NOT_BELOW = "value not below the winner's"
 NOT_LOWEST = "not the lowest value"
 OVER_CAP = "over pairs.max_fpo_pairs"
 SAME_TOKENS = "chosen equals rejected"
+NO_VALUE = "a thought without a value"
+EQUAL_VALUES = "no thoughts of different values"
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class TreeExample:
     Attributes:
         parent: the state that the responses continue, -1 for the question itself.
         step: depth of the responses' thoughts from 1, or 0 when they are whole paths.
-        last: the last thought of each response, (chosen, rejected) or (completion,). A response is the thoughts from
-            below `parent` down to it.
+        last: the last thought of each response: (chosen, rejected), (completion,), or the children of a state, of which
+            the best is the first and the worst the second. A response is the thoughts from below `parent` down to it.
     """
 
     parent: int
@@ -96,6 +103,38 @@ def select_winning_paths(tree: SearchTree) -> Selection:
     for winner in tree.winning_nodes:
         last.setdefault(tuple(tree.path_ids(winner)), tree.nodes[winner])
     return Selection(tuple(TreeExample(ROOT, 0, (node,)) for node in last.values()))
+
+
+def select_children(tree: SearchTree) -> Selection:
+    """For every expanded state its children with values, the best first, the worst second and the others in node order."""
+    groups: list[TreeExample] = []
+    unused: list[tuple[TreeExample, str]] = []
+    for state in [ROOT, *(node.id for node in tree.nodes)]:
+        first: dict[tuple[int, ...], Node] = {}
+        for node in tree.children(state):
+            first.setdefault(node.token_ids, node)  # texts that differ may have equal tokens
+        step = 1 if state == ROOT else tree.nodes[state].depth + 1
+        unused += [(TreeExample(state, step, (node,)), NO_VALUE) for node in first.values() if node.value is None]
+        valued = [node for node in first.values() if node.value is not None]
+        if not valued:
+            continue
+        # both are the first of equals
+        best, worst = (choose(valued, key=lambda node: comparable(node.value)) for choose in (max, min))
+        others = tuple(node for node in valued if node.id not in (best.id, worst.id))
+        if best.value == worst.value:
+            unused.append((TreeExample(state, step, tuple(valued)), EQUAL_VALUES))
+        else:
+            groups.append(TreeExample(state, step, (best, worst, *others)))
+    return Selection(tuple(groups), tuple(unused))
+
+
+def select_valued_paths(tree: SearchTree, config: PairsConfig, seed: int = 0) -> Selection:
+    """The pairs of rule `fpo`, whatever the configured one, whose thoughts have values."""
+    whole = select_pairs(tree, config.model_copy(update={"rule": "fpo"}), seed)
+    paths = {node.id: tree.path(node.id) for pair in whole.examples for node in pair.last}
+    lacking = {last for last, path in paths.items() if any(node.value is None for node in path)}
+    without = tuple((pair, NO_VALUE) for pair in whole.examples if lacking & set(pair.node_ids))
+    return Selection(tuple(pair for pair in whole.examples if not lacking & set(pair.node_ids)), whole.unused + without)
 
 
 def response(tree: SearchTree, parent: int, last: Node) -> list[Node]:

@@ -10,7 +10,7 @@ long path stays together.
 
 from collections.abc import Sequence
 
-from cpo_fast.data.examples import Example
+from cpo_fast.data.examples import Example, Ids
 from cpo_kernels import build_forest
 from cpo_kernels.integrations.transformers import PairTooLarge, split_pairs
 
@@ -43,12 +43,19 @@ def num_tokens(examples: Sequence[Example], places: Sequence[int]) -> int:
     return build_forest([ids for place in places for ids in examples[place].sequences]).num_tokens
 
 
+def token_rows(examples: Sequence[Example]) -> list[tuple[Ids, ...]]:
+    """(prompt ids, ids of each response) for `split_pairs`."""
+    # a completion is a pair whose two responses are one: equal sequences share every row
+    pairs = [each.responses if len(each.responses) > 1 else each.responses * 2 for each in examples]
+    return [(each.prompt_ids, *responses) for each, responses in zip(examples, pairs, strict=True)]
+
+
 def _cut(examples: Sequence[Example], places: Sequence[int], share: int) -> list[list[int]]:
     """Parts of one question of at most `share` tokens, or of the largest example where that alone has more."""
     chosen = [examples[place] for place in places]
-    triples = [(example.prompt_ids, example.responses[0], example.responses[-1]) for example in chosen]
+    rows = token_rows(chosen)
     try:
-        pieces = split_pairs(triples, share)
+        pieces = split_pairs(rows, share)
     except PairTooLarge as error:
-        pieces = split_pairs(triples, max(error.num_tokens.values()))
+        pieces = split_pairs(rows, max(error.num_tokens.values()))
     return [[places[index] for index in piece] for piece in pieces]

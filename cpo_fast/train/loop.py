@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from cpo_fast import progress as progress_line
-from cpo_fast.adapters import copy_adapter, save_adapter
+from cpo_fast.adapters import adapter_hash, copy_adapter, save_adapter
 from cpo_fast.config import Config, config_hash, dump_config
 from cpo_fast.data.batches import split_by_question, weigh
 from cpo_fast.data.examples import Example
@@ -163,7 +163,8 @@ def _set_up(
     _check_readable(config)
     policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)
     # before the ranks are connected, which may then take long (see `connect`)
-    everything = load_examples(config, policy.tokenizer, run / "dropped.jsonl" if ranks.rank == 0 else None).examples
+    loaded = load_examples(config, policy.tokenizer, run / "dropped.jsonl" if ranks.rank == 0 else None)
+    everything = loaded.examples
     parts = split_by_question(everything, config.data.held_out, config.seed)
     # after the split, because weights average to 1 over what is trained
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
@@ -172,6 +173,7 @@ def _set_up(
     connect(communicator, config.train.collective_timeout, store)
     communicator.doing = "making the engine"
     _check_equal(communicator, stage, config)
+    communicator.from_first(lambda: _check_sampler(config, base, loaded.samplers))
     checkpoints = CheckpointStore(run / "checkpoints", config.train.keep_last)
     identity = training_identity(config, base, dtype_name(dtype), everything)
     saved = communicator.from_first(lambda: _saved(checkpoints, identity, allow_mismatch, run))
@@ -197,6 +199,7 @@ def _set_up(
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
         objective.self_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
+        objective.sampling_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
     else:
         trainer.restore(saved)
     trainer.probe()
@@ -335,6 +338,20 @@ def _check_equal(communicator: Communicator, stage: int, config: Config) -> None
                 f"the ranks differ in {name}; give every host the same configuration, and set train.zero_stage where cards "
                 "are of different sizes"
             )
+
+
+def _check_sampler(config: Config, base: str, samplers: Collection[tuple[str, str]]) -> None:
+    """Refuse trees that another model or adapter sampled where their log-probs are used as the policy's own."""
+    start = (base, adapter_hash(config.model.adapter))
+    others = sorted(set(samplers) - {start})
+    # a model without files has no hash to compare, and the self-test compares the log-probs themselves
+    if config.train.method == "tree_grpo" and config.model.path and others:
+        model, adapter = others[0]
+        raise DataError(
+            f"the trees were sampled by model {model} with adapter {adapter or 'none'}, and this training starts from "
+            f"model {start[0]} with adapter {start[1] or 'none'}; train.method=tree_grpo needs trees of the model that it "
+            "starts from: collect again with it, or set model.path and model.adapter to the other"
+        )
 
 
 def _saved(

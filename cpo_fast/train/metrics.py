@@ -55,6 +55,7 @@ class Metrics:
             "num_tokens": sum(result.num_tokens for result in self.results),
             "num_sequence_tokens": sum(result.num_sequence_tokens for result in self.results),
             "num_first": num_scored[0] if num_scored else 0,  # scored tokens of chosen responses or of completions
+            "num_second": num_scored[1] if len(num_scored) > 1 else 0,  # of rejected responses
             "num_scored": sum(num_scored),
         }
         room = self.capacity - len(self.places)
@@ -100,7 +101,7 @@ class Metrics:
         }
         if self.config.method == "sft":
             return {"loss": sums["loss_sum"] / num_first, "completions": len(self.examples), **values}
-        return {**self._of_pairs(num_first, max(sums["num_scored"] - sums["num_first"], 1)), **values}
+        return {**self._of_pairs(num_first, max(sums["num_second"], 1)), **values}
 
     def _of_pairs(self, num_chosen: float, num_rejected: float) -> dict[str, float]:
         host = self._columns
@@ -123,7 +124,7 @@ class Metrics:
             "logps/chosen_drift": float(host["chosen_rewards"].sum()) / self.config.beta / num_chosen,
             "logits/chosen": self._sums["chosen_logit_sum"] / num_chosen,
             "logits/rejected": self._sums["rejected_logit_sum"] / num_rejected,
-            "pairs": len(self.examples),
+            "states" if self.config.method in ("tpo", "dvo", "tree_grpo") else "pairs": len(self.examples),
             **{f"rewards/accuracies/step_{step}": sum(v) / len(v) for step, v in sorted(by_step.items())},
         }
 

@@ -11,6 +11,10 @@ into one batch, prompt masked:
 
     sum over the micro-batch's completion tokens of -log p   / completion tokens of the step
 
+Objectives of whole trees, whose examples are the thoughts after a state, or two chains (`cpo_kernels.tree_loss`):
+
+    sum over the micro-batch's examples of weight * loss of the example's segments   / examples of the step
+
 The division is the loop's, by `normaliser`: only a step knows how many pairs or tokens it has.
 """
 
@@ -21,16 +25,24 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from cpo_fast.config import TrainConfig
-from cpo_fast.data.examples import Example, Ids
+from cpo_fast.config import TREE_METHODS, TrainConfig
+from cpo_fast.data.examples import Example, Scored
 from cpo_fast.errors import CpoFastError, DataError
 from cpo_fast.train.communication import Communicator
-from cpo_kernels import preference_loss
+from cpo_fast.train.dealing import token_rows
+from cpo_fast.tree import LOGP_DECIMALS
+from cpo_kernels import (
+    group_policy_loss,
+    preference_loss,
+    ranking_loss,
+    step_weighted_loss,
+    value_loss,
+    visit_smoothing,
+)
 from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import PackedLogps, PairTooLarge, packed_logps, split_pairs
-
-Scored = tuple[Ids, int]  # a sequence and its first scored position
+from cpo_kernels.tolerances import end_to_end_bound
 
 # per-token values that the statistics need, beside the log-probs
 OUTPUTS = {"preference": ("entropy", "mean_logit", "is_top1"), "sft": ("entropy", "is_top1")}
@@ -43,6 +55,12 @@ SUM_COLUMNS = {
     "preference": ("entropy_sum", "chosen_logit_sum", "rejected_logit_sum", "num_top1"),
     "sft": ("loss_sum", "entropy_sum", "num_top1"),
 }
+for _table in (
+    OUTPUTS,
+    EXAMPLE_COLUMNS,
+    SUM_COLUMNS,
+):  # the best thought of a state counts as chosen, the worst as rejected
+    _table.update(dict.fromkeys(TREE_METHODS, _table["preference"]))
 
 
 @dataclass(frozen=True)
@@ -61,10 +79,24 @@ class MicroBatch:
 
     @property
     def scored(self) -> list[Scored]:
-        """Every sequence with its first scored position: all chosen and then all rejected, or all completions."""
-        starts = [len(example.prompt_ids) for example in self.examples]
-        places = zip(*(example.sequences for example in self.examples), strict=True)
-        return [entry for sequences in places for entry in zip(sequences, starts, strict=True)]
+        """What is scored of every sequence: of all chosen and then of all rejected, or of all completions.
+
+        Of examples with more responses the first ones of all, then the second ones, and so on.
+        """
+        return [entry for *_, entry in self.segments]
+
+    @property
+    def segments(self) -> list[tuple[int, int, int, Scored]]:
+        """(example, response, thought, what is scored of it), in the order of `scored`."""
+        found = [
+            (place, which, thought, entry)
+            for place, example in enumerate(self.examples)
+            for which, entries in enumerate(example.scored)
+            for thought, entry in enumerate(entries)
+        ]
+        return sorted(
+            found, key=lambda segment: (segment[1], segment[0])
+        )  # stable: thoughts in the order of their chain
 
 
 @dataclass(frozen=True)
@@ -74,7 +106,7 @@ class MicroBatchResult:
     Attributes:
         loss_sum: scalar, the one value with a graph.
         columns: by name, detached: values [N] of each example, and scalars that are sums over tokens.
-        num_scored: scored tokens of all chosen and of all rejected responses, or of all completions.
+        num_scored: scored tokens of all chosen, of all rejected and of all other responses, or of all completions.
         num_tokens: tokens of the forest, which met the backbone once.
         num_sequence_tokens: tokens of the sequences, which a padded batch would have computed.
     """
@@ -125,13 +157,15 @@ class Objective(torch.nn.Module):
         """Score every response of the micro-batch on one forest."""
         method = self.config.method
         sequences, starts = zip(*batch.scored, strict=True)
-        online = method == "preference" and batch.ref_logps is None
+        online = method != "sft" and batch.ref_logps is None
         reference = self.reference if online else None
         packed = packed_logps(self.model, sequences, starts, reference, impl=self.impl, outputs=OUTPUTS[method])
         lengths = [len(sequence) - start for sequence, start in zip(sequences, starts, strict=True)]
         with record_function("loss"):
             if method == "sft":
                 return _completion_loss(packed, lengths)
+            if method in TREE_METHODS:
+                return _tree_loss(batch, packed, lengths, self.config)
             return _pair_loss(batch, packed, lengths, self.config)
 
     def micro_batches(
@@ -152,8 +186,9 @@ class Objective(torch.nn.Module):
     def normaliser(self, examples: Sequence[Example]) -> int:
         """What the summed loss of a batch is divided by.
 
-        Pairs count as one each: weights average to 1 over the whole set, not over a batch. Of completions every token
-        counts, so that a long chain counts for more than a short one, as in Hugging Face's loss.
+        Pairs, and states with their thoughts, count as one each: weights average to 1 over the whole set, not over a batch.
+        Of completions every token counts, so that a long chain counts for more than a short one, as in Hugging Face's
+        loss.
         """
         if self.config.method == "sft":
             return sum(len(example.responses[0]) for example in examples)
@@ -180,6 +215,28 @@ class Objective(torch.nn.Module):
                     "not the policy's starting point (an adapter that was trained, or dropout)"
                 )
 
+    def sampling_test(self, engine: Any, examples: Sequence[Example], communicator: Communicator) -> None:
+        """With `tree_grpo`, the policy before the first step on one forest: the trees must hold its own log-probs.
+
+        Every rank calls with the same examples, and all of them raise where one finds others.
+
+        Raises:
+            CpoFastError: another model, adapter or dtype has sampled the trees.
+        """
+        if self.config.method != "tree_grpo":
+            return
+        with torch.no_grad():
+            off = engine(next(self.micro_batches(examples, online=True))).columns["off_sampling"]
+        farthest = float(communicator.gather(off[None]).max())
+        model: Any = self.model
+        bound = max(end_to_end_bound(model.get_base_model().dtype), 10.0**-LOGP_DECIMALS)  # the file rounds
+        if not farthest <= bound:
+            raise CpoFastError(
+                f"self-test: the log-probs that the trees hold of their sampling are {farthest:.1e} nats a token from the "
+                f"policy's at step 0, more than rounding ({bound:.0e}), so another model, adapter or dtype sampled them; "
+                "train.method=tree_grpo needs trees of the model that it starts from"
+            )
+
 
 def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:
     chosen, rejected = packed.segment_logps.chunk(2)  # [N] each
@@ -190,6 +247,9 @@ def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], c
         assert batch.ref_logps is not None
         ref_chosen, ref_rejected = _like(batch.ref_logps, chosen).chunk(2)
     weights = [pair.weight for pair in batch.examples]
+    smoothing: float | torch.Tensor = config.label_smoothing
+    if config.visit_smoothing:
+        smoothing = visit_smoothing(*_like([n for pair in batch.examples for n in pair.visits], chosen).view(-1, 2).T)
     loss = preference_loss(
         chosen,
         rejected,
@@ -197,30 +257,84 @@ def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], c
         ref_rejected,
         beta=config.beta,
         loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
+        label_smoothing=smoothing,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         nll_weight=config.nll_weight,
         pair_weight=None if all(weight == 1.0 for weight in weights) else _like(weights, chosen),
     )
-    result = packed.result
-    assert result.entropy is not None
-    assert result.mean_logit is not None
-    assert result.is_top1 is not None
-    num_chosen = sum(lengths[: len(weights)])  # per-token values stand sequence by sequence: these are the first
+    num_chosen = sum(lengths[: len(weights)])
+    num_scored = (num_chosen, sum(lengths) - num_chosen, 0)
     columns = {
         "losses": loss.losses.detach(),
         "chosen_rewards": loss.chosen_rewards,
         "rejected_rewards": loss.rejected_rewards,
         "chosen_logps": chosen.detach(),
         "rejected_logps": rejected.detach(),
-        "entropy_sum": result.entropy.sum(),
-        "chosen_logit_sum": result.mean_logit[:num_chosen].sum(),
-        "rejected_logit_sum": result.mean_logit[num_chosen:].sum(),
-        "num_top1": result.is_top1[:num_chosen].sum(),
+        **_token_sums(packed, num_scored),
     }
-    num_scored = (num_chosen, sum(lengths) - num_chosen)
     return MicroBatchResult(loss.losses.sum(), columns, num_scored, packed.num_tokens, packed.num_sequence_tokens)
+
+
+def _tree_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:
+    logps, ref_logps = packed.segment_logps, packed.ref_segment_logps  # [S]
+    if ref_logps is None:
+        assert batch.ref_logps is not None
+        ref_logps = _like(batch.ref_logps, logps)
+    segments = batch.segments
+    # what is known of each segment in one tensor, so that it is sent once
+    parts = []
+    for (place, which, thought, _), length in zip(segments, lengths, strict=True):
+        known = batch.examples[place].thoughts[which]
+        parts.append((place, which, known.values[thought], known.count, length, known.sampled_logp or 0.0))
+    sent = to_device(torch.tensor(parts, dtype=torch.float64).T.contiguous(), logps.device)
+    group, response = sent[0].long(), sent[1].long()
+    value, count, length, sampled = sent[2:].to(logps.dtype)
+    num_groups, beta = len(batch.examples), config.beta
+    if config.method == "tpo":
+        losses = ranking_loss(logps, ref_logps, value, group, num_groups, beta)
+    elif config.method == "dvo":
+        losses = value_loss(logps, ref_logps, value, count, group, num_groups, beta)
+    elif config.method == "tree_grpo":
+        losses = group_policy_loss(
+            logps, ref_logps, sampled, length, value, count, group, num_groups, beta, config.clip_range
+        )
+    else:
+        losses = step_weighted_loss(logps, ref_logps, value, response == 0, group, num_groups, beta, config.gamma)
+    weights = [example.weight for example in batch.examples]
+    if any(weight != 1.0 for weight in weights):
+        losses = losses * _like(weights, logps)
+    places = torch.arange(num_groups, device=logps.device)[:, None] == group  # [G, S]
+    with torch.no_grad():
+        rewards = beta * (logps - ref_logps)
+        columns = {"losses": losses.detach()}
+        for which, name in enumerate(("chosen", "rejected")):
+            members = places & (response == which)
+            columns[f"{name}_rewards"] = torch.where(members, rewards, 0).sum(1)
+            columns[f"{name}_logps"] = torch.where(members, logps, 0).sum(1)
+        if config.method == "tree_grpo":
+            columns["off_sampling"] = (logps - sampled).abs().sum() / length.sum()
+    sums = [0, 0, 0]  # tokens of the best, of the worst and of the others
+    for (_, which, *_), tokens in zip(segments, lengths, strict=True):
+        sums[min(which, 2)] += tokens
+    num_scored = (sums[0], sums[1], sums[2])
+    columns |= _token_sums(packed, num_scored)
+    return MicroBatchResult(losses.sum(), columns, num_scored, packed.num_tokens, packed.num_sequence_tokens)
+
+
+def _token_sums(packed: PackedLogps, num_scored: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """Sums over tokens, whose values stand sequence by sequence: those of the chosen responses are the first."""
+    result = packed.result
+    assert result.entropy is not None
+    assert result.mean_logit is not None
+    assert result.is_top1 is not None
+    first, second = num_scored[0], num_scored[0] + num_scored[1]
+    return {
+        "entropy_sum": result.entropy.sum(),
+        "chosen_logit_sum": result.mean_logit[:first].sum(),
+        "rejected_logit_sum": result.mean_logit[first:second].sum(),
+        "num_top1": result.is_top1[:first].sum(),
+    }
 
 
 def _completion_loss(packed: PackedLogps, lengths: Sequence[int]) -> MicroBatchResult:
@@ -247,10 +361,8 @@ def split_examples(examples: Sequence[Example], max_tokens: int) -> list[list[in
     Raises:
         DataError: an example alone has more. It names the row and the option.
     """
-    # a completion is a pair whose two responses are one: equal sequences share every row
-    triples = [(example.prompt_ids, example.responses[0], example.responses[-1]) for example in examples]
     try:
-        return split_pairs(triples, max_tokens)
+        return split_pairs(token_rows(examples), max_tokens)
     except PairTooLarge as error:
         index = min(error.num_tokens)
         what = "the pair alone" if len(examples[index].responses) == 2 else "the row"

@@ -185,7 +185,7 @@ def _micro_batches(batch: list[Example], places: Any, max_tokens: int) -> list[t
 
 def _head_rows(examples: list[Example]) -> int:
     """Rows of the examples' forest that predict a scored token."""
-    scored = [(ids, len(example.prompt_ids)) for example in examples for ids in example.sequences]
+    scored = [entry for example in examples for entries in example.scored for entry in entries]
     plan = build_forest([ids for ids, _ in scored]).logprob_plan([start for _, start in scored])
     return plan.unique_rows.shape[0]
 

@@ -125,7 +125,7 @@ def is_cached(config: Config, stage: int) -> bool:
 
 def scored_sequences(pairs: Sequence[Example]) -> list[Scored]:
     """The distinct (sequence, start) of all pairs, in order of first appearance."""
-    return list(dict.fromkeys((sequence, len(pair.prompt_ids)) for pair in pairs for sequence in pair.sequences))
+    return list(dict.fromkeys(entry for pair in pairs for entries in pair.scored for entry in entries))
 
 
 def _load(path: Path, scored: Sequence[Scored]) -> list[float] | None:

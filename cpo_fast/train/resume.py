@@ -66,12 +66,14 @@ def training_identity(config: Config, base: str, dtype: str, examples: Sequence[
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
-    """16 hex digits that name the token ids, questions and depths of examples, in order."""
+    """16 hex digits that name the token ids, questions and depths of examples, and what trees say of them, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.group}\0{example.step}".encode("utf-8", "surrogatepass"))
         for ids in (example.prompt_ids, *example.responses):
             digest.update(np.array([len(ids), *ids], np.int64).tobytes())
+        if example.visits or example.thoughts:
+            digest.update(repr((example.visits, example.thoughts)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@
     out = tree_attention(q, k, v, forest.subtree_end)   # row i sees row j iff j <= i < subtree_end[j]
     result = linear_logprob(hidden, weight, plan)       # head, log-softmax and gather in one op
     loss = preference_loss(...)                         # DPO and relatives on segment sums
+    losses = ranking_loss(...)                          # and objectives of whole search trees
 
 `cpo_kernels.integrations` holds the drop-ins for other code bases.
 """
@@ -12,8 +13,9 @@
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob, selective_linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan
-from cpo_kernels.preference_loss import PreferenceLoss, preference_loss
+from cpo_kernels.preference_loss import PreferenceLoss, preference_loss, visit_smoothing
 from cpo_kernels.tree_attention import TreeSchedule, tree_attention, tree_schedule
+from cpo_kernels.tree_loss import group_policy_loss, ranking_loss, step_weighted_loss, value_loss
 
 __all__ = [
     "Forest",
@@ -22,9 +24,14 @@ __all__ = [
     "PreferenceLoss",
     "TreeSchedule",
     "build_forest",
+    "group_policy_loss",
     "linear_logprob",
     "preference_loss",
+    "ranking_loss",
     "selective_linear_logprob",
+    "step_weighted_loss",
     "tree_attention",
     "tree_schedule",
+    "value_loss",
+    "visit_smoothing",
 ]

@@ -6,8 +6,9 @@ With h = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected):
     hinge    max(0, 1 - beta h)                                          SLiC, arXiv 2305.10425
     ipo      (h_mean - 1 / (2 beta))^2, h of per-token mean log-ratios    IPO, arXiv 2310.12036, normalised as TRL does
 
-`nll_weight` adds the chosen response's mean negative log-likelihood (as RPO does), `pair_weight` scales each pair. The
-caller reduces, because a step's mean is over the pairs of all its micro-batches.
+`visit_smoothing` is the e of a pair from a Monte Carlo tree search. `nll_weight` adds the chosen response's mean negative
+log-likelihood (as RPO does), `pair_weight` scales each pair. The caller reduces, because a step's mean is over the pairs of
+all its micro-batches. Losses of more than two responses: `cpo_kernels.tree_loss`.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def preference_loss(
     ref_rejected: torch.Tensor,  # [N]
     beta: float = 0.1,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | torch.Tensor = 0.0,  # [N]
     chosen_lengths: torch.Tensor | None = None,  # [N]
     rejected_lengths: torch.Tensor | None = None,  # [N]
     nll_weight: float = 0.0,
@@ -47,7 +48,7 @@ def preference_loss(
         ref_chosen, ref_rejected: [N] the same under the reference.
         beta: strength of the pull towards the reference.
         loss_type: "sigmoid", "hinge" or "ipo".
-        label_smoothing: probability in [0, 0.5) that a label is flipped, for "sigmoid" only.
+        label_smoothing: probability that a label is flipped, for "sigmoid" only, one for all or [N] one a pair.
         chosen_lengths, rejected_lengths: [N] response lengths in tokens. "ipo" needs both, `nll_weight` the first.
         nll_weight: weight of the chosen response's mean negative log-likelihood.
         pair_weight: [N] factor on each pair's loss, or None.
@@ -62,7 +63,8 @@ def preference_loss(
     for name, value in (("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         if value.shape != chosen.shape:
             raise ValueError(f"preference_loss: expected {name} {tuple(chosen.shape)}, got {tuple(value.shape)}")
-    if label_smoothing and loss_type != "sigmoid":
+    is_smoothed = isinstance(label_smoothing, torch.Tensor) or label_smoothing != 0
+    if is_smoothed and loss_type != "sigmoid":
         raise ValueError(f"preference_loss: label_smoothing is defined for 'sigmoid' only, got {loss_type!r}")
     chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
     margin = chosen_ratio - rejected_ratio
@@ -82,3 +84,12 @@ def preference_loss(
     if pair_weight is not None:
         losses = losses * pair_weight
     return PreferenceLoss(losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach())
+
+
+def visit_smoothing(chosen_visits: torch.Tensor, rejected_visits: torch.Tensor) -> torch.Tensor:
+    """[N] label smoothing 1 / (N_chosen / N_rejected + 1) from visit counts, as MCTS-DPO has it (arXiv 2405.00451).
+
+    Equal counts give 1/2, also where neither was visited.
+    """
+    visits = chosen_visits + rejected_visits
+    return torch.where(visits > 0, rejected_visits / visits, 0.5)

@@ -9,7 +9,7 @@ import cpo_kernels._csrc as _csrc
 from cpo_kernels import build_forest
 from cpo_kernels.integrations.transformers import PairTooLarge, split_pairs
 
-Pair = tuple[list[int], list[int], list[int]]
+Pair = tuple[list[int], ...]  # a prompt and its responses
 
 
 def prefixes(pairs: list[Pair]) -> set[tuple[int, ...]]:
@@ -30,18 +30,21 @@ def defined(pairs: list[Pair], max_tokens: int) -> list[list[int]]:
 
 
 ids = st.lists(st.integers(0, 2), max_size=5)  # few ids: equal rows, prefixes and branches at every depth are common
-pair_lists = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=4), ids, ids), max_size=8)
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=4)
+pair_lists = st.lists(st.tuples(prompts, ids, ids), max_size=8)
+groups = st.tuples(prompts, st.lists(ids, min_size=2, max_size=4)).map(lambda group: (group[0], *group[1]))
+group_lists = st.lists(groups, max_size=8)
 
 
 @settings(max_examples=400, deadline=None)
-@given(pairs=pair_lists, spare=st.integers(0, 12))
+@given(pairs=pair_lists | group_lists, spare=st.integers(0, 12))
 def test_micro_batches_are_those_of_the_definition(pairs: list[Pair], spare: int) -> None:
     max_tokens = max([1, *(len(prefixes([pair])) for pair in pairs)]) + spare
     assert split_pairs(pairs, max_tokens) == defined(pairs, max_tokens)
 
 
 @settings(max_examples=200, deadline=None)
-@given(pairs=pair_lists.filter(bool), max_tokens=st.integers(0, 9))
+@given(pairs=(pair_lists | group_lists).filter(bool), max_tokens=st.integers(0, 9))
 def test_every_pair_too_large_for_the_budget_is_found_with_its_tokens(pairs: list[Pair], max_tokens: int) -> None:
     sizes = {index: len(prefixes([pair])) for index, pair in enumerate(pairs)}
     large = {index: size for index, size in sizes.items() if size > max_tokens}

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from cpo_fast.config import PairsConfig
-from cpo_fast.data.pair_rules import TreeExample, response_ids, select_pairs, select_winning_paths
+from cpo_fast.data.pair_rules import (
+    EQUAL_VALUES,
+    NO_VALUE,
+    TreeExample,
+    response_ids,
+    select_children,
+    select_pairs,
+    select_valued_paths,
+    select_winning_paths,
+)
 from cpo_fast.tree import Node, SearchTree
 from tests.data.hand_made import node, random_tree, tree
 
@@ -238,3 +247,39 @@ def test_a_fraction_of_the_rejected_thoughts_is_nested_and_near_its_share() -> N
     assert one != two
     other = replace(searched, id="another question")
     assert ids(by_rule(other, "all", seed=1, rejected_fraction=0.5)) != ids(one)
+
+
+def children_of(parent: int, *values: float | None, first: int = 0, **changes: object) -> list[Node]:
+    """Thoughts under a state, with these values."""
+    depth = 1 if parent == -1 else 2
+    return [node(first + place, parent, depth, value=value, **changes) for place, value in enumerate(values)]
+
+
+def test_children_of_every_expanded_state_stand_best_first_worst_second_and_the_rest_in_order() -> None:
+    nodes = [
+        *children_of(-1, 4.0, 2.0, 7.0, 7.0, None, 2.0),
+        *children_of(1, 3.0, 3.0, first=6),
+        *children_of(2, 1.0, 9.0, first=8),
+    ]
+    selection = select_children(tree([*nodes, node(10, 9, 3, "4", value=None)], (10,)))
+    assert [(group.parent, group.step, group.node_ids) for group in selection.examples] == [
+        (-1, 1, (2, 1, 0, 3, 5)),
+        (2, 2, (9, 8)),
+    ]
+    assert [(unused.node_ids, reason) for unused, reason in selection.unused] == [
+        ((4,), NO_VALUE),
+        ((6, 7), EQUAL_VALUES),
+        ((10,), NO_VALUE),
+    ]
+
+
+def test_of_children_with_equal_tokens_the_first_is_taken() -> None:
+    twins = [*children_of(-1, 4.0, 2.0), node(2, -1, 1, value=9.0, token_ids=(100, 10))]
+    assert [group.node_ids for group in select_children(tree(twins, ())).examples] == [(0, 1)]
+
+
+def test_valued_paths_are_the_pairs_of_fpo_whose_every_thought_has_a_value() -> None:
+    nodes = [*children_of(-1, 4.0, None, 2.0), *(node(3 + p, p, 2, answer) for p, answer in enumerate("456"))]
+    selection = select_valued_paths(tree(nodes, (3,)), PairsConfig(rule="lowest"))
+    assert [pair.node_ids for pair in selection.examples] == [(3, 5)]
+    assert [(pair.node_ids, reason) for pair, reason in selection.unused] == [((3, 4), NO_VALUE)]

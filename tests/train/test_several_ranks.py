@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import save_tiny_model
+from tests.train import valued_trees
 from tests.train.dpo_of_trl import BOUND as TRL_BOUND
 from tests.train.dpo_of_trl import TrlRun
 from tests.train.rank_process import Run, launch, take
@@ -38,6 +39,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "recomputed": ({"gradient_checkpointing": "non_reentrant"}, (3,)),
     "online": ({"reference": "online"}, (0,)),
     "imitation": ({"method": "sft"}, (0, 3)),
+    "ranking": ({"method": "tpo"}, (0, 2)),
     "tied": ({"model": "tied"}, (3,)),
     "accuracy": ({"stop_on": "accuracy", "max_steps": 4}, (2,)),  # three questions, of which the other rank has one
     "gradient": (CONSTANT_RATE | {"max_steps": 1, "max_grad_norm": 0.0}, (0, 2, 3)),
@@ -87,6 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     rows = id_rows(num_questions=5)
     write(folder / "pairs.jsonl", rows)
     write(folder / "completions.jsonl", [row | {"completion_token_ids": row["chosen_token_ids"]} for row in rows[::3]])
+    valued_trees.write(folder / "trees.jsonl", valued_trees.valued_trees(5))
     bad = [dict(row) for row in rows]
     bad[7]["rejected_token_ids"] = [*bad[7]["rejected_token_ids"][:-1], BAD_TOKEN, 9]
     write(folder / "bad.jsonl", bad)
@@ -101,8 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         dtype: str = "float32",
         **train: Any,
     ) -> dict[str, Any]:
-        if train.get("method") == "sft":
-            data = "completions"
+        data = {"sft": "completions", "tpo": "trees"}.get(train.get("method", ""), data)
         # steep enough that gradients are clipped, micro-batches small enough that ranks have several
         options = {"lr": 0.01, "batch_pairs": 12, "num_epochs": 4, "max_steps": 10, "max_tokens": 60}
         return {

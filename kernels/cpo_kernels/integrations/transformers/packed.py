@@ -8,6 +8,7 @@ and sent to the device without waiting for it, so a caller that reads nothing ke
 named range in a `torch.profiler` trace. `split_pairs` cuts a step's pairs into micro-batches whose forests fit a budget.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -196,7 +197,7 @@ def _reference_hidden(
             return inputs.hidden(parts, impl), parts
 
 
-Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # prompt ids, chosen ids, rejected ids
+Pair = tuple[Sequence[int], ...]  # prompt ids, then the ids of two responses or more
 
 
 class PairTooLarge(ValueError):
@@ -219,7 +220,7 @@ def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
     a pair costs the tokens that it adds to the micro-batch's token trie, which csrc keeps.
 
     Args:
-        pairs: (prompt ids, chosen ids, rejected ids) of each pair.
+        pairs: (prompt ids, chosen ids, rejected ids) of each pair, or a prompt with any number of responses.
         max_tokens: budget of one micro-batch in forest tokens.
 
     Returns:
@@ -229,13 +230,37 @@ def split_pairs(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
         PairTooLarge: pairs that have more tokens alone than the budget.
         ValueError: a token id is no integer in [0, 2^31).
     """
-    tokens, offsets = flatten([[*prompt, *response] for prompt, *responses in pairs for response in responses])
-    prompt_lengths = np.array([len(prompt) for prompt, _, _ in pairs], np.int64)
-    order, batch_offsets, batch_tokens = _csrc.split_pairs(tokens, offsets, prompt_lengths, max_tokens)
-    batches = [part.tolist() for part in np.split(order, batch_offsets[1:-1])] if pairs else []
-    too_large = {
-        batch[0]: count for batch, count in zip(batches, batch_tokens.tolist(), strict=True) if count > max_tokens
-    }
+    if all(len(pair) == 3 for pair in pairs):
+        tokens, offsets = flatten([[*prompt, *response] for prompt, *responses in pairs for response in responses])
+        prompt_lengths = np.array([len(prompt) for prompt, *_ in pairs], np.int64)
+        order, batch_offsets, batch_tokens = _csrc.split_pairs(tokens, offsets, prompt_lengths, max_tokens)
+        batches = [part.tolist() for part in np.split(order, batch_offsets[1:-1])] if pairs else []
+        num_tokens = batch_tokens.tolist()
+    else:
+        batches = _split_groups(pairs, max_tokens)
+        num_tokens = [_num_tokens(pairs, batch) for batch in batches]
+    too_large = {batch[0]: count for batch, count in zip(batches, num_tokens, strict=True) if count > max_tokens}
     if too_large:
         raise PairTooLarge(too_large, max_tokens)
     return batches
+
+
+def _split_groups(groups: Sequence[Pair], max_tokens: int) -> list[list[int]]:
+    """As csrc splits pairs: the longest runs of groups that fit, found by doubling and bisection."""
+    left = sorted(range(len(groups)), key=lambda index: tuple(groups[index][0]))
+    batches: list[list[int]] = []
+    while left:
+        size = 1  # a group that does not fit is a micro-batch of its own
+        while size < len(left) and _num_tokens(groups, left[: 2 * size]) <= max_tokens:
+            size *= 2
+        # the longest that fits is in [size, 2 size)
+        more = range(size + 1, min(2 * size, len(left) + 1))
+        size += bisect_right(more, max_tokens, key=lambda end: _num_tokens(groups, left[:end]))
+        batches.append(left[:size])
+        left = left[size:]
+    return batches
+
+
+def _num_tokens(groups: Sequence[Pair], places: Sequence[int]) -> int:
+    sequences = [[*groups[place][0], *response] for place in places for response in groups[place][1:]]
+    return build_forest(sequences).num_tokens
