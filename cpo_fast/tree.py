@@ -151,7 +151,9 @@ class SearchTree:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
-        row = asdict(self)
+        # by hand: `asdict` copies every number of every node by a call of its own
+        nodes = tuple(vars(node) | {"evaluations": tuple(map(dict, node.evaluations))} for node in self.nodes)
+        row = vars(self) | {"nodes": nodes}
         return row if self.equal_for else {name: value for name, value in row.items() if name != "equal_for"}
 
     @classmethod
