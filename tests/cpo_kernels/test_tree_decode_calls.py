@@ -29,7 +29,10 @@ def plan_of(node_lengths: list[int], num_copies: int) -> DecodePlan:
     lengths = node_lengths * num_copies
     num_rows = -(-len(lengths) * ROWS_A_NODE // 16) * 16
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    items = [(number * ROWS_A_NODE, ROWS_A_NODE, start, n, n) for number, (start, n) in enumerate(zip(starts, lengths))]
+    items = [
+        (number * ROWS_A_NODE, ROWS_A_NODE, start, n, n)
+        for number, (start, n) in enumerate(zip(starts, lengths, strict=True))
+    ]
     own = range(sum(lengths), sum(lengths) + num_rows)
     return DecodePlan.build(own, items, own, [1] * num_rows)
 

@@ -311,7 +311,7 @@ def _with_buffers(
 
 
 def _deal(tiles: list[_Tiles], heads: HeadShape, least_tiles: int) -> list[list[_Tiles]]:
-    """Tiles in order, as many in a round as its numbers allow, of each shape `least_tiles`; whole products by themselves."""
+    """Tiles in order, as many in a round as its numbers allow; whole products by themselves."""
     rounds: list[list[_Tiles]] = []
     room = 0
     for one in tiles:
