@@ -154,12 +154,11 @@ class SearchTree:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
-        row = asdict(self)
-        for each in (row, *row["nodes"]):
-            for name, absent in _ABSENT.items():
-                if name in each and each[name] == absent:
-                    del each[name]
-        return row
+        # by hand: `asdict` copies every number of every node by a call of its own
+        nodes = tuple(
+            _without_absent(vars(node) | {"evaluations": tuple(map(dict, node.evaluations))}) for node in self.nodes
+        )
+        return _without_absent(vars(self) | {"nodes": nodes})
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "SearchTree":
@@ -288,6 +287,10 @@ def _check_names(cls: type, row: Any, what: str) -> None:
     unknown = [name for name in row if name not in names]
     if missing or unknown:
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+
+
+def _without_absent(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _ABSENT or value != _ABSENT[name]}
 
 
 def _type_sentence(error: ValidationError) -> str:

@@ -61,7 +61,7 @@ class Evaluator:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._judged]
         if new:
             by_logits = self._config.evaluator == "logits"
-            items = [self._scoring(prompt) if by_logits else self._requests(prompt) for prompt in new]
+            items = self._scorings(new) if by_logits else list(map(self._requests, new))
             # not kept: no later prompt begins with an evaluator prompt
             answers = iter((yield Requests(tuple(item for group in items for item in group), keep=False)))
             for prompt, group in zip(new, items, strict=True):
@@ -69,9 +69,11 @@ class Evaluator:
                 self._judged[prompt] = judge([next(answers) for _ in group])
         return [self._judged[prompt] for prompt in prompts]
 
-    def _scoring(self, prompt: str) -> tuple[SampleRequest | ScoreRequest, ...]:
-        prompt_ids, labels = self._prompts.labels(prompt)
-        return (ScoreRequest(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
+    def _scorings(self, prompts: Sequence[str]) -> list[tuple[SampleRequest | ScoreRequest, ...]]:
+        return [
+            (ScoreRequest(tuple(prompt_ids), tuple(tuple(label) for label in labels)),)
+            for prompt_ids, labels in self._prompts.labels(prompts)
+        ]
 
     def _requests(self, prompt: str) -> tuple[SampleRequest | ScoreRequest, ...]:
         prompt_ids = tuple(self._prompts.encode_text(prompt))

@@ -85,13 +85,16 @@ class Prompts:
         cue = self.task.verdict_cue
         return self._user_turn(prompt.removesuffix(cue)) + cue if self.chat else prompt
 
-    def labels(self, verdict_text: str) -> tuple[list[int], list[list[int]]]:
-        """Ids of an evaluator prompt and of its two labels (likely, impossible, with the leading space)."""
-        plain = self.encode_text(verdict_text)
+    def labels(self, verdict_texts: Sequence[str]) -> list[tuple[list[int], list[list[int]]]]:
+        """Ids of each evaluator prompt and of its two labels (likely, impossible, with the leading space)."""
         # together with the prompt: a tokenizer that joins or splits at the boundary is scored on the ids it would produce
-        whole = [self.encode_text(f"{verdict_text} {label}") for label in self.task.labels]
-        length = min(common_prefix_length(plain, ids) for ids in whole)
-        return plain[:length], [ids[length:] for ids in whole]
+        endings = ("", *(f" {label}" for label in self.task.labels))
+        encoded = iter(self.encode_texts([text + ending for text in verdict_texts for ending in endings]))
+        found: list[tuple[list[int], list[list[int]]]] = []
+        for plain, *whole in zip(*[encoded] * len(endings), strict=True):
+            length = min(common_prefix_length(plain, ids) for ids in whole)
+            found.append((plain[:length], [ids[length:] for ids in whole]))
+        return found
 
     def one_of_each(self, question: Question) -> list[list[int]]:
         """Ids of three prompts of a question: for a thought, for a verdict on a step, and for one on an answer."""
@@ -103,6 +106,13 @@ class Prompts:
         if self.chat:  # a template writes its own special tokens
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return encode_prompt(self.tokenizer, text)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_text`, for many prompts and at least one, by one call of the tokenizer."""
+        if self.chat:
+            return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        encoded = self.tokenizer(list(texts))["input_ids"]
+        return [_without_end(self.tokenizer, list(ids), text) for ids, text in zip(encoded, texts, strict=True)]
 
     def _user_turn(self, content: str) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -142,7 +152,10 @@ def with_clock(template: str) -> str:
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a plain text that something will continue, with the special tokens that its tokenizer puts in front."""
-    ids: list[int] = list(tokenizer(text)["input_ids"])
+    return _without_end(tokenizer, list(tokenizer(text)["input_ids"]), text)
+
+
+def _without_end(tokenizer: Any, ids: list[int], text: str) -> list[int]:
     # some tokenizers append an end-of-sequence, but the text goes on
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()

@@ -16,7 +16,7 @@ from cpo_fast.search.engine.decode_batch import DecodeBatch
 from cpo_fast.search.engine.forward_plans import decode_plan
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.search.engine.kv_arena import KVNode
-from cpo_kernels.tree_decode.eager import _tables
+from cpo_kernels.tree_decode.eager_tables import HeadShape, tables_of
 from tests.search.engine_cases import (
     CONFIG_CLASSES,
     TOKENIZER,
@@ -224,7 +224,10 @@ def test_reads_that_are_not_shared_stay_apart() -> None:
     node = KVNode(np.arange(40), None, 0, 0, 0, start=0)
     for share, num_products in ((True, 1), (False, 6)):
         plan, num_keys = decode_plan([[(node, 40)]] * 6, range(100, 160, 10), [1] * 6, 2, 999, share)
-        assert len(_tables(plan).products) == num_products
+        (tiles,) = tables_of(plan, HeadShape(2, 1, 8), torch.float32).rounds
+        assert [shape.scores.shape for shape in tiles.shapes if shape.scores.shape[2] == 40] == [
+            (2 * num_products, 16, 40)
+        ]
         assert num_keys == 40 * num_products
 
 

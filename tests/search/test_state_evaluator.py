@@ -109,7 +109,7 @@ def test_the_verdicts_of_a_level_are_one_ask(tokenizer, evaluator):
 
 
 def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(tokenizer):
-    prompt_ids, labels = Prompts(get_task("svamp"), tokenizer).labels("Question: a b c\nIt is")
+    prompt_ids, labels = Prompts(get_task("svamp"), tokenizer).labels(["Question: a b c\nIt is"])[0]
     assert tokenizer.decode(prompt_ids) == "Question: a b c\nIt is"
     assert [tokenizer.decode(ids) for ids in labels] == [" likely", " impossible"]
 

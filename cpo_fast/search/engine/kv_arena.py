@@ -140,7 +140,7 @@ class KVTrie:
 
     base: KVTrie | None = None
     nodes: list[KVNode] = field(default_factory=list)
-    _children: dict[tuple[int, int], list[KVNode]] = field(default_factory=dict)
+    _children: dict[tuple[int, int], dict[int, list[KVNode]]] = field(default_factory=dict)  # and by their first token
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -154,12 +154,17 @@ class KVTrie:
             prompts: ids, each prompt may be empty.
             max_shared: for each prompt, how many of its tokens may lie in nodes that are computed already. None: all.
         """
-        arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-        limits = max_shared if max_shared is not None else [array.size for array in arrays]
-        for array, limit in zip(arrays, limits, strict=True):
+        limits = max_shared if max_shared is not None else list(map(len, prompts))
+        # the samples of a state, and the labels of a verdict, ask one after the other for the same prompt: one walk
+        runs = [(key, len(list(same))) for key, same in itertools.groupby(zip(prompts, limits, strict=True))]
+        arrays = [np.asarray(prompt, dtype=np.int64) for (prompt, _), _ in runs]
+        for array, ((_, limit), _) in zip(arrays, runs, strict=True):
             self._walk(array, limit, add=True)
         # a second walk, because a later prompt may have split a node of an earlier one
-        return [self._walk(array, limit, add=False) for array, limit in zip(arrays, limits, strict=True)]
+        paths: list[KVPath] = []
+        for array, ((_, limit), count) in zip(arrays, runs, strict=True):
+            paths += [self._walk(array, limit, add=False)] * count
+        return paths
 
     def _walk(self, ids: Ids, limit: int, add: bool) -> KVPath:
         path: KVPath = []
@@ -182,7 +187,7 @@ class KVTrie:
     def _best_child(self, parent: KVNode | None, offset: int, ids: Ids, limit: int) -> tuple[KVNode | None, int]:
         best: KVNode | None = None
         longest = 0
-        for child in self._children_of(parent, offset):
+        for child in self._children_of(parent, offset, int(ids[0])):
             length = _common_prefix(child.ids, ids)
             if child.fixed:
                 length = min(length, limit)
@@ -192,31 +197,32 @@ class KVTrie:
                 best, longest = child, length
         return best, longest
 
-    def _children_of(self, parent: KVNode | None, offset: int) -> list[KVNode]:
+    def _children_of(self, parent: KVNode | None, offset: int, token: int) -> list[KVNode]:
+        """Nodes below so many tokens of `parent` that begin with `token`."""
+        own = self._children.get(_key(parent, offset), {}).get(token, [])
         # the base first: of equally long nodes, the one that all questions have is taken
-        inherited = self.base._children_of(parent, offset) if self.base is not None else []
-        return [*inherited, *self._children.get(_key(parent, offset), [])]
+        return own if self.base is None else [*self.base._children_of(parent, offset, token), *own]
 
     def _add(self, ids: Ids, parent: KVNode | None, offset: int, position: int) -> KVNode:
         node = KVNode(ids, parent, offset, position, next(self._numbers))
         self.nodes.append(node)
-        self._children.setdefault(_key(parent, offset), []).append(node)
+        self._children.setdefault(_key(parent, offset), {}).setdefault(int(ids[0]), []).append(node)
         return node
 
     def _split(self, node: KVNode, length: int) -> KVNode:
         """Split a node that was never computed. Returns the new node of its first `length` tokens."""
-        siblings = self._children[_key(node.parent, node.parent_end)]
+        siblings = self._children[_key(node.parent, node.parent_end)][int(node.ids[0])]
         top = KVNode(node.ids[:length], node.parent, node.parent_end, node.position, next(self._numbers))
         self.nodes.append(top)
         siblings[siblings.index(node)] = top
         # all children of a node that was never computed hang at its end, so only their key changes
-        children = self._children.pop(_key(node, len(node)), [])
+        children = self._children.pop(_key(node, len(node)), {})
         node.ids, node.parent, node.parent_end = node.ids[length:], top, length
         node.position += length
-        for child in children:
+        for child in itertools.chain(*children.values()):
             child.parent_end = len(node)
         self._children[_key(node, len(node))] = children
-        self._children[_key(top, length)] = [node]
+        self._children[_key(top, length)] = {int(node.ids[0]): [node]}
         return top
 
 
@@ -227,5 +233,6 @@ def _key(parent: KVNode | None, offset: int) -> tuple[int, int]:
 
 def _common_prefix(first: Ids, second: Ids) -> int:
     length = min(first.size, second.size)
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if different.size else length
+    different = first[:length] != second[:length]
+    at = int(different.argmax())  # 0 also where none is
+    return at if different[at] else length
