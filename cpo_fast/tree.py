@@ -12,7 +12,7 @@ search gives the same bytes. Gold answers ride along for information and nothing
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,9 +24,10 @@ from cpo_fast.files import canonical_json, read_jsonl, short_hash, write_atomic
 SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
 
-# ok: at least one winning path; no_answer: thoughts, but no complete chain; no_candidates: not one usable thought under
-# the root; failed: the search of this question raised, `detail` says what
-Status = Literal["ok", "no_answer", "no_candidates", "failed"]
+# ok: at least one winning path; abstained: an answer won, but none of its chains has `search.min_value`; no_answer:
+# thoughts, but no complete chain; no_candidates: not one usable thought under the root; failed: the search of this question
+# raised, `detail` says what
+Status = Literal["ok", "abstained", "no_answer", "no_candidates", "failed"]
 Stop = Literal["newline", "eos", "length"]
 # strict types take no text for a number and no true for a 1, lists become tuples; only `SearchTree.from_dict` looks at them
 TokenIds = tuple[Annotated[StrictInt, Field(ge=0)], ...]
@@ -60,6 +61,8 @@ class Node:
         terminal: the search never continues it: an answer line, or a chain that broke off.
         complete: an answer line with a readable answer that ended by newline or end-of-sequence.
         count: how many samples of this parent had this text (merged by collapsed whitespace).
+        visits: simulations of a Monte Carlo tree search that went through it, or ended there. None, and not written, in
+            trees of other searches.
         answer: the normalised answer of a complete node, else None.
         stop: why generation ended: a newline, end-of-sequence, or the token cap.
         logps: natural log-prob of each generated token, rounded to `LOGP_DECIMALS`: of every id and, after `eos`, of the
@@ -77,6 +80,7 @@ class Node:
     terminal: StrictBool
     complete: StrictBool
     count: StrictInt
+    visits: StrictInt | None = field(default=None, kw_only=True)
     answer: StrictStr | None
     stop: Stop
     logps: tuple[Logp, ...] = ()
@@ -94,7 +98,8 @@ class SearchTree:
         question_prompt: its text after that of the few-shot prompt, template included. `Prompt.text` + this + the
             thoughts is what the model read.
         nodes: every generated thought that is not empty, losers included.
-        winning_nodes: ids of the complete nodes in the winning answer group, ascending.
+        winning_nodes: ids of the complete nodes in the winning answer group, without those valued below
+            `search.min_value`, ascending.
         answer: the winning answer or None. num_empty: samples dropped because they were only whitespace.
         status: see `Status`. detail: the reason when failed, where it was imported from, else "".
         model_hash, adapter_hash ("" without one), config_hash: what produced the tree. seed: the run's seed.
@@ -152,7 +157,11 @@ class SearchTree:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `canonical_json(tree.to_dict())` is the line of `trees.jsonl`."""
         row = asdict(self)
-        return row if self.equal_for else {name: value for name, value in row.items() if name != "equal_for"}
+        for each in (row, *row["nodes"]):
+            for name, absent in _ABSENT.items():
+                if name in each and each[name] == absent:
+                    del each[name]
+        return row
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "SearchTree":
@@ -169,7 +178,7 @@ class SearchTree:
             )
         # names first: pydantic fills in defaults and drops what it does not know, and an older or a cut line must not pass
         # for a whole one
-        _check_names(cls, {"equal_for": ""} | row if isinstance(row, dict) else row, "tree")
+        _check_names(cls, row, "tree")
         for position, node in enumerate(row["nodes"] if isinstance(row["nodes"], list) else ()):
             _check_names(Node, node, f"node {position}")
         try:
@@ -262,6 +271,8 @@ def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTre
 
 
 _TREE = TypeAdapter(SearchTree)
+# of trees and nodes, what is not written where it has this value: lines of earlier versions lack it too
+_ABSENT = {"equal_for": "", "visits": None}
 _LISTS = {  # what a list holds, for its sentence
     "token_ids": "non-negative integers",
     "question_token_ids": "non-negative integers",
@@ -275,7 +286,7 @@ def _check_names(cls: type, row: Any, what: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{what} is not an object")
     names = [field.name for field in fields(cls)]
-    missing = [name for name in names if name not in row]
+    missing = [name for name in names if name not in row and name not in _ABSENT]
     unknown = [name for name in row if name not in names]
     if missing or unknown:
         raise ValueError(f"{what}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
@@ -309,6 +320,9 @@ def _check_node(node: Node, position: int, nodes: Sequence[Node]) -> None:
     for number in numbers:
         if isinstance(number, int | float) and not abs(number) <= MAX_VALUE:  # NaN too
             raise ValueError(f"node {position}: the value {str(number)[:20]} is not a number up to {MAX_VALUE:g}")
+    above = None if node.parent == ROOT else nodes[node.parent].visits
+    if node.visits is not None and not 0 <= node.visits <= (node.visits if above is None else above):
+        raise ValueError(f"node {node.id} has {node.visits} visits and its parent {above}")
     expected_depth = 1 if node.parent == ROOT else nodes[node.parent].depth + 1
     if node.depth != expected_depth:
         raise ValueError(f"node {node.id} has depth {node.depth}, its parent implies {expected_depth}")

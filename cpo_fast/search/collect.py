@@ -111,9 +111,11 @@ def build_engine(
 
 
 def max_thoughts(config: SearchConfig) -> int:
-    """The most thoughts that a level-by-level search of one question samples."""
-    later = config.num_candidates * config.num_kept * (config.max_steps - 1)
-    return min(config.max_nodes, config.num_candidates + later)
+    """The most thoughts that the search of one question samples, level by level or in simulations."""
+    levels = 1 + config.num_kept * (config.max_steps - 1)
+    return min(
+        config.max_nodes, config.num_candidates * (config.num_simulations if config.strategy == "mcts" else levels)
+    )
 
 
 def collect(
