@@ -22,6 +22,7 @@ from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIden
 from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
+from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
@@ -71,6 +72,8 @@ def evaluate_methods(
     config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
     methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
+    if "tot" in methods:
+        check_evaluator(config.search, task)
     if model is None:
         # after the questions, whose mistakes then show before a model is loaded
         model, tokenizer = load_searched_model(config)
