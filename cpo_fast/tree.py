@@ -24,9 +24,10 @@ from cpo_fast.files import canonical_json, read_jsonl, short_hash, write_atomic
 SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
 
-# ok: at least one winning path; no_answer: thoughts, but no complete chain; no_candidates: not one usable thought under
-# the root; failed: the search of this question raised, `detail` says what
-Status = Literal["ok", "no_answer", "no_candidates", "failed"]
+# ok: at least one winning path; abstained: an answer won, but none of its chains has `search.min_value`; no_answer:
+# thoughts, but no complete chain; no_candidates: not one usable thought under the root; failed: the search of this question
+# raised, `detail` says what
+Status = Literal["ok", "abstained", "no_answer", "no_candidates", "failed"]
 Stop = Literal["newline", "eos", "length"]
 # strict types take no text for a number and no true for a 1, lists become tuples; only `SearchTree.from_dict` looks at them
 TokenIds = tuple[Annotated[StrictInt, Field(ge=0)], ...]
@@ -97,7 +98,8 @@ class SearchTree:
         question_prompt: its text after that of the few-shot prompt, template included. `Prompt.text` + this + the
             thoughts is what the model read.
         nodes: every generated thought that is not empty, losers included.
-        winning_nodes: ids of the complete nodes in the winning answer group, ascending.
+        winning_nodes: ids of the complete nodes in the winning answer group, without those valued below
+            `search.min_value`, ascending.
         answer: the winning answer or None. num_empty: samples dropped because they were only whitespace.
         status: see `Status`. detail: the reason when failed, where it was imported from, else "".
         model_hash, adapter_hash ("" without one), config_hash: what produced the tree. seed: the run's seed.

@@ -51,6 +51,13 @@ def test_misspelt_preset_key_is_suggested(tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize("least", ["0.9", "10.1"])
+def test_a_smallest_value_that_no_verdict_can_miss_or_reach_is_refused(least: str) -> None:
+    assert load_config(None, ["search.min_value=1"]).search.min_value == 1.0
+    with pytest.raises(ConfigError, match=r"search\.min_value must be from .*value_impossible.*, 1 to 10"):
+        load_config(None, [f"search.min_value={least}"])
+
+
 def test_patience_without_held_out_questions_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"set data\.held_out"):
         load_config(None, ["train.patience=2"])

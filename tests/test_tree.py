@@ -120,6 +120,19 @@ def _edit_node(position, **changes):
     return row
 
 
+def _edit_visits(parent, child):
+    row = _edit_node(0, visits=parent)
+    row["nodes"][2]["visits"] = child
+    return row
+
+
+def test_visits_are_written_where_a_search_counted_them_and_nowhere_else():
+    row = _edit_visits(3, 0)
+    assert json.loads(canonical_json(SearchTree.from_dict(row).to_dict())) == row
+    assert "visits" not in canonical_json(_tree().to_dict())
+    assert SearchTree.from_dict(_edit_node(0)).nodes[0].visits is None
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -147,6 +160,9 @@ def _edit_node(position, **changes):
         (_edit_node(2, logps=[-0.5, "low"]), "'logps' is not a list of finite log-probs"),
         (_edit_node(2, logps=[-0.5]), "has 1 logps for 2 generated tokens"),
         (_edit_node(2, stop="eos"), "has 2 logps for 3 generated tokens"),
+        (_edit_node(2, visits=-1), "node 2 has -1 visits"),
+        (_edit_node(2, visits=1.0), "'visits' has type float"),
+        (_edit_visits(3, 4), "node 2 has 4 visits and its parent 3"),
     ],
 )
 def test_a_line_that_is_no_tree_is_named_with_its_place(tmp_path, row, message):

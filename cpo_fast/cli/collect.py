@@ -46,11 +46,13 @@ def collect_command(
         _import(config, official_path, as_json)
         return
     from cpo_fast.search.collect import collect
+    from cpo_fast.search.state_evaluator import check_evaluator
     from cpo_fast.search.tree_store import find_worker
     from cpo_fast.tasks import load_questions
 
     worker = find_worker(worker_option, os.environ)
-    load_questions(config)  # a bad question file is reported before torch is loaded
+    task, _ = load_questions(config)  # a bad question file is reported before torch is loaded
+    check_evaluator(config.search, task)
     result = collect(config, progress=_show, worker=worker)
     if as_json:
         _print_json(result)

@@ -82,6 +82,10 @@ class TaskConfig(Section):
             raise ValueError("name and file exclude each other; delete one of them")
         return self
 
+    def asking(self, path: str | None) -> "TaskConfig":
+        """This task with all questions of another file: `eval.path` or `train.dev_path`. Itself where there is none."""
+        return self.model_copy(update={"path": path, "num_questions": None, "skip_questions": 0}) if path else self
+
     @model_serializer(mode="wrap")
     def _as_before_both_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # hashes of this section, and so comparisons with evaluations of older versions, stay as they were
@@ -106,12 +110,15 @@ class SearchConfig(Section):
         description="Merge the LoRA weights while searching and restore them bit for bit after. Faster. Results differ "
         "slightly from an unmerged adapter (one extra rounding).",
     )
-    strategy: Literal["bfs", "dfs"] = Field("bfs", description="search level by level, or the best thought first")
+    strategy: Literal["bfs", "dfs", "mcts"] = Field(
+        "bfs", description="search level by level, the best thought first, or by Monte Carlo tree search"
+    )
     num_candidates: int = Field(10, ge=1, description="k: thoughts sampled for each state (paper: 10)")
     num_kept: int = Field(
         5,
         ge=1,
-        description="n: best states that are continued, of each level or, with dfs, under each state (paper: 5)",
+        description="n: best states that are continued, of each level or, with dfs, under each state (paper: 5); mcts "
+        "continues whatever its simulations reach",
     )
     max_steps: int = Field(4, ge=1, description="thoughts in the longest chain, its answer line included")
     temperature: float = Field(
@@ -132,11 +139,13 @@ class SearchConfig(Section):
     evaluator: Literal["logits", "sample"] = Field(
         "logits",
         description="how the model judges a thought. logits: by the probabilities of both verdicts, in one forward; "
-        "sample: by verdicts that it writes, as in the paper",
+        "sample: by verdicts that it writes, as in the paper, with a working before them if the task shows one",
     )
     num_verdicts: int = Field(5, ge=1, description="verdicts written for each state with evaluator=sample (paper: 5)")
     verdict_temperature: float = Field(0.4, gt=0, description="sampling temperature of verdicts")
-    max_verdict_tokens: int = Field(96, ge=1, description="cut a written verdict after so many tokens")
+    max_verdict_tokens: int = Field(
+        96, ge=1, description="cut a written verdict, its working included, after so many tokens"
+    )
     value_likely: float = Field(10.0, description="value of the verdict likely (paper: 10)")
     value_impossible: float = Field(1.0, description="value of the verdict impossible (paper: 1)")
     unparseable: Literal["drop", "impossible"] = Field(
@@ -146,6 +155,21 @@ class SearchConfig(Section):
     keep_ties: bool = Field(False, description="continue every state that ties with the last one kept")
     max_nodes: int = Field(
         1000, ge=1, description="expand no further state of a question after so many thoughts: bounds time and memory"
+    )
+    min_value: float | None = Field(
+        None,
+        description="chains valued below this do not win, and a question whose winning answer has no other chain is left "
+        "without one (abstained), from value_impossible to value_likely; null: every chain of the winning answer wins",
+    )
+    num_simulations: int = Field(
+        16,
+        ge=1,
+        description="with mcts, walks from the question to the end of what is known; each expands a state at most",
+    )
+    exploration: float = Field(
+        1.25,
+        ge=0,
+        description="with mcts, c: how much it prefers states visited seldom; 0: it goes by mean value alone",
     )
     dfs_threshold: float | None = Field(
         None, description="depth-first search does not enter states valued below this; null: enters all, best first"
@@ -169,7 +193,10 @@ class SearchConfig(Section):
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the trees, as plain JSON values: all but those of performance only."""
-        return self.model_dump(mode="json", exclude=_PERFORMANCE_ONLY)
+        # keys that decide nothing are absent, as in the hashes of versions without them
+        unused = set() if self.strategy == "mcts" else {"num_simulations", "exploration"}
+        unused |= {"min_value"} if self.min_value is None else set()
+        return self.model_dump(mode="json", exclude=_PERFORMANCE_ONLY | unused)
 
 
 class PairsConfig(Section):
@@ -377,6 +404,10 @@ class TrainConfig(Section):
         "held_out_loss",
         description="what chooses the best adapter: held-out loss, or the share of task.path's questions answered right",
     )
+    dev_path: str | None = Field(
+        None,
+        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
+    )
     patience: int | None = Field(
         None, ge=1, description="stop early after so many validations without a better one; null: train to the end"
     )
@@ -399,6 +430,9 @@ class EvalConfig(Section):
     """Evaluation: greedy chain of thought, tree of thought, or both on the same questions."""
 
     method: Literal["cot", "tot", "both"] = Field("cot", description="chain, tree of thought with its vote, or both")
+    path: str | None = Field(
+        None, description="ask all questions of this file, as task.path; null: those that the task section names"
+    )
     max_new_tokens: int = Field(320, ge=1, description="cap on one chain, all its lines together")
     batch_size: int = Field(64, ge=1, description="chains that run side by side in the arena engine")
     latency_questions: int = Field(
@@ -424,6 +458,11 @@ class Config(Section):
     def _values_are_ordered(self) -> "Config":
         if self.search.value_impossible >= self.search.value_likely:
             raise ValueError("search.value_impossible must be smaller than search.value_likely")
+        low, high, least = self.search.value_impossible, self.search.value_likely, self.search.min_value
+        if least is not None and not low <= least <= high:
+            raise ValueError(
+                f"search.min_value must be from search.value_impossible to search.value_likely, {low:g} to {high:g}"
+            )
         if self.data.path and self.data.mixture:
             raise ValueError("data.path and data.mixture exclude each other; put the path into the mixture")
         # accuracy is measured on task.path, which needs nothing held out

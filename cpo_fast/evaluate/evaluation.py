@@ -22,6 +22,7 @@ from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIden
 from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
+from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
@@ -40,8 +41,9 @@ def evaluate(
     """Ask every question by the one method that `config.eval.method` names, and write both files into `config.run`.
 
     Args:
-        config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
-            lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
+        config: model (with `model.adapter` for a trained one), task, eval (whose `path` takes the place of the task's),
+            and search: `search.max_steps` caps the lines of a chain as it does in a tree, and `search.merge_adapter` says
+            how the adapter takes part in either.
         model, tokenizer: those that `config.model` names, already loaded. None loads them.
         on_question: called with (questions done, questions in all) after each.
         make_engine: gives what answers chains and searches.
@@ -66,8 +68,12 @@ def evaluate_methods(
     """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
+    # what is recorded names the questions that were asked, by whichever key
+    config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
     methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
+    if "tot" in methods:
+        check_evaluator(config.search, task)
     if model is None:
         # after the questions, whose mistakes then show before a model is loaded
         model, tokenizer = load_searched_model(config)

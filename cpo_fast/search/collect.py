@@ -22,6 +22,7 @@ from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
 from cpo_fast.search.answer_cache import AnswerFiles
 from cpo_fast.search.engine import Engine
+from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.statistics import CollectResult, summarise, tree_statistics
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.search.tree_store import ALONE, Worker, open_trees, provenance_of
@@ -111,9 +112,11 @@ def build_engine(
 
 
 def max_thoughts(config: SearchConfig) -> int:
-    """The most thoughts that a level-by-level search of one question samples."""
-    later = config.num_candidates * config.num_kept * (config.max_steps - 1)
-    return min(config.max_nodes, config.num_candidates + later)
+    """The most thoughts that the search of one question samples, level by level or in simulations."""
+    levels = 1 + config.num_kept * (config.max_steps - 1)
+    return min(
+        config.max_nodes, config.num_candidates * (config.num_simulations if config.strategy == "mcts" else levels)
+    )
 
 
 def collect(
@@ -134,11 +137,13 @@ def collect(
         make_engine: gives what answers the searches.
 
     Raises:
-        ConfigError: no question file or no model is configured, or `search.merge_adapter` cannot be done exactly.
+        ConfigError: no question file or no model is configured, `search.merge_adapter` cannot be done exactly, or
+            `search.evaluator` cannot judge for this task.
         DataError: the question file or the existing trees are not usable. See `tree_store`.
         EnvironmentProblem: another process collects as the same worker.
     """
     task, questions = load_questions(config)
+    check_evaluator(config.search, task)
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
     if model is None:

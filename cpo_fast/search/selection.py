@@ -6,9 +6,17 @@ normalised answer:
     value   the largest sum of values, then the larger best value, then the group that came first
     count   the most paths, then the group whose path comes first in the order (-value, node)
 
-Every complete path of the winning group is a winning path. Gold answers have no part in either.
+Every complete path of the winning group is a winning path, or with `search.min_value` every one that has it: without any
+the search abstains. Monte Carlo tree search walks from a state to the child of the largest
+
+    PUCT    Q(child) + c P(child) sqrt(N(state)) / (1 + N(child))
+
+(Rosin 2011; AlphaGo Zero, Silver et al. 2017; for thoughts of a language model Xie et al., arXiv 2405.00451): N counts
+simulations that went through, Q is their mean reward, P the policy's probability, c `search.exploration`. Gold answers have
+no part in any of these.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -30,12 +38,20 @@ def rank(values: Sequence[float | None], num_kept: int, keep_ties: bool = False)
     return order[:end]
 
 
-def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tuple[str | None, list[int]]:
-    """The winning answer and the ids of its complete nodes, ascending, or (None, []) when nothing is complete.
+def puct(quality: float, prior: float, num_visits: int, num_parent_visits: int, exploration: float) -> float:
+    """How much a child wants to be visited: Q, P, N(child), N(state) and c of the formula above."""
+    return quality + exploration * prior * math.sqrt(num_parent_visits) / (1 + num_visits)
+
+
+def vote(
+    nodes: Iterable[Node], by: Literal["value", "count"] = "value", min_value: float | None = None
+) -> tuple[str | None, list[int]]:
+    """The winning answer and the ids of its complete nodes, ascending, or (None, []) when there is none.
 
     Args:
         nodes: of one tree. Only complete ones vote.
         by: what a path adds to its answer: its value (a path without a readable verdict adds 0), or one.
+        min_value: leave out of the winners, after the vote, what is valued below. No readable verdict is below any.
     """
     groups: dict[str, list[Node]] = {}
     for node in nodes:
@@ -46,7 +62,8 @@ def vote(nodes: Iterable[Node], by: Literal["value", "count"] = "value") -> tupl
     strength = _summed_values if by == "value" else _num_paths
     # max keeps the first of equals, and groups stand in order of first appearance
     winner = max(groups, key=lambda answer: strength(groups[answer]))
-    return winner, [node.id for node in groups[winner]]
+    winners = [node.id for node in groups[winner] if min_value is None or comparable(node.value) >= min_value]
+    return (winner if winners else None), winners
 
 
 def _summed_values(group: list[Node]) -> tuple[float, ...]:

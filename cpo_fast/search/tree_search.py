@@ -3,7 +3,8 @@
     expand     k thoughts are sampled under a state. Equal ones become one node with a count. The evaluator judges each
     bfs        the paper's search, level by level: the n best open states of a level are expanded
     dfs        the best child of a state first, to the end of its chain, then the next best
-    vote       over the complete chains, see `selection`
+    mcts       Monte Carlo tree search: where simulations lead that go by mean value and by how seldom a state was visited
+    vote       over the complete chains by the evaluator's values of their last thoughts, see `selection`
 
 A line `Answer: ...` ends its chain. If its answer can be read and it ended by newline or end-of-sequence, the node is
 complete and votes. A thought that was cut at the token cap, that ended the sequence before an answer, or that starts
@@ -12,17 +13,19 @@ Order is (-value, parent rank, sample index): no sets, no hash order.
 """
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from cpo_fast.config import Config
 from cpo_fast.errors import failure_detail
 from cpo_fast.search.engine import Requests, Sample, SampleRequest, Search
-from cpo_fast.search.selection import rank, vote
+from cpo_fast.search.selection import puct, rank, vote
 from cpo_fast.search.state_evaluator import Evaluator, Verdict, state_digest
 from cpo_fast.search.tree_store import Provenance
 from cpo_fast.tasks import Prompts, Question, common_prefix_length
-from cpo_fast.tree import ROOT, Node, SearchTree, path_to, rounded_logps
+from cpo_fast.tree import ROOT, Node, SearchTree, Status, comparable, path_to, rounded_logps
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +66,20 @@ def search_question(
         tree = replace(tree, num_shared_tokens=num_shared_tokens, question_token_ids=question_ids)
         builder = TreeBuilder(config, prompts, question, root_ids)
         yield from STRATEGIES[config.search.strategy](builder)
-        answer, winners = vote(builder.nodes, prompts.task.vote_by)
+        answer, winners = vote(builder.nodes, prompts.task.vote_by, config.search.min_value)
+        if winners:
+            status: Status = "ok"
+        elif any(node.complete for node in builder.nodes):
+            status = "abstained"
+        else:
+            status = "no_answer" if builder.nodes else "no_candidates"
         return replace(
             tree,
             nodes=tuple(builder.nodes),
             winning_nodes=tuple(winners),
             answer=answer,
             num_empty=builder.num_empty,
-            status="ok" if winners else "no_answer" if builder.nodes else "no_candidates",
+            status=status,
             num_thought_tokens=builder.num_thought_tokens,
             num_verdict_tokens=builder.evaluator.num_tokens,
         )
@@ -149,9 +158,18 @@ class TreeBuilder:
     def select(self, children: Sequence[Node]) -> list[int]:
         """Ids of the best `search.num_kept` children that the search may continue, best first."""
         # an answer is terminal, so it takes no place among those that go on
-        open_nodes = [node for node in children if not node.terminal and node.depth < self.config.max_steps]
+        open_nodes = [node for node in children if self.is_open(node)]
         values = [node.value for node in open_nodes]
         return [open_nodes[index].id for index in rank(values, self.config.num_kept, self.config.keep_ties)]
+
+    def is_open(self, node: Node) -> bool:
+        """Whether the search may continue a state."""
+        return not node.terminal and node.depth < self.config.max_steps
+
+    def reward(self, node: Node) -> float:
+        """A node's value from 0, impossible or no readable verdict, to 1, likely."""
+        low, high = self.config.value_impossible, self.config.value_likely
+        return 0.0 if node.value is None else (node.value - low) / (high - low)
 
     def _requests(self, path: Sequence[Node]) -> list[SampleRequest]:
         token_ids = (*self._root_ids, *(token for node in path for token in node.token_ids))
@@ -225,5 +243,61 @@ def depth_first(builder: TreeBuilder) -> Search[None]:
         stack.extend(reversed(builder.select(promising)))  # the best is popped first
 
 
+def monte_carlo(builder: TreeBuilder) -> Search[None]:
+    """Monte Carlo tree search: simulations until `search.num_simulations`, the budget, or all open states are spent.
+
+    A simulation walks from the question down, each time to the child that `selection.puct` puts first (the earlier sample
+    of equals), to a state that was not expanded or to a complete chain. The state is expanded, and the walk goes on to the
+    best of its children that is open or complete. The evaluator's value of the thought where the walk ends, from 0 to 1, is
+    the reward of every state on it; 0 where the expanded state has no such child. A child's P is its share of its siblings'
+    samples; its Q before a visit is its own value. States below which nothing can be continued or vote are not entered.
+    """
+    config, nodes = builder.config, builder.nodes
+    visits: Counter[int] = Counter()
+    rewards: defaultdict[int, float] = defaultdict(float)  # summed over the visits
+    children: dict[int, list[int]] = {}  # of an expanded state, those that a walk may enter
+
+    def urgency(child: int, num_parent_visits: int) -> float:
+        num_visits = visits[child]
+        quality = rewards[child] / num_visits if num_visits else builder.reward(nodes[child])
+        prior = nodes[child].count / config.num_candidates
+        return puct(quality, prior, num_visits, num_parent_visits, config.exploration)
+
+    num_open = 1  # states to expand, the question itself at first
+    for _ in range(config.num_simulations):
+        if not (num_open and builder.budget):
+            break
+        path = [ROOT]
+        while path[-1] in children:  # max keeps the first of equals, and children stand in sample order
+            path.append(max(children[path[-1]], key=partial(urgency, num_parent_visits=visits[path[-1]])))
+        leaf, reward = path[-1], 0.0
+        if leaf == ROOT or not nodes[leaf].complete:
+            thoughts = yield from builder.expand([leaf])
+            num_open += sum(map(builder.is_open, thoughts)) - 1
+            children[leaf] = [node.id for node in thoughts if node.complete or builder.is_open(node)]
+            if children[leaf]:
+                path.append(max(children[leaf], key=lambda child: comparable(nodes[child].value)))
+            else:
+                _close(children, path)
+        if path[-1] not in children:
+            reward = builder.reward(nodes[path[-1]])
+        visits.update(path)
+        for state in path:
+            rewards[state] += reward
+    nodes[:] = [replace(node, visits=visits[node.id]) for node in nodes]
+
+
+def _close(children: dict[int, list[int]], path: Sequence[int]) -> None:
+    """Take the last state of a path, below which nothing is left, from its parent, and so on up while that leaves none."""
+    for parent, state in zip(path[-2::-1], path[:0:-1], strict=True):
+        children[parent].remove(state)
+        if children[parent]:
+            break
+
+
 # by the name that `search.strategy` gives it; another search is one function and one entry
-STRATEGIES: dict[str, Callable[[TreeBuilder], Search[None]]] = {"bfs": breadth_first, "dfs": depth_first}
+STRATEGIES: dict[str, Callable[[TreeBuilder], Search[None]]] = {
+    "bfs": breadth_first,
+    "dfs": depth_first,
+    "mcts": monte_carlo,
+}

@@ -79,11 +79,11 @@ class Prompts:
         return self.encode_text(self.text(question) + lines)
 
     def verdict_text(self, question: Question, lines: Sequence[str]) -> str:
-        """The prompt that a label follows. Ends in the task's `verdict_cue`. `lines` are the state's thoughts."""
+        """The prompt that a verdict follows. Ends in the task's `verdict_opening`. `lines` are the state's thoughts."""
         prompt = self.task.evaluator_prompt(question, lines)
-        # in a chat the cue opens the assistant's turn, so that the label is the next thing the model says
-        cue = self.task.verdict_cue
-        return self._user_turn(prompt.removesuffix(cue)) + cue if self.chat else prompt
+        # in a chat it opens the assistant's turn, so that the label or the working is the next thing the model says
+        opening = self.task.verdict_opening
+        return self._user_turn(prompt.removesuffix(opening)) + opening if self.chat else prompt
 
     def labels(self, verdict_texts: Sequence[str]) -> list[tuple[list[int], list[list[int]]]]:
         """Ids of each evaluator prompt and of its two labels (likely, impossible, with the leading space)."""

@@ -15,7 +15,7 @@ from typing import Any
 from cpo_fast.errors import DataError
 from cpo_fast.rows import first_value, is_hub, read_question_rows, row_id, row_text
 from cpo_fast.tasks.folding import fold
-from cpo_fast.tasks.task_file import IMPOSSIBLE, LIKELY, Judged, TaskFile, Verdicts
+from cpo_fast.tasks.task_file import IMPOSSIBLE, LIKELY, Judged, TaskFile, Verdicts, begins
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class Task:
     Attributes:
         reader: reads and scores answers.
         question_mark, answer_mark: what stands before a question and an answer.
-        verdict_cue: ends every evaluator prompt.
+        verdict_cue: what a label follows.
+        has_workings: whether verdicts are written with a working before them.
+        verdict_opening: ends every evaluator prompt: what opens the working, or without one the cue.
         labels: what likely and impossible are called there.
         vote_by: what wins the vote of a tree, the largest summed `value` or the largest `count` of complete paths.
         main_metric: the entry of `score_answer` that decides `is_correct`.
@@ -79,6 +81,8 @@ class Task:
         self.reader = file.answer.reader()
         self.question_mark, self.answer_mark = file.marks.question, file.marks.answer
         self.verdict_cue = file.verdict.cue
+        self.has_workings = file.has_workings
+        self.verdict_opening = file.verdict.working if self.has_workings else self.verdict_cue
         self.labels = (file.verdict.likely, file.verdict.impossible)
         self.vote_by = file.vote
         self.main_metric = self.reader.main_metric
@@ -92,7 +96,9 @@ class Task:
     def _verdicts(self, verdicts: Verdicts) -> Demonstrations:
         def block(state: Judged) -> str:
             label = self.labels[(LIKELY, IMPOSSIBLE).index(state.verdict)]
-            return "\n".join([*state.lines(self.file.marks), f"{self.verdict_cue} {label}"])
+            working = "\n".join(line.strip() for line in state.working)
+            lines = [f"{self.verdict_opening} {working}"] if working else []
+            return "\n".join([*state.lines(self.file.marks), *lines, f"{self.verdict_cue} {label}"])
 
         return Demonstrations(verdicts.instruction, tuple(map(block, verdicts.demonstrations)))
 
@@ -206,7 +212,7 @@ class Task:
         return f"{self.few_shot}{self.question_mark} {question.text}\n"
 
     def evaluator_prompt(self, question: Question, lines: Sequence[str]) -> str:
-        """Few-shot verdicts and the state to judge. Ends in `verdict_cue`, and a label follows.
+        """Few-shot verdicts and the state to judge. Ends in `verdict_opening`, and a label or a working follows.
 
         A state whose last line (of `lines`, its thoughts) is an answer line gets the demonstrations for conclusions.
         """
@@ -214,10 +220,10 @@ class Task:
         few_shot = self.few_shot_conclusion_evaluator if concludes else self.few_shot_evaluator
         # whitespace around a line aside: a verdict is about what it says, and its tokens are not trained
         state = "".join(f"{line.strip()}\n" for line in lines)
-        return f"{few_shot}{self.question_mark} {question.text}\n{state}{self.verdict_cue}"
+        return f"{few_shot}{self.question_mark} {question.text}\n{state}{self.verdict_opening}"
 
     def is_answer_line(self, line: str) -> bool:
-        return fold(line).startswith(fold(self.answer_mark))
+        return begins(line, self.answer_mark)
 
     def leaves_question(self, line: str) -> bool:
         """Whether a thought starts another question, as a model does that runs on in the few-shot format."""

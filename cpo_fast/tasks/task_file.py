@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cpo_fast.errors import ConfigError
+from cpo_fast.tasks.folding import fold
 from cpo_fast.tasks.reading import AnswerReader, ChoiceReader, ExactReader, NumberReader, PatternReader, TextReader
 
 # ends every evaluator prompt; naming both labels leaves fewer verdicts that are something else (seen with a 135M
@@ -53,19 +54,33 @@ class Marks(Part):
 class VerdictWords(Part):
     """How the model is asked to judge the last line, and the two labels it may give."""
 
-    cue: str = Field(VERDICT_CUE, description="ends every evaluator prompt, and one of the labels follows")
+    cue: str = Field(
+        VERDICT_CUE,
+        description="what one of the labels follows; ends every evaluator prompt, if verdicts have no working",
+    )
     likely: str = Field(LIKELY, description="the label of a line that is right")
     impossible: str = Field(IMPOSSIBLE, description="the label of a line that is wrong")
+    working: str = Field(
+        "Check:", description="opens the working and ends every evaluator prompt, if verdicts have one"
+    )
 
     @model_validator(mode="after")
     def _labels_differ(self) -> "VerdictWords":
-        texts = (self.cue, self.likely, self.impossible)
+        texts = (self.cue, self.likely, self.impossible, self.working)
         if any(not text or text != text.strip() or "\n" in text for text in texts):
-            raise ValueError("expected one line without spaces around it for the cue and for each label")
-        one, other = self.likely.lower(), self.impossible.lower()
-        if one.startswith(other) or other.startswith(one):
+            raise ValueError("expected one line without spaces around it for the cue, the working and each label")
+        if _one_begins_the_other(self.likely.lower(), self.impossible.lower()):
             raise ValueError("neither label may begin with the other: the model could not choose between them")
         return self
+
+
+def begins(line: str, mark: str) -> bool:
+    """Whether a line begins with a mark, as people read both."""
+    return fold(line).startswith(fold(mark))
+
+
+def _one_begins_the_other(one: str, other: str) -> bool:
+    return begins(one, other) or begins(other, one)
 
 
 class Rows(Part):
@@ -148,6 +163,15 @@ class Judged(Chain):
     """A state, and whether its last line is right."""
 
     verdict: Literal["likely", "impossible"] = Field(description="likely: its last line is right; impossible: wrong")
+    working: tuple[str, ...] = Field(
+        (), description="lines of working before the verdict; every worked verdict of the file has them, or none has"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_working_of_lines(self) -> "Judged":
+        if any(not line.strip() or "\n" in line.strip() for line in self.working):
+            raise ValueError("working: a list of lines, none of them blank")
+        return self
 
 
 class Verdicts(Part):
@@ -186,6 +210,29 @@ class TaskFile(Part):
             if state.answer is not None or not state.steps:
                 raise ValueError(f"step_verdicts.demonstrations: number {number} does not end in a step")
         return self
+
+    @model_validator(mode="after")
+    def _workings_can_be_told_apart(self) -> "TaskFile":
+        if self.has_workings and _one_begins_the_other(self.verdict.cue, self.verdict.working):
+            raise ValueError("verdict: neither of cue and working may begin with the other")
+        for key, verdicts in (("step", self.step_verdicts), ("conclusion", self.conclusion_verdicts)):
+            for number, state in enumerate(verdicts.demonstrations, start=1):
+                place = f"{key}_verdicts.demonstrations: number {number}"
+                if bool(state.working) != self.has_workings:
+                    has = "a" if state.working else "no"
+                    raise ValueError(
+                        f"{place} has {has} working, unlike the first of step_verdicts; give all one, or none"
+                    )
+                if any(
+                    begins(line, mark) for line in state.working for mark in (self.verdict.cue, self.marks.question)
+                ):
+                    raise ValueError(f"{place} has a line of working that begins with verdict.cue or marks.question")
+        return self
+
+    @property
+    def has_workings(self) -> bool:
+        """Whether verdicts are written with a working before them."""
+        return bool(self.step_verdicts.demonstrations[0].working)
 
 
 def read_task_file(path: str | Path) -> tuple[TaskFile, bytes]:

@@ -54,6 +54,14 @@ def test_sft_rows_hold_prompt_and_winning_path(trees_path: Path) -> None:
     assert made.trees_without_by_reason == {"no_answer": 1}
 
 
+def test_a_question_that_abstained_gives_no_row_and_is_counted(tmp_path: Path) -> None:
+    trees = [random_tree(seed, f"q{seed}") for seed in range(4)]
+    trees = [replace(one, nodes=tuple(replace(each, visits=0) for each in one.nodes)) for one in trees]
+    path = write_trees(tmp_path / "trees.jsonl", [replace(one, winning_nodes=(), status="abstained") for one in trees])
+    made = write_rows(path, tmp_path / "pairs.jsonl")
+    assert (made.rows, made.trees_without_by_reason) == ([], {"abstained": 4})
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_same_trees_give_the_same_bytes_whatever_their_gold(tmp_path: Path, suffix: str) -> None:
     trees = [random_tree(seed, f"q{seed}") for seed in range(20)]

@@ -52,6 +52,11 @@ def test_sampled_verdicts_are_tokens_too() -> None:
     assert answer.num_tokens == thoughts + answer.num_verdict_tokens
 
 
+def test_tree_that_abstains_answers_nothing() -> None:
+    answer = _answer(ScriptedEngine({}, THOUGHTS, eos_after=("Answer: 4",)), min_value=10.0)
+    assert (answer.answer, answer.stop, answer.text) == (None, "abstained", "")
+
+
 def test_tree_without_an_answer_says_so_and_still_costs_tokens() -> None:
     engine = ScriptedEngine({}, {("sum", 0): ["Step 1: bad\n"], ("sum", 1): ["Step 2: worse\n"]})
     answer = _answer(engine)

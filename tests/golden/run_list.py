@@ -116,6 +116,7 @@ def _search_options() -> Iterator[Run]:
         sampling = {"top_k": 12, "top_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.7}
         yield run(f"sampling-{engine}", {"engine": engine, "evaluator": "sample", **sampling}, small=engine == "arena")
         yield run(f"budget-{engine}", {"engine": engine, "max_nodes": 8, "strategy": "dfs", "dfs_threshold": 5.0})
+        yield run(f"mcts-{engine}", {"engine": engine, "strategy": "mcts", "num_simulations": 6, "min_value": 5.0})
         yield run(f"failed-{engine}", {"engine": engine}, task={"path": "inputs/plain.jsonl"})
         adapter: dict[str, Any] = {"model": {"adapter": "inputs/adapter"}}
         yield run(f"adapter-{engine}", {"engine": engine, "evaluator": "sample"}, **adapter)

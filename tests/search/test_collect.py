@@ -228,7 +228,8 @@ def test_shuffled_gold_labels_change_no_byte_but_their_own(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"keep_ties": True}, {"strategy": "dfs", "dfs_threshold": 0.0, "max_nodes": 8}]
+    "settings",
+    [{}, {"keep_ties": True}, {"strategy": "dfs", "dfs_threshold": 0.0, "max_nodes": 8}, {"strategy": "mcts"}],
 )
 def test_the_same_run_twice_and_another_batch_size_give_equal_bytes(make_config, model, tokenizer, settings):
     found = set()
@@ -238,6 +239,22 @@ def test_the_same_run_twice_and_another_batch_size_give_equal_bytes(make_config,
         found.add((_bytes(config), (Path(config.run) / "statistics.jsonl").read_bytes()))
     ((trees, _),) = found
     assert len(trees.splitlines()) == 3
+
+
+def test_questions_that_abstain_are_counted_and_name_another_search(make_config, model, tokenizer, undisturbed):
+    before = [json.loads(row) for row in undisturbed.splitlines()]
+    best = max(row["nodes"][winner]["value"] for row in before for winner in row["winning_nodes"])
+    config = make_config("abstained", min_value=min(best + 1e-3, 10.0))
+    result = collect(config, model, tokenizer)
+    num_ok = sum(row["status"] == "ok" for row in before)
+    assert result.statuses["abstained"] == num_ok > 0
+    assert (result.num_correct, result.num_winning_paths) == (0, 0)
+    trees = read_trees(result.trees_path)
+    assert [list(tree.nodes) for tree in trees] == [list(SearchTree.from_dict(row).nodes) for row in before]
+    statistics = (Path(config.run) / "statistics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["status"] for row in statistics] == [tree.status for tree in trees]
+    with pytest.raises(DataError, match="another search configuration"):
+        collect(make_config("abstained"), model, tokenizer)
 
 
 def test_depth_first_trees_differ_from_breadth_first_ones_and_keep_their_budget(

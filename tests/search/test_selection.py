@@ -51,6 +51,16 @@ def test_a_tied_count_goes_to_the_group_of_the_best_path_then_to_the_first():
     assert vote([_leaf(0, "a", None), _leaf(1, "b", 1.0)], "count") == ("b", [1])
 
 
+def test_winners_below_the_smallest_value_are_left_out_after_the_vote():
+    nodes = [_leaf(0, "7", 4.0), _leaf(1, "8", 9.0), _leaf(2, "7", 6.0), _leaf(3, "7", None)]
+    assert vote(nodes) == ("7", [0, 2, 3])
+    assert vote(nodes, min_value=1.0) == ("7", [0, 2])  # no readable verdict is below every value
+    assert vote(nodes, min_value=6.0) == ("7", [2])
+    # 8 has a chain that is good enough, and lost
+    assert vote(nodes, min_value=6.5) == (None, [])
+    assert vote(nodes, "count", min_value=6.0) == ("7", [2])
+
+
 def test_ties_with_the_last_kept_one_are_kept_on_request_and_none_ties_with_none():
     assert rank([3.0, 1.0, 3.0, 2.0, 3.0], 2, keep_ties=True) == [0, 2, 4]
     assert rank([3.0, 2.0, 2.0, None, None], 2, keep_ties=True) == [0, 1, 2]

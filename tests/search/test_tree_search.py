@@ -1,11 +1,15 @@
 """Searches over scripted thoughts: what is merged, kept, ended and voted on, level by level or the best child first."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cpo_fast.config import Config
+from cpo_fast.config import Config, PairsConfig
+from cpo_fast.data.pair_rules import select_pairs
+from cpo_fast.files import canonical_json
 from cpo_fast.search.engine import run_search
 from cpo_fast.search.tree_search import STRATEGIES, search_question
 from cpo_fast.search.tree_store import Provenance
@@ -215,6 +219,28 @@ def test_fact_verification_votes_by_count_and_arithmetic_by_value(tokenizer):
     assert counted.answer == counted.nodes[1].answer
     valued = vote("svamp", "1", "2", "2.0")
     assert (valued.answer, valued.winning_nodes) == ("1", (0,))
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_question_whose_winning_chains_are_too_bad_is_left_without_an_answer(tokenizer, strategy):
+    thoughts = {(): [line("Answer: 1"), line("Answer: 1.0"), line("Answer: 2")]}
+    likely = {"Answer: 1": 0.0, "Answer: 1.0": -2.0, "Answer: 2": -3.0}  # values 7.58, 3.42 and 2.07
+
+    def tree(min_value):
+        return search(tokenizer, thoughts, likely, strategy=strategy, min_value=min_value)[0]
+
+    assert [tree(value).winning_nodes for value in (None, 1.0, 3.4, 7.5, 7.6)] == [(0, 1), (0, 1), (0, 1), (0,), ()]
+    assert (tree(7.5).status, tree(7.5).answer) == ("ok", "1")
+    abstained = tree(7.6)
+    assert (abstained.status, abstained.answer, abstained.num_thought_tokens) == ("abstained", None, 3)
+    assert SearchTree.from_dict(json.loads(canonical_json(abstained.to_dict()))) == abstained
+    assert select_pairs(abstained, PairsConfig()).examples == ()
+    # what is too bad loses to its siblings like any other thought
+    assert [pair.node_ids for pair in select_pairs(tree(7.5), PairsConfig()).examples] == [(0, 1), (0, 2)]
+
+
+def test_nothing_complete_is_no_answer_and_not_abstained(tokenizer):
+    assert search(tokenizer, {(): [line("Step a")] * 3}, max_steps=1, min_value=10.0)[0].status == "no_answer"
 
 
 def test_a_search_that_fails_leaves_its_reason_and_what_is_known_of_its_prompt(tokenizer):

@@ -115,6 +115,14 @@ def test_an_answer_is_read_as_its_kind_says(section, text, answer):
 
 
 CHAIN = {"question": "a", "answer": "no number"}
+
+
+def judged(*workings, **changes):
+    """Changes of a task file: verdicts on steps with these workings, and none on answers."""
+    states = [{"question": "a", "steps": ["x"], "verdict": "likely", "working": list(lines)} for lines in workings]
+    return {"step_verdicts": {"instruction": "a", "demonstrations": states}, **changes}
+
+
 MISTAKES = [
     ("instruction: [a", r":1: not valid YAML"),
     ("- a\n", "a task file holds keys"),
@@ -135,6 +143,16 @@ MISTAKES = [
     ({"marks": {"answer": "Ques"}}, "a line of another kind would start with this mark"),
     ({"verdict": {"likely": "right", "impossible": "right not"}}, "neither label may begin with the other"),
     ({"conclusion_verdicts": {"instruction": "a", "demonstrations": []}}, "conclusion_verdicts.demonstrations: "),
+    (judged(["b"]), "conclusion_verdicts.demonstrations: number 1 has no working, unlike the first of step_verdicts"),
+    (judged(["b"], []), "step_verdicts.demonstrations: number 2 has no working"),
+    (judged(["b", " "]), "working: a list of lines, none of them blank"),
+    (judged(["b\nc"]), "working: a list of lines"),
+    (
+        judged(["b", "Is  it? It is so"], verdict={"cue": "Is it? It is"}),
+        "number 1 has a line of working that begins with",
+    ),
+    (judged(["Question: c"]), "begins with verdict.cue or marks.question"),
+    (judged(["b"], verdict={"cue": "Check: it is"}), "neither of cue and working may begin with the other"),
 ]
 
 
