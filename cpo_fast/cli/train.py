@@ -140,6 +140,7 @@ def train_command(
             "best_step": result.best_step,
             "stopped_early": result.stopped_early,
             "alarm": result.alarm,
+            "remarks": result.remarks,
             "first": result.first,
             "last": result.last,
             "seconds": result.seconds,
@@ -209,12 +210,13 @@ class TrainingScreen:
         self.console.print(table)
         if result.profile:
             self._profile(result)
-        # chain accuracy may choose a step without held-out rows
-        if result.num_held_out or result.best_step != result.num_steps:
+        if result.measured_on:
             early = ", stopped early" if result.stopped_early else ""
-            self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")
-        if result.alarm:
-            self.console.print(f"warning: {result.alarm}", highlight=False, soft_wrap=True)
+            place = f"step {result.best_step}" if result.best_step else "step 0, the starting point"
+            self.console.print(f"best adapter: {place}, on {result.measured_on}{early}")
+        for sentence in (result.alarm, *result.remarks):
+            if sentence:
+                self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
         self.console.print(f"adapter: {result.adapter_path}", highlight=False, soft_wrap=True)
         self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)
 

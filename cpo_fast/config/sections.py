@@ -260,7 +260,11 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="stop with exit code 3 when more than this share of the rows cannot be used"
     )
     held_out: float = Field(
-        0.0, ge=0, lt=1, description="keep this share of the questions for validation, which chooses the best adapter"
+        0.0,
+        ge=0,
+        lt=1,
+        description="keep this share of the questions for validation, which chooses the best adapter, the starting point "
+        "among them",
     )
 
 
@@ -364,7 +368,9 @@ class TrainConfig(Section):
         description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
     )
     patience: int | None = Field(
-        None, ge=1, description="stop early after so many validations without a better one; null: train to the end"
+        None,
+        ge=1,
+        description="stop early after so many validations past the warm-up without a better one; null: train to the end",
     )
     alarm_nats: float = Field(
         0.5,

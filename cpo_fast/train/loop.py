@@ -58,16 +58,19 @@ Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total 
 class TrainResult:
     """Where the adapter and the metrics are, and the first and last line of the metrics.
 
-    `num_items` counts what was trained on (pairs, or completions), `num_held_out` what was validated on. `adapter_path` is
-    the best adapter where there was a validation (after `best_step`), else the last. `stopped_early` says that patience
-    ran out. `alarm` is the sentence of the over-optimisation watch, or "". `profile` has the named ranges of the profiled
-    steps, whose trace lies in `profile_path`.
+    `num_items` counts what was trained on (pairs, or completions), `num_held_out` the rows that were validated on, and
+    `measured_on` says what chose the best adapter, or "" where there was no validation. `adapter_path` is
+    the best adapter where there was a validation (after `best_step`, which is 0 where no step was better than the starting
+    point), else the last. `stopped_early` says that patience ran out. `alarm` is the sentence of the over-optimisation
+    watch, or "", and `remarks` are further sentences that a user should see. `profile` has the named ranges of the
+    profiled steps, whose trace lies in `profile_path`.
     """
 
     adapter_path: Path
     metrics_path: Path
     num_items: int
     num_held_out: int
+    measured_on: str
     num_steps: int
     best_step: int
     stopped_early: bool
@@ -75,6 +78,7 @@ class TrainResult:
     first: dict[str, Any]
     last: dict[str, Any]
     seconds: float
+    remarks: tuple[str, ...] = ()
     profile: tuple[RangeTotal, ...] = ()
     profile_path: Path | None = None
 
@@ -192,7 +196,7 @@ def _set_up(
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()
-    trainer.validator = Validator(config, policy, objective, held_out, run, communicator, stage)
+    trainer.validator = Validator(config, policy, objective, held_out, run, communicator, stage, trainer.num_warmup)
     if saved is None:
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
@@ -242,6 +246,14 @@ def _take_steps(
             exit_code_of(trainer.signal),
         )
 
+    if validator.active and not trainer.num_done:  # what every step has to be better than
+        communicator.doing = "validating the starting point"
+        began = time.perf_counter()
+        with progress_line.stage("validation of the starting point"), signals.leaving_at_once():
+            measured = validator.run(trainer.engine, 0)
+        if communicator.writes:
+            line = {"step": 0, "epoch": 0.0, "seconds": time.perf_counter() - began, **measured}
+            append_line(metrics_path, rounded(line))
     progress_line.at(trainer.num_done, trainer.num_steps, "steps")
     for values in trainer.steps(profiler, signals):
         step = values["step"]
@@ -286,18 +298,27 @@ def _take_steps(
         shutil.rmtree(run / "adapter-last", ignore_errors=True)
     communicator.barrier()
     disconnect_at_exit()
+    remarks = []
+    if validator.best is not None and validator.best_step == 0:
+        remarks.append(
+            f"no step was better than the starting point, which {run / 'adapter'} holds, so that its answers are those of "
+            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; try a lower train.lr, "
+            "fewer steps or more questions"
+        )
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
         num_items=ready.num_items,
         num_held_out=ready.num_held_out,
+        measured_on=validator.measured_on,
         num_steps=last["step"],
-        best_step=validator.best_step or last["step"],
+        best_step=last["step"] if validator.best is None else validator.best_step,
         stopped_early=validator.exhausted,
         alarm=trainer.alarm.text,
         first=trainer.first,
         last=last,
         seconds=time.perf_counter() - started,
+        remarks=tuple(remarks),
         profile=() if profiler is None else profiler.ranges,
         profile_path=profiler.folder if profiler is not None and profiler.ranges else None,
     )

@@ -70,6 +70,7 @@ class Trainer:
         per_epoch = math.ceil(len(examples) / config.train.batch_pairs)
         num_steps = per_epoch * config.train.num_epochs
         self.num_steps = min(num_steps, config.train.max_steps or num_steps)
+        self.num_warmup = math.ceil(config.train.warmup_ratio * self.num_steps)
         self.eval_every = config.train.eval_every or per_epoch
         self.parameters = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
         self.trainable = list(self.parameters.values())
@@ -82,7 +83,7 @@ class Trainer:
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
             optimizer,
-            num_warmup_steps=math.ceil(config.train.warmup_ratio * self.num_steps),
+            num_warmup_steps=self.num_warmup,
             num_training_steps=self.num_steps,
         )
         self.engine = initialize_engine(objective, optimizer, scheduler, config.train, stage, communicator.device)

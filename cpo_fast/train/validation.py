@@ -1,5 +1,6 @@
 """Validation on held-out questions, the best adapter so far, and when to stop.
 
+The starting point is validated before the first step and takes part: an adapter that is no better than it is never the best.
 The held-out share is split off by question, so no prompt of a validated pair was trained on. The held-out loss chooses the
 best adapter, or, because the loss can fall while a model collapses, greedy chain-of-thought accuracy on questions with
 reference answers. Those answers choose among adapters here and never touch search or pairs.
@@ -43,11 +44,12 @@ class Validator:
         run: Path,
         communicator: Communicator,
         stage: int,
+        num_warmup: int = 0,
     ) -> None:
-        """`held_out` are examples of questions that are not trained, and `stage` is ZeRO's."""
+        """`held_out` are examples of questions that are not trained, `stage` is ZeRO's, `num_warmup` steps raise the rate."""
         self.config, self.policy, self.objective = config, policy, objective
         self.held_out, self.communicator, self.stage = list(held_out), communicator, stage
-        self.folder = run / "adapter-best"
+        self.num_warmup, self.folder = num_warmup, run / "adapter-best"
         self.best: float | None = None
         self.best_step = 0
         self.num_without_progress = 0
@@ -68,6 +70,13 @@ class Validator:
     @property
     def active(self) -> bool:
         return bool(self.held_out) or self._questions is not None
+
+    @property
+    def measured_on(self) -> str:
+        """What chooses the best adapter, in words."""
+        if self._questions is not None:
+            return f"the answers to {len(self._questions[1])} questions"
+        return f"{len(self.held_out)} held-out rows" if self.held_out else ""
 
     @property
     def exhausted(self) -> bool:
@@ -95,7 +104,10 @@ class Validator:
         return weights.is_file() and file_digest(weights) == self.best_digest
 
     def run(self, engine: Any, step: int) -> dict[str, float]:
-        """Validate, and save the adapter when it is the best. Returns metrics under `eval_...`."""
+        """Validate, and save the adapter when it is the best. Returns metrics under `eval_...`.
+
+        `step` 0 is the starting point. Equal to the best is not better, so a step that changes nothing never replaces it.
+        """
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
@@ -108,7 +120,7 @@ class Validator:
             save_adapter(self.policy.model, self.folder, self.stage, self.communicator.writes)
             if self.communicator.writes:
                 self.best_digest = file_digest(self.folder / "adapter_model.safetensors")
-        else:
+        elif step > self.num_warmup:  # before, it is too early to lose patience: the first step's rate is 0
             self.num_without_progress += 1
         return {**values, "eval_best_step": self.best_step}
 
