@@ -294,8 +294,16 @@ class TrainConfig(Section):
         0.0, ge=0, description="also imitate the chosen responses, with this weight: keeps them likely"
     )
     lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6; SFT: 1e-5)")
-    num_epochs: int = Field(4, ge=1, description="passes over the data (paper: 4)")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever the epochs")
+    num_epochs: int | None = Field(
+        4,
+        ge=1,
+        description="passes over the data (paper: 4); null, or left out beside max_steps: as many as that takes",
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="train for so many optimizer steps, repeating the data; with num_epochs too, whichever ends first",
+    )
     batch_pairs: int = Field(32, ge=1, description="pairs (or completions) per optimizer step (paper: 32)")
     batch_order: Literal["pairs", "questions"] = Field(
         "pairs",
@@ -378,6 +386,24 @@ class TrainConfig(Section):
         description="warn of a collapse when chosen responses have lost so many nats per token against the reference",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone_decide(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_steps") is not None and "num_epochs" not in values:
+            return {**values, "num_epochs": None}
+        return values
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainConfig":
+        if self.num_epochs is None and self.max_steps is None:
+            raise ValueError("num_epochs: null never ends; set max_steps, or num_epochs to a number")
+        return self
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole training, of which one pass over the data takes `steps_per_epoch`."""
+        by_epochs = None if self.num_epochs is None else self.num_epochs * steps_per_epoch
+        return min(count for count in (by_epochs, self.max_steps) if count is not None)
 
 
 class EvalConfig(Section):

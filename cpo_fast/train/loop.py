@@ -190,7 +190,7 @@ def _set_up(
         policy = trainer.with_whole_weights(partial(prepare_policy, policy=policy, config=config))
         assert policy.impl is not None
         objective.impl = policy.impl
-        if is_cached(config, stage):
+        if is_cached(config, stage, trainer.num_steps > trainer.steps_per_epoch):
             communicator.doing = "computing the reference's log-probs"
             reference = ReferenceCache(config, base, dtype, everything, run / "reference")
             logps = partial(reference.logps, policy=policy, communicator=communicator)
@@ -299,6 +299,13 @@ def _take_steps(
     communicator.barrier()
     disconnect_at_exit()
     remarks = []
+    wanted = config.train.max_steps
+    if wanted is not None and last["step"] == trainer.num_steps < wanted:
+        remarks.append(
+            f"training ended after step {last['step']} and not {wanted} (train.max_steps), because train.num_epochs="
+            f"{config.train.num_epochs} passes over {ready.num_items} rows have no more; leave train.num_epochs out to "
+            "repeat the data"
+        )
     if validator.best is not None and validator.best_step == 0:
         remarks.append(
             f"no step was better than the starting point, which {run / 'adapter'} holds, so that its answers are those of "

@@ -111,15 +111,16 @@ class ReferenceCache:
         return difference <= end_to_end_bound(self.dtype)
 
 
-def is_cached(config: Config, stage: int) -> bool:
+def is_cached(config: Config, stage: int, repeats: bool) -> bool:
     """Whether `train.reference` asks for the reference's log-probs once and for all. Imitation has no reference.
 
-    `auto` caches for several epochs, and under ZeRO 3, where it saves every micro-batch one gather of the base.
+    `repeats`: the steps take more than one pass over the data, where `train.num_epochs` does not say how many. `auto` caches for several epochs, and under ZeRO 3, where it saves every micro-batch one gather of the base.
     """
     if config.train.method == "sft":
         return False
     if config.train.reference == "auto":
-        return config.train.num_epochs > 1 or stage == 3
+        several = repeats if config.train.num_epochs is None else config.train.num_epochs > 1
+        return several or stage == 3
     return config.train.reference == "cached"
 
 

@@ -138,7 +138,9 @@ def test_an_adapter_that_is_worse_than_its_start_is_never_the_best(
     again = train(config)
     assert (again.best_step, again.remarks) == (0, result.remarks)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    assert [{**line, "seconds": 0} for line in lines(again.metrics_path)] == [{**each, "seconds": 0} for each in metrics]
+    assert [{**line, "seconds": 0} for line in lines(again.metrics_path)] == [
+        {**each, "seconds": 0} for each in metrics
+    ]
 
 
 def test_patience_counts_validations_after_the_warm_up_alone(make_config: MakeConfig, tmp_path: Path) -> None:
