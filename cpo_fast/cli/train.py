@@ -30,6 +30,7 @@ SHOWN = (
     ("tokens/saved", "saved", ".0%"),
     ("eval_loss", "held-out loss", ".4f"),
     ("eval_accuracy", "chain accuracy", ".3f"),
+    ("eval_agreement", "agreement with votes", ".3f"),
 )
 IN_TABLE = (
     "loss",

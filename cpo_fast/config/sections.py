@@ -367,13 +367,20 @@ class TrainConfig(Section):
         None, description="kernels: triton on a GPU, eager anywhere; null: the fastest that the device has"
     )
     eval_every: int | None = Field(None, ge=1, description="validate every so many steps; null: after each epoch")
-    stop_on: Literal["held_out_loss", "accuracy"] = Field(
+    stop_on: Literal["held_out_loss", "accuracy", "agreement"] = Field(
         "held_out_loss",
-        description="what chooses the best adapter: held-out loss, or the share of task.path's questions answered right",
+        description="what chooses the best adapter: held-out loss; the share of dev_path's questions that chains answer "
+        "right; or, without reference answers, the share that they answer as search trees have voted",
     )
     dev_path: str | None = Field(
         None,
-        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
+        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path. With "
+        "stop_on=agreement ask these alone of the voted ones",
+    )
+    dev_trees: str | None = Field(
+        None,
+        description="trees.jsonl of questions that are not trained on, whose votes stop_on=agreement compares with; null: "
+        "the held-out trees of data.path",
     )
     patience: int | None = Field(
         None,

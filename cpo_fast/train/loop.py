@@ -36,6 +36,7 @@ from cpo_fast.train.communication import Communicator, connect, disconnect_at_ex
 from cpo_fast.train.deepspeed_engine import (
     adamw,
 )
+from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.heartbeat import Heartbeat
 from cpo_fast.train.memory import choose_stage
 from cpo_fast.train.metrics import rounded
@@ -172,6 +173,14 @@ def _set_up(
     # after the split, because weights average to 1 over what is trained
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
     _check_vocabulary(everything, policy)
+    if stage == 3 and config.train.stop_on != "held_out_loss":
+        raise ConfigError(
+            f"train.stop_on={config.train.stop_on} generates, which ZeRO stage 3 cannot: its ranks would wait for each "
+            "other's weights at every token; use train.stop_on=held_out_loss or train.zero_stage=0"
+        )
+    dev = load_dev_questions(
+        config, policy.tokenizer, examples, held_out, num_embeddings(policy.model.get_base_model())
+    )
     base, dtype = base_hash(config, policy) if ranks.rank == 0 else "", policy.model.get_base_model().dtype
     connect(communicator, config.train.collective_timeout, store)
     communicator.doing = "making the engine"
@@ -196,7 +205,9 @@ def _set_up(
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()
-    trainer.validator = Validator(config, policy, objective, held_out, run, communicator, stage, trainer.num_warmup)
+    trainer.validator = Validator(
+        config, policy, objective, held_out, run, communicator, stage, dev, trainer.num_warmup
+    )
     if saved is None:
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet

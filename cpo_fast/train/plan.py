@@ -147,7 +147,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         sum(weights.values()) + sum(memory.peak_parts(each, device.type).values()) for each in (False, True)
     )
     checkpoint = COPIES * trainable
-    num_kept = train.keep_last + (1 if config.data.held_out or train.stop_on == "accuracy" else 0)
+    num_kept = train.keep_last + (1 if config.data.held_out or train.stop_on != "held_out_loss" else 0)
     return Plan(
         num_examples=len(examples),
         num_held_out=len(held_out),

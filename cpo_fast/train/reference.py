@@ -114,7 +114,8 @@ class ReferenceCache:
 def is_cached(config: Config, stage: int, repeats: bool) -> bool:
     """Whether `train.reference` asks for the reference's log-probs once and for all. Imitation has no reference.
 
-    `repeats`: the steps take more than one pass over the data, where `train.num_epochs` does not say how many. `auto` caches for several epochs, and under ZeRO 3, where it saves every micro-batch one gather of the base.
+    `auto` caches for several epochs, and under ZeRO 3, where it saves every micro-batch one gather of the base. Where
+    `train.num_epochs` does not say how many, `repeats` says whether the steps take more than one.
     """
     if config.train.method == "sft":
         return False

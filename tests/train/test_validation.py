@@ -195,7 +195,7 @@ def test_accuracy_is_that_of_greedy_chains_of_the_model_in_training(
     measured = [line for line in lines(result.metrics_path) if "eval_accuracy" in line]
     assert [line["eval_accuracy"] for line in measured] == [0.5, 0.5]
     assert result.best_step == 0  # as good is not better
-    assert result.measured_on == "the answers to 2 questions"
+    assert result.measured_on == "the accuracy of answers to 2 questions"
 
 
 def test_a_question_that_does_not_fit_the_model_counts_as_wrong_and_all_of_them_are_refused(
