@@ -42,7 +42,7 @@ IN_TABLE = (
     "grad_norm",
     "tokens/saved",
 )
-TRAINING = logging.getLogger("cpo_fast.train")
+LOGGERS = tuple(map(logging.getLogger, ("cpo_fast.train", "cpo_fast.data")))
 
 
 @click.command("train")
@@ -178,17 +178,19 @@ class TrainingScreen:
 
     def __enter__(self) -> "TrainingScreen":
         if not self.quiet:
-            self.level = TRAINING.level
-            TRAINING.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
-            TRAINING.addHandler(self.log_to_console)
+            self.levels = [each.level for each in LOGGERS]
+            for each in LOGGERS:
+                each.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
+                each.addHandler(self.log_to_console)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.log_to_console in TRAINING.handlers:  # not added on a quiet screen
-            TRAINING.removeHandler(self.log_to_console)
-            TRAINING.setLevel(self.level)
+        if not self.quiet:
+            for each, level in zip(LOGGERS, self.levels, strict=True):
+                each.removeHandler(self.log_to_console)
+                each.setLevel(level)
 
     def update(self, values: dict[str, Any], num_steps: int) -> None:
         """On a terminal the line that moves shows a step's figures, elsewhere a line of their own."""

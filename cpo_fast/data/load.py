@@ -194,9 +194,12 @@ class TreeSource:
     def rows(self, questions: AbstractSet[str]) -> Iterator[SourceRow]:
         """The rows that `cpo-fast pairs` would write of these questions' trees."""
         made = self.reader.rows(self.config.pairs, self.config.seed, questions, self.config.train.method)
-        reasons = Counter(record["reason"] for record in made.unused) + Counter(made.trees_without.values())
-        if reasons:
-            unused = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        logger.info("%s: %d rows from %s", self.path, len(made.rows), made.shares)
+        warning = made.warning(self.config.pairs.rule)
+        if warning:
+            logger.warning("%s", warning)
+        if made.unused:
+            unused = "; ".join(f"{count} {reason}" for reason, count in made.unused_by_reason.items())
             logger.info("%s: not used: %s", self.path, unused)
         return ((row["tree"], f"{self.path}:{row['tree']}", row, row) for row in made.rows)
 

@@ -14,7 +14,16 @@ from typing import Any
 
 from cpo_fast.config import PairsConfig
 from cpo_fast.data.examples import RESPONSES
-from cpo_fast.data.pair_rules import TreeExample, draw, response, select_pairs, select_winning_paths
+from cpo_fast.data.pair_rules import (
+    NOT_BELOW,
+    NOT_LOWEST,
+    SAME_TOKENS,
+    TreeExample,
+    draw,
+    response,
+    select_pairs,
+    select_winning_paths,
+)
 from cpo_fast.files import write_jsonl
 from cpo_fast.rows import Row, write_parquet
 from cpo_fast.tasks import Question, get_task
@@ -24,6 +33,8 @@ OUTSIDE_QUESTIONS = "outside pairs.num_questions"
 REPEATED = "the same tokens under another question"
 NO_LOSER = "no losing sibling"
 NO_RIVAL = "no other complete path"
+# why a tree with a winner gave no row: what another rule may change
+_OF_THE_RULE = {NO_LOSER, NO_RIVAL, NOT_BELOW, NOT_LOWEST, SAME_TOKENS}
 
 
 @dataclass
@@ -49,6 +60,23 @@ class TreeRows:
     @property
     def trees_without_by_reason(self) -> dict[str, int]:
         return dict(Counter(self.trees_without.values()).most_common())
+
+    @property
+    def shares(self) -> str:
+        """`8 of 120 trees (none in 95: no other complete path; 17: no_answer)`: which gave rows, and why the others not."""
+        total = self.num_trees + len(self.trees_without)
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in self.trees_without_by_reason.items())
+        return f"{self.num_trees} of {total} trees" + (f" (none in {reasons})" if reasons else "")
+
+    def warning(self, rule: str) -> str:
+        """A sentence where the rule made something of fewer than half of the trees that have a winner, else ""."""
+        num_lost = sum(reason in _OF_THE_RULE for reason in self.trees_without.values())
+        if num_lost <= self.num_trees:
+            return ""
+        return (
+            f"pairs.rule={rule} takes {len(self.rows)} pairs from {self.shares}; collect more questions, or choose another "
+            "rule"
+        )
 
 
 def write_rows(
@@ -136,7 +164,8 @@ class TreeFileReader:
                 made.num_trees += 1
             else:
                 fallback = NO_RIVAL if config.rule == "fpo" else NO_LOSER
-                made.trees_without[tree.id] = unused[0][1] if unused else fallback
+                reasons = Counter(reason for _, reason in unused).most_common(1)
+                made.trees_without[tree.id] = reasons[0][0] if reasons else fallback
         return made
 
 
