@@ -328,6 +328,11 @@ class TrainConfig(Section):
         description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
         "when there are several epochs",
     )
+    reference_cache: str | None = Field(
+        None,
+        description="folder that keeps the frozen model's log-probs by their tokens, for several runs, at a time too; "
+        "null: reference in the run folder. Their last bits may hang on what it held before",
+    )
     gradient_checkpointing: Literal["auto", "off", "non_reentrant"] = Field(
         "auto",
         description="save memory by computing each layer again in backward, about a third slower; auto: only where a step "

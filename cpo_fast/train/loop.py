@@ -201,7 +201,8 @@ def _set_up(
         objective.impl = policy.impl
         if is_cached(config, stage, trainer.num_steps > trainer.steps_per_epoch):
             communicator.doing = "computing the reference's log-probs"
-            reference = ReferenceCache(config, base, dtype, everything, run / "reference")
+            folder = Path(config.train.reference_cache or run / "reference")
+            reference = ReferenceCache(config, base, dtype, everything, folder)
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()

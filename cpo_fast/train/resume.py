@@ -31,6 +31,7 @@ FREE = frozenset(
         "lora_input",
         "max_tokens",
         "offload",
+        "reference_cache",
         "save_every",
         "zero_stage",
     }
