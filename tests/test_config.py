@@ -34,6 +34,14 @@ def test_file_wins_over_the_preset_and_override_over_both(tmp_path: Path) -> Non
     config = load_config(path, ["search.num_kept=3"])
     assert config.train.lr == 1e-5
     assert config.train.num_epochs == 4
+    # steps decide alone where they alone are given, with a preset too, and a resolved file says the same again
+    for overrides, epochs in (([], None), (["train.num_epochs=7"], 7), (["train.max_steps=", "train.num_epochs=7"], 7)):
+        longer = load_config(path, ["train.max_steps=9", *overrides])
+        assert longer.train.num_epochs == epochs
+        (tmp_path / "again.yaml").write_text(dump_config(longer))
+        assert load_config(tmp_path / "again.yaml") == longer
+    with pytest.raises(ConfigError, match=r"train: num_epochs: null never ends; set max_steps, or num_epochs"):
+        load_config(path, ["train.num_epochs=null"])
     assert config.search.num_kept == 3
     assert config.search.num_candidates == 10
     assert config.seed == 4

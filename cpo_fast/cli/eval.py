@@ -19,32 +19,30 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.argument("config", type=click.Path(dir_okay=False), required=False)
+@click.argument("config", type=click.Path(), required=False)
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option(
     "--compare",
-    "compared",
-    type=click.Path(dir_okay=False),
-    nargs=2,
-    metavar="FIRST.jsonl SECOND.jsonl",
-    help="Evaluate nothing; compare two eval-*.jsonl on the same questions. Prints, writes no file.",
+    "compares",
+    is_flag=True,
+    help="Evaluate nothing; compare eval-*.jsonl, or all those of run folders, on the same questions: --compare FIRST "
+    "SECOND ... Each is held against the first. Prints, writes no file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def eval_command(
-    config: str | None, overrides: tuple[str, ...], compared: tuple[str, str] | None, as_json: bool
-) -> None:
+def eval_command(config: str | None, overrides: tuple[str, ...], compares: bool, as_json: bool) -> None:
     """Answer every question of the task with the model and, if set, its adapter.
 
     eval.method says how: cot (one greedy chain, the default), tot (tree of thought and its vote) or both. Writes
-    eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or adapter, with
-    -tot for trees. All of them stand side by side, compared in pairs, in eval.json, eval.md and eval.csv.
+    eval-LABEL.jsonl (one question a line) and eval-LABEL.json into the run's folder, LABEL being base or the adapter's
+    folder, with -tot for trees. All of them stand side by side, compared in pairs, in eval.json, eval.md and eval.csv.
     """
-    if compared is not None:
-        if config is not None:
-            raise click.UsageError("--compare takes two result files and no CONFIG")
-        _compare(compared, as_json)
+    if compares:
+        paths = [path for path in (config, *overrides) if path is not None]
+        if any(path.endswith((".yaml", ".yml")) or "=" in Path(path).name for path in paths):
+            raise click.UsageError("--compare takes result files or run folders, and no CONFIG and no overrides")
+        _compare(paths, as_json)
     elif config is None:
-        raise click.UsageError("give a CONFIG, or --compare with two result files")
+        raise click.UsageError("give a CONFIG, or --compare with result files or run folders")
     else:
         _evaluate(load_config(config, overrides), as_json)
 
@@ -67,21 +65,58 @@ def _evaluate(settings: Config, as_json: bool) -> None:
     click.echo(f"one line per question: {names} in {run}; the tables: eval.json, eval.md, eval.csv")
 
 
-def _compare(paths: tuple[str, str], as_json: bool) -> None:
+def _compare(paths: "Sequence[str]", as_json: bool) -> None:
     from dataclasses import asdict
 
-    from cpo_fast.evaluate import compare, read_evaluation
+    from cpo_fast.evaluate import compare, folder_evaluations, read_evaluation
 
-    first, second = (read_evaluation(path) for path in paths)
-    comparison = compare(first, second, paths)
+    found: list[tuple[str, Evaluation]] = []
+    for path in paths:
+        if Path(path).is_dir():
+            evaluations, notes = folder_evaluations(Path(path))
+            found += [(str(Path(path) / each.label), each) for each in evaluations]
+            for note in notes:
+                click.echo(_printable(f"{path}: {note}"), err=True)
+        else:
+            found.append((path, read_evaluation(path)))
+    if len(found) < 2:
+        raise click.UsageError(f"--compare takes two evaluations or more, and there are {len(found)}")
+    names, evaluations = [name for name, _ in found], [each for _, each in found]
+    comparisons = [
+        compare(evaluations[0], other, (names[0], name)) for name, other in zip(names[1:], evaluations[1:], strict=True)
+    ]
     if as_json:
-        click.echo(json.dumps(asdict(comparison)))
+        listed = [{"name": name, **each.summary()} for name, each in found]
+        many = {"evaluations": listed, "comparisons": [asdict(each) for each in comparisons]}
+        click.echo(json.dumps(asdict(comparisons[0]) if len(comparisons) == 1 else many))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(_table("Evaluations", paths, [first, second]))
-    _show_comparisons(console, [comparison])
+    if len(comparisons) == 1:
+        console.print(_table("Evaluations", names, evaluations))
+        _show_comparisons(console, comparisons)
+    else:
+        _show_against_first(console, names, evaluations, comparisons)
+
+
+def _show_against_first(
+    console: "Console", names: "Sequence[str]", evaluations: "Sequence[Evaluation]", comparisons: "Sequence[Comparison]"
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from cpo_fast.evaluate.tables import against_first_cells, comparison_title, merged_headings
+
+    rows = against_first_cells(evaluations, comparisons)
+    title = f"{comparisons[0].num_questions} questions, each evaluation against the first"
+    table = Table("", *merged_headings(rows), title=title, title_justify="left")
+    for name, row in zip(names, rows, strict=True):
+        table.add_row(Text(name), *(Text(row.get(heading, "")) for heading in merged_headings(rows)))
+    console.print(table)
+    for comparison in comparisons:
+        for sentence in comparison.stated:
+            click.echo(_printable(f"{comparison_title(comparison)}: {sentence}"))
 
 
 def evaluation_table(evaluations: "Sequence[Evaluation]") -> "Table":

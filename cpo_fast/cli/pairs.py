@@ -40,7 +40,7 @@ def pairs_command(
     if sft:
         _report_completions(made, target, as_json)
     else:
-        _report_pairs(made, target, as_json)
+        _report_pairs(made, target, config.pairs.rule, as_json)
 
 
 def _report_completions(made: "TreeRows", target: Path, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def _report_completions(made: "TreeRows", target: Path, as_json: bool) -> None:
     click.echo(f"examples: {target}")
 
 
-def _report_pairs(made: "TreeRows", target: Path, as_json: bool) -> None:
+def _report_pairs(made: "TreeRows", target: Path, rule: str, as_json: bool) -> None:
     from cpo_fast.data.pair_files import REPEATED, audit_pairs, unused_path
 
     steps, dropped = audit_pairs(made.rows), made.unused_by_reason
@@ -73,6 +73,7 @@ def _report_pairs(made: "TreeRows", target: Path, as_json: bool) -> None:
             "pairs_by_step": {step: audit.num_pairs for step, audit in steps.items()},
             "num_trees": made.num_trees,
             "trees_without_pairs": made.trees_without_by_reason,
+            "warning": made.warning(f"pairs.rule={rule}"),
             "dropped": dropped,
             "num_repeated": dropped.get(REPEATED, 0),
             "steps": {step: asdict(audit) for step, audit in steps.items()},
@@ -86,6 +87,8 @@ def _report_pairs(made: "TreeRows", target: Path, as_json: bool) -> None:
     caption = f"{dropped.get(REPEATED, 0)} more stand under another question already"
     Console().print(_step_table(steps, title, caption))
     _print_trees_without(made)
+    if warning := made.warning(f"pairs.rule={rule}"):
+        click.echo(f"warning: {warning}")
     for reason, count in dropped.items():
         click.echo(f"{count} not used: {reason}")
     if dropped_path:

@@ -30,6 +30,7 @@ SHOWN = (
     ("tokens/saved", "saved", ".0%"),
     ("eval_loss", "held-out loss", ".4f"),
     ("eval_accuracy", "chain accuracy", ".3f"),
+    ("eval_agreement", "agreement with votes", ".3f"),
 )
 IN_TABLE = (
     "loss",
@@ -41,7 +42,7 @@ IN_TABLE = (
     "grad_norm",
     "tokens/saved",
 )
-TRAINING = logging.getLogger("cpo_fast.train")
+LOGGERS = tuple(map(logging.getLogger, ("cpo_fast.train", "cpo_fast.data")))
 
 
 @click.command("train")
@@ -140,6 +141,7 @@ def train_command(
             "best_step": result.best_step,
             "stopped_early": result.stopped_early,
             "alarm": result.alarm,
+            "remarks": result.remarks,
             "first": result.first,
             "last": result.last,
             "seconds": result.seconds,
@@ -176,17 +178,19 @@ class TrainingScreen:
 
     def __enter__(self) -> "TrainingScreen":
         if not self.quiet:
-            self.level = TRAINING.level
-            TRAINING.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
-            TRAINING.addHandler(self.log_to_console)
+            self.levels = [each.level for each in LOGGERS]
+            for each in LOGGERS:
+                each.setLevel(logging.INFO)  # what a caller has set is put back in `__exit__`
+                each.addHandler(self.log_to_console)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.log_to_console in TRAINING.handlers:  # not added on a quiet screen
-            TRAINING.removeHandler(self.log_to_console)
-            TRAINING.setLevel(self.level)
+        if not self.quiet:
+            for each, level in zip(LOGGERS, self.levels, strict=True):
+                each.removeHandler(self.log_to_console)
+                each.setLevel(level)
 
     def update(self, values: dict[str, Any], num_steps: int) -> None:
         """On a terminal the line that moves shows a step's figures, elsewhere a line of their own."""
@@ -209,12 +213,13 @@ class TrainingScreen:
         self.console.print(table)
         if result.profile:
             self._profile(result)
-        # chain accuracy may choose a step without held-out rows
-        if result.num_held_out or result.best_step != result.num_steps:
+        if result.measured_on:
             early = ", stopped early" if result.stopped_early else ""
-            self.console.print(f"best adapter: step {result.best_step}, on {result.num_held_out} held-out rows{early}")
-        if result.alarm:
-            self.console.print(f"warning: {result.alarm}", highlight=False, soft_wrap=True)
+            place = f"step {result.best_step}" if result.best_step else "step 0, the starting point"
+            self.console.print(f"best adapter: {place}, on {result.measured_on}{early}")
+        for sentence in (result.alarm, *result.remarks):
+            if sentence:
+                self.console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
         self.console.print(f"adapter: {result.adapter_path}", highlight=False, soft_wrap=True)
         self.console.print(f"metrics: {result.metrics_path}", highlight=False, soft_wrap=True)
 

@@ -286,6 +286,9 @@ def _with_preset(values: dict[str, Any], source: str) -> dict[str, Any]:
             merged[section].update(given)  # one level: no section holds another
         else:
             merged[section] = given
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("max_steps") is not None and "num_epochs" not in train:
+        merged["train"].pop("num_epochs")  # steps that are asked for do not end with a preset's passes
     return merged
 
 

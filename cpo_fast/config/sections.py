@@ -283,7 +283,11 @@ class DataConfig(Section):
         0.05, ge=0, le=1, description="stop with exit code 3 when more than this share of the rows cannot be used"
     )
     held_out: float = Field(
-        0.0, ge=0, lt=1, description="keep this share of the questions for validation, which chooses the best adapter"
+        0.0,
+        ge=0,
+        lt=1,
+        description="keep this share of the questions for validation, which chooses the best adapter, the starting point "
+        "among them",
     )
 
 
@@ -297,7 +301,14 @@ class LoraConfig(Section):
     )
 
 
-_LATER = {"visit_smoothing", "clip_range", "gamma"}  # keys of section train that did not exist always
+_LATER = {
+    "visit_smoothing",
+    "clip_range",
+    "gamma",
+    "dev_path",
+    "dev_trees",
+    "reference_cache",
+}  # keys of section train that did not exist always
 # methods that read trees and the values in them; all but the last one compare the thoughts that continue a state
 TREE_METHODS = ("tpo", "dvo", "tree_grpo", "full_step")
 
@@ -333,8 +344,16 @@ class TrainConfig(Section):
         0.0, ge=0, description="also imitate the chosen responses, with this weight: keeps them likely"
     )
     lr: float = Field(5e-6, gt=0, description="peak learning rate (paper: 5e-6; SFT: 1e-5)")
-    num_epochs: int = Field(4, ge=1, description="passes over the data (paper: 4)")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps, whatever the epochs")
+    num_epochs: int | None = Field(
+        4,
+        ge=1,
+        description="passes over the data (paper: 4); null, or left out beside max_steps: as many as that takes",
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="train for so many optimizer steps, repeating the data; with num_epochs too, whichever ends first",
+    )
     batch_pairs: int = Field(
         32, ge=1, description="pairs (or completions, or states with their thoughts) per optimizer step (paper: 32)"
     )
@@ -360,6 +379,11 @@ class TrainConfig(Section):
         "auto",
         description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
         "when there are several epochs",
+    )
+    reference_cache: str | None = Field(
+        None,
+        description="folder that keeps the frozen model's log-probs by their tokens, for several runs, at a time too; "
+        "null: reference in the run folder. Their last bits may hang on what it held before",
     )
     gradient_checkpointing: Literal["auto", "off", "non_reentrant"] = Field(
         "auto",
@@ -400,16 +424,25 @@ class TrainConfig(Section):
         None, description="kernels: triton on a GPU, eager anywhere; null: the fastest that the device has"
     )
     eval_every: int | None = Field(None, ge=1, description="validate every so many steps; null: after each epoch")
-    stop_on: Literal["held_out_loss", "accuracy"] = Field(
+    stop_on: Literal["held_out_loss", "accuracy", "agreement"] = Field(
         "held_out_loss",
-        description="what chooses the best adapter: held-out loss, or the share of task.path's questions answered right",
+        description="what chooses the best adapter: held-out loss; the share of dev_path's questions that chains answer "
+        "right; or, without reference answers, the share that they answer as search trees have voted",
     )
     dev_path: str | None = Field(
         None,
-        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
+        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path. With "
+        "stop_on=agreement ask these alone of the voted ones",
+    )
+    dev_trees: str | None = Field(
+        None,
+        description="trees.jsonl of questions that are not trained on, whose votes stop_on=agreement compares with; null: "
+        "the held-out trees of data.path",
     )
     patience: int | None = Field(
-        None, ge=1, description="stop early after so many validations without a better one; null: train to the end"
+        None,
+        ge=1,
+        description="stop early after so many validations past the warm-up without a better one; null: train to the end",
     )
     alarm_nats: float = Field(
         0.5,
@@ -424,6 +457,24 @@ class TrainConfig(Section):
         values: dict[str, Any] = handler(self)
         fields = type(self).model_fields
         return {key: value for key, value in values.items() if key not in _LATER or value != fields[key].default}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone_decide(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_steps") is not None and "num_epochs" not in values:
+            return {**values, "num_epochs": None}
+        return values
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainConfig":
+        if self.num_epochs is None and self.max_steps is None:
+            raise ValueError("num_epochs: null never ends; set max_steps, or num_epochs to a number")
+        return self
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole training, of which one pass over the data takes `steps_per_epoch`."""
+        by_epochs = None if self.num_epochs is None else self.num_epochs * steps_per_epoch
+        return min(count for count in (by_epochs, self.max_steps) if count is not None)
 
 
 class EvalConfig(Section):

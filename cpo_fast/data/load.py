@@ -209,9 +209,14 @@ class TreeSource:
                     "%s: train.method=%s takes what its trees hold: no effect of %s", self.path, method, ignored
                 )
         made = self.reader.rows(self.config.pairs, self.config.seed, questions, method)
-        reasons = Counter(record["reason"] for record in made.unused) + Counter(made.trees_without.values())
-        if reasons:
-            unused = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        logger.info("%s: %d rows from %s", self.path, len(made.rows), made.shares)
+        warning = made.warning(
+            f"train.method={method}" if method in TREE_METHODS else f"pairs.rule={self.config.pairs.rule}"
+        )
+        if warning:
+            logger.warning("%s", warning)
+        if made.unused:
+            unused = "; ".join(f"{count} {reason}" for reason, count in made.unused_by_reason.items())
             logger.info("%s: not used: %s", self.path, unused)
         return ((row["tree"], f"{self.path}:{row['tree']}", row, row) for row in made.rows)
 

@@ -15,6 +15,9 @@ from typing import Any
 from cpo_fast.config import TREE_METHODS, PairsConfig
 from cpo_fast.data.examples import RESPONSES
 from cpo_fast.data.pair_rules import (
+    NOT_BELOW,
+    NOT_LOWEST,
+    SAME_TOKENS,
     Selection,
     TreeExample,
     draw,
@@ -33,6 +36,8 @@ OUTSIDE_QUESTIONS = "outside pairs.num_questions"
 REPEATED = "the same tokens under another question"
 NO_LOSER = "no losing sibling"
 NO_RIVAL = "no other complete path"
+# why a tree with a winner gave no row: what another rule may change
+_OF_THE_RULE = {NO_LOSER, NO_RIVAL, NOT_BELOW, NOT_LOWEST, SAME_TOKENS}
 
 
 @dataclass
@@ -58,6 +63,20 @@ class TreeRows:
     @property
     def trees_without_by_reason(self) -> dict[str, int]:
         return dict(Counter(self.trees_without.values()).most_common())
+
+    @property
+    def shares(self) -> str:
+        """`8 of 120 trees (none in 95: no other complete path; 17: no_answer)`: which gave rows, and why the others not."""
+        total = self.num_trees + len(self.trees_without)
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in self.trees_without_by_reason.items())
+        return f"{self.num_trees} of {total} trees" + (f" (none in {reasons})" if reasons else "")
+
+    def warning(self, rule: str) -> str:
+        """A sentence where `rule`, such as `pairs.rule=fpo`, made something of fewer than half of the trees that have a winner, else ""."""
+        num_lost = sum(reason in _OF_THE_RULE for reason in self.trees_without.values())
+        if num_lost <= self.num_trees:
+            return ""
+        return f"{rule} takes {len(self.rows)} rows from {self.shares}; collect more questions, or choose another one"
 
 
 def write_rows(
@@ -147,7 +166,8 @@ class TreeFileReader:
                 made.num_trees += 1
             else:
                 fallback = NO_RIVAL if config.rule == "fpo" or method == "full_step" else NO_LOSER
-                made.trees_without[tree.id] = unused[0][1] if unused else fallback
+                reasons = Counter(reason for _, reason in unused).most_common(1)
+                made.trees_without[tree.id] = reasons[0][0] if reasons else fallback
         return made
 
 

@@ -2,9 +2,9 @@
 
 from cpo_fast.evaluate.comparison import Agreement, Comparison, Difference, compare
 from cpo_fast.evaluate.evaluation import evaluate, evaluate_methods
-from cpo_fast.evaluate.overview import Overview, run_overview
+from cpo_fast.evaluate.overview import Overview, folder_evaluations, run_overview
 from cpo_fast.evaluate.result import Evaluation, QuestionResult, RunIdentity, read_evaluation
-from cpo_fast.evaluate.statistics import Spread, mcnemar_exact, paired_bootstrap, spread, wilson_interval
+from cpo_fast.evaluate.statistics import Spread, holm, mcnemar_exact, paired_bootstrap, spread, wilson_interval
 
 __all__ = [
     "Agreement",
@@ -18,6 +18,8 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_methods",
+    "folder_evaluations",
+    "holm",
     "mcnemar_exact",
     "paired_bootstrap",
     "read_evaluation",

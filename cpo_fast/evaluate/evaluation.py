@@ -18,7 +18,7 @@ from cpo_fast.config import Config, SearchConfig, config_hash
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.chain import Chain, chain_search
-from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, summarise
+from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, free_label, summarise
 from cpo_fast.files import canonical_json, short_hash
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
@@ -101,7 +101,7 @@ def _finished(
     seconds = time.perf_counter() - started
     if all(result.stop == "failed" for result in results):
         raise CpoFastError(f"every question failed; the first, '{results[0].id}': {results[0].detail}")
-    label = ("base" if config.model.adapter is None else "adapter") + ("-tot" if method == "tot" else "")
+    label = free_label(Path(config.run), config.model.adapter, method)
     evaluation = summarise(label, method, task.name, asker.identity(method), results, setup_seconds, seconds)
     evaluation.write(Path(config.run))
     return evaluation
@@ -187,6 +187,7 @@ class _Asker:
             settings_hash=short_hash(canonical_json(settings)),
             engine=config.search.engine,
             batch_size=config.eval.batch_size if method == "cot" and config.search.engine == "arena" else 1,
+            adapter=config.model.adapter or "",
         )
 
     def _alone(self, method: Method, question: Question) -> QuestionAnswer:

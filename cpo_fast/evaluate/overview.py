@@ -17,13 +17,13 @@ from cpo_fast.evaluate.result import Evaluation, read_evaluation
 from cpo_fast.evaluate.tables import csv_text, markdown_text
 from cpo_fast.files import read_jsonl, write_atomic
 
-LABELS = ("base", "adapter", "base-tot", "adapter-tot")
+MAX_ALL_PAIRS = 4  # evaluations of which each is compared with each; of more, each with the first
 TREES = "trees.jsonl"
 
 
 @dataclass(frozen=True)
 class Overview:
-    """Evaluations of one folder in the order of `LABELS`, their comparisons, and what was left out and why."""
+    """Evaluations of one folder (see `folder_evaluations`), their comparisons, and what was left out and why."""
 
     evaluations: tuple[Evaluation, ...]
     comparisons: tuple[Comparison, ...]
@@ -51,10 +51,12 @@ def run_overview(run: Path, seed: int) -> Overview:
     Raises:
         DataError: a file in it is damaged or of another version.
     """
-    paths = [run / f"eval-{label}.jsonl" for label in LABELS]
-    evaluations = [read_evaluation(path) for path in paths if path.exists()]
-    comparisons, notes = [], []
-    for first, second in combinations(evaluations, 2):
+    evaluations, notes = folder_evaluations(run)
+    comparisons = []
+    pairs = combinations(evaluations, 2)
+    if len(evaluations) > MAX_ALL_PAIRS:
+        pairs = ((evaluations[0], other) for other in evaluations[1:])  # type: ignore[assignment]
+    for first, second in pairs:
         try:
             comparisons.append(compare(first, second, (first.label, second.label), seed))
         except DataError as error:
@@ -70,6 +72,23 @@ def run_overview(run: Path, seed: int) -> Overview:
                 f"'{first_failed.id}': {first_failed.detail}"
             )
     return Overview(tuple(evaluations), tuple(comparisons), _agreements(run, evaluations), tuple(notes))
+
+
+def folder_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
+    """The evaluations in a folder, chains before trees and the base before adapters, and sentences on files left out.
+
+    Raises:
+        DataError: a file is damaged or of another version.
+    """
+    paths = sorted(folder.glob("eval-*.jsonl"))
+    whole = [path for path in paths if path.with_suffix(".json").is_file()]
+    notes = [
+        f"{path.name} has no summary beside it and is left out; evaluate again" for path in paths if path not in whole
+    ]
+    found = [read_evaluation(path) for path in whole]
+    return sorted(
+        found, key=lambda each: (each.method == "tot", each.label not in ("base", "base-tot"), each.label)
+    ), notes
 
 
 def _agreements(run: Path, evaluations: Sequence[Evaluation]) -> tuple[Agreement, ...]:

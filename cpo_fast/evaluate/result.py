@@ -1,11 +1,13 @@
 """What an evaluation says: one record a question, one summary, and the two files that keep them.
 
-`eval-<label>.jsonl` holds a question a line, in the order they were asked, and `eval-<label>.json` the summary. Labels are
-`base` and `adapter` for greedy chains, `base-tot` and `adapter-tot` for tree of thought.
+`eval-<label>.jsonl` holds a question a line, in the order they were asked, and `eval-<label>.json` the summary. A label is
+`base` or the adapter's folder, with `-tot` for tree of thought (see `free_label`).
 """
 
+import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -66,6 +68,7 @@ class RunIdentity:
         settings_hash: of the caps of a chain or, for a tree, of the search section and the seed.
         engine: the search engine that chains and trees went through (`arena` or `hf`).
         batch_size: questions that were asked side by side, but for those whose seconds were measured.
+        adapter: what model.adapter says, "" (and not written) without one.
     """
 
     model: str
@@ -78,6 +81,7 @@ class RunIdentity:
     settings_hash: str
     engine: str
     batch_size: int
+    adapter: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Evaluation(RunIdentity):
     """The summary: `eval-<label>.json` holds these fields and those of `RunIdentity`, without `results`.
 
     Attributes:
-        label: `base` or `adapter`, with `-tot` for tree of thought. method: cot or tot.
+        label: `base` or the adapter's, with `-tot` for tree of thought. method: cot or tot.
         task: name of the task. num_questions: questions asked.
         num_graded: those with a reference answer, over which accuracy and metrics are means.
         num_correct: graded and right.
@@ -125,6 +129,8 @@ class Evaluation(RunIdentity):
         """Everything but the single questions, ready for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "results"}
         values |= {"seconds": asdict(self.seconds), "tokens": asdict(self.tokens)}
+        if not self.adapter:
+            del values["adapter"]
         return {"schema_version": SCHEMA_VERSION, **values}
 
     def write(self, run: Path) -> None:
@@ -139,6 +145,35 @@ class Evaluation(RunIdentity):
                 lines.flush()
                 os.fsync(lines.fileno())
                 summary.unlink(missing_ok=True)  # from here on nothing is left to write
+
+
+def free_label(run: Path, adapter: str | None, method: Method) -> str:
+    """What the folder `run` calls an evaluation: `base`, or the adapter's folder.
+
+    That is its path below `run` (`adapter`, `adapter-last`), or, where it lies elsewhere, the last two folders of its path
+    (`cpo-adapter` of `runs/cpo/adapter`). A number follows where another adapter's evaluation has that name already.
+    """
+    ending = "-tot" if method == "tot" else ""
+    if adapter is None:
+        return f"base{ending}"
+    path, home = Path(adapter).resolve(), run.resolve()
+    parts = path.relative_to(home).parts if path.is_relative_to(home) else path.parts[-2:]
+    name = re.sub(r"[^\w.-]", "_", "-".join(parts)).lstrip(".") or "adapter"
+    for number in itertools.count(1):
+        label = f"{name}{'' if number == 1 else f'-{number}'}"
+        if label != "base" and _is_free(run / f"eval-{label}{ending}.json", path, method):
+            return f"{label}{ending}"
+    raise AssertionError("unreachable: some number is free")
+
+
+def _is_free(summary: Path, adapter: Path, method: Method) -> bool:
+    """Whether a summary is not there, cannot be read, or is that of this very adapter by this method."""
+    try:
+        values = json.loads(summary.read_text(encoding="utf-8"))
+        # older versions wrote no path, and had one adapter a folder
+        return values.get("method") == method and Path(values.get("adapter", adapter)).resolve() == adapter
+    except (OSError, ValueError, AttributeError, TypeError):
+        return True
 
 
 def summarise(
@@ -220,6 +255,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; evaluate again")
+    values.setdefault("adapter", "")
     if set(values) != expected:
         wrong = sorted(set(values) ^ expected)
         raise DataError(f"{path}: fields missing or unknown: {', '.join(wrong)}; evaluate again")

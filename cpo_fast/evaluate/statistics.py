@@ -97,6 +97,20 @@ def mcnemar_exact(num_only_first: int, num_only_second: int) -> float:
     return min(1.0, 2 * total / 2**num_discordant)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests, corrected so that any false one among them is as unlikely as the smallest says.
+
+    The i-th smallest of m, from 0, becomes the largest of (m - j) p_j over j <= i, at most 1 (S. Holm, Scand. J. Stat. 6,
+    1979).
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(order), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 def paired_bootstrap(
     first: Sequence[float],
     second: Sequence[float],

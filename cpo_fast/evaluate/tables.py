@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cpo_fast.evaluate.comparison import Agreement, Comparison, Difference
 from cpo_fast.evaluate.result import Evaluation
-from cpo_fast.evaluate.statistics import Spread
+from cpo_fast.evaluate.statistics import Spread, holm
 
 METHODS = {"cot": "greedy chain", "tot": "tree of thought"}
 
@@ -48,6 +48,30 @@ def comparison_cells(comparison: Comparison) -> dict[str, str]:
         "seconds, second / first": _ratio(comparison.seconds_ratio),
         "tokens, second / first": _ratio(comparison.tokens_ratio),
     }
+
+
+def against_first_cells(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+    """One row an evaluation: its accuracy, and how it differs from the first one, question by question.
+
+    Args:
+        evaluations: two or more on the same questions.
+        comparisons: of the first with each other one, in order.
+    """
+    p_values = [comparison.mcnemar_p for comparison in comparisons]
+    corrected = holm([p for p in p_values if p is not None]) if None not in p_values else [None] * len(p_values)
+    rows = []
+    for place, evaluation in enumerate(evaluations):
+        cells = evaluation_cells(evaluation)
+        row = {name: cells[name] for name in ("method", "correct", "accuracy", "95 % interval (Wilson)")}
+        row["tokens per question"] = f"{evaluation.tokens.mean:.1f}"
+        if place:
+            comparison, p = comparisons[place - 1], corrected[place - 1]
+            row["right where the first is wrong"] = str(comparison.num_only_second)
+            row["wrong where it is right"] = str(comparison.num_only_first)
+            row["exact McNemar p"] = comparison_cells(comparison)["exact McNemar p"]
+            row["of all these tests (Holm)"] = "" if p is None else f"{p:.3g}"
+        rows.append(row)
+    return rows
 
 
 def agreement_line(agreement: Agreement) -> str:

@@ -36,6 +36,7 @@ from cpo_fast.train.communication import Communicator, connect, disconnect_at_ex
 from cpo_fast.train.deepspeed_engine import (
     adamw,
 )
+from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.heartbeat import Heartbeat
 from cpo_fast.train.memory import choose_stage
 from cpo_fast.train.metrics import rounded
@@ -58,16 +59,19 @@ Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total 
 class TrainResult:
     """Where the adapter and the metrics are, and the first and last line of the metrics.
 
-    `num_items` counts what was trained on (pairs, or completions), `num_held_out` what was validated on. `adapter_path` is
-    the best adapter where there was a validation (after `best_step`), else the last. `stopped_early` says that patience
-    ran out. `alarm` is the sentence of the over-optimisation watch, or "". `profile` has the named ranges of the profiled
-    steps, whose trace lies in `profile_path`.
+    `num_items` counts what was trained on (pairs, or completions), `num_held_out` the rows that were validated on, and
+    `measured_on` says what chose the best adapter, or "" where there was no validation. `adapter_path` is
+    the best adapter where there was a validation (after `best_step`, which is 0 where no step was better than the starting
+    point), else the last. `stopped_early` says that patience ran out. `alarm` is the sentence of the over-optimisation
+    watch, or "", and `remarks` are further sentences that a user should see. `profile` has the named ranges of the
+    profiled steps, whose trace lies in `profile_path`.
     """
 
     adapter_path: Path
     metrics_path: Path
     num_items: int
     num_held_out: int
+    measured_on: str
     num_steps: int
     best_step: int
     stopped_early: bool
@@ -75,6 +79,7 @@ class TrainResult:
     first: dict[str, Any]
     last: dict[str, Any]
     seconds: float
+    remarks: tuple[str, ...] = ()
     profile: tuple[RangeTotal, ...] = ()
     profile_path: Path | None = None
 
@@ -169,6 +174,14 @@ def _set_up(
     # after the split, because weights average to 1 over what is trained
     examples, held_out = (weigh(part, config.pairs.weight) for part in parts)
     _check_vocabulary(everything, policy)
+    if stage == 3 and config.train.stop_on != "held_out_loss":
+        raise ConfigError(
+            f"train.stop_on={config.train.stop_on} generates, which ZeRO stage 3 cannot: its ranks would wait for each "
+            "other's weights at every token; use train.stop_on=held_out_loss or train.zero_stage=0"
+        )
+    dev = load_dev_questions(
+        config, policy.tokenizer, examples, held_out, num_embeddings(policy.model.get_base_model())
+    )
     base, dtype = base_hash(config, policy) if ranks.rank == 0 else "", policy.model.get_base_model().dtype
     connect(communicator, config.train.collective_timeout, store)
     communicator.doing = "making the engine"
@@ -188,13 +201,16 @@ def _set_up(
         policy = trainer.with_whole_weights(partial(prepare_policy, policy=policy, config=config))
         assert policy.impl is not None
         objective.impl = policy.impl
-        if is_cached(config, stage):
+        if is_cached(config, stage, trainer.num_steps > trainer.steps_per_epoch):
             communicator.doing = "computing the reference's log-probs"
-            reference = ReferenceCache(config, base, dtype, everything, run / "reference")
+            folder = Path(config.train.reference_cache or run / "reference")
+            reference = ReferenceCache(config, base, dtype, everything, folder)
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()
-    trainer.validator = Validator(config, policy, objective, held_out, run, communicator, stage)
+    trainer.validator = Validator(
+        config, policy, objective, held_out, run, communicator, stage, dev, trainer.num_warmup
+    )
     if saved is None:
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
@@ -245,6 +261,14 @@ def _take_steps(
             exit_code_of(trainer.signal),
         )
 
+    if validator.active and not trainer.num_done:  # what every step has to be better than
+        communicator.doing = "validating the starting point"
+        began = time.perf_counter()
+        with progress_line.stage("validation of the starting point"), signals.leaving_at_once():
+            measured = validator.run(trainer.engine, 0)
+        if communicator.writes:
+            line = {"step": 0, "epoch": 0.0, "seconds": time.perf_counter() - began, **measured}
+            append_line(metrics_path, rounded(line))
     progress_line.at(trainer.num_done, trainer.num_steps, "steps")
     for values in trainer.steps(profiler, signals):
         step = values["step"]
@@ -289,18 +313,34 @@ def _take_steps(
         shutil.rmtree(run / "adapter-last", ignore_errors=True)
     communicator.barrier()
     disconnect_at_exit()
+    remarks = []
+    wanted = config.train.max_steps
+    if wanted is not None and last["step"] == trainer.num_steps < wanted:
+        remarks.append(
+            f"training ended after step {last['step']} and not {wanted} (train.max_steps), because train.num_epochs="
+            f"{config.train.num_epochs} passes over {ready.num_items} rows have no more; leave train.num_epochs out to "
+            "repeat the data"
+        )
+    if validator.best is not None and validator.best_step == 0:
+        remarks.append(
+            f"no step was better than the starting point, which {run / 'adapter'} holds, so that its answers are those of "
+            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; try a lower train.lr, "
+            "fewer steps or more questions"
+        )
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
         num_items=ready.num_items,
         num_held_out=ready.num_held_out,
+        measured_on=validator.measured_on,
         num_steps=last["step"],
-        best_step=validator.best_step or last["step"],
+        best_step=last["step"] if validator.best is None else validator.best_step,
         stopped_early=validator.exhausted,
         alarm=trainer.alarm.text,
         first=trainer.first,
         last=last,
         seconds=time.perf_counter() - started,
+        remarks=tuple(remarks),
         profile=() if profiler is None else profiler.ranges,
         profile_path=profiler.folder if profiler is not None and profiler.ranges else None,
     )

@@ -105,7 +105,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     batches = epoch_batches(
         [example.group for example in examples], train.batch_pairs, train.batch_order, config.seed, epoch=0
     )
-    num_steps = min(len(batches) * train.num_epochs, train.max_steps or math.inf)
+    num_steps = train.length(len(batches))
     row_tokens = forest_tokens = rank_tokens = num_micro_batches = largest_whole = 0
     largest = (0, [examples[0]])  # micro-batch of a rank, by tokens
     efficiencies = []
@@ -147,12 +147,12 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         sum(weights.values()) + sum(memory.peak_parts(each, device.type).values()) for each in (False, True)
     )
     checkpoint = COPIES * trainable
-    num_kept = train.keep_last + (1 if config.data.held_out or train.stop_on == "accuracy" else 0)
+    num_kept = train.keep_last + (1 if config.data.held_out or train.stop_on != "held_out_loss" else 0)
     return Plan(
         num_examples=len(examples),
         num_held_out=len(held_out),
         dropped=loaded.dropped_by_reason,
-        num_steps=int(num_steps),
+        num_steps=num_steps,
         num_warmup=math.ceil(train.warmup_ratio * num_steps),
         row_tokens=row_tokens,
         forest_tokens=forest_tokens,

@@ -31,6 +31,7 @@ FREE = frozenset(
         "lora_input",
         "max_tokens",
         "offload",
+        "reference_cache",
         "save_every",
         "zero_stage",
     }
@@ -52,8 +53,9 @@ def training_identity(config: Config, base: str, dtype: str, examples: Sequence[
                 value = [{name: each for name, each in item.items() if name != "path"} for item in value]
             if not (section == "train" and key in FREE) and (section, key) != ("data", "path"):
                 values[f"{section}.{key}"] = value
-    if config.train.stop_on == "accuracy":  # the best adapter and patience go by these chains
-        values |= {f"task.{key}": value for key, value in config.task.model_dump(mode="json").items()}
+    if config.train.stop_on != "held_out_loss":  # the best adapter and patience go by these chains
+        task = config.task.asking(config.train.dev_path)
+        values |= {f"task.{key}": value for key, value in task.model_dump(mode="json").items()}
         if config.task.file or config.task.module:
             values["task"] = task_name(config.task)  # their content decides, and not their path alone
         values |= {"eval.max_new_tokens": config.eval.max_new_tokens, "search.max_steps": config.search.max_steps}

@@ -5,6 +5,7 @@
 whatever the token budget and the number of ranks, so neither changes the result.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -67,10 +68,10 @@ class Trainer:
         self.config, self.objective, self.examples = config, objective, examples
         self.communicator, self.stage = communicator, stage
         self.groups = [example.group for example in examples]
-        per_epoch = math.ceil(len(examples) / config.train.batch_pairs)
-        num_steps = per_epoch * config.train.num_epochs
-        self.num_steps = min(num_steps, config.train.max_steps or num_steps)
-        self.eval_every = config.train.eval_every or per_epoch
+        self.steps_per_epoch = math.ceil(len(examples) / config.train.batch_pairs)
+        self.num_steps = config.train.length(self.steps_per_epoch)
+        self.num_warmup = math.ceil(config.train.warmup_ratio * self.num_steps)
+        self.eval_every = config.train.eval_every or self.steps_per_epoch
         self.parameters = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
         self.trainable = list(self.parameters.values())
         self.model, self.recomputes = policy.model, self._checkpointing(policy) != "off"
@@ -82,7 +83,7 @@ class Trainer:
         scheduler = get_scheduler(
             "cosine" if config.train.schedule == "cosine" else "constant_with_warmup",
             optimizer,
-            num_warmup_steps=math.ceil(config.train.warmup_ratio * self.num_steps),
+            num_warmup_steps=self.num_warmup,
             num_training_steps=self.num_steps,
         )
         self.engine = initialize_engine(objective, optimizer, scheduler, config.train, stage, communicator.device)
@@ -161,7 +162,7 @@ class Trainer:
         if self.unvalidated is not None:
             yield self.unvalidated
         step = 0
-        for epoch in range(self.config.train.num_epochs):
+        for epoch in itertools.count():
             batches = self.batches(epoch)
             for place, batch in enumerate(batches):
                 if step == self.num_steps or self.validator.exhausted:

@@ -137,7 +137,7 @@ def test_audit_counts_values_lengths_and_what_was_left_out(tmp_path: Path) -> No
     path = write_trees(tmp_path / "trees.jsonl", trees)
     made = write_rows(path, tmp_path / "pairs.jsonl", PairsConfig(rule="lower"))
     assert (len(made.rows), made.num_trees) == (3, 1)
-    assert made.trees_without_by_reason == {"value not below the winner's": 1, "no losing sibling": 1, "no_answer": 1}
+    assert made.trees_without_by_reason == {REPEATED: 1, "no losing sibling": 1, "no_answer": 1}
     assert made.unused_by_reason == {REPEATED: 3, "value not below the winner's": 2, "chosen equals rejected": 2}
     steps = audit_pairs(made.rows)
     assert asdict(steps[1]) == {

@@ -1,6 +1,7 @@
 """`cpo-fast pairs` as a user runs it: trees or a configuration, overrides, tables, JSON, and a terminal without UTF-8."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cpo_fast.cli.pairs import pairs_command
+from cpo_fast.config import Config
+from cpo_fast.data.load import load_examples
 from cpo_fast.errors import ConfigError
-from tests.data.hand_made import random_tree, write_trees
+from tests.data.hand_made import node, random_tree, tree, write_trees
+from tests.tiny import tiny_tokenizer
 
 
 def run(*arguments: str | Path) -> Result:
@@ -36,6 +40,32 @@ def test_tables_and_json_say_the_same(many: Path) -> None:
     for reason, count in values["trees_without_pairs"].items():
         assert f"{count} trees without any: {reason}" in shown
     assert shown.rstrip().endswith(f"pairs: {many.with_name('pairs.jsonl')}")
+
+
+def test_a_rule_that_few_trees_give_pairs_to_says_how_few_and_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole chains have no losers where the judge prunes every bad step: thoughts have."""
+    nodes = [node(0, -1, 1), node(1, -1, 1, value=1.0), node(2, 0, 2, "4")]
+    alone, lost = [node(0, -1, 1, "4")], [node(0, -1, 1)]
+    rival = [*nodes, node(3, 0, 2, "5", value=1.0)]
+    kinds = [rival, nodes, nodes, alone, lost]
+    made = [
+        tree(each, (len(each) - 1 - (each is rival),) if each is not lost else (), f"q{n}", question_token_ids=(50, n))
+        for n, each in enumerate(kinds)
+    ]
+    path = write_trees(tmp_path / "trees.jsonl", made)
+    few = "1 of 5 trees (none in 3: no other complete path; 1: no_answer)"
+    sentence = f"pairs.rule=fpo takes 1 pairs from {few}; collect more questions, or choose another rule"
+    assert f"warning: {sentence}" in run(path, "pairs.rule=fpo").stdout
+    assert json.loads(run(path, "pairs.rule=fpo", "--json").stdout)["warning"] == sentence
+    for options in (["pairs.rule=all"], ["--sft"]):
+        assert "warning" not in run(path, *options).stdout
+    config = Config.model_validate({"data": {"path": str(path), "max_drop": 1.0}, "pairs": {"rule": "fpo"}})
+    with caplog.at_level(logging.INFO, logger="cpo_fast.data"):
+        load_examples(config, tiny_tokenizer())
+    assert [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING] == [sentence]
+    assert f"{path}: 1 rows from {few}" in caplog.messages
 
 
 def test_overrides_choose_the_rule_and_the_seed(many: Path) -> None:

@@ -95,7 +95,7 @@ def leaning(model: Any, bias: dict[int, float]) -> Any:
     return model
 
 
-IDENTITY = RunIdentity("m", "mh", "", "float32", "cpu", "th", "ph", "sh", "hf", 1)
+IDENTITY = RunIdentity("m", "mh", "", "float32", "cpu", "th", "ph", "sh", "hf", 1, "")
 
 
 def made_evaluation(

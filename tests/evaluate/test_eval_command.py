@@ -10,7 +10,8 @@ from click.testing import CliRunner, Result
 
 from cpo_fast.cli.eval import eval_command
 from cpo_fast.errors import DataError
-from cpo_fast.evaluate import run_overview
+from cpo_fast.evaluate import mcnemar_exact, read_evaluation, run_overview, wilson_interval
+from cpo_fast.evaluate.result import free_label
 from tests.evaluate.scripted import made_evaluation
 from tests.tiny import save_tiny_model
 
@@ -129,6 +130,66 @@ def test_compare_two_files(tmp_path: Path) -> None:
     }
 
 
+def test_compare_many_runs_against_the_first(tmp_path: Path) -> None:
+    """Files and folders; one table with Wilson intervals, exact p-values and Holm's correction of them."""
+    worse, better = [False] * 12, [True] * 12
+    made_evaluation("base", [*worse, True, True]).write(tmp_path / "base")
+    made_evaluation("cpo-adapter", [*better, True, False], adapter_hash="1").write(tmp_path / "all")
+    made_evaluation("sft-adapter", [*worse[1:], True, True, True], adapter_hash="2").write(tmp_path / "all")
+    paths = [tmp_path / "base" / "eval-base.jsonl", tmp_path / "all"]
+    values = json.loads(invoke("--compare", *paths, "--json").stdout)
+    names = [str(paths[0]), str(paths[1] / "cpo-adapter"), str(paths[1] / "sft-adapter")]
+    assert [each["name"] for each in values["evaluations"]] == names
+    assert [each["interval"] for each in values["evaluations"]] == [list(wilson_interval(n, 14)) for n in (2, 13, 3)]
+    assert [(each["num_only_second"], each["num_only_first"]) for each in values["comparisons"]] == [(12, 1), (1, 0)]
+    p = mcnemar_exact(1, 12)
+    assert [each["mcnemar_p"] for each in values["comparisons"]] == [p, 1.0]
+    shown = CliRunner().invoke(eval_command, ["--compare", *map(str, paths)], env={"COLUMNS": "400"}).stdout
+    (row,) = [line for line in shown.splitlines() if names[1] in line and "13 of 14" in line]
+    cells = [cell.strip() for cell in row.replace("│", "|").split("|")]
+    low, high = wilson_interval(13, 14)
+    assert cells[5:] == [f"{low:.1%} to {high:.1%}", "10.0", "12", "1", f"{p:.3g}", f"{2 * p:.3g}", ""]
+    assert "the adapter differs: none in" in shown
+    made_evaluation("cpo-adapter", better[:3], adapter_hash="1").write(tmp_path / "all")
+    with pytest.raises(DataError, match=r"not about the same questions: 'q3' is in .*eval-base\.jsonl only"):
+        invoke("--compare", *paths)
+    (tmp_path / "all" / "eval-sft-adapter.json").unlink()
+    result = CliRunner().invoke(eval_command, ["--compare", str(tmp_path / "all")])
+    assert (result.exit_code, "two evaluations or more, and there are 1" in result.output) == (2, True)
+    assert "eval-sft-adapter.jsonl has no summary beside it" in result.output
+
+
+def test_an_adapter_is_called_by_its_folder_and_never_by_another_s_name(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+
+    def label(adapter: Path, method: str = "cot") -> str:
+        """That of an evaluation, which is written."""
+        found = free_label(run, str(adapter), method)  # type: ignore[arg-type]
+        made_evaluation(found, FIRST, adapter=str(adapter)).write(run)
+        return found
+
+    assert free_label(run, None, "tot") == "base-tot"
+    assert label(run / "adapter") == "adapter"
+    assert label(run / "sft" / "adapter-best") == "sft-adapter-best"
+    assert label(tmp_path / "runs" / "cpo" / "adapter") == "cpo-adapter"
+    assert label(tmp_path / "other" / "cpo" / "adapter") == "cpo-adapter-2"
+    assert label(run / ".." / "cpo" / "adapter") == "cpo-adapter"  # the same folder, evaluated again
+    assert label(run / "adapter", "tot") == "adapter-tot"
+    assert label(run / "base") == "base-2"
+    assert label(run / "a|b c") == "a_b_c"
+    made_evaluation("base", FIRST).write(run)
+    overview = run_overview(run, seed=0)
+    assert [each.label for each in overview.evaluations][:3] == ["base", "a_b_c", "adapter"]
+    assert [each.first for each in overview.comparisons] == ["base"] * 7  # each with the first, of so many
+    assert label(run / "adapter-tot") == "adapter-tot-2"  # that name is a tree's
+    older = run / "eval-adapter.json"
+    values = json.loads(older.read_text())
+    del values["adapter"]  # as older versions wrote it
+    older.write_text(json.dumps(values))
+    assert free_label(run, str(run / "adapter"), "cot") == "adapter"
+    assert read_evaluation(older.with_suffix(".jsonl")).adapter == ""
+
+
 def test_compare_refuses_other_questions_and_missing_files(tmp_path: Path) -> None:
     paths = two_files(tmp_path)
     made_evaluation("adapter", SECOND[:5]).write(tmp_path / "b")
@@ -138,7 +199,9 @@ def test_compare_refuses_other_questions_and_missing_files(tmp_path: Path) -> No
         invoke("--compare", paths[0], tmp_path / "none.jsonl")
 
 
-@pytest.mark.parametrize("arguments", [[], ["c.yaml", "--compare", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["c.yaml", "--compare", "a", "b"], ["--compare", "a", "run=b"], ["--compare"]]
+)
 def test_config_or_compare_and_not_both(arguments: list[str]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2

@@ -154,8 +154,10 @@ def test_adapter_is_evaluated_under_its_own_label(tmp_path: Path, folder: Path) 
     )
     chains = [evaluate(settings).results[0].chain for settings in (config, adapted)]
     assert chains[0] != chains[1], "the adapter changed nothing"
-    summary = json.loads((tmp_path / "run/eval-adapter.json").read_text())
-    assert (summary["label"], summary["adapter_hash"]) == ("adapter", adapter_hash(tmp_path / "adapter"))
+    label = f"{tmp_path.name}-adapter"  # it lies outside the run's folder
+    summary = json.loads((tmp_path / f"run/eval-{label}.json").read_text())
+    assert (summary["label"], summary["adapter_hash"]) == (label, adapter_hash(tmp_path / "adapter"))
+    assert summary["adapter"] == str(tmp_path / "adapter")
 
 
 def test_a_merged_adapter_gives_the_same_answers_and_says_that_it_was_merged(tmp_path: Path, folder: Path) -> None:

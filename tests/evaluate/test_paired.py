@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy
 import pytest
 
-from cpo_fast.evaluate.statistics import mcnemar_exact, paired_bootstrap
+from cpo_fast.evaluate.statistics import holm, mcnemar_exact, paired_bootstrap
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,14 @@ def test_mcnemar_without_discordant_questions_or_with_thousands() -> None:
     assert mcnemar_exact(3850, 4150) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
     with pytest.raises(ValueError, match="expected counts"):
         mcnemar_exact(-1, 3)
+
+
+def test_holm_corrects_by_how_many_tests_are_left() -> None:
+    """By hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04, which no smaller p-value may exceed."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert holm([0.02]) == [0.02]
 
 
 def test_bootstrap_percentiles_equal_the_enumerated_resamples() -> None:

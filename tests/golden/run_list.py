@@ -231,10 +231,10 @@ def _evaluations() -> Iterator[Run]:
     for task in TASKS:
         name, small = f"eval/{task}", task == "fever"
         # the reduced set must say the same on any machine, and what a trained adapter says can hang on a last bit
-        adapter = "model.adapter=inputs/adapter" if small else trained
+        adapter, label = ("model.adapter=inputs/adapter", "inputs-adapter") if small else (trained, "fever-adapter")
         config = {"task": {"name": task, "path": TASKS[task]}, "eval": {"method": "both"}}
         commands = [("eval", "{config}"), ("eval", "{config}", adapter, "--json")]
-        commands.append(("eval", "--compare", f"runs/{name}/eval-base.jsonl", f"runs/{name}/eval-adapter.jsonl"))
+        commands.append(("eval", "--compare", f"runs/{name}/eval-base.jsonl", f"runs/{name}/eval-{label}.jsonl"))
         yield Run(name, config, tuple(commands), small)
     both = {"eval": {"method": "both"}, "search": {"evaluator": "sample", "strategy": "dfs"}}
     yield Run("eval/hf", {**both, "search": {**both["search"], "engine": "hf"}}, (("eval", "{config}", trained),))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cpo_fast.config import TrainConfig
 from cpo_fast.errors import ConfigError, CpoFastError, DataError, EnvironmentProblem, NonFiniteError
 from cpo_fast.train.loop import train
 from cpo_fast.train.objective import Objective
@@ -104,6 +104,33 @@ def test_zero_stages_train_the_same_adapter(make_config: MakeConfig, stage: int)
     assert largest_difference(expected, adapter_of(make_config(num_epochs=1, zero_stage=stage))) < 1e-5
 
 
+def test_max_steps_alone_repeats_the_data_and_beside_epochs_the_first_end_is_said(make_config: MakeConfig) -> None:
+    def run(**train_options: Any) -> tuple[Any, list[dict[str, Any]]]:
+        config = make_config()
+        options = {"batch_pairs": 12, "lr": 0.01, "max_tokens": 400, **train_options}
+        config = config.model_copy(update={"train": TrainConfig(**options), "run": f"{config.run}-{train_options}"})
+        result = train(config)
+        return result, [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
+
+    alone, lines = run(max_steps=14)  # three steps an epoch: more than the four epochs of the default
+    assert [line["epoch"] for line in lines] == pytest.approx([step / 3 for step in range(1, 15)])
+    assert alone.remarks == ()
+    rates = [line["learning_rate"] for line in lines]
+    assert rates.index(max(rates)) == 2  # ceil(0.1 * 14) steps of warm-up: the schedule is that of 14 steps
+    assert 0 < rates[-1] < 0.02 * max(rates)
+    _, by_epochs = run(num_epochs=5, max_steps=14)
+    timeless = [[{**line, "seconds": 0} for line in each] for each in (lines, by_epochs)]
+    assert timeless[0] == timeless[1]
+    short, lines = run(num_epochs=1, max_steps=14)
+    assert len(lines) == short.num_steps == 3
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.0, 0.01, 0.005])
+    (remark,) = short.remarks
+    assert remark.startswith(
+        "training ended after step 3 and not 14 (train.max_steps), because train.num_epochs=1 passes"
+    )
+    assert len(run(max_steps=2)[1]) == 2
+
+
 def test_order_questions_trains_every_pair_once_and_saves_more(make_config: MakeConfig) -> None:
     by_pairs = metrics_of(make_config(num_epochs=1, batch_order="pairs", batch_pairs=9))
     by_questions = metrics_of(make_config(num_epochs=1, batch_order="questions", batch_pairs=9))
@@ -139,21 +166,6 @@ def test_policy_that_is_not_its_reference_is_refused(make_config: MakeConfig) ->
     randomize_lora(policy.model)
     with pytest.raises(CpoFastError, match="self-test: rewards at step 0"):
         train(config, policy.model, policy.tokenizer)
-
-
-def test_damaged_reference_cache_is_made_anew_and_wrong_one_refused(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safetensors.torch import save_file
-
-    config = make_config(reference="cached", num_epochs=1)
-    expected = adapter_of(config)
-    (cache,) = Path(config.run, "reference").glob("*.safetensors")
-    cache.write_bytes(cache.read_bytes()[:40])
-    assert largest_difference(expected, adapter_of(config)) == 0.0
-    values = load_file(cache)["segment_logps"]
-    save_file({"segment_logps": values + 1.0}, cache)
-    assert largest_difference(expected, adapter_of(config)) == 0.0
 
 
 def test_nonfinite_loss_stops_before_the_update_and_names_rows(make_config: MakeConfig) -> None:

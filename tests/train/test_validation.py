@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from cpo_fast.config import Config
 from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
+from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError, NonFiniteError
 from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import load_model
@@ -39,8 +40,10 @@ def test_held_out_questions_are_validated_and_never_trained(make_config: MakeCon
     others.write_text("".join(json.dumps(row) + "\n" for row in id_rows() if row["tree"] != name))
     steps = lines(result.metrics_path)
     validated = [line for line in steps if "eval_loss" in line]
-    assert [line["eval_pairs"] for line in validated] == [len(held_out)] * 2 == [result.num_held_out] * 2
+    assert [(line["step"], line["eval_pairs"]) for line in validated] == [(n, len(held_out)) for n in (0, 3, 6)]
+    assert result.num_held_out == len(held_out)
     assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"} <= set(validated[0])
+    assert steps.pop(0)["step"] == 0
     for line in steps:
         for key in [key for key in line if key.startswith("eval_") or key == "seconds"]:
             del line[key]
@@ -59,7 +62,7 @@ def test_weights_average_to_one_over_the_pairs_that_are_trained(
     data = {"path": str(tmp_path / "rows.jsonl"), "held_out": held_out}
     config = make_config(data=data, batch_pairs=100, max_steps=1, reference="online")
     config = config.model_copy(update={"pairs": config.pairs.model_copy(update={"weight": "question"})})
-    (line,) = lines(train(config).metrics_path)
+    *_, line = lines(train(config).metrics_path)
     assert line["pairs"] == (22 if held_out else len(rows))  # weights of all 31 would average to 31 / 4 / 9 over these
     assert line["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
@@ -80,6 +83,84 @@ def test_best_adapter_is_kept_and_patience_stops(make_config: MakeConfig) -> Non
     )
     assert largest_difference(best, there) == 0.0
     assert largest_difference(best, last) > 0.0
+
+
+def alike(path: Path, is_opposed: bool) -> Path:
+    """Twelve questions with the same two responses, so that what is learnt holds for those of the other half.
+
+    With `is_opposed` the half that `held_out` 0.5 holds out prefers the other response: every step makes it worse.
+    """
+    names = [f"q{number}" for number in range(12)]
+    held_out = draw(names, 6, 0, "held_out")
+    rows = []
+    for number, name in enumerate(names):
+        chosen, rejected = [7, 8, 9], [30, 31]
+        if is_opposed and name in held_out:
+            chosen, rejected = rejected, chosen
+        ids = {"prompt_token_ids": [5, 9, 40 + number], "chosen_token_ids": chosen, "rejected_token_ids": rejected}
+        rows.append({**ids, "tree": name, "step": 1, "chosen_final": False, "rejected_final": False})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+STEADY = {"schedule": "constant", "warmup_ratio": 0.0, "batch_pairs": 3, "reference": "online"}
+
+
+@pytest.mark.parametrize("from_adapter", [False, True])
+def test_an_adapter_that_is_worse_than_its_start_is_never_the_best(
+    make_config: MakeConfig, tmp_path: Path, from_adapter: bool
+) -> None:
+    """What is shipped is the start, of a new adapter (which changes nothing) or of a loaded one, after a resume too."""
+    start = train(make_config(num_epochs=1)).adapter_path if from_adapter else None
+    model = {"adapter": str(start)} if start else {}
+    data = {"path": str(alike(tmp_path / "opposed.jsonl", is_opposed=True)), "held_out": 0.5}
+    config = make_config(data=data, model=model, num_epochs=3, eval_every=2, **STEADY)
+    result = train(config)
+    run = Path(config.run)
+    measured = [line for line in lines(result.metrics_path) if "eval_loss" in line]
+    assert [line["step"] for line in measured] == [0, 2, 4, 6]
+    assert measured[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert min(line["eval_loss"] for line in measured[1:]) > measured[0]["eval_loss"]
+    assert [line["eval_best_step"] for line in measured] == [0] * 4
+    assert result.best_step == 0
+    (remark,) = result.remarks
+    assert remark.startswith("no step was better than the starting point")
+    assert str(start) in remark if start else "the base;" in remark
+    shipped, last = (load_file(run / name / "adapter_model.safetensors") for name in ("adapter", "adapter-last"))
+    assert largest_difference(shipped, last) > 0.01
+    if start is not None:
+        assert largest_difference(shipped, load_file(start / "adapter_model.safetensors")) == 0.0
+    else:
+        assert all(not bool(value.any()) for name, value in shipped.items() if "lora_B" in name)
+    # a kill after the save of step 4, before its validation or after
+    (run / "checkpoints" / "step-00000006").rename(run / "gone")
+    before, metrics = (run / "adapter" / "adapter_model.safetensors").read_bytes(), lines(result.metrics_path)
+    again = train(config)
+    assert (again.best_step, again.remarks) == (0, result.remarks)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert [{**line, "seconds": 0} for line in lines(again.metrics_path)] == [
+        {**each, "seconds": 0} for each in metrics
+    ]
+
+
+def test_patience_counts_validations_after_the_warm_up_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The rate of the first step is 0: it cannot be better than the start, and says nothing of those that follow."""
+    data = {"path": str(alike(tmp_path / "opposed.jsonl", is_opposed=True)), "held_out": 0.5}
+    usual = STEADY | {"warmup_ratio": 0.4}
+    result = train(make_config(data=data, num_epochs=5, eval_every=1, patience=2, **usual))
+    losses = [line["eval_loss"] for line in lines(result.metrics_path)]
+    assert losses[0] == losses[1]
+    assert result.stopped_early
+    assert result.best_step == 0  # nothing was better, and 4 of 10 steps are warm-up
+    assert result.num_steps == 4 + 2
+
+
+def test_a_better_step_is_shipped_without_a_remark(make_config: MakeConfig, tmp_path: Path) -> None:
+    data = {"path": str(alike(tmp_path / "alike.jsonl", is_opposed=False)), "held_out": 0.5}
+    result = train(make_config(data=data, num_epochs=1, **STEADY))
+    before, after = (line["eval_loss"] for line in lines(result.metrics_path) if "eval_loss" in line)
+    assert after < before
+    assert (result.best_step, result.remarks) == (2, ())
 
 
 @pytest.fixture
@@ -110,8 +191,11 @@ def test_accuracy_is_that_of_greedy_chains_of_the_model_in_training(
     monkeypatch.setattr(
         type(get_task("svamp")), "is_correct", lambda task, answer, gold: gold == "2" and answer == said
     )
-    (line,) = [line for line in lines(train(asked).metrics_path) if "eval_accuracy" in line]
-    assert line["eval_accuracy"] == 0.5
+    result = train(asked)
+    measured = [line for line in lines(result.metrics_path) if "eval_accuracy" in line]
+    assert [line["eval_accuracy"] for line in measured] == [0.5, 0.5]
+    assert result.best_step == 0  # as good is not better
+    assert result.measured_on == "the accuracy of answers to 2 questions"
 
 
 def test_a_question_that_does_not_fit_the_model_counts_as_wrong_and_all_of_them_are_refused(
@@ -121,8 +205,8 @@ def test_a_question_that_does_not_fit_the_model_counts_as_wrong_and_all_of_them_
     fits = path.read_text()
     long = json.dumps({"question": "very " * 900 + "long?", "answer": "2"}) + "\n"
     path.write_text(fits + long)
-    (line,) = [line for line in lines(train(asked).metrics_path) if "eval_accuracy" in line]
-    assert line["eval_accuracy"] == 0.0
+    for line in lines(train(asked).metrics_path):
+        assert line.get("eval_accuracy", 0.0) == 0.0
     assert "1 of 3 questions could not be asked and count as wrong" in caplog.text
     path.write_text(long)
     with pytest.raises(ConfigError, match=r"stop_on=accuracy: no question .* exceed the model's 4096 positions"):

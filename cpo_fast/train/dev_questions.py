@@ -1,0 +1,214 @@
+"""Questions that greedy chains are asked in every validation, and the share of them that is answered as it should be.
+
+    train.stop_on: accuracy    the reference answers of the questions in train.dev_path (or task.path)
+    train.stop_on: agreement   the votes of search trees: those in train.dev_trees, or those of the held-out questions in
+                               data.path. No reference answer is read, of a tree neither
+
+Either chooses among adapters and touches neither search nor pairs. A preference loss can fall while a model collapses. What
+a chain answers shows that, and the model's own votes on unlabelled questions need no gold to compare with.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpo_fast.config import Config
+from cpo_fast.data.examples import Example, Ids
+from cpo_fast.data.pair_files import TreeFileReader
+from cpo_fast.errors import ConfigError, DataError, failure_detail
+from cpo_fast.evaluate.chain import chain_search
+from cpo_fast.evaluate.evaluation import chains_side_by_side
+from cpo_fast.search.collect import build_engine, configured_engine
+from cpo_fast.tasks import Prompts, load_questions, load_task
+from cpo_fast.train.communication import Communicator
+from cpo_fast.tree import SearchTree
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DevQuestion:
+    """A question's whole prompt in ids, and the normalised answer that a chain should give."""
+
+    id: str
+    prompt_ids: Ids
+    expected: str
+
+
+class DevQuestions:
+    """What `train.stop_on` asks, and of whom the expected answers are.
+
+    Attributes:
+        metric: `accuracy` or `agreement`, the name of the share in `metrics.jsonl` behind `eval_`.
+        source: the file, as messages name it.
+    """
+
+    def __init__(
+        self, config: Config, prompts: Prompts, metric: str, source: str, asked: Sequence[DevQuestion]
+    ) -> None:
+        self.config, self.prompts, self.metric, self.source = config, prompts, metric, source
+        self.questions = list(asked)
+
+    def is_as_expected(self, answer: str | None, expected: str) -> bool:
+        """By the task's main metric against a reference answer, equal after normalisation (as a vote counts) to a vote."""
+        return answer == expected if self.metric == "agreement" else self.prompts.task.is_correct(answer, expected)
+
+    def num_shared(self, examples: Sequence[Example]) -> int:
+        """How many of the questions the examples are about: a question's prompt begins the sequences of its examples."""
+        first = {example.group: example.prompt_ids for example in examples}
+        trained = set[Ids]()
+        for length in {len(question.prompt_ids) for question in self.questions}:
+            trained |= {ids[:length] for ids in first.values()}
+        return sum(question.prompt_ids in trained for question in self.questions)
+
+    def share(self, model: Any, communicator: Communicator) -> float:
+        """Share of the questions that a greedy chain of the model answers as expected. The ranks take them in turn.
+
+        Raises:
+            ConfigError: a rank could ask none of its questions.
+        """
+        config, prompts = self.config, self.prompts
+        questions = self.questions[communicator.rank :: communicator.world_size]
+        caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
+        asked = {question.id: question for question in questions}
+        searches = (
+            (question.id, chain_search(prompts.tokenizer, question.prompt_ids, prompts.task, **caps))
+            for question in questions
+        )
+        num_right, refused = 0, []
+        if asked:
+            # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
+            num_side_by_side = min(len(asked), config.eval.batch_size)
+            longest = max(len(question.prompt_ids) for question in questions) + config.eval.max_new_tokens
+            max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
+            make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
+            engine = build_engine(chains_side_by_side(config), prompts, model, make_engine)
+            for name, chain, _ in engine.run(searches):
+                if isinstance(chain, Exception):
+                    refused.append(f"'{name}': {failure_detail(chain)}")
+                else:
+                    num_right += self.is_as_expected(chain.answer(prompts.task), asked[name].expected)
+        if refused and len(refused) == len(asked):
+            raise ConfigError(
+                f"train.stop_on={self.metric}: no question of {self.source} could be asked; the first, {refused[0]}"
+            )
+        if refused:
+            logger.warning(
+                "%d of %d questions could not be asked and count as wrong; the first, %s",
+                len(refused),
+                len(asked),
+                refused[0],
+            )
+        total = communicator.gather(torch.tensor([num_right], device=communicator.device)).sum()
+        return int(total) / len(self.questions)
+
+
+def load_dev_questions(
+    config: Config, tokenizer: Any, trained: Sequence[Example], held_out: Sequence[Example], vocabulary: int
+) -> DevQuestions | None:
+    """The questions of `train.stop_on`, or None where the held-out loss decides. Warns of those that are trained on.
+
+    Args:
+        config: sections data, task, train and, for the chains, eval and search.
+        trained, held_out: the examples on either side. vocabulary: embeddings of the model.
+
+    Raises:
+        ConfigError: there are no such questions. DataError: a file cannot be used.
+    """
+    stop_on = config.train.stop_on
+    if stop_on == "held_out_loss":
+        return None
+    found = (_with_answers if stop_on == "accuracy" else _with_votes)(config, tokenizer, held_out)
+    for question in found.questions:
+        if max(question.prompt_ids) >= vocabulary:
+            raise DataError(
+                f"{found.source}: the prompt of '{question.id}' has token id {max(question.prompt_ids)}, outside the "
+                f"model's {vocabulary} embeddings; its trees were searched with another tokenizer"
+            )
+    num_shared = found.num_shared(trained)
+    if num_shared:
+        logger.warning(
+            "%s: %d of its %d questions are trained on too, so train.stop_on=%s chooses partly by what was learnt by "
+            "heart; set train.%s to a file of other questions",
+            found.source,
+            num_shared,
+            len(found.questions),
+            stop_on,
+            "dev_path" if stop_on == "accuracy" else "dev_trees",
+        )
+    return found
+
+
+def _with_answers(config: Config, tokenizer: Any, held_out: Sequence[Example]) -> DevQuestions:
+    section = config.task.asking(config.train.dev_path)
+    task, questions = load_questions(config.model_copy(update={"task": section}))
+    prompts = Prompts(task, tokenizer, section.chat)
+    asked = [
+        DevQuestion(question.id, tuple(prompts.encode(question)), question.gold)
+        for question in questions
+        if question.gold is not None
+    ]
+    if not asked:
+        key = "train.dev_path" if config.train.dev_path else "task.path"
+        raise ConfigError(f"train.stop_on=accuracy needs questions with reference answers in {key}")
+    return DevQuestions(config, prompts, "accuracy", section.path, asked)
+
+
+def _with_votes(config: Config, tokenizer: Any, held_out: Sequence[Example]) -> DevQuestions:
+    prompts = Prompts(load_task(config), tokenizer, config.task.chat)
+    path = config.train.dev_trees or config.data.path
+    trees, reader = _voted(config, path, held_out)
+    other = next((tree for tree in trees if tree.task != prompts.task.name), None)
+    if other is not None:
+        raise ConfigError(
+            f"{path}: tree '{other.id}' is of task {other.task}, and the configuration's is {prompts.task.name}, which "
+            "reads answers otherwise; set task.name or task.file to that of the trees"
+        )
+    if config.train.dev_path is not None:
+        _, questions = load_questions(config.model_copy(update={"task": config.task.asking(config.train.dev_path)}))
+        wanted = {(question.id, question.text) for question in questions}  # their reference answers are not looked at
+        trees = [tree for tree in trees if (tree.id, tree.question) in wanted]
+        if len(trees) < len(wanted):
+            logger.warning(
+                "train.stop_on=agreement: %d of the %d questions of %s have no vote in %s and are not asked",
+                len(wanted) - len(trees),
+                len(wanted),
+                config.train.dev_path,
+                path,
+            )
+    if not trees:
+        raise ConfigError(
+            f"train.stop_on=agreement: no question has a vote in {path}; collect trees of questions that are not trained "
+            "on and name their file in train.dev_trees"
+        )
+    asked = [
+        DevQuestion(tree.id, tuple(tree.root_ids(reader.prompts[tree.prompt_hash])), tree.answer or "")
+        for tree in trees
+    ]
+    return DevQuestions(config, prompts, "agreement", path, asked)
+
+
+def _voted(config: Config, path: str, held_out: Sequence[Example]) -> tuple[list[SearchTree], TreeFileReader]:
+    """Trees with a vote: of `train.dev_trees`, or of the held-out questions of `data.path`."""
+    if config.train.dev_trees is None and (not path or not held_out):
+        raise ConfigError(
+            "train.stop_on=agreement needs votes on questions that are not trained on: set train.dev_trees to trees.jsonl "
+            "of other questions, or data.held_out where data.path is a trees.jsonl"
+        )
+    try:
+        reader = TreeFileReader(Path(path))
+    except DataError as error:
+        if config.train.dev_trees is not None:
+            raise
+        raise ConfigError(
+            f"train.stop_on=agreement takes the votes of held-out trees from data.path, which holds no trees ({error}); "
+            "set train.dev_trees to a trees.jsonl"
+        ) from None
+    names = None if config.train.dev_trees is not None else {example.group for example in held_out}
+    voted = (tree for tree in reader.trees if tree.winning_nodes and tree.answer is not None)
+    return [tree for tree in voted if names is None or tree.id in names], reader

@@ -1,0 +1,232 @@
+"""Greedy chains that validations ask: what they agree with, what chooses the best adapter, and that no gold is read."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from cpo_fast.cli.train import train_command
+from cpo_fast.config import Config, dump_config, validate_config
+from cpo_fast.data.batches import split_by_question
+from cpo_fast.data.load import load_examples
+from cpo_fast.data.pair_files import write_rows
+from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.evaluate import evaluate
+from cpo_fast.models import load_model
+from cpo_fast.search.collect import collect
+from cpo_fast.train.loop import train
+from cpo_fast.tree import SearchTree, read_trees
+from tests.golden.tiny_models import LINE_END, save_talker
+
+SEARCHED = [f"How many are {first} + {second}?" for first in (1, 2, 3) for second in (4, 7)]
+DEV = [f"How many are {first} less {second}?" for first in (7, 12) for second in (1, 2, 3)]
+
+
+def write_questions(path: Path, texts: list[str], answers: list[Any]) -> Path:
+    rows = [{"id": f"q{number}", "question": text} for number, text in enumerate(texts)]
+    rows = [row | ({"answer": answer} if answer is not None else {}) for row, answer in zip(rows, answers, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def save_prompt_talker(folder: Path) -> None:
+    """The talker that would rather answer than write another step, so that a greedy chain comes to an answer."""
+    save_talker(folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    answer = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("Answer:")
+    weights["lm_head.weight"][answer, 1 + LINE_END] += 0.25
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`talker/`, and the trees of six questions in `searched/` and of six others in `dev/`."""
+    folder = tmp_path_factory.mktemp("talker")
+    save_prompt_talker(folder / "talker")
+    for name, texts in (("searched", SEARCHED), ("dev", DEV)):
+        write_questions(folder / f"{name}.jsonl", texts, ["7"] * len(texts))
+        collect(config_for(folder, folder / name, task={"path": str(folder / f"{name}.jsonl")}))
+    return folder
+
+
+def config_for(folder: Path, run: Path, **sections: dict[str, Any]) -> Config:
+    """A search or a training of the talker, with these sections changed."""
+    values: dict[str, Any] = {
+        "run": str(run),
+        "model": {"path": str(folder / "talker"), "dtype": "float32", "device": "cpu"},
+        "task": {},
+        "search": {
+            "num_candidates": 4,
+            "num_kept": 2,
+            "max_steps": 3,
+            "max_thought_tokens": 5,
+            "arena_tokens": 30_000,
+        },
+        "data": {"path": str(folder / "searched" / "trees.jsonl")},
+        "lora": {"r": 4, "alpha": 8},
+        "train": {"lr": 0.05, "batch_pairs": 8, "max_steps": 8, "eval_every": 2, "reference": "online"},
+        "eval": {"max_new_tokens": 20},
+    }
+    return validate_config(
+        {name: {**values.get(name, {}), **more} for name, more in sections.items()}
+        | {name: value for name, value in values.items() if name not in sections}
+    )
+
+
+def by_votes(folder: Path, run: Path, data: dict[str, Any] | None = None, **options: Any) -> Config:
+    """A training that stops on the agreement with the votes of `dev/`, unless `options` say other trees."""
+    asked = {"stop_on": "agreement", "dev_trees": str(folder / "dev" / "trees.jsonl"), **options}
+    base = config_for(folder, run)
+    return config_for(folder, run, data=data or {}, train=base.train.model_dump(exclude_unset=True) | asked)
+
+
+def measured(run: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def share_of_base(folder: Path, run: Path, trees: list[SearchTree]) -> float:
+    """Of the answers that `cpo-fast eval` reads off the base's chains, those that are the votes of trees."""
+    path = write_questions(run.with_suffix(".jsonl"), [tree.question for tree in trees], [None] * len(trees))
+    answers = [result.answer for result in evaluate(config_for(folder, run, task={"path": str(path)})).results]
+    assert None not in answers
+    return sum(answer == tree.answer for answer, tree in zip(answers, trees, strict=True)) / len(trees)
+
+
+def test_agreement_of_the_start_is_that_of_the_base_s_chains_with_the_votes(folder: Path, tmp_path: Path) -> None:
+    """In `train.dev_trees`, and, without it, of the held-out questions of `data.path`."""
+    trees = [tree for tree in read_trees(folder / "dev" / "trees.jsonl") if tree.answer is not None]
+    assert len(trees) > 3
+    expected = share_of_base(folder, tmp_path / "base", trees)
+    result = train(by_votes(folder, tmp_path / "dev trees"))
+    found = measured(tmp_path / "dev trees", "eval_agreement")
+    assert found[0] == pytest.approx(expected)
+    assert 0 < expected < 1
+    assert len(set(found)) > 1  # training moves what chains answer
+    assert result.measured_on == f"the agreement of answers to {len(trees)} questions"
+    best = max(range(len(found)), key=found.__getitem__)
+    assert result.best_step == min(2 * best, result.num_steps)
+
+    config = by_votes(folder, tmp_path / "held out", data={"held_out": 0.5}, dev_trees=None)
+    result = train(config)
+    held_out = split_by_question(load_examples(config, load_model(config.model)[1]).examples, 0.5, config.seed)[1]
+    names = {example.group for example in held_out}
+    trees = [tree for tree in read_trees(folder / "searched" / "trees.jsonl") if tree.id in names]
+    assert 1 < len(trees) < 6
+    assert measured(tmp_path / "held out", "eval_agreement")[0] == pytest.approx(
+        share_of_base(folder, tmp_path / "again", trees)
+    )
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Everything that a run wrote but for times, by name."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and path.name not in (".train.lock", "MANIFEST.json", "state.json"):
+            found[str(path.relative_to(run))] = path.read_bytes()
+    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
+    return found | {"metrics": json.dumps([{**line, "seconds": 0} for line in lines]).encode()}
+
+
+def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes with right answers, wrong ones and none, in `train.dev_path` and in both files of trees."""
+    for name in ("searched", "dev"):
+        (tmp_path / "files" / name).mkdir(parents=True)
+        (tmp_path / "files" / name / "prompts").symlink_to(folder / name / "prompts")
+    monkeypatch.chdir(tmp_path)
+    data, options = {"path": "files/searched/trees.jsonl", "held_out": 0.2}, {"dev_trees": "files/dev/trees.jsonl"}
+    runs = []
+    for case, gold in (("right", "1"), ("wrong", "123"), ("none", None)):
+        write_questions(tmp_path / "dev.jsonl", DEV, [gold] * len(DEV))
+        for name in ("searched", "dev"):
+            rows = [json.loads(line) for line in (folder / name / "trees.jsonl").read_text().splitlines()]
+            changed = "".join(json.dumps({**row, "gold": gold}) + "\n" for row in rows)
+            (tmp_path / "files" / name / "trees.jsonl").write_text(changed)
+        config = by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", patience=2, **options)
+        train(config)
+        assert len(measured(Path("run"), "eval_agreement")) > 2
+        runs.append(files_of(Path("run")))
+        Path("run").rename(f"run-{case}")
+    assert runs[0] == runs[1] == runs[2]
+    assert {"adapter/adapter_model.safetensors", "adapter-best/adapter_model.safetensors"} <= set(runs[0])
+    # the same with accuracy, which does read them: the comparison can fail
+    others = []
+    for answer in ("1", "123"):
+        write_questions(tmp_path / "dev.jsonl", DEV, [answer] * len(DEV))
+        train(by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", stop_on="accuracy"))
+        others.append(files_of(Path("run")))
+        Path("run").rename(f"run-accuracy-{answer}")
+    assert others[0] != others[1]
+
+
+def test_dev_path_is_asked_in_place_of_the_task_s_questions_and_chooses_among_votes(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_questions(tmp_path / "two.jsonl", [*DEV[:2], "Another?"], ["7", "7", "1"])
+    config = by_votes(folder, tmp_path / "run", dev_path=str(path), max_steps=1)
+    assert train(config).measured_on == "the agreement of answers to 2 questions"
+    assert "1 of the 3 questions of" in caplog.text
+    config = by_votes(folder, tmp_path / "gold", dev_path=str(path), stop_on="accuracy", max_steps=1)
+    assert train(config).measured_on == "the accuracy of answers to 3 questions"
+    assert "trained on too" not in caplog.text
+
+
+@pytest.mark.parametrize("stop_on", ["accuracy", "agreement"])
+def test_dev_questions_that_are_trained_on_are_counted_in_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stop_on: str
+) -> None:
+    """Pairs that were written beforehand tell it as trees do: a question's prompt begins theirs."""
+    mixed = write_questions(tmp_path / "mixed.jsonl", [*DEV[:3], *SEARCHED[:2]], ["7"] * 5)
+    trees = folder / "searched" / "trees.jsonl"
+    options = {"stop_on": stop_on, "dev_path": str(mixed), "max_steps": 1}
+    if stop_on == "agreement":
+        options |= {"dev_path": None, "dev_trees": str(trees)}
+    trained = load_examples(config_for(folder, tmp_path), load_model(config_for(folder, tmp_path).model)[1]).examples
+    asked = {"q0", "q1"} if stop_on == "accuracy" else {f"q{number}" for number in range(6)}
+    num_shared = len({example.group for example in trained} & asked)
+    assert num_shared > 1
+    pairs = tmp_path / "pairs.jsonl"
+    write_rows(trees, pairs)
+    for number, data in enumerate((trees, pairs)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train(by_votes(folder, tmp_path / f"run {number}", data={"path": str(data)}, **options))
+        (message,) = [record.getMessage() for record in caplog.records if "trained on too" in record.getMessage()]
+        assert f": {num_shared} of its " in message
+
+
+def test_the_command_shows_the_agreement(folder: Path, tmp_path: Path) -> None:
+    config = by_votes(folder, tmp_path / "run", max_steps=2)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    shown = CliRunner().invoke(train_command, [str(tmp_path / "c.yaml")], catch_exceptions=False)
+    assert "agreement with votes 0." in shown.output
+    assert "on the agreement of answers to" in shown.output
+
+
+def test_agreement_without_votes_is_refused_with_what_to_set(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"stop_on=agreement needs votes .*: set train\.dev_trees .*or data\.held_out"
+    ):
+        train(by_votes(folder, tmp_path / "a", dev_trees=None))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}", "chosen": "7", "rejected": "no"}) + "\n" for n in range(4)))
+    with pytest.raises(ConfigError, match=r"from data\.path, which holds no trees .*set train\.dev_trees"):
+        train(by_votes(folder, tmp_path / "b", data={"path": str(rows), "held_out": 0.5}, dev_trees=None))
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        train(by_votes(folder, tmp_path / "c", dev_trees=str(tmp_path / "none.jsonl")))
+    other = write_questions(tmp_path / "other.jsonl", ["Another?"], [None])
+    with pytest.raises(ConfigError, match=r"no question has a vote in .*dev/trees\.jsonl"):
+        train(by_votes(folder, tmp_path / "d", dev_path=str(other)))
+    config = by_votes(folder, tmp_path / "e")
+    with pytest.raises(ConfigError, match=r"is of task svamp, and the configuration's is fever"):
+        train(config.model_copy(update={"task": config.task.model_copy(update={"name": "fever"})}))
+    with pytest.raises(ConfigError, match=r"stop_on=agreement .* ZeRO stage 3"):
+        train(by_votes(folder, tmp_path / "f", zero_stage=3))
