@@ -92,6 +92,8 @@ def test_marks_labels_and_kind_are_those_of_the_file(tmp_path):
 ANSWERS = [
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No, it is not", "no"),
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "no one", None),
+    ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No. 5", None),
+    ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No\u2014it is not", "no"),
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "**Yes**.", "yes"),
     ({"kind": "choice", "choices": {"C++": [], "C": []}}, "C++ it is", "C++"),
     ({"kind": "regex", "pattern": r"\(([A-E])\)"}, "(C) or so", "C"),
