@@ -215,6 +215,10 @@ def test_a_trained_copy_in_16_bits_is_refused(make_config: MakeConfig, tmp_path:
         (["self_attn"], r"'self_attn' matches \S+self_attn, a LlamaAttention, .* its linear layers are .*q_proj"),
         (["norm"], r"'norm' matches model\.norm, a LlamaRMSNorm"),
         ([], r"the list is empty"),
+        ([" "], r"a name is empty"),
+        (["q_proj", "lm_head"], r"'lm_head' is the output head"),
+        (["model.layers.0.mlp"], r"'model\.layers\.0\.mlp' matches model\.layers\.0\.mlp, a LlamaMLP"),
+        ([".*_proj"], r"'\.\*_proj' matches no module"),
     ],
 )
 def test_targets_that_lora_cannot_change_are_refused(targets: list[str], words: str, make_config: MakeConfig) -> None:
