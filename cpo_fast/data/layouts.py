@@ -41,8 +41,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 QUESTIONS = ("prompt", "messages", "instruction", "input")  # the first that a row has is its question
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# columns of our own files and of a template's options that hold no text to train on
-OURS = {"chat_template_kwargs", "task", "tree", "step", "node", *ID_FIELDS}
+# columns of our own files, of a template's options and of a table's index, that hold no text to train on
+OURS = {"chat_template_kwargs", "task", "tree", "step", "node", *ID_FIELDS, "", "Unnamed: 0", "__index_level_0__"}
 
 # the speakers of ShareGPT and others to the roles of chat templates
 ROLES = {
