@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -483,7 +484,10 @@ def test_rows_of_any_layout_are_trained_as_their_text_says(
 
 
 scalars = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=6)
-scalars |= st.sampled_from(["x" * 5000, "e\u0301\u200b\ufb01" * 30, "<bos>a", "a<eos>", "<think>a</think>b", "\ud800"])
+ODD = st.sampled_from(
+    ["x" * 5000, "e\u0301\u200b\ufb01" * 30, "<bos>a", "a<eos>", "<think>a</think>b", "\ud800", " ", None]
+)
+scalars |= ODD
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "", None, 3])
 COLUMNS = ("prompt", "question", "input", "system", "messages", "conversations", "history", "chosen", "rejected")
 OTHERS = ("completion", "tools", "images", "tree", "step", "chat_template_kwargs", "chosen_final", "other", "context")
@@ -498,8 +502,38 @@ objects = st.dictionaries(
 values = st.recursive(scalars | objects, lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.dictionaries(keys, values, max_size=6), min_size=1, max_size=3), st.sampled_from([TEMPLATE, None]))
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(the list or object, the index or key in it) of every value inside."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield value, key
+        yield from places(one)
+
+
+@st.composite
+def damaged(draw: Any) -> dict[str, Any]:
+    """A row that is good but for one or two values or columns."""
+    row: dict[str, Any] = json.loads(json.dumps(draw(written())[0]))
+    for _ in range(draw(st.integers(1, 2))):
+        inside = list(places(row))
+        holder, key = inside[draw(st.integers(0, len(inside) - 1))] if inside else (row, "other")
+        change = draw(st.sampled_from(["value", "text", "column", "away", "twice"]))
+        if change == "away":
+            del holder[key]
+        elif change == "column":
+            row[draw(keys)] = draw(values)
+        elif change == "twice":
+            holder[key] = [holder[key], holder[key]]
+        else:
+            holder[key] = draw(values if change == "value" else ODD)
+    return row
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(damaged() | st.dictionaries(keys, values, max_size=6), min_size=1, max_size=3),
+    st.sampled_from([TEMPLATE, LLAMA_2, None]),
+)
 def test_any_row_is_an_example_or_one_sentence(tmp_path: Path, rows: list[Any], template: str | None) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
