@@ -27,7 +27,7 @@ _NOT_TRAINED = {
 }
 # starts of A and B that take something away from the base's weights, by drawn numbers or by data that is not here
 _CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
-_HEADS = {"lm_head", "embed_out", "output_layer"}
+_HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 def reason_against_loading(settings: Mapping[str, Any]) -> str | None:
@@ -71,7 +71,7 @@ def reason_against_head(settings: Mapping[str, Any]) -> str | None:
     """Why a forest cannot be computed, where the settings name the output head."""
     for key in ("target_modules", "modules_to_save"):
         names = settings.get(key) or ()
-        found = sorted(_HEADS & set(names)) if not isinstance(names, str) else []
+        found = [name for name in names if name in _HEADS] if isinstance(names, list | tuple | set) else []
         if found:
             return (
                 f"changes the output head ({key} has {found[0]}), whose weight is read directly; merge it (cpo-fast merge) "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_loading
-from cpo_fast.errors import CheckpointError, ConfigError, first_line, require_library
+from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
 
 if TYPE_CHECKING:
@@ -99,24 +100,35 @@ def load_adapter(model: Any, path: str) -> Any:
     check_adapter(path)
     peft, safetensors, torch = (require_library(name) for name in ("peft", "safetensors", "torch"))
     folder = adapter_folder(path)
+    _check_known(path, peft)
     try:
         wrapped = peft.PeftModel.from_pretrained(model, str(folder))
         with safetensors.safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
+            integers = {name for name in saved if not file.get_tensor(name).is_floating_point()}
+            damaged = sorted(name for name in saved - integers if not torch.isfinite(file.get_tensor(name)).all())
     except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"model.adapter: the weights in {path} are damaged ({first_line(error)})") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, re.error
+    ) as error:  # fmt: skip
         raise CheckpointError(
-            f"model.adapter: {path} does not fit the model ({first_line(error)}); it was trained on another one"
+            f"model.adapter: {path} does not fit the model ({first_line(error)}); it was trained on another one, or its "
+            "adapter_config.json is damaged"
         ) from error
-    needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    saves_embeddings = saved > needed  # PEFT has put them into the base
-    if saves_embeddings:
-        needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=True))
+    if damaged:
+        raise CheckpointError(f"model.adapter: {damaged[0]} in {path} has NaN or infinity; the adapter is damaged")
+    needed = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    saves_embeddings = False
+    if saved != needed.keys():
+        more = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=True)
+        saves_embeddings = saved >= more.keys()  # PEFT has put them into the base
+        needed = more if saves_embeddings else needed
     # PEFT only warns here, and an adapter that is half applied looks like one that learnt nothing
-    astray = sorted(needed ^ saved)
+    wrong_kind = {name for name, value in needed.items() if value.is_floating_point() == (name in integers)}
+    astray = sorted(needed.keys() ^ saved | wrong_kind)
     if astray:
         raise CheckpointError(
             f"model.adapter: {len(astray)} weight(s) in {path} do not fit the model, the first {astray[0]}; "
@@ -124,6 +136,18 @@ def load_adapter(model: Any, path: str) -> Any:
         )
     setattr(wrapped, _SAVES_EMBEDDINGS, saves_embeddings)
     return wrapped
+
+
+def _check_known(path: str, peft: Any) -> None:
+    """Refuse settings of a newer PEFT, which the installed one would leave out with no more than a warning."""
+    settings = adapter_settings(path)
+    fields = peft.PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].__dataclass_fields__
+    unknown = [f"{key}={value!r}" for key, value in sorted(settings.items()) if value and key not in fields]
+    if unknown:
+        raise EnvironmentProblem(
+            f"model.adapter: {path} was saved by a newer PEFT than {peft.__version__}, which does not know its setting "
+            f"{unknown[0][:60]}; pip install -U peft"
+        )
 
 
 def switch_off_dropout(model: Any) -> None:

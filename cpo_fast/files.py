@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,12 +30,17 @@ def canonical_json(value: Any) -> str:
     return text
 
 
-def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: str | Path,
+    drop_torn_tail: bool = False,
+    members: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line that is not blank.
 
     Args:
         path: UTF-8 text, one JSON object a line.
         drop_torn_tail: ignore a last line without a newline, as a killed writer leaves it.
+        members: an object of its members, as `json.loads` takes it; it may raise ValueError.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or a line is not a JSON object. Names file:line.
@@ -50,7 +55,7 @@ def read_jsonl(path: str | Path, drop_torn_tail: bool = False) -> Iterator[tuple
         if not raw.strip():
             continue
         try:
-            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=members)
         except UnicodeDecodeError:
             raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits too

@@ -75,7 +75,7 @@ def is_hub(path: str | Path) -> bool:
 
 
 def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
-    if is_hub(path) or path.endswith(".parquet"):
+    if is_hub(path) or path.lower().endswith(".parquet"):
         rows = read_hub(path) if is_hub(path) else iter(read_parquet(path))
         yield from ((f"{path}: row {n}" if strict else f"{path}:{n}", row) for n, row in enumerate(rows, start=1))
         return
@@ -83,6 +83,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
         content = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+    _check_content(path, content)
     opens_list = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if path.lower().endswith(".csv"):
         yield from _csv_rows(path, content)
@@ -90,7 +91,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     elif opens_list and (strict or not path.endswith(".jsonl")):
         yield from _list_rows(path, content, strict)
     elif strict:
-        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+        yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path, members=_unique_or_error))
     else:
         yield from _line_rows(path, content)
 
@@ -139,7 +140,8 @@ def _values_over_lines(content: bytes) -> list[tuple[int, Any]] | None:
 
 def _list_rows(path: str, content: bytes, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     try:
-        values = json.loads(content.decode("utf-8-sig")) if strict else _parse(content, first=True)
+        text = content.decode("utf-8-sig") if strict else ""
+        values = json.loads(text, object_pairs_hook=_unique_or_error) if strict else _parse(content, first=True)
     except BadRow as bad:
         raise DataError(f"{path}: not a readable JSON array ({bad.reason}: {bad.detail}); mend the file") from None
     except UnicodeDecodeError:
@@ -154,10 +156,14 @@ def _list_rows(path: str, content: bytes, strict: bool) -> Iterator[tuple[str, R
 def _csv_rows(path: str, content: bytes) -> Iterator[tuple[str, Row | BadRow]]:
     try:
         # newline="": a field in quotes keeps the line ends that it holds
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        # strict: a quotation mark that is not closed would take the rows below it in
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
     except UnicodeDecodeError:
         raise DataError(f"{path}: the file is not UTF-8; save it as UTF-8") from None
     try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}:1: two columns are called '{twice[0]}'; rename one of them")
         for row in reader:
             if None in row:  # DictReader's key for the fields that have no name
                 bad = BadRow("more fields than the header names; put text with commas into quotes", text=str(row))
@@ -197,6 +203,35 @@ def _unique(members: list[tuple[str, Any]]) -> Row:
     return values
 
 
+def _unique_or_error(members: list[tuple[str, Any]]) -> Row:
+    try:
+        return _unique(members)
+    except BadRow as bad:
+        raise ValueError(f"{bad.reason}: {bad.detail}") from None
+
+
+# how files begin that hold no rows as they are; what they are, and what to do
+_OTHER_FILES = (
+    (b"\x1f\x8b", "is compressed by gzip; unpack it"),
+    (b"PK\x03\x04", "is a zip archive or a workbook; unpack it, or save the sheet as CSV"),
+    (b"BZh", "is compressed by bzip2; unpack it"),
+    (b"\xfd7zXZ", "is compressed by xz; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it"),
+    (b"PAR1", "is parquet; let its name end in .parquet"),
+    (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16; save it as UTF-8"),
+    (b"version https://git-lfs", "is a pointer of Git LFS; fetch the file itself by git lfs pull"),
+    (b"<", "is a web page or XML; download the file itself"),
+)
+
+
+def _check_content(path: str, content: bytes) -> None:
+    """Raise DataError for a file of another kind, which each of its lines would be blamed for."""
+    for beginning, remedy in _OTHER_FILES:
+        if content.lstrip().startswith(beginning):
+            raise DataError(f"{path}: the file {remedy}")
+
+
 def read_parquet(path: str | Path) -> list[Row]:
     """Every row, in file order.
 
@@ -209,6 +244,10 @@ def read_parquet(path: str | Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror or error}); check the path") from None
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            begin = file.read(64)
+        if not begin.startswith(b"PAR1"):
+            _check_content(str(path), begin)
         raise DataError(f"{path}: not a readable parquet file ({error}); make it again") from None
     return rows
 

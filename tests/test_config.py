@@ -146,6 +146,12 @@ def test_a_value_has_the_type_of_its_field(override: str, value: object) -> None
     assert (found, type(found)) == (value, type(value))
 
 
+def test_names_of_columns_are_what_the_shell_passed() -> None:
+    columns = {"prompt": "my #1 column", "chosen": "off", "rejected": "a=b: c", "system": "1e-5"}
+    found = load_config(None, [f"data.columns.{key}={value}" for key, value in columns.items()]).data.columns
+    assert {str(key): value for key, value in found.items()} == columns
+
+
 def test_a_list_of_sections_is_typed_inside_and_keeps_its_quoted_marks() -> None:
     given = 'data.mixture=[{path: "my pairs #3.jsonl", weight: 1e-1}, {path: off}, {path: 007}]'
     mixture = load_config(None, [given]).data.mixture
@@ -184,11 +190,20 @@ def test_a_list_of_sections_is_typed_inside_and_keeps_its_quoted_marks() -> None
         ("train=5", "train: Input should be a valid dictionary"),
         ("task.chat=maybe", "valid boolean"),
         ("train..lr=1", "unknown key 'train.'"),
+        ("data.columns.promt=a", r"data\.columns\.promt.*'prompt'.* got 'promt'"),
+        ("data.columns={1: a}", r"data\.columns\.1.* got '1'"),
+        ("data.columns=prompt", "valid dictionary, got 'prompt'"),
+        ("data.columns={prompt: [a]}", r"data\.columns\.prompt: Input should be a valid string"),
+        ("data.template_date=yesterday", "got 'yesterday'"),
+        ("lora.r=1e9", "valid integer"),
+        ("search.temperature=.inf", "finite number"),
+        ("train.warmup_ratio=1e-400000", "|0"),
     ],
 )
 def test_what_a_field_cannot_hold_is_one_short_sentence_with_exit_code_2(override: str, reason: str) -> None:
-    if reason == "|":  # as Python writes numbers
-        assert load_config(None, [override]).train.lr == 12
+    if reason.startswith("|"):  # as Python writes numbers
+        train = load_config(None, [override]).train
+        assert (train.lr if reason == "|" else train.warmup_ratio) == (12 if reason == "|" else 0)
         return
     with pytest.raises(ConfigError, match=reason) as caught:
         load_config(None, [override])

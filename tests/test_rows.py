@@ -1,9 +1,12 @@
 """One reader of rows: every kind of file holds the same ones, and a bad one raises or is counted."""
 
 import csv
+import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +61,41 @@ def test_a_bad_row_ends_a_file_of_questions_and_is_counted_in_training_data(
     assert isinstance(bad, BadRow)
     assert bad.reason == reason
     assert bad.text
+
+
+def lines_of(*rows: dict[str, str]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+OTHERS: dict[str, tuple[bytes, str]] = {
+    "rows.jsonl.gz": (gzip.compress(lines_of(*ROWS)), "is compressed by gzip; unpack it"),
+    "rows.jsonl": (b"PK\x03\x04" + lines_of(*ROWS), "is a zip archive or a workbook"),
+    "utf16.jsonl": (lines_of(*ROWS).decode().encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    "utf16.csv": ("a,b\n1,2\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "is a pointer of Git LFS"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "is a pointer of Git LFS"),
+    "page.json": (b"\n<!DOCTYPE html><html>[]</html>", "is a web page or XML"),
+    "table.json": (b"PAR1 and more", "is parquet; let its name end in .parquet"),
+    "BROKEN.PARQUET": (b"PAR1 and no more", "not a readable parquet file"),
+    "twice.csv": (b"question,answer, question\na,1,b\n", "two columns are called 'question'"),
+    "open.csv": (b'question,answer\n"a,1\nb,2\nc,3\n', "the line is not valid CSV (unexpected end of data)"),
+    "inside.csv": (b'question,answer\n"a" b,1\n', "the line is not valid CSV"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("read", [read_rows, read_question_rows])
+def test_a_file_of_another_kind_is_named_once(tmp_path: Path, name: str, read: Any) -> None:
+    content, words = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(words)) as raised:
+        list(read(str(tmp_path / name)))
+    assert str(raised.value).startswith(f"{tmp_path / name}:")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_stands_twice_in_a_question_is_named(tmp_path: Path, name: str) -> None:
+    content = '{"question": "a", "question": "b", "answer": 1}'
+    (tmp_path / name).write_text(content if name.endswith("l") else f"[{content}]")
+    with pytest.raises(DataError, match=rf"{name}:1: .*a key appears twice: question"):
+        list(read_question_rows(tmp_path / name))

@@ -25,6 +25,8 @@ from cpo_fast.tasks import common_prefix_length, encode_prompt, with_clock
 Ids = tuple[int, ...]
 Scored = tuple[Ids, int]  # a sequence and its first scored position
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
+
 # what the responses of a row are called, by train.method
 RESPONSES = {"preference": ("chosen", "rejected"), "sft": ("completion",)}
 
@@ -338,14 +340,24 @@ def _conversation_ids(row: Row, names: Sequence[str], tokenizer: Any) -> tuple[l
 
         # the prompt ends in the cue for an answer; in a sequence the template itself opens the response
         prompt = render(row["prompt"], add_generation_prompt=True)
-        sequences = [render(row["prompt"] + row[name]) for name in names]
+        responses = [row[name] for name in names]
+        sequences = [render(row["prompt"] + response) for response in responses]
+        eos = tokenizer.eos_token
+        for place, response in enumerate(responses):
+            open_ended = _without_end(response, eos)
+            if _is_blank(open_ended):
+                raise BadRow("empty response", f"'{names[place]}' only ends")
+            if open_ended is not response and (text := render(row["prompt"] + open_ended)).rstrip().endswith(eos):
+                responses[place], sequences[place] = open_ended, text  # the template ends it by itself
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RecursionError):
             raise
         raise BadRow("the chat template refuses the conversation", first_line(error)) from None
-    for name, text in zip(names, sequences, strict=True):
-        for message in row["prompt"] + row[name]:
+    _check_not_rendered(row["prompt"], tokenizer)
+    for response, text in zip(responses, sequences, strict=True):
+        for message in row["prompt"] + response:
             _check_shown(message, text)
+        _check_learnt(response[-1], text)
     # a template writes its own special tokens
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, *sequences)]
     return ids[0], ids[1:]
@@ -358,3 +370,35 @@ def _check_shown(message: dict[str, Any], text: str) -> None:
         return
     if content.rpartition("</think>")[2].strip() not in text:
         raise BadRow("the chat template leaves out or changes what a turn says", f"of the {message['role']}")
+
+
+def _check_learnt(message: dict[str, Any], text: str) -> None:
+    """Raise BadRow where a response's last turn loses what it thought, as templates do to the turns of a prompt."""
+    content = message.get("content")
+    if message["role"] != "assistant" or message.get("tool_calls") or not isinstance(content, str):
+        return
+    parts = {f"'{key}'": message.get(key) for key in REASONING} | {"<think>": content.rpartition("</think>")[0]}
+    for key, part in parts.items():
+        if isinstance(part, str) and part.replace("<think>", "").strip() not in text:
+            raise BadRow(
+                "the chat template leaves out what a response thought", f"its {key}; use a template that shows it"
+            )
+
+
+def _check_not_rendered(prompt: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Raise BadRow for a turn that a template has made already, which would be wrapped a second time."""
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, str) and content.lstrip().startswith(tuple(tokenizer.all_special_tokens)):
+            raise BadRow(
+                f"a turn of the {message['role']} begins with a special token of the tokenizer",
+                f"{content.strip()[:40]!r}; give a text that is rendered already as 'prompt', by data.columns.prompt",
+            )
+
+
+def _without_end(response: list[dict[str, Any]], eos: str | None) -> list[dict[str, Any]]:
+    """The response without the end-of-sequence that its last turn's text ends in, or the same list."""
+    content = response[-1].get("content") if response else None
+    if not eos or not isinstance(content, str) or not content.rstrip().endswith(eos):
+        return response
+    return [*response[:-1], {**response[-1], "content": content.rstrip().removesuffix(eos)}]

@@ -29,9 +29,9 @@ Message = dict[str, Any]
 # our names, with those of others in the order of preference
 NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
-    "messages": ("messages", "conversations", "conversation"),
+    "messages": ("messages", "conversations", "conversation", "context_messages"),
     "instruction": ("instruction", "question", "query"),
-    "input": ("input",),
+    "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "tools": ("tools",),
@@ -41,16 +41,18 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 QUESTIONS = ("prompt", "messages", "instruction", "input")  # the first that a row has is its question
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# columns of our own files and of a template's options that hold no text to train on
-OURS = {"chat_template_kwargs", "task", "tree", "step", "node", *ID_FIELDS}
+# columns of our own files, of a template's options and of a table's index, that hold no text to train on
+OURS = {"chat_template_kwargs", "task", "tree", "step", "node", *ID_FIELDS, "", "Unnamed: 0", "__index_level_0__"}
 
-# ShareGPT's roles to those of chat templates
+# the speakers of ShareGPT and others to the roles of chat templates
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
     "system": "system",
     **dict.fromkeys(("observation", "tool"), "tool"),
 }
+TEMPLATE_ROLES = ("observation",)  # as `role` they are left to the template, which may know them
+UNWANTED = ("label", "kto_tag")  # false in a row of KTO: its completion is one to avoid
 NOT_A_RESPONSE = ("user", "system", "developer")  # roles that a response cannot begin with
 TEXT_PARTS = ("text", "input_text", "output_text")
 _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value|type)['"]\s*:""")
@@ -74,6 +76,7 @@ class Layout:
     def __init__(self, responses: Sequence[str], columns: Mapping[str, str], chat: bool) -> None:
         self.responses, self.columns, self.chat = responses, columns, chat
         self.unused: Counter[str] = Counter()
+        self._unused_length: Counter[str] = Counter()
         self.num_repeats = 0
         self.read_as: Counter[str] = Counter()
 
@@ -93,8 +96,10 @@ class Layout:
                 raise BadRow(f"'{key}' is not empty, and only text is trained")
         values = {name: _value(name, row[theirs]) for name, theirs in names.items()}
         _refuse_table(values)
-        if self.responses == ("completion",) and "completion" not in values:
-            _split_last_turn(values)
+        if self.responses == ("completion",):
+            _refuse_unwanted(row)
+            if "completion" not in values:
+                _split_last_turn(values)
         for name in self.responses:
             if name not in values:
                 raise BadRow(f"missing key '{name}'", self._hint(row, names))
@@ -102,14 +107,19 @@ class Layout:
         made = {name: values[name] for name in self.responses}
         messages = any(isinstance(values.get(name), list) for name in QUESTIONS)
         messages |= any(_is_dialogue(values[name]) for name in self.responses)
-        if turns is not None and (self.chat or messages):
-            made = {name: _overlapping(turns, _as_turns(made[name])) for name in made}
-            made["prompt"] = turns
-        elif turns is not None:
+        chat = turns is not None and (self.chat or messages)
+        if turns is None:
+            if "prompt" in taken:
+                made["prompt"] = values["prompt"]
+                self._take_once(made, made["prompt"], chat)
+        elif chat:
+            self._take_once(made, _said(turns[-1]) if turns and _role(turns[-1]) == "user" else "", chat)
+            responses = {name: _as_turns(made[name]) for name in made}
+            turns = _without_answer(turns, list(responses.values()))
+            made = {name: _overlapping(turns, response) for name, response in responses.items()} | {"prompt": turns}
+        else:
             made["prompt"] = "\n".join(turn["content"] for turn in turns)
-        elif "prompt" in taken:
-            made["prompt"] = values["prompt"]
-            self._take_once(made)
+            self._take_once(made, made["prompt"], chat)
         if "tools" in values and any(isinstance(value, list) for value in made.values()):
             taken.add("tools")
             made["tools"] = values["tools"]
@@ -136,7 +146,7 @@ class Layout:
                 "data.columns, such as data.columns.instruction=%s",
                 path,
                 columns,
-                self.unused.most_common(1)[0][0],
+                max(self.unused, key=lambda key: self._unused_length[key]),  # the likeliest
             )
         if self.num_repeats:
             logger.warning(
@@ -166,14 +176,14 @@ class Layout:
         if question == "messages" and any(values["messages"] == values[name] for name in self.responses):
             question = None  # UltraFeedback repeats the chosen conversation
         used = {*self.responses} | ({question} if question else set())
-        asked = values[question] if question else None
+        asked = values[question] if question and not (opens and _is_blank(values[question])) else None
         if opens and len(self.responses) == 2 and not isinstance(asked, list):
             # whole conversations: the question is what they begin with in common, and a text only repeats it
             first, second = (values[name] for name in self.responses)
             turns = _system_first(first[: _common(first, second)], values, used)
             if isinstance(asked, str) and not any(_said(turn) == asked.strip() for turn in turns):
                 raise BadRow(f"'{question}' is not a turn that both responses begin with", f"{asked.strip()[:60]!r}")
-            return used, turns if asked is not None or "system" in used else None
+            return used, turns if question or "system" in used else None
         if isinstance(asked, list):
             turns = _system_first(asked, values, used)
         elif isinstance(asked, str):
@@ -190,13 +200,16 @@ class Layout:
             raise BadRow(f"'{question}' is not text", type(asked).__name__)
         return used, turns
 
-    def _take_once(self, made: Row) -> None:
-        """Cut a prompt of text off the responses where all of them repeat it."""
-        prompt = made["prompt"]
-        if not isinstance(prompt, str) or not (len(prompt.split()) > 1 or len(prompt.strip()) >= _LONG):
+    def _take_once(self, made: Row, prompt: Any, chat: bool) -> None:
+        """Cut a prompt of text off the responses where all of them repeat it, and the white space that parts the two."""
+        asked = prompt.strip() if isinstance(prompt, str) else ""
+        if len(asked.split()) < 2 and len(asked) < _LONG:
             return
-        if all(isinstance(made[name], str) and made[name].startswith(prompt) for name in self.responses):
-            made |= {name: made[name][len(prompt) :] for name in self.responses}
+        said = [made[name] for name in self.responses]
+        if all(isinstance(each, str) and each.lstrip().startswith(asked) for each in said):
+            for name, each in zip(self.responses, said, strict=True):
+                rest = each.lstrip()[len(asked) :]
+                made[name] = rest if prompt == asked and not chat else rest.lstrip()
             self.num_repeats += 1
 
     def _account(self, row: Row, names: Mapping[str, str], used: set[str], made: Row) -> None:
@@ -210,10 +223,11 @@ class Layout:
         for key, value in row.items():
             if key in read or key in OURS or _is_ours(key) or all(text in whole for text in _strings(value)):
                 continue
-            if key in known and not (self.columns and key not in self.columns.values()):
+            if key.strip().lower() in known and not (self.columns and key not in self.columns.values()):
                 beside = ", ".join(f"'{name}'" for name in sorted(read))
                 raise BadRow(f"'{key}' would not be used", f"beside {beside}; say what it is by data.columns")
             self.unused[key] += 1
+            self._unused_length[key] += sum(map(len, _strings(value)))
         kind = "conversations" if any(isinstance(value, list) for value in made.values()) else "text"
         pairs = ", ".join(f"{name}={names[name]}" for name in NAMES if name in used and name in names)
         self.read_as[f"{kind}: {pairs}"] += 1
@@ -294,12 +308,31 @@ def _as_turns(response: Any) -> Any:
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
+def _without_answer(turns: list[Message], responses: Sequence[Any]) -> list[Message]:
+    """The prompt's turns without the answer that some layouts keep behind them. Raises BadRow for another one."""
+    if not turns or _role(turns[-1]) != "assistant":
+        return turns
+    if any(isinstance(response, list) and response and _same(turns[-1], response[0]) for response in responses):
+        return turns[:-1]
+    if all(isinstance(response, list) and response and _role(response[0]) == "assistant" for response in responses):
+        raise BadRow("the prompt ends with a turn of the assistant", "a response would be its second one in a row")
+    return turns
+
+
+def _refuse_unwanted(row: Row) -> None:
+    for key in UNWANTED:
+        if row.get(key) is False or (row.get(key) == 0 and type(row[key]) is int):
+            raise BadRow(f"'{key}' says that the completion is one to avoid", "train.method=sft learns what it reads")
+
+
 def _split_last_turn(values: Row) -> None:
     """Take the completion of a conversation that has none beside it: its last turn, which must be the assistant's."""
     turns = values.get("messages")
     if isinstance(turns, list) and len(turns) > 1 and "prompt" not in values:
         if _role(turns[-1]) != "assistant":
             raise BadRow("the conversation does not end with the assistant's turn")
+        if turns[-1].get("weight") == 0 or turns[-1].get("train", turns[-1].get("training")) is False:
+            raise BadRow("the conversation's last turn says that it is not to be learnt")
         values["messages"], values["completion"] = turns[:-1], turns[-1:]
 
 
@@ -356,12 +389,16 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _message(message: Message) -> Message:
+    speaker = message.get("role", message.get("from"))
+    role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if "role" not in message and "from" in message:
-        role = ROLES.get(message["from"]) if isinstance(message["from"], str) else None
         if role is None:
-            raise BadRow("a ShareGPT message has a role that is not known", repr(message["from"])[:60])
-        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-        message = {"role": role, "content": message.get("value"), **rest}
+            raise BadRow("a ShareGPT message has a role that is not known", repr(speaker)[:60])
+        message = {"role": role, **{key: value for key, value in message.items() if key != "from"}}
+    elif role is not None and speaker not in TEMPLATE_ROLES:
+        message = {**message, "role": role}
+    if "content" not in message and "value" in message:
+        message = {"content" if key == "value" else key: value for key, value in message.items()}
     content = message.get("content")
     if isinstance(content, dict):
         content = [content]

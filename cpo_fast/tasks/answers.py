@@ -8,7 +8,8 @@
     containment   the words of the reference stand in the answer, next to each other and in order: the accuracy of
                   the CPO paper made strict, which still accepts a list that holds the reference
 
-An answer that opens with yes or no and a pause ("No, they were born in two cities") is that word. "no one" is not "no".
+An answer that opens with yes or no and a pause ("No, they were born in two cities") is that word. "no one" is not "no", and
+"No. 5" is not either.
 """
 
 import re
@@ -16,7 +17,7 @@ import string
 import unicodedata
 from collections import Counter
 
-from cpo_fast.tasks.folding import fold
+from cpo_fast.tasks.folding import fold, with_spaced_dashes
 from cpo_fast.tasks.numbers import NUMBER, normalise_number
 
 # a number that SQuAD's removal of punctuation would change: it makes 1450 of 145.0 and 20 of -20
@@ -28,13 +29,14 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # match themselves alone (HotpotQA); each with the word that contradicts it
 _SPECIAL = {"yes": "no", "no": "yes", "noanswer": "noanswer"}
-_OPENING = re.compile(r"\s*[\"'*(]*(yes|no)[\"'*)]*(?:\s*[.,;:!?]|\s+-\s)", re.IGNORECASE)
+# "No. 5" is a number, and no answer to a question
+_OPENING = re.compile(r"\s*[\"'*(]*(yes|no)[\"'*)]*(?:\s*(?:[,;:!?]|\.(?!\s?#?\d))|\s+-\s)", re.IGNORECASE)
 
 
 def normalise_words(text: str) -> str:
     """The normal form: words separated by single spaces. Applying it twice is once. "" for nothing but whitespace."""
     # "İ" in lower case has an accent of its own, which is folded again
-    text = fold(fold(text).lower())
+    text = fold(fold(text).casefold())
     words = [word for raw in _NUMBER_PHRASE.sub(_number_phrase, text).split() for word in _words(raw)]
     if not words:  # SQuAD's rule leaves nothing of "The The" and "A"
         words = _without_punctuation(text).split()
@@ -44,7 +46,7 @@ def normalise_words(text: str) -> str:
 
 def read_words(text: str) -> str:
     """The normal form of an answer: of yes or no alone where a pause follows and the rest does not say the opposite."""
-    words, opening = normalise_words(text), _OPENING.match(fold(text))
+    words, opening = normalise_words(text), _OPENING.match(fold(with_spaced_dashes(text)))
     special = opening[1].lower() if opening else ""
     return special if special and _SPECIAL[special] not in words.split() else words
 

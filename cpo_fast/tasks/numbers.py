@@ -10,8 +10,9 @@
                   \\text{...} and words around it too. Text with equals signs is read from the last part with a number
 
 No number, or more than one, or one beside what would change it has no normal form: digits of other scripts that are no
-decimal digits, exponents, roots, other LaTeX commands, other magnitude words and abbreviations (m, bn, mille), fraction
-and number words (half, thirds, twenty), "below zero". A number that is misread would put wrong chains among the winners.
+decimal digits, exponents, roots and other functions, pi, other LaTeX commands, other magnitude words and abbreviations (m,
+bn, mille) and those that stand apart from it ("5 (in thousands)"), fraction and number words (half, thirds, twenty), a
+"minus" that is not beside it, "below zero". A number that is misread would put wrong chains among the winners.
 """
 
 import re
@@ -52,8 +53,8 @@ _SIGN_WORD = re.compile(rf"(?<![\w-])(minus|negative)\s+(?=(?:{_CURRENCY}\s?)?\.
 _BEFORE_A_SIGN = re.compile(
     r"(?:\A|\b(?:is|be|are|was|were|equals?|to|of|at|by|about|around|exactly|only|an?)|[:,;(])\s*\Z", re.IGNORECASE
 )
-_EMPHASIS = re.compile(r"(?<![\d\s])\*+|\*+(?![\d\s])|(?<![^\W_])_+|_+(?![^\W_])|[\"`]|(?<!\d)'|'(?!\d)")
-_TAG = re.compile(r"</?[a-zA-Z][^<>]{0,40}>")
+_EMPHASIS = re.compile(r"(.?)(?<![*_\"`'])([*_\"`']++)(?=(.?))")
+_TAGS = re.compile(r"()(?:</?[a-zA-Z][^<>]{0,40}>){1,8}")
 
 _UNITS = "one two three four five six seven eight nine ten eleven twelve"
 _WORDS = "|".join(
@@ -64,37 +65,59 @@ _WORDS = "|".join(
         *("half", "halves", "thirds?", "quarters?", "point"),
     ]
 )
+_OPERATOR = "[+*\u00d7\u00f7\u00b7\u2219\u22c5]"
 # what makes another number of the one before it
 _AFTER = re.compile(
-    rf"[\s-]*(?:and\s+(?:an?\s+)?|an?\s+)?(?:{_WORDS}"
+    rf"[\s-]*(?:and\s+(?:an?\s+)?|an?\s+)?(?:{_WORDS}|tens"
     r"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|million|billion)ths?"
     r"|(?:quadr|quint|sext|zill)\w*ion\w*|mil(?:le|l|lones|lionen|iones|h.es|iardy?)?|millones|milliard\w*|tausend|myriads?"
-    r"|mio|mln|mrd|mld|mn|bn|bln|tn|trn|thou|grand|gross|score|kilo|mega|giga"
-    r"|squared|cubed|factorial|below|under\s+zero)\b"
-    r"|\s?(?-i:[MBbT])\b|(?-i:[mt])\b|\s(?-i:[kK])\b"  # "5m" may be metres or millions, "5 m" is metres
-    r"|\s?\^|[^\d=]{0,40}\bbelow\b|\s?-[\s.,;:!?)]*\Z",
+    r"|mio|mln|mrd|mld|mn|bn|bln|tn|trn|thou|grand|gross|score|kilo|mega|giga|lacs?|crs?|doz|googols?"
+    r"|squared|cubed|factorial|doubled|tripled|halved|below|under\s+zero)\b"
+    # "5m" may be metres or millions, "5 m" is metres
+    r"|\s?(?-i:MM?|[BbT])\b|(?-i:[mt]|k+s?|K+s?)\b|\s(?-i:[kK])\b"
+    r"|\s?\^|\s?[/*\u00d7\u00b7\u22c5]?\s?(?:pi\b|[\u03c0\u221e])|\s?/\s?[nxyz]\b"
+    r"|[^\d=]{0,40}\bbelow\b|\s?-[\s.,;:!?)]*\Z",
     re.IGNORECASE,
 )
 _BEFORE = re.compile(
-    rf"(?:\b(?:{_WORDS}|twice|double|triple|root|squared)(?:\s+of)?(?:\s+the)?[\s-]+|(?<!\.)\.\.|[^\W\d_]\.)\Z",
+    rf"(?:\b(?:(?:{_WORDS}|twice|double|triple|root|squared)(?:\s+(?:of|past|to))?"
+    r"|(?:square|cube|opposite|reciprocal|inverse|factorial|logarithm)\s+of)(?:\s+the)?[\s-]+|(?<!\.)\.\.|[^\W\d_]\."
+    rf"|[\w)](?:{_OPERATOR}|\s{_OPERATOR}\s)|/\s?)\Z",
     re.IGNORECASE,
+)
+# anywhere around a number: a magnitude that is not its own, or a minus that is not beside it
+_ELSEWHERE = re.compile(
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|lakh|crore|dozen)\w*|minus|negative|neg)\b", re.IGNORECASE
 )
 _SPELT_OUT = re.compile(rf"(?:(?:minus|negative)\s+)?(?:{_WORDS})\b", re.IGNORECASE)
 _CHANGED = re.compile(
     rf"[\^\u221a\u221b\u00b1\u2260{_UNCLEAR}]|\\[a-zA-Z]|!=|\d{{31}}"
+    # a line over a digit repeats it, and one before it may be a minus sign
+    r"|\d[\u0300-\u036f\u20d0-\u20dc]|[\u0304\u0305\u02c9\u2053\u2238\u2296\u2500\u2501]\s?\.?\d"
+    r"|\b(?:abs|ceil|cos|exp|floor|gcd|lcm|ln|log|max|min|mod|round|sin|tan)\d*\s?\(|\b(?:cbrt|cos|exp|ln|log|sin|sqrt|tan)\b"
     # a minus that is not beside its number: --5, -(5), (-)5, -EUR 5
     rf"|(?<![\w)])-\s?(?:\)|(?:(?!{_CURRENCY}\s?\.?\d|\.\d)[^\w\s]){{1,12}}\s?{_CURRENCY}?\s?\.?\d"
     rf"|[^\W\d_]{{1,3}}\.?\s?{_CURRENCY}?\s?\.?\d)"
 )
+
+
+def _apart(match: re.Match[str]) -> str:
+    """The first group, with a space where it would bring two digits together: 5{2} is not 52."""
+    before, after = match.string[: match.start()][-1:], match.string[match.end() : match.end() + 1]
+    text = f" {match[1]}" if before.isdigit() and (match[1] or after)[:1].isdigit() else match[1]
+    return f"{text} " if after.isdigit() and text[-1:].isdigit() else text
+
+
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{[^{}]*\})*+)\}")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(-?[\d.,]{1,40})\s*\}|(\d))\s*(?:\{\s*([\d.,]{1,40})\s*\}|(\d))")
 _LATEX = (  # what is written for how it is meant
-    (re.compile(r"\\(?:text|math|operatorname|mbox|emph)[a-z]*\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text|math|operatorname|mbox|emph)[a-z]*\s*\{([^{}]*)\}"), _apart),
     (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))"), ","),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\\(?:left|right|displaystyle)\b|\\!"), ""),
+    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\\(?:left|right|displaystyle)\b"), ""),
     (re.compile(r"\\(?:q?quad)\b|\\[,;: ()\[\]]"), " "),
     (re.compile(r"\\([$%#&_])"), r"\1"),
-    (re.compile(r"[{}]"), ""),
+    (re.compile(r"()(?:\\!)+"), _apart),
+    (re.compile(r"()[{}]+"), _apart),
 )
 
 
@@ -107,14 +130,23 @@ def normalise_number(text: str) -> str | None:
     if "\\" in text or "{" in text:
         boxed = set(_BOXED.findall(text))
         text = _without_latex(boxed.pop() if len(boxed) == 1 else text)
-    for part in reversed(_TAG.sub("", text).split("=")):
-        clean = _SIGN_WORD.sub(_sign, _EMPHASIS.sub("", part).strip())
+    for part in reversed(_TAGS.sub(_apart, text).split("=")):
+        clean = _SIGN_WORD.sub(_sign, _EMPHASIS.sub(_without_emphasis, part).strip())
         clean = _OPENING_MINUS.sub(r"\1-", _NAME_WITH_DIGITS.sub(" ", clean).strip())
         matches = list(_NUMBER.finditer(clean))
         if matches or _CHANGED.search(clean) or _SPELT_OUT.match(clean):
             # of several, guessing which is meant would put wrong chains among the winners
             return _read(matches[0]) if len(matches) == 1 else None
     return None
+
+
+def _without_emphasis(match: re.Match[str]) -> str:
+    """What stands before a run of marks, with the run where it may be part of a number, a product or a name: 5**2, x_1."""
+    before, marks, after = match[1], match[2], match[3]
+    digits = before.isdigit() and after.isdigit()
+    product = set(marks) == {"*"} and all(side.isdigit() or side.isspace() for side in (before, after))
+    name = set(marks) == {"_"} and before.isalnum() and after.isalnum()
+    return before + marks if digits or product or name else before
 
 
 def _without_latex(text: str) -> str:
@@ -127,7 +159,7 @@ def _without_latex(text: str) -> str:
     )
     for pattern, meant in _LATEX:
         text = pattern.sub(meant, text)
-    return text
+    return " ".join(text.split())
 
 
 def _sign(match: re.Match[str]) -> str:
@@ -139,6 +171,8 @@ def _read(match: re.Match[str]) -> str | None:
     text = match.string
     before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 80]
     if _CHANGED.search(text) or _AFTER.match(after) or _BEFORE.search(before):
+        return None
+    if _ELSEWHERE.search(text, 0, match.start()) or _ELSEWHERE.search(text, match.end()):
         return None
     if not text.isascii() and any(character.isnumeric() and not character.isascii() for character in text):
         return None  # a numeral that is no decimal digit: ten thousand in Chinese
@@ -152,6 +186,8 @@ def _read(match: re.Match[str]) -> str | None:
             return None  # "2 5/4" is two numbers or a slip, and no mixed number
         value += int(match["whole"])
     name = match["magnitude"] or match["thousands"]
+    if name and re.match(r"-\w", after):
+        return None  # "5 hundred-dollar bills"
     value *= _MAGNITUDES[name.lower()] if name else 1
     form = _normal_form(-value if match["sign"] else value)
     return form if _NUMBER.fullmatch(form) else None  # more digits than are read

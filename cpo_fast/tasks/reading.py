@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from cpo_fast.tasks.answers import contains, exact_match, f1_score, is_number, read_words
-from cpo_fast.tasks.folding import fold
+from cpo_fast.tasks.folding import fold, with_spaced_dashes
 from cpo_fast.tasks.numbers import normalise_number
 
 
@@ -106,11 +106,11 @@ class ChoiceReader(AnswerReader):
         self._label = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])")
 
     def read(self, text: str) -> str | None:
-        said = fold(text).lower().lstrip("\"'*`([ ")
+        said = fold(with_spaced_dashes(text)).lower().lstrip("\"'*`([ ")
         if (whole := self._labels.get(said.rstrip("\"'*`)].,;:! "))) is not None:
             return whole
         # what follows the first clause explains the label, and may name others
-        opening = re.split(r"[.;:!()\[\]]", said, maxsplit=1)[0]
+        opening = re.split(r"\.(?!\s?#?\d)|[;:!()\[\]]", said, maxsplit=1)[0]  # "No. 5" is not "no"
         found = self._label.findall(opening)
         if not found or not opening.startswith(found[0]):
             return None

@@ -137,6 +137,8 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
     outside = False
     linear = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module) in _ADAPTED[:2]})
     for target in config.lora.target_modules:
+        if not target.strip():
+            raise ConfigError("lora.target_modules: a name is empty; name a kind of layer, such as q_proj")
         found = {name: each for name, each in modules.items() if name == target or name.endswith(f".{target}")}
         where = f"of {type(model).__name__}; its linear layers are {', '.join(linear)}"
         if not found:
@@ -147,6 +149,10 @@ def _with_new_adapter(model: Any, config: Config) -> Any:
                     f"lora.target_modules: '{target}' matches {name}, a {type(module).__name__}, which has no weight "
                     f"matrix for LoRA {where}"
                 )
+        if any(each is model.get_output_embeddings() for each in found.values()):
+            raise ConfigError(
+                f"lora.target_modules: '{target}' is the output head, whose weight a forest reads directly; leave it out"
+            )
         beside = sorted(name for name in found if text and not name.startswith(text))
         if len(beside) == len(found):
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config, Phi3Config
 
+from cpo_fast import tasks
 from cpo_fast.cli import main
 from cpo_fast.config import Config
 from cpo_fast.search.engine.kv_arena import KVTrie
@@ -41,9 +42,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """run(command, *overrides, questions=[...], debug=False) -> exit code, stdout, stderr of the program itself."""
+    """run(command, *overrides, questions=[...], debug=False, flags=()) -> exit code, stdout, stderr of the program."""
 
-    def start(command: str, *overrides: str, questions: tuple[str, ...] = ("How many?", "And?"), debug: bool = False):
+    def start(
+        command: str,
+        *overrides: str,
+        questions: tuple[str, ...] = ("How many?", "And?"),
+        debug: bool = False,
+        flags: tuple[str, ...] = (),
+    ):
         rows = [{"id": str(number), "question": text, "answer": 1} for number, text in enumerate(questions)]
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {
@@ -53,7 +60,7 @@ def run(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
             **SETTINGS,
         }
         (tmp_path / "c.yaml").write_text(json.dumps(settings))
-        flags = ["--debug"] if debug else []
+        flags = ("--debug", *flags) if debug else flags
         monkeypatch.setattr(sys, "argv", ["cpo-fast", *flags, command, str(tmp_path / "c.yaml"), *overrides])
         code = 0
         try:
@@ -169,3 +176,33 @@ def test_lora_dropout_changes_no_tree(run: Run, tmp_path: Path, llama: Path):
         found.append([json.loads(line)["nodes"] for line in lines])
     assert found[0] == found[1]
     assert any(found[0])
+
+
+TASK_CODE = """
+from pathlib import Path
+from cpo_fast.tasks import Task
+Path({marker!r}).write_text("ran")
+class MyTask(Task):
+    pass
+"""
+
+
+@COMMANDS
+def test_the_code_of_a_task_runs_when_the_flag_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.setattr(tasks, "_code_allowed", False)
+    module, marker = tmp_path / "my_task.py", tmp_path / "ran"
+    module.write_text(TASK_CODE.format(marker=str(marker)))
+    code, _, stderr = run(command, f"task.module={module}:MyTask")
+    assert code == 2
+    assert "my_task.py is Python code, which is not run" in error_line(stderr)
+    assert error_line(stderr).endswith("cpo-fast --trust-task-code")
+    assert not marker.exists()
+    code, _, stderr = run(command, f"task.module={module}:MyTask", flags=("--trust-task-code",))
+    assert code == 0, stderr
+    assert "warning: the code of task.module will run with your rights" in stderr
+    assert marker.exists()
+    code, _, stderr = run(command, f"task.module={module}:Other", flags=("--trust-task-code",))
+    assert code == 2
+    assert "my_task.py has no class Other that derives from cpo_fast.tasks.Task" in error_line(stderr)

@@ -221,6 +221,22 @@ def test_window_in_one_layer_only_that_the_probe_cannot_see_is_exact_or_refused(
     assert ((values(model) - expected) / expected).abs().max() > 1e-4  # the window matters on these rows
 
 
+@pytest.mark.parametrize("value", [-0.5, float("-inf"), float("nan"), True])
+def test_a_mask_of_a_layers_own_making_is_refused(value: float | bool) -> None:
+    """A bias, a hidden token, a number that is none, and a mask of booleans that hides what is no later token."""
+
+    def own_mask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        mask = torch.zeros(1, 1, length, length)
+        mask[..., 1:, 0] = value
+        return args, kwargs | {"attention_mask": mask == 0 if value is True else mask}
+
+    model = tiny_llama()
+    model.model.layers[1].self_attn.register_forward_pre_hook(own_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"decoder layer 1 of LlamaForCausalLM .* adds a mask of its own making"):
+        prepare(model)
+
+
 def test_packed_forward_asks_for_the_window_by_the_implementation_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, windowed = prepare(tiny_mistral()), prepare(tiny_mistral(sliding_window=8))
     score(policy, reference=windowed)

@@ -1,8 +1,8 @@
 """The layouts of other libraries are trained as their text says: ids are decoded and compared with what was written."""
 
-import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,30 @@ TURNS: list[tuple[str, dict[str, Any], str]] = [
         ASKED,
     ),
     ("parts as prompt", {"prompt": [{"type": "text", "text": Q}], "system": "Be brief.", **ANSWERS}, BRIEF),
+    ("blank prompt beside dialogues", {"prompt": None, **DIALOGUES}, ASKED),
+    ("no turns beside dialogues", {"prompt": [], "system": "Be brief.", **DIALOGUES}, BRIEF),
+    ("messages with the answer", {"messages": DIALOGUES["chosen"], **ANSWERS}, ASKED),
+    ("prompt with the answer", {"prompt": DIALOGUES["rejected"], **REPLIES}, ASKED),
+    (
+        "sharegpt with the answer",
+        {
+            "conversations": [said("human", Q), said("gpt", YES)],
+            "chosen": said("gpt", YES),
+            "rejected": said("gpt", NO),
+        },
+        ASKED,
+    ),
+    ("sharegpt's speakers as roles", {"prompt": [say("Human", Q)], **REPLIES, "chosen": [say("gpt", YES)]}, ASKED),
+    ("role and value", {"conversations": [{"role": "user", "value": Q}], **ANSWERS}, ASKED),
+    (
+        "speakers with capitals",
+        {"conversations": [said("Human", Q)], "chosen": said("GPT", YES), "rejected": NO},
+        ASKED,
+    ),
+    ("openrlhf context", {"context_messages": [say("user", Q)], **ANSWERS}, ASKED),
+    ("dolly context", {"instruction": "Answer.", "context": Q, **ANSWERS}, f"[user]Answer.\n{Q}[/][assistant]"),
+    ("repeated text", {"instruction": Q, "chosen": f"{Q}\n{YES}", "rejected": f" {Q} {NO}"}, ASKED),
+    ("message keys of axolotl", {"messages": [{**say("user", Q), "weight": 0}], **ANSWERS, "tools": None}, ASKED),
 ]
 
 
@@ -141,6 +165,11 @@ def test_turns_of_every_layout_are_trained_once(row: dict[str, Any], prompt: str
         ({"prompt": Q, "system": "Be brief.", **ANSWERS}, f"Be brief.\n{Q}"),
         ({"prompt": Q, "chosen": Q + YES, "rejected": Q + NO}, Q),  # repeated text is taken once
         ({"prompt": "2", "chosen": "2" + YES, "rejected": "2" + NO}, "2"),  # by chance
+        ({"prompt": Q + "\n", "chosen": f"{Q} {YES}", "rejected": f"\n{Q}\n{NO}"}, Q + "\n"),
+        (
+            {"question": Q, "context": "Riga.", "chosen": f"{Q}\nRiga.{YES}", "rejected": f"{Q}\nRiga.{NO}"},
+            f"{Q}\nRiga.",
+        ),
     ],
 )
 def test_without_a_template_columns_of_text_are_one_text(row: dict[str, Any], prompt: str, tmp_path: Path) -> None:
@@ -202,6 +231,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}, "the file is a table by columns"),
     ({"prompt": {"0": "a"}, "chosen": {"0": "c"}, "rejected": {"0": "e"}}, "the file is a table by columns"),
     ({"train": [GOOD_ROW]}, "the rows stand under 'train': save that list alone"),
+    ({"Prompt": Q, **ANSWERS}, "'Prompt' would not be used"),
+    ({" question ": Q, **ANSWERS}, "' question ' would not be used"),
+    (
+        {"prompt": [say("user", Q), say("assistant", "It is")], **REPLIES},
+        "the prompt ends with a turn of the assistant",
+    ),
+    (
+        {"prompt": [say("user", Q)], **REPLIES, "chosen": [{**say("assistant", YES), "reasoning_content": "A sea?"}]},
+        "leaves out what a response thought (its 'reasoning_content'",
+    ),
+    (
+        {"instruction": f"<bos>{Q}", **ANSWERS},
+        "a turn of the user begins with a special token of the tokenizer ('<bos>",
+    ),
+    ({"prompt": [say("system", "<eos>")], **REPLIES}, "a turn of the system begins with a special token"),
+    ({"instruction": Q, "chosen": "<eos>", "rejected": NO}, "empty response ('chosen' only ends"),
+    (
+        {"prompt": Q, "response_0": YES, "response_1": NO, "better_response_id": 0},
+        "name the column by data.columns.chosen",
+    ),
+    ({"conversations": [said("function_call", "{}")], **ANSWERS}, "a role that is not known ('function_call'"),
 ]
 
 
@@ -216,6 +266,12 @@ def test_a_turn_that_the_template_leaves_out_is_refused(tmp_path: Path) -> None:
     silent = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     row = {"prompt": [say("system", "Be brief."), say("user", Q)], **REPLIES}
     assert "leaves out or changes what a turn says (of the system)" in reason([row], tmp_path, template=silent)
+    says_the_last = "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    thought = {"prompt": [say("user", Q)], **REPLIES, "chosen": [say("assistant", f"<think>A sea?</think>{YES}")]}
+    assert "leaves out what a response thought (its <think>" in reason([thought], tmp_path, template=says_the_last)
+    before = [say("user", "Hi"), say("assistant", "<think>A greeting.</think>Hello"), say("user", Q)]
+    ((prompt, *_),) = texts(load([{**thought, **REPLIES, "prompt": before}], tmp_path, says_the_last))
+    assert prompt == f"[user]Hi[assistant]Hello[user]{Q}"
     parts_alone = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     assert "leaves out" in reason([row], tmp_path, template=parts_alone)
 
@@ -229,11 +285,37 @@ def test_completions_of_other_layouts_are_read(tmp_path: Path) -> None:
     ]
     expected = [(ASKED, f"{YES}[/]"), (BRIEF, f"{YES}[/]"), ("[user]Sea?[/][assistant]", f"{NO}[/]")]
     assert texts(load(rows, tmp_path, method="sft")) == expected
-    loaded = load([*rows, {"messages": [say("user", Q), say("user", Q)]}], tmp_path, method="sft")
-    assert loaded.dropped_by_reason == {"the conversation does not end with the assistant's turn": 1}
+    rows.append({"messages": [say("user", "Hi"), *talk[1:]], "completion": YES})  # which repeats the answer
+    bad = [
+        {"messages": [say("user", Q), say("user", Q)]},
+        {"prompt": Q, "completion": NO, "label": False},
+        {"instruction": Q, "output": NO, "kto_tag": False},
+        {"messages": [say("user", Q), {**say("assistant", NO), "weight": 0}]},
+    ]
+    loaded = load([*rows, *bad, {"prompt": Q, "completion": YES, "label": True}], tmp_path, method="sft")
+    assert texts(loaded) == [*expected, ("[user]Hi[/][assistant]", f"{YES}[/]"), (Q, YES)]
+    assert loaded.dropped_by_reason == {
+        "the conversation does not end with the assistant's turn": 1,
+        "'label' says that the completion is one to avoid": 1,
+        "'kto_tag' says that the completion is one to avoid": 1,
+        "the conversation's last turn says that it is not to be learnt": 1,
+    }
 
 
 BOS, EOS = 1, 2
+LLAMA_2 = """{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content + ' ' + eos_token }}\
+{% else %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("end", ["", "<eos>", " <eos>\n"])
+@pytest.mark.parametrize("row", [{"prompt": [say("user", Q)]}, {"question": Q}], ids=["turns", "columns"])
+def test_a_conversation_whose_text_ends_itself_ends_once(row: dict[str, Any], end: str, tmp_path: Path) -> None:
+    answers = {name: text + end for name, text in ANSWERS.items()}
+    ((prompt, *responses),) = texts(load([{**row, **answers}], tmp_path, LLAMA_2))
+    assert prompt == f"<bos>[INST] {Q} [/INST]"
+    assert [" ".join(each.split()) for each in responses] == [f"{YES} <eos>", f"{NO} <eos>"]
+    kept = texts(load([{**row, **answers}], tmp_path))  # a template that does not end it leaves the text as it is
+    assert kept == [(ASKED, f"{YES}{end}[/]", f"{NO}{end}[/]")]
 
 
 @pytest.mark.parametrize("prompt", ["<bos>[user]Hi[/]", "[user]Hi[/]"])
@@ -334,6 +416,7 @@ def test_json_over_several_lines_is_read(name: str, bom: str, tmp_path: Path) ->
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).map(lambda text: f"<{text}>")
+words |= words.map(lambda text: 300 * text)
 contents = st.sampled_from(
     [
         lambda text: text,
@@ -348,9 +431,11 @@ contents = st.sampled_from(
 def written(draw: Any) -> tuple[dict[str, Any], str, str, str]:
     """(a row, and the text of prompt, chosen and rejected that it says under TEMPLATE), made without the parser."""
     question, system, before, answer = draw(words), draw(words), draw(words), draw(words)
-    yes, no = draw(words) + "y", draw(words) + "n"
+    yes, no = "y" + draw(words), "n" + draw(words)
     part = draw(contents)
-    layout = draw(st.sampled_from(["alpaca", "messages", "sharegpt", "implicit", "repeated", "ultra", "text"]))
+    layout = draw(
+        st.sampled_from(["alpaca", "messages", "sharegpt", "implicit", "repeated", "ultra", "text", "answered"])
+    )
     with_system, with_history = draw(st.booleans()), draw(st.booleans())
     turns = [("system", system)] * with_system + [("user", before), ("assistant", answer)] * with_history
     turns.append(("user", question))
@@ -360,19 +445,29 @@ def written(draw: Any) -> tuple[dict[str, Any], str, str, str]:
     if layout == "text":
         return {"prompt": question, "chosen": yes, "rejected": no}, question, yes, no
     if layout == "alpaca":
-        row = {draw(st.sampled_from(["instruction", "question", "query"])): question, "chosen": yes, "rejected": no}
+        once = draw(st.sampled_from(["", question + " " if len(question) > 11 else ""]))  # repeated by both responses
+        asked = draw(st.sampled_from(["instruction", "question", "query"]))
+        row = {asked: question, "chosen": once + yes, "rejected": once + no}
         row |= {"system": system} if with_system else {}
         row |= {"history": [[before, answer]]} if with_history else {}
     elif layout == "messages":
         row["messages"] = chat
     elif layout == "sharegpt":
         names = {"user": "human", "assistant": "gpt", "system": "system"}
-        row = {"conversations": [said(names[role], text) for role, text in turns]}
+        if draw(st.booleans()):
+            names = {role: speaker.upper() for role, speaker in names.items()}
+        keys = draw(st.sampled_from([("from", "value"), ("role", "content"), ("role", "value"), ("from", "content")]))
+        row = {"conversations": [dict(zip(keys, (names[role], text), strict=True)) for role, text in turns]}
         row |= {"chosen": said("gpt", yes), "rejected": draw(st.sampled_from([said("gpt", no), no]))}
     else:
         row = {name: [*chat, *value] for name, value in row.items()}
         if layout == "repeated":
             row["prompt"] = chat
+        elif layout == "answered":  # the prompt holds one of the answers already
+            name = draw(st.sampled_from(["chosen", "rejected"]))
+            row = {"prompt": row[name], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
+        elif layout == "implicit":
+            row |= draw(st.sampled_from([{}, {"prompt": None}, {"prompt": ""}, {"prompt": []}]))
         elif layout == "ultra":
             row |= {"prompt": question, "messages": row["chosen"], "score_chosen": 1.5}
     return row, shown, f"{yes}[/]", f"{no}[/]"
@@ -389,25 +484,66 @@ def test_rows_of_any_layout_are_trained_as_their_text_says(
 
 
 scalars = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=6)
+ODD = st.sampled_from(
+    ["x" * 5000, "e\u0301\u200b\ufb01" * 30, "<bos>a", "a<eos>", "<think>a</think>b", "\ud800", " ", None]
+)
+scalars |= ODD
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "", None, 3])
 COLUMNS = ("prompt", "question", "input", "system", "messages", "conversations", "history", "chosen", "rejected")
-OTHERS = ("completion", "tools", "images", "tree", "step", "chat_template_kwargs", "chosen_final", "other")
+OTHERS = ("completion", "tools", "images", "tree", "step", "chat_template_kwargs", "chosen_final", "other", "context")
+OTHERS += ("Prompt", "label", "instruction", "output")
 IDS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 keys = st.sampled_from(COLUMNS + OTHERS + IDS)
 objects = st.dictionaries(
-    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "0"]),
+    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "0", "thinking", "weight"]),
     scalars | roles,
     max_size=4,
 )
 values = st.recursive(scalars | objects, lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.dictionaries(keys, values, max_size=6), min_size=1, max_size=3), st.sampled_from([TEMPLATE, None]))
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(the list or object, the index or key in it) of every value inside."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield value, key
+        yield from places(one)
+
+
+@st.composite
+def damaged(draw: Any) -> dict[str, Any]:
+    """A row that is good but for one or two values or columns."""
+    row: dict[str, Any] = json.loads(json.dumps(draw(written())[0]))
+    for _ in range(draw(st.integers(1, 2))):
+        inside = list(places(row))
+        holder, key = inside[draw(st.integers(0, len(inside) - 1))] if inside else (row, "other")
+        change = draw(st.sampled_from(["value", "text", "column", "away", "twice"]))
+        if change == "away":
+            del holder[key]
+        elif change == "column":
+            row[draw(keys)] = draw(values)
+        elif change == "twice":
+            holder[key] = [holder[key], holder[key]]
+        else:
+            holder[key] = draw(values if change == "value" else ODD)
+    return row
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(damaged() | st.dictionaries(keys, values, max_size=6), min_size=1, max_size=3),
+    st.sampled_from([TEMPLATE, LLAMA_2, None]),
+)
 def test_any_row_is_an_example_or_one_sentence(tmp_path: Path, rows: list[Any], template: str | None) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for method in ("preference", "sft"):
-        with contextlib.suppress(DataError):
-            loaded = load_file(path, tokenizer_with(template), method)
+        sentence = ""
+        try:
+            loaded = load_file(path, tokenizer_with(template), method, max_length=200)
+        except DataError as error:
+            sentence = str(error)
+        else:
             assert len(loaded.examples) + len(loaded.dropped) == len(rows)
+            assert all(2 <= len(ids) <= 200 for one in loaded.examples for ids in one.sequences)
+        assert "\n" not in sentence

@@ -56,7 +56,7 @@ def test_a_rule_that_few_trees_give_pairs_to_says_how_few_and_why(
     ]
     path = write_trees(tmp_path / "trees.jsonl", made)
     few = "1 of 5 trees (none in 3: no other complete path; 1: no_answer)"
-    sentence = f"pairs.rule=fpo takes 1 pairs from {few}; collect more questions, or choose another rule"
+    sentence = f"pairs.rule=fpo takes 1 rows from {few}; collect more questions, or choose another one"
     assert f"warning: {sentence}" in run(path, "pairs.rule=fpo").stdout
     assert json.loads(run(path, "pairs.rule=fpo", "--json").stdout)["warning"] == sentence
     for options in (["pairs.rule=all"], ["--sft"]):

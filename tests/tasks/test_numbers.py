@@ -41,6 +41,19 @@ SIGNS = {
     "5 degrees below zero": None,
     "2009\u20132010": None,
     "8 = minus five": None,
+    "\u02d75": "-5",
+    "\u058a5": "-5",
+    "\u301c5": "5",
+    "\u00af5": None,
+    "\u203e5": None,
+    "\u25005": None,
+    "\u207b5": None,
+    "neg. 5": None,
+    "negative (5)": None,
+    "minus: 5": None,
+    "the negative of 5": None,
+    "the opposite of 5": None,
+    "It is +5": "5",
 }
 MAGNITUDES = {
     "2 million": "2000000",
@@ -73,6 +86,24 @@ MAGNITUDES = {
     "5 grand": None,
     "3\u4e07": None,
     "two million": None,
+    "5\u00a0million": "5000000",
+    "5 \\text{ million}": "5000000",
+    "5 (million)": None,
+    "5 (in thousands)": None,
+    "5, million": None,
+    "five million (5)": None,
+    "5 multi-million": None,
+    "5 baker's dozen": None,
+    "5 hundred-dollar bills": None,
+    "5 thousandfold": None,
+    "5 tens": None,
+    "5 MM": None,
+    "5 mm": "5",
+    "5ks": None,
+    "12kk": None,
+    "12KB": "12",
+    "5 lac": None,
+    "5 cr": None,
 }
 FRACTIONS = {
     "\u00bd": "0.5",
@@ -94,6 +125,16 @@ FRACTIONS = {
     "a third of 9": None,
     "2 point 5": None,
     "point 5": None,
+    "5 \u00f7 6": None,
+    "3\u2013\u00bd": None,
+    "\u00bd million": "500000",
+    "half past 5": None,
+    "1/x": None,
+    "x/5": None,
+    "1/\u221e": None,
+    "5<sup>1</sup>/<sub>2</sub>": "5.5",
+    "\\frac{1,000}{4}": "250",
+    "\\tfrac 34": "0.75",
 }
 GROUPS = {
     "1,23,45,678": "12345678",
@@ -112,6 +153,15 @@ GROUPS = {
     "1234,567": None,
     "12,3456": None,
     "1_000": None,
+    "10,\\!000": "10000",
+    "10{,}\\!000": "10000",
+    "\uff11\uff0c\uff10\uff10\uff10": "1000",
+    "1\u066c000\u066b5": "1000.5",
+    "1\u060c000": None,
+    '1"000': None,
+    "1`000": None,
+    "1, 000": None,
+    "1,000,00": None,
 }
 OTHERS = {
     "\uff11\uff12": "12",
@@ -145,6 +195,29 @@ OTHERS = {
     "twenty 5": None,
     "A4-5": None,
     "5 = " + "9" * 40: None,
+    "5**2": None,
+    "5__2": None,
+    "5{2}": None,
+    "10<sup>2</sup>": None,
+    "5<br/>6": None,
+    "30 m<sup>2</sup>": "30",
+    "10\\textsuperscript{2}": None,
+    "5\\text{2}": None,
+    "5'6\"": None,
+    '5"6': None,
+    "5\ufe0f\u20e3": "5",
+    "0.3\u0305": None,
+    "3\u03c0": None,
+    "3 pi": None,
+    "\u03c0/5": None,
+    "x + 5": None,
+    "y\u00d75": None,
+    "C++ 5": "5",
+    "sqrt(16)": None,
+    "log 5": None,
+    "abs(-5)": None,
+    "the square of 5": None,
+    "5 doubled": None,
 }
 
 
@@ -162,7 +235,8 @@ VULGAR = {
 }
 DIGITS = ["0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19"]
 DIGITS.append("".join(chr(0x660 + digit) for digit in range(10)))
-MAGNITUDE_WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "lakhs": 10**5, "dozen": 12}
+MAGNITUDE_WORDS = {"hundred": 100, "Thousand": 1000, "million": 10**6, "billions": 10**9, "trillion": 10**12}
+MAGNITUDE_WORDS |= {"lakhs": 10**5, "crore": 10**7, "dozen": 12}
 BEFORE = ["", "x = ", "It is ", "**", "\\boxed{", "$", "\u20ac ", "(", "about ", "5 + 3 = ", '"']
 AFTER = ["", ".", " apples", "%", " percent", "**", " km/h", "!", " dollars each", "\u20ac"]
 
@@ -176,8 +250,9 @@ def indian(value):
 @st.composite
 def whole_numbers(draw, value):
     """A spelling of an integer's digits."""
-    forms = [str(value), f"{value:,}", f"{value:,}".replace(",", "'"), f"{value:,}".replace(",", "\u2019"), f"0{value}"]
-    form = draw(st.sampled_from([*forms, f"{value}.0", f"{value:,}".replace(",", "{,}"), indian(value)]))
+    forms = [str(value), f"0{value}", f"{value}.0", indian(value)]
+    forms += [f"{value:,}".replace(",", mark) for mark in (",", "'", "\u2019", "{,}", "\\,", ",\\!", "\u066c")]
+    form = draw(st.sampled_from(forms))
     return form.translate(str.maketrans(DIGITS[0], draw(st.sampled_from(DIGITS))))
 
 
@@ -191,6 +266,8 @@ def spellings(draw):
     elif kind == "decimal":
         decimals = draw(st.text("0123456789", min_size=1, max_size=6))
         text, value = f"{whole:,}.{decimals}", Fraction(f"{whole}.{decimals}")
+        if draw(st.booleans()):  # nothing before the point
+            text, value = f".{decimals}", Fraction(f"0.{decimals}")
     elif kind == "fraction":
         denominator = draw(st.integers(1, 10**6))
         value = Fraction(whole, denominator)
@@ -209,12 +286,12 @@ def spellings(draw):
             latex = f"\\frac{{{part.numerator}}}{{{part.denominator}}}"
             text = f"{whole}{draw(st.sampled_from([VULGAR[part], f' {VULGAR[part]}', plain, latex]))}"
     before, after = draw(st.sampled_from(BEFORE)), draw(st.sampled_from(AFTER))
-    sign = draw(st.sampled_from(["", "-", "\u2013", "\u2212", "minus ", "negative "]))
+    sign = draw(st.sampled_from(["", "-", "\u2013", "\u2212", "\uff0d", "minus ", "negative ", "+"]))
     if sign in ("minus ", "negative ") and before in ("$", "\u20ac ", "**"):
         sign = "-"
     if before == "\\boxed{":
         after = "}" + after
-    return f"{before}{sign}{text}{after}", -value if sign else value
+    return f"{before}{sign}{text}{after}", value if sign in ("", "+") else -value
 
 
 @settings(max_examples=600, deadline=None)
@@ -229,6 +306,7 @@ def test_every_promised_spelling_is_read_as_its_value(spelling):
 
 
 CHANGES_AFTER = [" quintillion", "bn", " M", " thousandths", " and a half", " squared", " point five", " millones"]
+CHANGES_AFTER += [" tens", " (in millions)", " lac", "\u03c0", " doubled", "/x", "\u0305", "**2", "<sup>2</sup>"]
 CHANGES_AFTER += [
     "\u4e07",
     "\u00b2",
@@ -253,6 +331,7 @@ CHANGES_BEFORE = [
     "--",
     "-(",
 ]
+CHANGES_BEFORE += ["minus (", "neg ", "\u00af", "x + ", "sqrt(", "log ", "the square of ", "million: ", "n/"]
 CHANGES_BEFORE += ["plus or minus ", "two hundred ", "zero point ", "7 ", "double ", "-[", "..", "(-)"]
 
 
@@ -274,6 +353,45 @@ PLAIN = st.characters(exclude_categories=("N", "Pd", "Sm", "Sc", "Cs")).filter(
 @given(st.integers(0, 10**7), st.text(PLAIN, max_size=12), st.text(PLAIN, max_size=12))
 def test_text_around_a_number_never_makes_another_of_it(value, before, after):
     assert normalise_number(f"{before}{value}{after}") in (str(value), None)
+
+
+# what stands between two numbers in answers, in pieces
+BETWEEN = ["*", "**", "_", "`", '"', "'", "<b>", "</b>", "<sup>", "<br/>", "{", "}", "^", "\\text{", "\\!", "\\ "]
+BETWEEN += [
+    "$",
+    " ",
+    "-",
+    "+",
+    "x",
+    ".",
+    ",",
+    "!",
+    "=",
+    "(",
+    ")",
+    "\u2013",
+    "\u00b7",
+    "\u00d7",
+    "|",
+    "~",
+    ":",
+    "/",
+    "e",
+]
+JOINED = {".": ("{0}.{1}", ".{1}"), ",": ("{}{}",), "'": ("{}{}",), "/": ("{}/{}",)}
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.integers(1, 999), st.lists(st.sampled_from(BETWEEN), min_size=1, max_size=4).map("".join), st.integers(100, 999)
+)
+def test_two_numbers_are_never_read_as_one(first, between, second):
+    form = normalise_number(f"{first}{between}{second}")
+    written = {str(first), str(second)}
+    written |= {
+        mark.format(first, second) for character, marks in JOINED.items() if character in between for mark in marks
+    }
+    assert form is None or abs(Fraction(form)) in map(Fraction, written)
 
 
 @settings(max_examples=500, deadline=None)

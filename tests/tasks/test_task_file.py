@@ -1,6 +1,7 @@
 """Task files: shipped prompts never change, a file of one's own is a task, and every mistake is one sentence."""
 
 import hashlib
+import importlib.resources
 import json
 import re
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_the_prompts_of_the_data_sets_never_change(name, seed):
     texts = [task.few_shot, task.few_shot_evaluator, task.few_shot_conclusion_evaluator, task.prompt(question)]
     texts.append(task.evaluator_prompt(question, ["Step 1: a\n"]))
     assert hashlib.sha256("\0".join(texts).encode()).hexdigest() == PROMPTS[name, seed]
+
+
+def test_the_files_of_the_data_sets_come_with_the_package():
+    inside = importlib.resources.files("cpo_fast.tasks")
+    files = {each.name: each.read_text(encoding="utf-8") for each in inside.iterdir() if each.name.endswith(".yaml")}
+    assert set(files) == {"arithmetic.yaml", "fact_verification.yaml", "multi_hop_qa.yaml"}
+    assert all("instruction:" in text for text in files.values())
+    assert importlib.resources.files("cpo_fast.demo").joinpath("questions.jsonl").is_file()
 
 
 def values(**changes):
@@ -92,6 +101,8 @@ def test_marks_labels_and_kind_are_those_of_the_file(tmp_path):
 ANSWERS = [
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No, it is not", "no"),
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "no one", None),
+    ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No. 5", None),
+    ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No\u2014it is not", "no"),
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "**Yes**.", "yes"),
     ({"kind": "choice", "choices": {"C++": [], "C": []}}, "C++ it is", "C++"),
     ({"kind": "regex", "pattern": r"\(([A-E])\)"}, "(C) or so", "C"),

@@ -1,5 +1,6 @@
 """Training goes on from an adapter of any kind: the numbers are PEFT's, and what is saved is what was trained."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -29,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cpo_fast.config import Config
-from cpo_fast.errors import CheckpointError, ConfigError
+from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
 from cpo_fast.models import load_model, merge
 from cpo_fast.train.loop import train
 from cpo_fast.train.policy import build_policy, load_policy
@@ -60,6 +62,8 @@ TRAINED: dict[str, Callable[[], PeftConfig]] = {
     "rsLoRA": lambda: lora(use_rslora=True),
     "PiSSA": lambda: lora(init_lora_weights="pissa"),  # the base is another one afterwards
     "dropout": lambda: lora(lora_dropout=0.4),
+    "ranks and scales by layer": lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 7}),
+    "DoRA on the embeddings": lambda: lora(use_dora=True, target_modules=["embed_tokens"]),
     "IA3": lambda: IA3Config(target_modules=LINEAR, feedforward_modules=["down_proj"]),
     "VeRA": lambda: VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
     "VBLoRA": lambda: VBLoRAConfig(r=4, target_modules=["q_proj"], num_vectors=8, vector_length=8),
@@ -77,6 +81,11 @@ REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "prefix tuning": (lambda: PrefixTuningConfig(num_virtual_tokens=4), "kind PREFIX_TUNING"),
     "activated LoRA": (lambda: lora(alora_invocation_tokens=[5, 6]), "activated LoRA"),
     "repeated layers": (lambda: lora(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+    "biases of OFT": (
+        lambda: OFTConfig(oft_block_size=8, target_modules=["q_proj"], bias="oft_only"),
+        "bias=oft_only",
+    ),
+    "a schedule of ranks": (lambda: AdaLoraConfig(target_modules=["q_proj"], total_step=9), "kind ADALORA.* ranks"),
     "PiSSA by drawn numbers": (lambda: lora(init_lora_weights="pissa_niter_2"), "init_lora_weights=pissa_niter_2"),
 }
 
@@ -206,6 +215,10 @@ def test_a_trained_copy_in_16_bits_is_refused(make_config: MakeConfig, tmp_path:
         (["self_attn"], r"'self_attn' matches \S+self_attn, a LlamaAttention, .* its linear layers are .*q_proj"),
         (["norm"], r"'norm' matches model\.norm, a LlamaRMSNorm"),
         ([], r"the list is empty"),
+        ([" "], r"a name is empty"),
+        (["q_proj", "lm_head"], r"'lm_head' is the output head"),
+        (["model.layers.0.mlp"], r"'model\.layers\.0\.mlp' matches model\.layers\.0\.mlp, a LlamaMLP"),
+        ([".*_proj"], r"'\.\*_proj' matches no module"),
     ],
 )
 def test_targets_that_lora_cannot_change_are_refused(targets: list[str], words: str, make_config: MakeConfig) -> None:
@@ -238,10 +251,89 @@ def test_merges_that_are_not_possible_or_not_finite_are_refused(make_config: Mak
     adapter = save_adapter_of(lora(), config.model.path, tmp_path / "damaged")
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
-    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
-    weights[name][0, 0] = float("inf")
+    for side in "AB":  # finite, and their product is not
+        weights[f"base_model.model.model.layers.1.mlp.down_proj.lora_{side}.weight"][0, 0] = 3e38
     save_file(weights, file, metadata={"format": "pt"})
     damaged = config.model_copy(update={"model": config.model.model_copy(update={"adapter": str(adapter)})})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight has NaN or infinity"):
         merge(damaged, tmp_path / "merged", ["1 + 1 = 2"], max_mean_kl=1e-9)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", ["LoRA and some tokens", "some tokens"])
+def test_tokens_of_a_tied_base_are_refused_before_it_is_loaded(
+    kind: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
+    adapter = save_adapter_of(TRAINED[kind](), str(base), tmp_path / "adapter")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"embeddings of some tokens, .*head is the same weight .*cpo-fast merge"):
+        load_policy(make_config(model={"path": str(base), "adapter": str(adapter)}))
+
+
+def settings_of(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def weights_of(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """The first tensor of the file changed."""
+
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        first = min(weights)
+        weights[first] = change(weights[first])
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+FIRST = r"layers\.0\.mlp\.down_proj\.lora_A\.weight"
+DAMAGED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "NaN": (weights_of(lambda one: one.fill_(float("nan"))), CheckpointError, f"{FIRST} in .* has NaN or infinity"),
+    "one infinity": (
+        weights_of(lambda one: one.index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(float("inf")))),
+        CheckpointError,
+        f"{FIRST} in .* has NaN or infinity",
+    ),
+    "integers": (
+        weights_of(lambda one: one.to(torch.int8)),
+        CheckpointError,
+        rf"1 weight\(s\) .* the first \S+{FIRST}",
+    ),
+    "a tensor of another shape": (weights_of(lambda one: one[:, :-1].contiguous()), CheckpointError, "does not fit"),
+    "fewer targets than weights": (settings_of(target_modules=["q_proj"]), CheckpointError, rf"first \S+{FIRST}"),
+    "targets of numbers": (settings_of(target_modules=5), CheckpointError, "does not fit the model .*damaged"),
+    "targets in lists": (settings_of(target_modules=[["q_proj"]]), CheckpointError, "does not fit the model .*damaged"),
+    "half a pattern": (settings_of(target_modules="(("), CheckpointError, "does not fit the model .*damaged"),
+    "a scale of text": (settings_of(lora_alpha="x"), CheckpointError, "does not fit the model .*damaged"),
+    "no kind": (settings_of(peft_type=None), ConfigError, "is of kind None"),
+    "a setting of a newer PEFT": (
+        settings_of(use_future=True, not_used=False),
+        EnvironmentProblem,
+        "newer PEFT than .* its setting use_future=True; pip install -U peft",
+    ),
+    "pickled weights": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        CheckpointError,
+        "holds no adapter_model.safetensors",
+    ),
+    "a pointer of Git LFS": (
+        lambda folder: (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        CheckpointError,
+        "are damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_adapter_is_named(damage: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    change, error, words = DAMAGED[damage]
+    config = make_config()
+    adapter = save_adapter_of(lora(), config.model.path, tmp_path / "adapter")
+    change(adapter)
+    with pytest.raises(error, match=f"^model.adapter: .*{words}"):
+        load_model(config.model.model_copy(update={"adapter": str(adapter)}))
