@@ -82,8 +82,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        option = "task.path" if strict else "the path"
-        raise DataError(f"{path}: cannot read ({error.strerror}); check {option}") from None
+        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
     opens_list = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if path.lower().endswith(".csv"):
         yield from _csv_rows(path, content)

@@ -82,6 +82,10 @@ class TaskConfig(Section):
             raise ValueError("name and file exclude each other; delete one of them")
         return self
 
+    def asking(self, path: str | None) -> "TaskConfig":
+        """This task with all questions of another file: `eval.path` or `train.dev_path`. Itself where there is none."""
+        return self.model_copy(update={"path": path, "num_questions": None, "skip_questions": 0}) if path else self
+
     @model_serializer(mode="wrap")
     def _as_before_both_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # hashes of this section, and so comparisons with evaluations of older versions, stay as they were
@@ -355,6 +359,10 @@ class TrainConfig(Section):
         "held_out_loss",
         description="what chooses the best adapter: held-out loss, or the share of task.path's questions answered right",
     )
+    dev_path: str | None = Field(
+        None,
+        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
+    )
     patience: int | None = Field(
         None, ge=1, description="stop early after so many validations without a better one; null: train to the end"
     )
@@ -370,6 +378,9 @@ class EvalConfig(Section):
     """Evaluation: greedy chain of thought, tree of thought, or both on the same questions."""
 
     method: Literal["cot", "tot", "both"] = Field("cot", description="chain, tree of thought with its vote, or both")
+    path: str | None = Field(
+        None, description="ask all questions of this file, as task.path; null: those that the task section names"
+    )
     max_new_tokens: int = Field(320, ge=1, description="cap on one chain, all its lines together")
     batch_size: int = Field(64, ge=1, description="chains that run side by side in the arena engine")
     latency_questions: int = Field(

@@ -136,13 +136,13 @@ def _paired(
             here, there = names if identity in ours else names[::-1]
             raise DataError(
                 f"{here} and {there} are not about the same questions: '{identity}' is in {here} only; evaluate both "
-                "with the same task.path, task.num_questions and task.skip_questions"
+                "with the same eval.path, or task.path, task.num_questions and task.skip_questions"
             )
         for field, what in (("question", "the text"), ("gold", "the reference answer")):
             if getattr(ours[identity], field) != getattr(theirs[identity], field):
                 raise DataError(
                     f"{names[0]} and {names[1]} are not about the same questions: {what} of '{identity}' differs; "
-                    "evaluate both with the same task.path"
+                    "evaluate both with the same eval.path, or task.path"
                 )
     return [(ours[identity], theirs[identity]) for identity in ours]
 

@@ -40,8 +40,9 @@ def evaluate(
     """Ask every question by the one method that `config.eval.method` names, and write both files into `config.run`.
 
     Args:
-        config: model (with `model.adapter` for a trained one), task, eval, and search: `search.max_steps` caps the
-            lines of a chain as it does in a tree, and `search.merge_adapter` says how the adapter takes part in either.
+        config: model (with `model.adapter` for a trained one), task, eval (whose `path` takes the place of the task's),
+            and search: `search.max_steps` caps the lines of a chain as it does in a tree, and `search.merge_adapter` says
+            how the adapter takes part in either.
         model, tokenizer: those that `config.model` names, already loaded. None loads them.
         on_question: called with (questions done, questions in all) after each.
         make_engine: gives what answers chains and searches.
@@ -66,6 +67,8 @@ def evaluate_methods(
     """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
+    # what is recorded names the questions that were asked, by whichever key
+    config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
     methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
     if model is None:

@@ -10,7 +10,7 @@ import torch
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
-from cpo_fast.evaluate import evaluate, evaluate_methods, read_evaluation
+from cpo_fast.evaluate import Evaluation, evaluate, evaluate_methods, read_evaluation
 from cpo_fast.models import load_model, model_hash
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 from cpo_fast.tasks import get_task
@@ -99,6 +99,26 @@ def test_evaluation_counts_grades_and_writes_both_files(tmp_path: Path, folder: 
     assert summary["tokens"]["mean"] == 16.0
     assert summary["seconds"]["mean"] > 0
     assert read_evaluation(tmp_path / "run/eval-base.jsonl") == evaluation
+
+
+def test_questions_of_eval_path_are_asked_and_recorded_in_place_of_the_task_s(tmp_path: Path, folder: Path) -> None:
+    searched = write_questions(tmp_path / "train.jsonl", ["What is number 7?"], ["7"])
+    asked = numbered(tmp_path / "test.jsonl", ["1", "2"])
+    engine = ScriptedEngine({"number": "Answer: 1\n"})
+
+    def evaluation(run: str, questions: Path, **section: Any) -> Evaluation:
+        config = config_for(folder, tmp_path / run, questions, **section)
+        task = config.task.model_copy(update={"num_questions": 1} if section else {})
+        config = config.model_copy(update={"task": task})
+        return evaluate(config, silent_model(), engine.tokenizer, make_engine=lambda *_: engine)
+
+    own, other = evaluation("own", asked), evaluation("other", searched, path=str(asked))
+    # all of them: task.num_questions counts those of task.path
+    assert [result.question for result in other.results] == ["What is number 0?", "What is number 1?"]
+    assert (own.num_correct, other.num_correct, other.num_graded) == (1, 1, 2)
+    assert own.task_hash == other.task_hash != evaluation("searched", searched).task_hash
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot read .*; check the path"):
+        evaluation("none", asked, path=str(tmp_path / "none.jsonl"))
 
 
 def test_evaluation_without_reference_answers_has_no_accuracy(tmp_path: Path, folder: Path) -> None:
