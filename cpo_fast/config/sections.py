@@ -316,6 +316,11 @@ class TrainConfig(Section):
         description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
         "when there are several epochs",
     )
+    reference_model: Literal["base"] | None = Field(
+        None,
+        description="the frozen model of a training that goes on from model.adapter; null: a copy of that adapter, so "
+        "that rewards begin at 0; base: the model without it",
+    )
     gradient_checkpointing: Literal["auto", "off", "non_reentrant"] = Field(
         "auto",
         description="save memory by computing each layer again in backward, about a third slower; auto: only where a step "
