@@ -393,6 +393,32 @@ class EvalConfig(Section):
     )
 
 
+class IterateConfig(Section):
+    """Rounds of search, pairs, training and evaluation (`cpo-fast iterate`)."""
+
+    method: Literal["cpo", "sft_cpo"] = Field(
+        "cpo",
+        description="what a round trains. cpo: preferences; sft_cpo: first to imitate the winning paths of the same "
+        "trees, then preferences from there",
+    )
+    num_rounds: int = Field(3, ge=1, description="rounds at most; a larger number goes on after the last one")
+    new_questions: bool = Field(
+        False, description="ask the next task.num_questions of task.path in each round, and not the same ones again"
+    )
+    sft_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of the imitation with sft_cpo (paper: 1e-5); null: train.lr"
+    )
+    stop_on: Literal["accuracy", "never"] = Field(
+        "accuracy",
+        description="what ends the rounds and chooses the best. accuracy: of chains on train.dev_path, whose gold answers "
+        "are read for that; never: all rounds are made and the last one is taken, without a gold answer",
+    )
+    min_gain: float = Field(
+        0.0, ge=0, lt=1, description="accuracy by more than which a round must beat all before it, to have helped"
+    )
+    patience: int = Field(1, ge=1, description="stop after so many rounds in a row that did not help")
+
+
 class Config(Section):
     """Everything one run needs. A command reads the sections it uses and leaves the others alone."""
 
@@ -406,6 +432,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    iterate: IterateConfig = IterateConfig()
 
     @model_validator(mode="after")
     def _values_are_ordered(self) -> "Config":
