@@ -279,7 +279,7 @@ class Rounds:
         if number and not _is_made(self.rounds[number]):
             return f"round {number}: {_no_pairs(self.rounds[number]['stages']['pairs'])}"
         scores = self.scores()
-        if self.settings.stop_on != "never" and num_without_help(scores, self.settings) >= self.settings.patience:
+        if num_without_help(scores, self.settings) >= self.settings.patience:
             best = max(scores[:-1])
             than = f"{best:.3f}" + (f" by more than {self.settings.min_gain:g}" if self.settings.min_gain else "")
             return f"round {number} does not help: dev accuracy {scores[-1]:.3f}, not better than {than}"
@@ -288,15 +288,16 @@ class Rounds:
         return ""
 
     def scores(self) -> list[float]:
-        """What `iterate.stop_on` goes by, of every round that was made, from M_0 on."""
-        made = [one for one in self.rounds if "eval" in one["stages"] and "seconds" in one["stages"]["eval"]]
-        return [SCORES[self.settings.stop_on](one) for one in made]
+        """What `iterate.stop_on` goes by, of every round that was made, from M_0 on. Nothing where it is `never`."""
+        measure = SCORES.get(self.settings.stop_on)
+        made = [one for one in self.rounds if "seconds" in one["stages"].get("eval", {})]
+        return [measure(one) for one in made] if measure is not None else []
 
     def best(self) -> int:
         """The round whose model is the best: the first of the highest score, or the last without a score."""
-        if self.settings.stop_on == "never":
-            return max((one["round"] for one in self.rounds if _is_made(one)), default=0)
         scores = self.scores()
+        if not scores:
+            return max(one["round"] for one in self.rounds if _is_made(one))
         return scores.index(max(scores))
 
     def _publish(self) -> None:
@@ -474,10 +475,10 @@ def _lock(run: Path) -> Iterator[None]:
         ) from None
 
 
-def stage_ended(command: str, code: int) -> CpoFastError:
+def stage_ended(code: int) -> CpoFastError:
     """The error of a command that ran in processes of its own and has said itself what is wrong."""
     if code in INTERRUPTS:
-        return Interrupted(f"{command} was interrupted; the same command goes on from there", code)
-    error = CpoFastError(f"{command} ended with exit code {code}, for the reason that stands above")
+        return Interrupted("interrupted; the same command goes on from there", code)
+    error = CpoFastError(f"ended with exit code {code}, for the reason that stands above")
     error.exit_code = code
     return error

@@ -79,7 +79,7 @@ def run_on_ranks(command: str, config: Config, num_ranks: int, flags: Sequence[s
     with _output_to_errors() if as_json else nullcontext():
         code = launch([*flags, command, str(path)], "auto", hosts, folder, config.train.grace)
     if code:
-        raise stage_ended(command, code)
+        raise stage_ended(code)
 
 
 @contextmanager
