@@ -1,4 +1,4 @@
-"""Kill rounds before a write: `python -m tests.iterate.kill_rounds FOLDER METHOD SEED`, and begin them again until they end.
+"""Kill rounds before a write: `python -m tests.iterate.kill_rounds FOLDER METHOD SEED`, until they end.
 
 Every start is a fork of this process, which kills itself before its n-th operation on files that changes the run folder.
 Of so many starts some are killed in every stage, and between a stage and its record. Then all files are compared with those

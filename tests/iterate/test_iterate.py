@@ -1,11 +1,13 @@
 """Rounds are the single commands, one after the other, on the adapter of the round before."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from transformers import PreTrainedModel
 
 from cpo_fast.adapters import adapter_hash
 from cpo_fast.cli import cli
@@ -129,11 +131,23 @@ def test_run_again_nothing_is_made_again(rounds_of_cpo: Config) -> None:
     assert [line for line in lines if line.startswith("round")] == []
 
 
-def test_more_rounds_go_on_after_the_last(rounds_of_cpo: Config, inputs: Path, tmp_path: Path) -> None:
+def test_more_rounds_go_on_after_the_last_and_no_stage_holds_the_model_of_another(
+    rounds_of_cpo: Config, inputs: Path, tmp_path: Path
+) -> None:
+    def models() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, PreTrainedModel)}
+
+    def look(line: str) -> None:
+        held.append((line, len(models() - before)))
+
+    before, held = models(), list[tuple[str, int]]()
     one = validate_config(values(inputs, tmp_path / "run", iterate={"num_rounds": 1}))
-    assert iterate(one)["stopped"] == "iterate.num_rounds=1"
-    iterate(validate_config(values(inputs, tmp_path / "run")))
+    assert iterate(one, Watch(on_stage=look))["stopped"] == "iterate.num_rounds=1"
+    iterate(validate_config(values(inputs, tmp_path / "run")), Watch(on_stage=look))
     assert results(tmp_path / "run") == results(Path(rounds_of_cpo.run))
+    stages = [(line, number) for line, number in held if line.startswith("round")]
+    assert len(stages) == 9
+    assert {number for _, number in stages} == {0}, stages
 
 
 @pytest.mark.parametrize(
