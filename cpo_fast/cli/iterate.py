@@ -42,7 +42,8 @@ def iterate_command(
     train.reference_model  base: the reference stays the first model
 
     Round T writes what the single commands write, into RUN/round-T. RUN/iterate.json says what each one brought, and
-    RUN/adapter is the best round's. The same command goes on where an earlier one was stopped.
+    RUN/adapter is the best round's. The same command goes on where an earlier one was stopped. Questions of eval.path
+    are not asked: they are for a last `cpo-fast eval`.
     """
     config = load_config(config_path, overrides)
 

@@ -13,7 +13,7 @@ from cpo_fast.adapters import adapter_hash
 from cpo_fast.cli import cli
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import CheckpointError, ConfigError, CpoFastError, DataError
-from cpo_fast.iterate import Watch, iterate, num_without_help, run_here
+from cpo_fast.iterate import Rounds, Watch, iterate, num_without_help, run_here
 from cpo_fast.tree import read_trees
 from tests.iterate.rounds import DEV, QUESTIONS, results, values, write_config, write_questions
 
@@ -275,6 +275,29 @@ def test_the_reference_stays_the_first_model_if_asked(inputs: Path, tmp_path: Pa
     assert weights(run, 2) != weights(Path(rounds_of_cpo.run), 2)
     first = json.loads((run / "round-2/metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards/chosen"] > 0
+
+
+def test_every_stage_is_given_its_folder_adapter_rate_and_questions(inputs: Path, tmp_path: Path) -> None:
+    changes = {"method": "sft_cpo", "sft_lr": 0.5, "new_questions": True}
+    settings = values(inputs, tmp_path, iterate=changes, model={"adapter": "first"}, eval={"path": "test"})
+    rounds = Rounds(validate_config(settings), {}, Watch(), lambda name, config: None)
+    assert rounds.stages(0) == ["eval"]
+    assert rounds.stages(1) == ["collect", "pairs", "sft", "train", "eval"]
+
+    def given(stage: str, number: int) -> tuple[Any, ...]:
+        config = rounds.config_of(stage, number)
+        where = (config.run, config.model.adapter, config.data.path)
+        names = [str(each or "").replace(f"{tmp_path}/", "") for each in where]
+        return *names, config.train.method, config.train.lr, config.task.skip_questions, config.eval.path
+
+    trees = ["round-1/trees.jsonl", "round-2/trees.jsonl"]
+    assert given("collect", 1) == ("round-1", "first", trees[0], "preference", 0.02, 0, "test")
+    assert given("sft", 1) == ("round-1/sft", "first", trees[0], "sft", 0.5, 0, "test")
+    assert given("train", 1) == ("round-1", "round-1/sft/adapter", trees[0], "preference", 0.02, 0, "test")
+    assert given("sft", 2) == ("round-2/sft", "round-1/adapter", trees[1], "sft", 0.5, 2, "test")
+    dev = str(inputs / "dev.jsonl")
+    assert given("eval", 0) == ("round-0", "first", "", "preference", 0.02, 0, dev)
+    assert given("eval", 2) == ("round-2", "round-2/adapter", "", "preference", 0.02, 0, dev)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
