@@ -112,8 +112,8 @@ def load_adapter(model: Any, path: str) -> Any:
             f"model.adapter: {path} does not fit the model ({first_line(error)}); it was trained on another one"
         ) from error
     needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    has_embeddings = saved > needed  # PEFT has put them into the base
-    if has_embeddings:
+    saves_embeddings = saved > needed  # PEFT has put them into the base
+    if saves_embeddings:
         needed = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=True))
     # PEFT only warns here, and an adapter that is half applied looks like one that learnt nothing
     astray = sorted(needed ^ saved)
@@ -122,11 +122,11 @@ def load_adapter(model: Any, path: str) -> Any:
             f"model.adapter: {len(astray)} weight(s) in {path} do not fit the model, the first {astray[0]}; "
             "the adapter was trained on another model"
         )
-    setattr(wrapped, _SAVES_EMBEDDINGS, has_embeddings)
+    setattr(wrapped, _SAVES_EMBEDDINGS, saves_embeddings)
     return wrapped
 
 
-def saves_embeddings(model: Any) -> bool:
+def brings_embeddings(model: Any) -> bool:
     """Whether the adapter of a `PeftModel` came with embeddings, which stand in the base since it was loaded."""
     return bool(getattr(model, _SAVES_EMBEDDINGS, False))
 
@@ -171,7 +171,7 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    options = {"save_embedding_layers": saves_embeddings(model)}
+    options = {"save_embedding_layers": brings_embeddings(model)}
     saved_parameters = _saved_parameters(model)
     with _gathered(list(saved_parameters.values()), zero_stage):  # every rank takes part, whether it writes or not
         # copies outlive the gathering
@@ -220,7 +220,7 @@ def _replace(aside: Path, folder: Path) -> None:
 def _saved_parameters(model: Any) -> "dict[str, torch.Tensor]":
     """By name, the parameters that may go into the adapter's file."""
     saved = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    if saves_embeddings(model):
+    if brings_embeddings(model):
         base = model.get_base_model()
         embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
         addresses = {id(each) for module in embeddings if module is not None for each in module.parameters()}

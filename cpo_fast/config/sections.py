@@ -311,15 +311,15 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="scale larger gradients down to this global norm, so that no step jumps; 0: never"
     )
-    reference: Literal["auto", "online", "cached"] = Field(
-        "auto",
-        description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
-        "when there are several epochs",
-    )
     reference_model: Literal["base"] | None = Field(
         None,
         description="the frozen model of a training that goes on from model.adapter; null: a copy of that adapter, so "
         "that rewards begin at 0; base: the model without it",
+    )
+    reference: Literal["auto", "online", "cached"] = Field(
+        "auto",
+        description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
+        "when there are several epochs",
     )
     gradient_checkpointing: Literal["auto", "off", "non_reentrant"] = Field(
         "auto",
@@ -433,6 +433,11 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     iterate: IterateConfig = IterateConfig()
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Folder of the adapter that training's reference has, None for the base alone."""
+        return None if self.train.reference_model == "base" else self.model.adapter
 
     @model_validator(mode="after")
     def _values_are_ordered(self) -> "Config":

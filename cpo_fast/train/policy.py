@@ -19,7 +19,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from transformers.pytorch_utils import Conv1D
 
 from cpo_fast.adapter_kinds import reason_against_training
-from cpo_fast.adapters import ADAPTER, saves_embeddings, switch_off_dropout
+from cpo_fast.adapters import ADAPTER, brings_embeddings, switch_off_dropout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -88,7 +88,7 @@ def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Pol
                 raise ConfigError(f"adapter '{name}' of the model {reason}")
         switch_off_dropout(model)
         if starts_off_reference(config):
-            if saves_embeddings(model):
+            if brings_embeddings(model):
                 raise ConfigError(
                     f"train.reference_model=base: {config.model.adapter} brings embeddings of its own, which are in the "
                     "base once it is loaded; leave the key out"
@@ -104,7 +104,7 @@ def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Pol
 
 def starts_off_reference(config: Config) -> bool:
     """Whether training starts from an adapter and its reference is the base without it."""
-    return config.model.adapter is not None and config.train.reference_model == "base"
+    return config.reference_adapter != config.model.adapter
 
 
 def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:

@@ -23,7 +23,7 @@ from cpo_fast.data.examples import Example
 from cpo_fast.files import aside_of
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.objective import Scored, split_examples
-from cpo_fast.train.policy import Policy, starts_off_reference
+from cpo_fast.train.policy import Policy
 from cpo_kernels.integrations.transformers import packed_logps
 from cpo_kernels.tolerances import end_to_end_bound
 
@@ -38,8 +38,7 @@ class ReferenceCache:
     def __init__(self, config: Config, base: str, dtype: torch.dtype, pairs: Sequence[Example], folder: Path) -> None:
         """`base` names the base's weights and `dtype` is theirs. `pairs` are all that will be scored."""
         self.config, self.pairs, self.folder, self.dtype = config, pairs, folder, dtype
-        adapter = None if starts_off_reference(config) else config.model.adapter
-        self.names = (base, adapter_hash(adapter), str(dtype))
+        self.names = (base, adapter_hash(config.reference_adapter), str(dtype))
 
     def logps(self, model: Any, policy: Policy, communicator: Communicator) -> ReferenceLogps:
         """The file's values where its key fits and a sample of them agrees with an online computation, else new ones.
