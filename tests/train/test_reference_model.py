@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpo_fast.config import Config
-from cpo_fast.errors import CpoFastError
+from cpo_fast.errors import ConfigError, CpoFastError
 from cpo_fast.train import policy
 from cpo_fast.train.loop import train
 from tests.train.runs import CONSTANT_RATE, MakeConfig, adapter_of, id_rows, largest_difference, metrics_of, sgd
@@ -118,3 +118,14 @@ def test_a_reference_that_is_not_the_base_is_refused(
         CpoFastError, match=r"self-test: log-probs of the reference differ by .* so the reference is not the base"
     ):
         train(of_adapter(make_config, adapter, reference="online", reference_model="base"))
+
+
+def test_an_adapter_that_changes_the_base_when_loaded_has_no_base_to_go_back_to(
+    make_config: MakeConfig, tiny_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32)
+    PeftModel.from_pretrained(base, adapter).save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    config = of_adapter(make_config, tmp_path / "whole", reference_model="base")
+    with pytest.raises(ConfigError, match="brings embeddings of its own"):
+        train(config)
+    train(config.model_copy(update={"train": config.train.model_copy(update={"reference_model": None})}))
