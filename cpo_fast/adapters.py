@@ -150,6 +150,11 @@ def _check_known(path: str, peft: Any) -> None:
         )
 
 
+def brings_embeddings(model: Any) -> bool:
+    """Whether the adapter of a `PeftModel` came with embeddings, which stand in the base since it was loaded."""
+    return bool(getattr(model, _SAVES_EMBEDDINGS, False))
+
+
 def switch_off_dropout(model: Any) -> None:
     """Set every dropout of a PEFT model's adapters to 0, in their configurations and in their modules, with a warning."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -190,7 +195,7 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    options = {"save_embedding_layers": getattr(model, _SAVES_EMBEDDINGS, False)}
+    options = {"save_embedding_layers": brings_embeddings(model)}
     saved_parameters = _saved_parameters(model)
     with _gathered(list(saved_parameters.values()), zero_stage):  # every rank takes part, whether it writes or not
         # copies outlive the gathering
@@ -239,7 +244,7 @@ def _replace(aside: Path, folder: Path) -> None:
 def _saved_parameters(model: Any) -> "dict[str, torch.Tensor]":
     """By name, the parameters that may go into the adapter's file."""
     saved = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    if getattr(model, _SAVES_EMBEDDINGS, False):
+    if brings_embeddings(model):
         base = model.get_base_model()
         embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
         addresses = {id(each) for module in embeddings if module is not None for each in module.parameters()}

@@ -8,7 +8,17 @@ import sys
 from collections.abc import Iterator, Mapping
 
 # cpo_fast from the ground up; what is not named (errors, files, config, tree, tasks, models, ...) is the ground, level 0
-LEVELS = {"search": 1, "data": 1, "official": 2, "train": 2, "evaluate": 2, "cli": 3, "demo": 3, "__main__": 3}
+LEVELS = {
+    "search": 1,
+    "data": 1,
+    "official": 2,
+    "train": 2,
+    "evaluate": 2,
+    "cli": 3,
+    "demo": 3,
+    "iterate": 3,
+    "__main__": 3,
+}
 STRANGERS = {("search", "data"), ("data", "search")}
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "cpo_kernels"}
 # files of a kernel folder that hold one implementation each, Triton's in several; none imports another implementation

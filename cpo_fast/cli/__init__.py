@@ -27,6 +27,7 @@ COMMANDS = {
     "pairs": "turn trees.jsonl into preference pairs (pairs.jsonl)",
     "train": "train a LoRA adapter on trees, pairs or any preference JSONL",
     "eval": "accuracy, seconds and tokens of chain and tree of thought; paired comparisons",
+    "iterate": "rounds of collect, pairs, train and eval, until one does not help",
     "merge": "merge an adapter into its base model, checked against both",
     "plan": "rows, tokens, steps, memory and disk of a training, before it starts",
     "doctor": "versions, devices, what is missing and the line that installs it",

@@ -53,7 +53,7 @@ def collect_command(
     worker = find_worker(worker_option, os.environ)
     task, _ = load_questions(config)  # a bad question file is reported before torch is loaded
     check_evaluator(config.search, task)
-    result = collect(config, progress=_show, worker=worker)
+    result = collect(config, progress=show_question, worker=worker)
     if as_json:
         _print_json(result)
     else:
@@ -86,7 +86,7 @@ def _import(config: Config, official_path: str, as_json: bool) -> None:
     click.echo(f"trees: {result.trees_path}; left out: {result.dropped_path}")
 
 
-def _show(number: int, total: int, tree: Any, seconds: float) -> None:
+def show_question(number: int, total: int, tree: Any, seconds: float) -> None:
     """A line a question for logs. On a terminal, whose line shows how far it is, of failures alone."""
     if not sys.stderr.isatty() or tree.status == "failed":
         _print_line(number, total, tree, seconds)

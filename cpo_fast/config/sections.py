@@ -375,6 +375,11 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, description="scale larger gradients down to this global norm, so that no step jumps; 0: never"
     )
+    reference_model: Literal["base"] | None = Field(
+        None,
+        description="the frozen model of a training that goes on from model.adapter; null: a copy of that adapter, so "
+        "that rewards begin at 0; base: the model without it",
+    )
     reference: Literal["auto", "online", "cached"] = Field(
         "auto",
         description="the frozen model's log-probs: computed in every step, or once and kept in the run folder; auto: kept "
@@ -439,6 +444,10 @@ class TrainConfig(Section):
         description="trees.jsonl of questions that are not trained on, whose votes stop_on=agreement compares with; null: "
         "the held-out trees of data.path",
     )
+    dev_path: str | None = Field(
+        None,
+        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
+    )
     patience: int | None = Field(
         None,
         ge=1,
@@ -491,6 +500,32 @@ class EvalConfig(Section):
     )
 
 
+class IterateConfig(Section):
+    """Rounds of search, pairs, training and evaluation (`cpo-fast iterate`)."""
+
+    method: Literal["cpo", "sft_cpo"] = Field(
+        "cpo",
+        description="what a round trains. cpo: preferences; sft_cpo: first to imitate the winning paths of the same "
+        "trees, then preferences from there",
+    )
+    num_rounds: int = Field(3, ge=1, description="rounds at most; a larger number goes on after the last one")
+    new_questions: bool = Field(
+        False, description="ask the next task.num_questions of task.path in each round, and not the same ones again"
+    )
+    sft_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of the imitation with sft_cpo (paper: 1e-5); null: train.lr"
+    )
+    stop_on: Literal["accuracy", "never"] = Field(
+        "accuracy",
+        description="what ends the rounds and chooses the best. accuracy: of chains on train.dev_path, whose gold answers "
+        "are read for that; never: all rounds are made and the last one is taken, without a gold answer",
+    )
+    min_gain: float = Field(
+        0.0, ge=0, lt=1, description="accuracy by more than which a round must beat all before it, to have helped"
+    )
+    patience: int = Field(1, ge=1, description="stop after so many rounds in a row that did not help")
+
+
 class Config(Section):
     """Everything one run needs. A command reads the sections it uses and leaves the others alone."""
 
@@ -504,6 +539,12 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    iterate: IterateConfig = IterateConfig()
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Folder of the adapter that training's reference has, None for the base alone."""
+        return None if self.train.reference_model == "base" else self.model.adapter
 
     @model_validator(mode="after")
     def _values_are_ordered(self) -> "Config":

@@ -72,7 +72,7 @@ class TreeRows:
         return f"{self.num_trees} of {total} trees" + (f" (none in {reasons})" if reasons else "")
 
     def warning(self, rule: str) -> str:
-        """A sentence where `rule`, as `pairs.rule=fpo`, made rows of fewer than half of the trees with a winner, else ""."""
+        """A sentence where `rule`, as `pairs.rule=fpo`, made rows of fewer than half of the trees with a winner."""
         num_lost = sum(reason in _OF_THE_RULE for reason in self.trees_without.values())
         if num_lost <= self.num_trees:
             return ""

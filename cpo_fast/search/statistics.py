@@ -113,6 +113,34 @@ def _depth_statistics(depth: int, nodes: Sequence[Node]) -> DepthStatistics:
 
 
 @dataclass(frozen=True)
+class Diversity:
+    """How different what a search found is: means over trees, or over states, in which duplicates are merged.
+
+    Attributes:
+        thoughts_per_state: distinct thoughts under a state that was expanded.
+        paths_per_question, winning_paths_per_question: distinct complete chains of a tree, and the winning ones.
+        answers_per_question: different answers among them.
+    """
+
+    thoughts_per_state: float
+    paths_per_question: float
+    winning_paths_per_question: float
+    answers_per_question: float
+
+
+def diversity(trees: Sequence[SearchTree]) -> Diversity:
+    """Of at least one tree. A state counts as expanded when it has a thought."""
+    counted = [tree_statistics(tree) for tree in trees]
+    num_states = sum(len({node.parent for node in tree.nodes}) for tree in trees)
+    return Diversity(
+        sum(one.num_unique for one in counted) / max(1, num_states),
+        sum(one.num_complete for one in counted) / len(trees),
+        sum(one.num_winning for one in counted) / len(trees),
+        sum(one.num_answers for one in counted) / len(trees),
+    )
+
+
+@dataclass(frozen=True)
 class CollectResult:
     """Summary of the trees of this run's questions.
 

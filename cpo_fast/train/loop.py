@@ -41,7 +41,14 @@ from cpo_fast.train.heartbeat import Heartbeat
 from cpo_fast.train.memory import choose_stage
 from cpo_fast.train.metrics import rounded
 from cpo_fast.train.objective import Objective
-from cpo_fast.train.policy import Policy, base_hash, load_policy, prepare_policy, put_adapter
+from cpo_fast.train.policy import (
+    Policy,
+    base_hash,
+    load_policy,
+    prepare_policy,
+    put_adapter,
+    starts_off_reference,
+)
 from cpo_fast.train.preflight import check_hosts
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
@@ -214,8 +221,9 @@ def _set_up(
     if saved is None:
         communicator.doing = "testing itself"
         # a question's pairs branch at every thought, so this forest has every kind of branch that training will meet
-        objective.self_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
-        objective.sampling_test(trainer.engine, trainer.batches(0, "questions")[0], communicator)
+        forest = trainer.batches(0, "questions")[0]
+        objective.self_test(trainer.engine, forest, communicator, starts_off_reference(config))
+        objective.sampling_test(trainer.engine, forest, communicator)
     else:
         trainer.restore(saved)
     trainer.probe()

@@ -20,6 +20,7 @@ The division is the loop's, by `normaliser`: only a step knows how many pairs or
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from cpo_kernels import (
 from cpo_kernels.device import to_device
 from cpo_kernels.implementation import Implementations
 from cpo_kernels.integrations.transformers import PackedLogps, PairTooLarge, packed_logps, split_pairs
+from cpo_kernels.integrations.transformers.model import reference_adapter
 from cpo_kernels.tolerances import end_to_end_bound
 
 # per-token values that the statistics need, beside the log-probs
@@ -194,25 +196,37 @@ class Objective(torch.nn.Module):
             return sum(len(example.responses[0]) for example in examples)
         return len(examples)
 
-    def self_test(self, engine: Any, examples: Sequence[Example], communicator: Communicator) -> None:
+    def self_test(
+        self, engine: Any, examples: Sequence[Example], communicator: Communicator, off_reference: bool = False
+    ) -> None:
         """Policy and reference on one forest before the first step: rewards must be bitwise 0 on every rank.
 
-        Every rank calls with the same examples, and all of them raise where one has other rewards.
+        Every rank calls with the same examples, and all of them raise where one has other rewards. Of a policy that
+        starts from an adapter and is measured against the base (`off_reference`), the log-probs without that adapter must
+        be the reference's, to the last bit.
 
         Raises:
-            CpoFastError: the policy at step 0 is not its own reference.
+            CpoFastError: the policy at step 0, or its base, is not its reference.
         """
         if self.config.method == "sft":
             return  # no reference
+        batch, found = next(self.micro_batches(examples, online=True)), "rewards at step 0 reach {}{}, not 0"
         with torch.no_grad():
-            columns = engine(next(self.micro_batches(examples, online=True))).columns
-        largest = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]]).abs().max()  # NaN if one is
-        for rank, reward in enumerate(communicator.gather(largest[None])[:, 0].tolist()):
-            if reward != 0:
+            if off_reference:
+                found = "log-probs of the reference differ by {}{} from those of the base"
+                differences: list[torch.Tensor] = []
+                engine(lambda model: differences.append(self._from_base(model, batch)))
+                largest = differences[0].abs().max()
+            else:
+                columns = engine(batch).columns
+                largest = torch.stack([columns["chosen_rewards"], columns["rejected_rewards"]]).abs().max()
+        for rank, value in enumerate(communicator.gather(largest[None])[:, 0].tolist()):
+            if value != 0:  # NaN if one is
                 where = f" on rank {rank}" if communicator.world_size > 1 else ""
                 raise CpoFastError(
-                    f"self-test: rewards at step 0 reach {reward:.1e}{where} instead of exactly 0, so the reference is "
-                    "not the policy's starting point (an adapter that was trained, or dropout)"
+                    f"self-test: {found.format(f'{value:.1e}', where)}, so the reference is not "
+                    f"{'the base' if off_reference else 'the starting point of the policy'} (an adapter that was trained, "
+                    "or dropout)"
                 )
 
     def sampling_test(self, engine: Any, examples: Sequence[Example], communicator: Communicator) -> None:
@@ -236,6 +250,15 @@ class Objective(torch.nn.Module):
                 f"policy's at step 0, more than rounding ({bound:.0e}), so another model, adapter or dtype sampled them; "
                 "train.method=tree_grpo needs trees of the model that it starts from"
             )
+
+    def _from_base(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """Log-probs [S] of the reference less those of the policy with every adapter off."""
+        sequences, starts = zip(*batch.scored, strict=True)
+        score = partial(packed_logps, model, sequences, starts, self.reference, impl=self.impl)
+        expected = score().ref_segment_logps
+        assert expected is not None
+        with reference_adapter(model, None):
+            return expected - score().segment_logps
 
 
 def _pair_loss(batch: MicroBatch, packed: PackedLogps, lengths: Sequence[int], config: TrainConfig) -> MicroBatchResult:

@@ -98,7 +98,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
     """
     device = resolve_device(config.model.device)
     stage = choose_stage(config, device, Ranks(0, num_ranks, 0, num_ranks))
-    policy = load_policy(config, *_without_weights(config, device))
+    policy = load_policy(config, *without_weights(config, device))
     loaded = load_examples(config, policy.tokenizer)
     examples, held_out = split_by_question(loaded.examples, config.data.held_out, config.seed)
     train = config.train
@@ -209,8 +209,12 @@ def _loading_bytes(base: float, file_bytes: int, is_cast: bool, cut_over: int) -
     return file_bytes + (base if is_cast else 0) + (base / cut_over if cut_over > 1 else 0)
 
 
-def _without_weights(config: Config, device: torch.device) -> tuple[Any, Any]:
-    """The model on torch's meta device, in the dtype that training would give it, and its tokenizer."""
+def without_weights(config: Config, device: torch.device) -> tuple[Any, Any]:
+    """The model on torch's meta device, in the dtype that training would give it, and its tokenizer.
+
+    Raises:
+        EnvironmentProblem: it cannot be made without its files of weights.
+    """
     import transformers
 
     folder = model_folder(config.model.path)

@@ -1,7 +1,8 @@
 """The policy: base model, LoRA adapter and reference, ready for packed forwards.
 
 The base keeps its dtype and is frozen. Adapters are float32 and their own master copy. The reference is the weights at
-step 0: the base with the adapter off, or, when training starts from a saved adapter, a frozen second copy of it.
+step 0: the base with the adapter off, or, when training starts from a saved adapter, a frozen second copy of it. With
+`train.reference_model: base` it is the base there too, and rewards begin elsewhere than at 0.
 """
 
 import copy
@@ -18,7 +19,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from transformers.pytorch_utils import Conv1D
 
 from cpo_fast.adapter_kinds import reason_against_training
-from cpo_fast.adapters import ADAPTER, switch_off_dropout
+from cpo_fast.adapters import ADAPTER, brings_embeddings, switch_off_dropout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -86,13 +87,24 @@ def load_policy(config: Config, model: Any = None, tokenizer: Any = None) -> Pol
             if (reason := reason_against_training(settings.to_dict())) is not None:
                 raise ConfigError(f"adapter '{name}' of the model {reason}")
         switch_off_dropout(model)
-        if config.model.adapter is not None:
+        if starts_off_reference(config):
+            if brings_embeddings(model):
+                raise ConfigError(
+                    f"train.reference_model=base: {config.model.adapter} brings embeddings of its own, which are in the "
+                    "base once it is loaded; leave the key out"
+                )
+        elif config.model.adapter is not None:
             _add_frozen_copy(model)
             reference = REFERENCE_ADAPTER
     _train_adapter_only(model)
     if config.train.lora_input == "recast":
         keep_input_dtype(model)
     return Policy(model, tokenizer, reference)
+
+
+def starts_off_reference(config: Config) -> bool:
+    """Whether training starts from an adapter and its reference is the base without it."""
+    return config.reference_adapter != config.model.adapter
 
 
 def prepare_policy(model: Any, policy: Policy, config: Config) -> Policy:

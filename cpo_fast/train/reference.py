@@ -37,7 +37,7 @@ class ReferenceCache:
     def __init__(self, config: Config, base: str, dtype: torch.dtype, pairs: Sequence[Example], folder: Path) -> None:
         """`base` names the base's weights and `dtype` is theirs. `pairs` are all that will be scored."""
         self.config, self.pairs, self.folder, self.dtype = config, pairs, folder, dtype
-        self.names = (base, adapter_hash(config.model.adapter), str(dtype))
+        self.names = (base, adapter_hash(config.reference_adapter), str(dtype))
 
     def logps(self, model: Any, policy: Policy, communicator: Communicator) -> ReferenceLogps:
         """The stored values where a sample of them agrees with an online computation, and new ones for the rest.

@@ -79,6 +79,13 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """The keys in which two identities differ, each with what it was and what it is, in words."""
+    keys = sorted({*saved, *now})
+    words = {key: f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys}
+    return {key: words[key] for key in keys if saved.get(key) != now.get(key)}
+
+
 def check_same_training(
     saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], folder: str
 ) -> None:
@@ -96,11 +103,10 @@ def check_same_training(
         raise ConfigError(
             f"--allow-mismatch {unknown[0]}: there is no such key; the keys are {', '.join(sorted(keys))}"
         )
-    differing = [key for key in sorted(keys - set(allowed)) if saved.get(key) != now.get(key)]
+    differing = {key: words for key, words in differences(saved, now).items() if key not in allowed}
     if differing:
-        listed = "; ".join(f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in differing)
         raise CheckpointError(
-            f"{folder} holds checkpoints of another training ({listed}); choose another run folder, delete "
-            f"{folder}/checkpoints to train anew, or go on all the same with "
+            f"{folder} holds checkpoints of another training ({'; '.join(differing.values())}); choose another run folder, "
+            f"delete {folder}/checkpoints to train anew, or go on all the same with "
             f"{' '.join(f'--allow-mismatch {key}' for key in differing)}"
         )

@@ -171,6 +171,9 @@ def layer_attention(parts: ModelParts) -> LayerAttention:
         parts.causal_lm.set_attn_implementation(previous)
         for hook in hooks:
             hook.remove()
+        # the tables are the library's and stay: what records there would keep the model alive
+        AttentionInterface.register(_RECORDING, sdpa_attention_forward)
+        AttentionMaskInterface.register(_RECORDING, sdpa_mask)
     for index, layer in enumerate(layers):
         if index not in handed:
             own = [type(each).__name__ for each in layer.modules() if "ttention" in type(each).__name__]
