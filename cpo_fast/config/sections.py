@@ -444,10 +444,6 @@ class TrainConfig(Section):
         description="trees.jsonl of questions that are not trained on, whose votes stop_on=agreement compares with; null: "
         "the held-out trees of data.path",
     )
-    dev_path: str | None = Field(
-        None,
-        description="ask all questions of this file, as task.path, with stop_on=accuracy; null: those of task.path",
-    )
     patience: int | None = Field(
         None,
         ge=1,

@@ -178,7 +178,7 @@ class Verdicts(Part):
     """Worked verdicts."""
 
     instruction: str = Field(description="what is asked, before the worked verdicts")
-    demonstrations: tuple[Judged, ...] = Field(min_length=1, description="states with their verdicts, half of each")
+    demonstrations: tuple[Judged, ...] = Field(description="states with their verdicts, half of each; [] for none")
 
 
 class TaskFile(Part):
@@ -192,7 +192,7 @@ class TaskFile(Part):
     )
     marks: Marks = Field(Marks(), description="what stands before a question, a step and an answer")
     verdict: VerdictWords = Field(VerdictWords(), description="the evaluator's question and its two labels")
-    demonstrations: tuple[Chain, ...] = Field(min_length=1, description="worked chains, each with its answer")
+    demonstrations: tuple[Chain, ...] = Field(description="worked chains, each with its answer; [] for none")
     step_verdicts: Verdicts = Field(description="verdicts on steps: demonstrations without an answer")
     conclusion_verdicts: Verdicts = Field(description="verdicts on answers: demonstrations with an answer")
 

@@ -98,6 +98,16 @@ def test_marks_labels_and_kind_are_those_of_the_file(tmp_path):
     assert task.leaves_question("Q: another?")
 
 
+def test_a_file_may_show_no_worked_examples(tmp_path):
+    judge = {"instruction": "Judge.", "demonstrations": []}
+    content = values(instruction="Solve.", demonstrations=[], step_verdicts=judge, conclusion_verdicts=judge)
+    task = load_task(configured(f"file={written(tmp_path, content)}"))
+    question = Question("q", "1+1")
+    assert task.prompt(question) == "Solve.\n\nQuestion: 1+1\n"
+    state = task.evaluator_prompt(question, ["1+1=2\n"])
+    assert state == "Judge.\n\nQuestion: 1+1\n1+1=2\nIs the last line likely or impossible? It is"
+
+
 ANSWERS = [
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "No, it is not", "no"),
     ({"kind": "choice", "choices": {"yes": [], "no": []}}, "no one", None),
@@ -153,7 +163,6 @@ MISTAKES = [
     ({"marks": {"step": "Step:"}}, "marks: step: expected {n}"),
     ({"marks": {"answer": "Ques"}}, "a line of another kind would start with this mark"),
     ({"verdict": {"likely": "right", "impossible": "right not"}}, "neither label may begin with the other"),
-    ({"conclusion_verdicts": {"instruction": "a", "demonstrations": []}}, "conclusion_verdicts.demonstrations: "),
     (judged(["b"]), "conclusion_verdicts.demonstrations: number 1 has no working, unlike the first of step_verdicts"),
     (judged(["b"], []), "step_verdicts.demonstrations: number 2 has no working"),
     (judged(["b", " "]), "working: a list of lines, none of them blank"),
@@ -164,6 +173,7 @@ MISTAKES = [
     ),
     (judged(["Question: c"]), "begins with verdict.cue or marks.question"),
     (judged(["b"], verdict={"cue": "Check: it is"}), "neither of cue and working may begin with the other"),
+    ({"conclusion_verdicts": {"instruction": "a"}}, "conclusion_verdicts.demonstrations: is missing"),
 ]
 
 
