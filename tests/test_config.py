@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cpo_fast.config import dump_config, load_config, validate_config
-from cpo_fast.config.sections import PRESETS
+from cpo_fast.config.presets import PRESETS
 from cpo_fast.errors import ConfigError
 from tests.config_fields import fields, is_what_was_passed, value_of
 

@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cpo_fast.config.sections import PRESETS, Config
+from cpo_fast.config.presets import PRESETS
+from cpo_fast.config.sections import Config
 from cpo_fast.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)

@@ -232,7 +232,7 @@ class TaskFile(Part):
     @property
     def has_workings(self) -> bool:
         """Whether verdicts are written with a working before them."""
-        return bool(self.step_verdicts.demonstrations[0].working)
+        return any(each.working for each in self.step_verdicts.demonstrations)
 
 
 def read_task_file(path: str | Path) -> tuple[TaskFile, bytes]:
