@@ -228,7 +228,7 @@ _OTHER_FILES = (
 def _check_content(path: str, content: bytes) -> None:
     """Raise DataError for a file of another kind, which each of its lines would be blamed for."""
     for beginning, remedy in _OTHER_FILES:
-        if content.lstrip().startswith(beginning):
+        if content[:1000].lstrip().startswith(beginning):
             raise DataError(f"{path}: the file {remedy}")
 
 

@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GptOssConfig,
     JambaConfig,
     Lfm2Config,
@@ -31,6 +32,7 @@ from transformers import (
     PhimoeConfig,
     Qwen2Config,
     SeedOssConfig,
+    StableLmConfig,
     Starcoder2Config,
 )
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -98,6 +100,15 @@ RANDOM: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "residual dropout of Seed-OSS": (
         lambda: tiny_model(SeedOssConfig, head_dim=8, attention_dropout=0.0, residual_dropout=0.1),
         r"self_attn.*residual_dropout=0\.1",
+    ),
+    "defaults of GPT-2": (lambda: tiny_model(GPT2Config, embd_pdrop=0.1), r"transformer\.drop \(Dropout, p=0\.1\)"),
+    "defaults of BigCode": (
+        lambda: tiny_model(GPTBigCodeConfig, embd_pdrop=0.1),
+        r"transformer\.drop \(Dropout, p=0\.1",
+    ),
+    "defaults of OPT": (
+        lambda: tiny_model(OPTConfig, ffn_dim=48, word_embed_proj_dim=32, dropout=0.1),
+        r"OPTDecoderLayer, dropout=0\.1",
     ),
     "embedding dropout of Starcoder2": (
         lambda: tiny_model(Starcoder2Config, embedding_dropout=0.1, sliding_window=None),
@@ -274,6 +285,10 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "own attention": (
         lambda **dtype: tiny_model(FalconConfig, **dtype),
         r"decoder layer 0 of FalconForCausalLM \(FalconAttention\) does not ask",
+    ),
+    "keyword arguments kept by StableLM": (
+        lambda **dtype: tiny_model(StableLmConfig, **dtype),
+        r"decoder layer 0 of StableLmForCausalLM .* keeps the caller's keyword arguments",
     ),
     "keyword arguments kept": (
         lambda **dtype: tiny_model(NemotronConfig, head_dim=8, **dtype),

@@ -515,9 +515,11 @@ def damaged(draw: Any) -> dict[str, Any]:
     """A row that is good but for one or two values or columns."""
     row: dict[str, Any] = json.loads(json.dumps(draw(written())[0]))
     for _ in range(draw(st.integers(1, 2))):
-        inside = list(places(row))
-        holder, key = inside[draw(st.integers(0, len(inside) - 1))] if inside else (row, "other")
-        change = draw(st.sampled_from(["value", "text", "column", "away", "twice"]))
+        change = draw(st.sampled_from(["text", "text", "value", "column", "away", "twice"]))
+        inside = [
+            place for place in places(row) if change != "text" or place[1] in ("content", "value", "text", *COLUMNS)
+        ]
+        holder, key = draw(st.sampled_from(inside)) if inside else (row, "other")
         if change == "away":
             del holder[key]
         elif change == "column":
