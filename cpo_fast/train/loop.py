@@ -274,6 +274,8 @@ def _take_steps(
         began = time.perf_counter()
         with progress_line.stage("validation of the starting point"), signals.leaving_at_once():
             measured = validator.run(trainer.engine, 0)
+        shown = [name for name in ("eval_loss", "eval_accuracy", "eval_agreement") if name in measured]
+        logger.info("starting point: %s", ", ".join(f"{name} {measured[name]:.4f}" for name in shown))
         if communicator.writes:
             line = {"step": 0, "epoch": 0.0, "seconds": time.perf_counter() - began, **measured}
             append_line(metrics_path, rounded(line))

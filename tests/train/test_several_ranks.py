@@ -80,7 +80,7 @@ class Trained:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Models, data, and how runs are made of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model", max_position_embeddings=4096)  # prompts of the questions fit
     save_tiny_model(folder / "tied", tie_word_embeddings=True)
     save_tiny_model(folder / "broken")
     weights = load_file(folder / "broken" / "model.safetensors")
