@@ -1,4 +1,4 @@
-"""Pretrain a reasoner from scratch: `python examples/reasoner/pretrain.py OUT`; `--variants plain hard` for both variants.
+"""Pretrain a reasoner from scratch: `python examples/reasoner/pretrain.py OUT`.
 
 A Llama of five layers (605,088 parameters for `plain`) learns the documents of `corpus.py`, drawn while it trains. The
 loss is the weighted mean cross-entropy of their tokens plus that of an auxiliary head: a linear layer on the third layer's
@@ -61,6 +61,14 @@ def make_model(vocabulary: Vocabulary) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).train()
+
+
+def take_over(model: LlamaForCausalLM, start: Path) -> None:
+    """Give a model the weights of another one whose vocabulary is the beginning of its own. New tokens stay as drawn."""
+    ours = model.state_dict()
+    with torch.no_grad():
+        for name, weight in LlamaForCausalLM.from_pretrained(start).state_dict().items():
+            ours[name][: len(weight)] = weight  # only embedding and head have more rows
 
 
 def draw_batch(
@@ -140,19 +148,26 @@ def rate_at(step: int, num_steps: int) -> float:
     return LEARNING_RATE * (min(1.0, step / WARMUP_STEPS) * (1.0 - (1.0 - LAST_RATE) * fall))
 
 
-def pretrain(out: Path, names: Sequence[str], num_steps: int, seed: int) -> None:
-    """Train and write the model to `out`, every `SAVE_EVERY` steps and at the end. Prints what it measures."""
+def pretrain(out: Path, names: Sequence[str], num_steps: int, seed: int, start: Path | None) -> None:
+    """Train and write the model to `out`, every `SAVE_EVERY` steps and at the end. Prints what it measures.
+
+    Args:
+        out: a folder that exists. names: of the variants. start: a model of the first of them to go on from.
+    """
     torch.set_num_threads(1)  # the order of sums, and with it the bits, depends on it
     torch.manual_seed(seed)
     rng, label_rng = random.Random(seed), random.Random(10_000 + seed)
     variants = [VARIANTS[name] for name in names]
     vocabulary = Vocabulary(variants)
     model = make_model(vocabulary)
+    if start is not None:
+        take_over(model, start)
     head = torch.nn.Linear(WIDTH, 1)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     record: dict[str, Any] = {
         "variants": list(names),
+        "start": None if start is None else start.name,
         "seed": seed,
         "steps": num_steps,
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -194,9 +209,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2752)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain"])
+    parser.add_argument("--start", type=Path, help="the folder of a model of the first variants, to go on from")
     settings = parser.parse_args()
     settings.out.mkdir(parents=True, exist_ok=True)
-    pretrain(settings.out, settings.variants, settings.steps, settings.seed)
+    pretrain(settings.out, settings.variants, settings.steps, settings.seed, settings.start)
 
 
 if __name__ == "__main__":
