@@ -1,10 +1,12 @@
 """Rounds that are stopped anywhere go on to the bytes of those that were not; on several ranks they are the same rounds."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from cpo_fast.cli.iterate import cells
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import EnvironmentProblem, Interrupted
 from cpo_fast.iterate import Watch, iterate
+from cpo_fast.train.signals import EndSignals
 from tests.cli.commands import run
 from tests.iterate.rounds import results, values, write_config
 
@@ -62,6 +65,9 @@ def test_a_signal_in_training_saves_its_step_and_the_same_rounds_go_on(
         steps.append(step["step"])
         if step["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            listening = [each for each in gc.get_objects() if isinstance(each, EndSignals)]
+            while not any(each.received and not each._finished.is_set() for each in listening):
+                time.sleep(0.01)  # a thread notes it
 
     for number in (1, 2):  # in each round
         steps.clear()
