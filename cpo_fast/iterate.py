@@ -43,6 +43,7 @@ from cpo_fast.errors import (
 )
 from cpo_fast.files import canonical_json, read_jsonl, short_hash, write_atomic
 from cpo_fast.ranks import find_ranks
+from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.tasks import Question, Task, load_questions, load_task
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def checked(config: Config, watch: Watch) -> dict[str, Any]:
             "file of questions with answers, or set iterate.stop_on=never"
         )
     task, searched = _searched_questions(config)
+    check_evaluator(config.search, task)
     dev = [] if train.dev_path is None else load_questions(_asking_dev(config))[1]
     if settings.stop_on == "accuracy" and not any(question.gold is not None for question in dev):
         raise ConfigError(f"iterate.stop_on=accuracy: no question of {train.dev_path} has a reference answer")
