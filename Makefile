@@ -5,6 +5,7 @@
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
 #   make bench        benchmarks that fit a CPU
+#   make method       whether the method works: every cell of docs/method.md on a small reasoner, about forty minutes
 #   make gpu          GPU tests, then benchmarks, each command under nine minutes, on a machine with CUDA; takes the peers
 #                     with it (pip install .[bench]). `make gpu-train-step` and the like run one part of it, and
 #                     PYTHON_GPU=python3 runs them with the packages that are there; peers that are missing are named
@@ -40,7 +41,7 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test soak lint aot bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
+.PHONY: quickstart test soak lint aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -60,6 +61,10 @@ lint: $(STAMP)
 # compiles every Triton kernel for sm80 and sm90 without a GPU and checks registers, stack, shared memory and machine code
 aot: $(STAMP)
 	$(BIN)/python -m pytest $(wildcard tests/cpo_kernels/test_aot_*.py)
+
+# every cell of the table in docs/method.md; `METHOD="--only 'hard-0/0/CPO all'"` runs one again
+method: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.method $(METHOD)
 
 bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/forest.py

@@ -1,6 +1,6 @@
 """Does the method work? Every cell of `benchmarks.method_plan` on a small reasoner, and a table of what came.
 
-    python -m benchmarks.method [--only TEXT] [--workers 2] [--part test|dev] [--folder build/method] [--no-record]
+    python -m benchmarks.method [--only TEXT] [--workers 2] [--part test|dev] [--tune] [--folder build/method] [--no-record]
 
 `--only "hard-0/0/CPO all"` runs the cells whose name (base/seed/cell) holds the text, and what they need. What is finished
 in the folder is not run again unless its settings have changed. The same machine and versions give the same table: all is
@@ -24,13 +24,13 @@ from typing import Any
 from benchmarks.harness import record
 from benchmarks.method_plan import (
     LORA,
-    NUM_SEARCHED,
     NUM_TRAINED,
     PLAN,
     ROUNDS,
     SEARCH,
     SEEDS,
     TRAIN,
+    TUNING,
     Base,
     Cell,
     Search,
@@ -54,12 +54,12 @@ class Place:
         return f"{self.base.name}/{self.seed}/{self.cell.name}"
 
 
-def places(only: str = "") -> list[Place]:
+def places(only: str = "", plan: Sequence[Base] = PLAN, seeds: Sequence[int] = SEEDS) -> list[Place]:
     """Those whose name holds `only`. Cells that train nothing and sample nothing are one for all seeds."""
     found = [
         Place(base, seed, cell)
-        for base in PLAN
-        for seed in SEEDS
+        for base in plan
+        for seed in seeds
         for cell in base.cells
         if seed == SEEDS[0] or cell.searches
     ]
@@ -78,7 +78,7 @@ def settings(
         "search": SEARCH | {"max_steps": variant.max_steps},
         "pairs": {"num_questions": NUM_TRAINED},
         "lora": LORA,
-        "train": TRAIN,
+        "train": TRAIN | {"lr": base.rate, "max_steps": base.steps},
         "eval": {"max_new_tokens": 24 * variant.max_steps},
     }
     for sections in more:
@@ -109,7 +109,7 @@ def search(base: Base, search: Search, seed: int, folder: Path) -> dict[str, Any
     from cpo_fast.search.collect import collect
 
     run = folder / base.name / str(seed) / "trees" / f"{search.variant.name} {search.name}"
-    task = {"path": str(search.variant.questions(f"search-{seed}")), "num_questions": NUM_SEARCHED}
+    task = {"path": str(search.variant.questions(f"search-{seed}")), "num_questions": search.num_questions}
     values = settings(base, seed, search.variant, run, {"task": task, "search": search.settings})
 
     def make() -> dict[str, Any]:
@@ -265,17 +265,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cells whose base/seed/name holds this")
     parser.add_argument("--workers", type=int, default=2, help="cells at a time, a thread each")
     parser.add_argument("--part", choices=("test", "dev"), default="test", help="the questions that are asked")
+    parser.add_argument("--tune", action="store_true", help="the grid that settings were chosen from, on dev questions")
     parser.add_argument("--folder", type=Path, default=Path("build/method"), help="where runs are kept")
     parser.add_argument("--no-record", action="store_true")
     arguments = parser.parse_args(argv)
-    chosen = places(arguments.only)
+    if arguments.tune:
+        arguments.part = "dev"
+    chosen = places(arguments.only, *((TUNING, SEEDS[:1]) if arguments.tune else ()))
     if not chosen:
         parser.error(f"no cell's name holds {arguments.only!r}")
     records = run_all(chosen, arguments.part, arguments.folder, arguments.workers)
     sys.stdout.write(report(records))
     if not arguments.no_record:
         command = " ".join(["python -m benchmarks.method", *(argv if argv is not None else sys.argv[1:])])
-        record("method" if arguments.part == "test" else "method_dev", command, [], {"cells": records})
+        name = "method_tuning" if arguments.tune else "method" if arguments.part == "test" else "method_dev"
+        record(name, command, [], {"cells": records})
     return 0
 
 

@@ -16,9 +16,6 @@ NUM_SEARCHED = 200  # questions searched for each seed, of which a cell trains o
 NUM_TRAINED = 120
 ROUNDS = 3
 
-# chosen on dev questions with seed 0 (benchmarks/results/method_tuning.jsonl)
-NUM_STEPS = 30
-RATE = 1e-3
 LORA = {
     "r": 8,
     "alpha": 16,
@@ -26,7 +23,7 @@ LORA = {
 }
 SEARCH = {"num_candidates": 8, "num_kept": 3, "temperature": 0.9, "max_thought_tokens": 24, "evaluator": "logits"}
 SFT_TUNED: Mapping[str, Any] = {"lr": 1e-3}
-TRAIN = {"lr": RATE, "max_steps": NUM_STEPS, "max_tokens": 16384, "save_every": 10_000}
+TRAIN = {"max_tokens": 16384, "save_every": 10_000}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +42,7 @@ class Variant:
         return REASONER / "questions" / self.name / f"{part}.jsonl"
 
 
-PLAIN, HARD = Variant("plain", 4), Variant("hard", 10)
+PLAIN, HARD = Variant("plain", 4), Variant("hard", 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +52,7 @@ class Search:
     name: str = "bfs"
     variant: Variant = HARD
     settings: Mapping[str, Any] = field(default_factory=dict)
+    num_questions: int = NUM_SEARCHED
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +75,19 @@ class Cell:
 BFS = Search()
 BASE, TREE, CPO = "base", "tree of thought", "CPO all"
 
-DFS = Search("dfs", settings={"strategy": "dfs"})
-MCTS = Search("mcts", settings={"strategy": "mcts"})
-SAMPLED = Search("sampled verdicts", settings={"evaluator": "sample", "num_verdicts": 5, "verdict_temperature": 1.0})
+# the budget of the search level by level: 16 states are expanded
+BUDGET = {"max_nodes": 128}
+DFS = Search("dfs", settings={"strategy": "dfs", **BUDGET}, num_questions=NUM_TRAINED)
+MCTS = Search(
+    "mcts",
+    settings={"strategy": "mcts", "num_simulations": 64, "exploration": 0.2, **BUDGET},
+    num_questions=NUM_TRAINED,
+)
+SAMPLED = Search(
+    "sampled verdicts",
+    settings={"evaluator": "sample", "num_verdicts": 5, "verdict_temperature": 1.0, "max_verdict_tokens": 1},
+    num_questions=80,
+)
 OTHER = Search("bfs", PLAIN)
 
 
@@ -138,11 +146,13 @@ OBJECTIVES = (("TPO", "tpo"), ("DVO", "dvo"), ("Tree-GRPO", "tree_grpo"), ("Full
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base, the kind of question that its cells train on, and its cells."""
+    """A base, the kind of question that its cells train on, its cells, and the rate and steps of their training."""
 
     name: str
     variant: Variant
     cells: tuple[Cell, ...]
+    rate: float
+    steps: int
 
     @property
     def path(self) -> Path:
@@ -154,8 +164,31 @@ def plain_cells() -> list[Cell]:
     return [replace(cell, searches=(OTHER,) * len(cell.searches), asked=(PLAIN,)) for cell in main_cells()]
 
 
+# rates and steps were chosen on dev questions with seed 0 (benchmarks/results/method_tuning.jsonl)
 PLAN = (
-    Base("base-0", PLAIN, tuple(plain_cells())),
-    Base("base-1", PLAIN, tuple(plain_cells())),
-    Base("hard-0", HARD, (*main_cells(), *ablation_cells(), *objective_cells())),
+    Base("base-0", PLAIN, tuple(plain_cells()), 1e-3, 30),
+    Base("base-1", PLAIN, tuple(plain_cells()), 1e-3, 30),
+    Base("hard-0", HARD, (*main_cells(), *ablation_cells(), *objective_cells()), 1e-3, 60),
 )
+
+
+def tuning_cells() -> list[Cell]:
+    """The grid from which rate and steps were chosen, asked dev questions alone, with seed 0."""
+    kinds: dict[str, dict[str, Mapping[str, Any]]] = {
+        "CPO": {"train": {}},
+        "SFT": {"train": {"method": "sft"}},
+        "FPO": {"train": {}, "pairs": {"rule": "fpo"}},
+    }
+    return [
+        Cell(
+            f"{kind}, rate {rate:g}, {steps} steps",
+            "tuning",
+            settings=sections | {"train": {**sections["train"], "lr": rate, "max_steps": steps}},
+        )
+        for kind, sections in kinds.items()
+        for rate in (3e-4, 1e-3, 3e-3)
+        for steps in (30, 60)
+    ]
+
+
+TUNING = (Base("hard-0", HARD, tuple(tuning_cells()), 1e-3, 30),)
