@@ -191,7 +191,7 @@ def test_prompts_are_those_of_the_corpus(scripts, name):
     for state in (lines[:1], lines):
         shown = f"{variant.judge}\n\nQuestion: {questions[0].text}\n{''.join(state)}{CUE}"
         assert prompts.verdict_text(questions[0], state) == shown
-        ids, labels = prompts.labels(shown)
+        ((ids, labels),) = prompts.labels([shown])
         vocabulary = scripts.corpus.Vocabulary(list(scripts.corpus.VARIANTS.values()))
         assert labels == [[vocabulary.ids[" likely"]], [vocabulary.ids[" impossible"]]]
         assert ids[-1] == vocabulary.ids[CUE]

@@ -50,6 +50,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"query_pre_attn_scalar", 8),
     (r"logits_scaling", 3.0),
     (r"logit_scale", 0.5),
+    (r"dim_model_base", 16),  # divides logits; that of the real width makes a tiny model certain of every token
     (r"(embedding|residual|attention|lm_head)_multiplier", 0.7),
 )  # fmt: skip
 _RULES = [(re.compile(pattern), value) for pattern, value in _SIZES]
