@@ -130,7 +130,7 @@ def _evaluate(recipe: "Recipe", adapter: Path | None) -> "Evaluation":
 
 @contextmanager
 def _threads(name: str) -> Iterator[None]:
-    """One thread for the reasoner. In products so small more of them wait for each other, a hundredfold on a busy CPU."""
+    """One thread for the reasoner. In products so small several wait for each other, on a busy CPU for minutes."""
     import torch
 
     before = torch.get_num_threads()
