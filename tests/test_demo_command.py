@@ -230,7 +230,7 @@ def test_the_reasoner_that_is_shipped_is_that_of_the_example() -> None:
     assert ours.eval.max_new_tokens == theirs.eval.max_new_tokens
 
 
-# eleven CPU seconds a seed
+# twelve CPU seconds a seed
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gain_is_real_with_every_seed(

@@ -6,6 +6,7 @@ one minute with the reasoner, and minutes with SmolLM2, where generating tokens 
 
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def demo_command(model: str, out: str | None, seed: int, quick: bool) -> None:
     """Search, pairs, training and evaluation before and after, in a minute on two CPU cores.
 
     A small model searches 40 questions, learns from its own searches and is asked 150 others, before and after. Run
-    again, it keeps the trees it has.
+    again, it keeps the trees it has and trains anew.
     """
     folder = out or "-".join(["runs/demo", model, *([str(seed)] if seed else [])])
     with shown(LIFE_SECONDS, err=False), stage("demo"):  # so that there is no moment without a stage
@@ -99,7 +100,10 @@ def _demonstrate(name: str, out: str, seed: int, quick: bool) -> _Found:
     config = recipe.config
     device = resolve_device(config.model.device)
     say(f"  {config.model.path}, {dtype_name(resolve_dtype(config.model.dtype, device))} on {device}")
-    write_atomic(Path(config.run) / "demo.yaml", dump_config(config))
+    settings = Path(config.run) / "demo.yaml"
+    if settings.exists():  # of a demonstration before: its checkpoints may be of more or fewer steps
+        shutil.rmtree(settings.with_name("checkpoints"), ignore_errors=True)
+    write_atomic(settings, dump_config(config))
     with _threads(name):
         _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
         collected = collect(config, progress=_collect_line)
