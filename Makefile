@@ -1,6 +1,6 @@
 # Every target makes .venv if it is missing, installs the tested versions into it, and runs. A second run installs nothing.
 #
-#   make quickstart   collect, pairs, train and eval with a 135M model on shipped word problems, on the CPU
+#   make quickstart   collect, pairs, train and eval with a tiny model that is shipped, on the CPU, in a minute
 #   make soak         tests of several processes, which take longer or are less steady than `make test` may be
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base model, checked against both",
     "plan": "rows, tokens, steps, memory and disk of a training, before it starts",
     "doctor": "versions, devices, what is missing and the line that installs it",
-    "demo": "collect, pairs, train and eval with a 135M model on shipped word problems",
+    "demo": "collect, pairs, train and eval on a tiny model that is shipped, in a minute",
 }
 
 # library -> the extra that brings it

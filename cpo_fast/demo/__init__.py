@@ -1,10 +1,14 @@
-"""What the demonstration brings along: a 135M model converted from a PyPI package, and easy word problems."""
-
-from pathlib import Path
+"""What the demonstrations bring along: a tiny reasoner with its task and questions, and word problems for a 135M model."""
 
 from cpo_fast.demo.model import convert_demo_model, find_gguf
+from cpo_fast.demo.recipes import QUESTIONS, REASONER, Recipe, reasoner_recipe, smollm2_recipe
 
-QUESTIONS = Path(__file__).with_name("questions.jsonl")
-"""Twelve word problems of one or two steps, one JSON object a line: id, question, answer."""
-
-__all__ = ["QUESTIONS", "convert_demo_model", "find_gguf"]
+__all__ = [
+    "QUESTIONS",
+    "REASONER",
+    "Recipe",
+    "convert_demo_model",
+    "find_gguf",
+    "reasoner_recipe",
+    "smollm2_recipe",
+]
