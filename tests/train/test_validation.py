@@ -18,8 +18,8 @@ from cpo_fast.errors import ConfigError, DataError, NonFiniteError
 from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import load_model
 from cpo_fast.tasks import Prompts, get_task
+from cpo_fast.train.alarms import DriftAlarm
 from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import OverOptimisationAlarm
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.train.runs import MakeConfig, id_rows, largest_difference
 
@@ -222,18 +222,18 @@ def test_holding_out_everything_is_refused(make_config: MakeConfig, tmp_path: Pa
 
 
 def test_alarm_is_raised_once_when_chosen_fall_while_margins_grow() -> None:
-    alarm = OverOptimisationAlarm(limit_nats=0.5)
-    texts = [alarm.update(step, chosen_drift=-0.1 * step, margin=0.05 * step) for step in range(1, 30)]
+    alarm = DriftAlarm(limit_nats=0.5)
+    texts = [alarm.update(step, -0.1 * step, margin=0.05 * step, num_pairs=8) for step in range(1, 30)]
     (text,) = [text for text in texts if text is not None]
     assert "have lost" in text
     assert alarm.raised_at is not None
-    assert alarm.raised_at > 5
+    assert alarm.raised_at == 8  # the mean of steps 5 to 8, which have 32 pairs together, against the first step
 
 
 @pytest.mark.parametrize(("drift", "margin"), [(-0.01, 0.1), (0.2, 0.1), (-0.3, -0.1)])
 def test_alarm_stays_silent_for_small_falls_rises_and_shrinking_margins(drift: float, margin: float) -> None:
-    alarm = OverOptimisationAlarm(limit_nats=0.5)
-    assert all(alarm.update(step, drift * step, margin * step) is None for step in range(1, 30))
+    alarm = DriftAlarm(limit_nats=0.5)
+    assert all(alarm.update(step, drift * step, margin * step, 32) is None for step in range(1, 30))
 
 
 def test_alarm_reaches_metrics_log_and_result(
