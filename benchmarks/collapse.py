@@ -3,11 +3,11 @@
     python -m benchmarks.collapse [--folder runs/collapse] [--only NAME ...] [--no-record]
     python -m benchmarks.collapse --table
 
-Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are compared,
-and trains `RUNS`. Each is a line of `results/collapse.jsonl`: every step's metrics, and for every validation those of the
-held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150 other questions whether its
-chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs collapsed:
-those that once lost five points of their best accuracy. No alarm reads them.
+Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
+compared, and trains `RUNS`. Each is a line of `results/collapse.jsonl`: every step's metrics, and for every validation
+those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150 other questions
+whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs
+collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
 `--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults.
 """
@@ -68,7 +68,8 @@ def config_of(folder: Path, name: str) -> Config:
         "data.held_out=0.1",
         f"pairs.rule={rule}",
         "train.batch_order=questions",  # a third of the tokens
-        "train.eval_every=2",
+        # where a rate is so large that ten points go in two steps, a validation a step
+        f"train.eval_every={1 if options['lr'] > 2e-3 else 2}",
         "eval.batch_size=150",
         f"train.reference_cache={folder / 'reference'}",
         *(f"train.{key}={value}" for key, value in options.items()),
@@ -193,7 +194,7 @@ def show_table() -> None:
         numbers = ["-" if step is None else str(step) for step in steps]
         rows.append([f"{run['run']} ({run['half']})", *map("{:.3f}".format, shares), *numbers])
     columns = ["run (half)", "best", "kept", "last", "5 points lost", "chains", "of 60 q.", "drift"]
-    caption = "accuracy: at best, of the adapter that stop_on=agreement keeps, at the end; steps of the collapse and of alarms"
+    caption = "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; steps of collapse and alarms"
     show("collapses and alarms", columns, rows, caption)
 
 

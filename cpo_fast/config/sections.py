@@ -448,7 +448,7 @@ class TrainConfig(Section):
     alarm_nats: float = Field(
         0.1,
         gt=0,
-        description="warn of a collapse when a tenth of the chosen responses have lost so many nats per token since the start",
+        description="warn of a collapse when a tenth of the chosen responses lost so many nats a token since the start",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
 

@@ -3,10 +3,10 @@
     DriftAlarm   after every step: a tenth of the chosen responses have become less likely while margins grew
     ChainAlarm   after every validation by chains: they answer fewer questions as expected than they did
 
-A preference loss sees the margin alone, which can widen by pushing both responses down, until the model has forgotten how to
-write either. `DriftAlarm` sees it where it begins, but comes late: measured on the reasoner (docs/derivations.md, section 7),
-answers are lost while means of log-probs, margins and entropy look as they do in a healthy run. What chains answer tells it
-first, and votes of a search in place of reference answers are enough.
+A preference loss sees the margin alone, which can widen by pushing both responses down, until the model has forgotten how
+to write either. `DriftAlarm` sees it where it begins, but comes late: as measured in docs/derivations.md, section 7,
+answers are lost while means of log-probs, margins and entropy look as they do in a healthy run. What chains answer tells
+it first, and votes of a search in place of reference answers are enough.
 """
 
 from collections import deque
@@ -61,8 +61,8 @@ class DriftAlarm:
             return None
         self.raised_at = step
         self.text = (
-            f"step {step}: a tenth of the chosen responses have lost {fall:.2f} nats per token or more since the start while "
-            "margins grow; the model may be collapsing although the loss falls. Look at what its chains answer "
+            f"step {step}: a tenth of the chosen responses have lost {fall:.2f} nats per token or more since the start "
+            "while margins grow; the model may be collapsing although the loss falls. Look at what its chains answer "
             "(train.stop_on=agreement), train for fewer steps, lower train.lr, raise train.beta, or set train.nll_weight"
         )
         return self.text
@@ -119,8 +119,8 @@ class ChainAlarm:
         self.text = (
             f"step {step}: the {self.metric} of chains has fallen from {sum(self._best) / num_questions:.1%} after step "
             f"{self._best_step} to {sum(as_expected) / num_questions:.1%}, whatever the loss says (of {num_questions} "
-            f"questions {lost} were lost and {gained} gained); use the best adapter, which the run keeps, or train again with "
-            "fewer steps, a lower train.lr or, on pairs, train.nll_weight"
+            f"questions {lost} were lost and {gained} gained); use the best adapter, which the run keeps, or train again "
+            "with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
         )
         return self.text
 

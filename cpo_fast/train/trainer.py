@@ -314,7 +314,7 @@ class Trainer:
     @property
     def alarm_text(self) -> str:
         """The sentences of both alarms, "" where none is raised."""
-        watches = (self.alarm, self.validator.alarm)
+        watches = (self.validator.alarm, self.alarm)
         return ". ".join(watch.text for watch in watches if watch is not None and watch.text)
 
     def _gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
