@@ -246,7 +246,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_names_the_rows(make
 
 
 def test_p10_is_the_lowest_tenth_of_the_drifts_of_single_pairs(make_config: MakeConfig) -> None:
-    """Weights that stand still away from the reference: steps of one pair each, and of twelve, take the pairs in one order."""
+    """Of weights that stand still, away from the reference: steps of one pair and of twelve take them in one order."""
     start = str(train(make_config(num_epochs=1, lr=0.1)).adapter_path)
     usual = {
         "model": {"adapter": start},
