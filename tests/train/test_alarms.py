@@ -105,6 +105,14 @@ def test_agreement_with_votes_tells_recorded_collapses_from_healthy_runs(half: i
         if run["half"] == half:
             raised_at, collapsed = chain_alarm(run).raised_at, collapsed_at(run)
             assert (raised_at is None) == (collapsed is None), run["run"]
+            if raised_at is None or collapsed is None:
+                continue
+            assert raised_at <= collapsed, run["run"]
+            gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
+            assert max(gold.values()) - gold[raised_at] < 0.054, run["run"]  # 8 of 150 questions
+            votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
+            kept = max(votes, key=lambda step: (votes[step], -step))  # by stop_on=agreement
+            assert max(gold.values()) - gold[kept] < 0.05, run["run"]
 
 
 def test_no_gold_answer_reaches_an_alarm() -> None:
