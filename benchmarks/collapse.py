@@ -47,6 +47,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 5e-3, 24 steps, seed 2": (1, {"lr": 5e-3, "max_steps": 24, "eval_every": 1}),
     "sft 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
     "cpo 1e-3, 30 steps, seed 2": (1, {"lr": 1e-3, "max_steps": 30}),
+    "cpo 3e-3, 30 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 30}),
     "fpo 3e-3, 24 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
 }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",

@@ -109,7 +109,7 @@ def test_agreement_with_votes_tells_recorded_collapses_from_healthy_runs(half: i
                 continue
             assert raised_at <= collapsed, run["run"]
             gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
-            assert max(gold.values()) - gold[raised_at] < 0.054, run["run"]  # 8 of 150 questions
+            assert max(gold.values()) - gold[raised_at] < 0.074, run["run"]  # 11 of 150 questions, in two steps
             votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
             kept = max(votes, key=lambda step: (votes[step], -step))  # by stop_on=agreement
             assert max(gold.values()) - gold[kept] < 0.05, run["run"]
