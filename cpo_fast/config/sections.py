@@ -446,9 +446,9 @@ class TrainConfig(Section):
         description="stop early after so many validations past the warm-up without a better one; null: train to the end",
     )
     alarm_nats: float = Field(
-        0.5,
+        0.1,
         gt=0,
-        description="warn of a collapse when chosen responses have lost so many nats per token against the reference",
+        description="warn of a collapse when a tenth of the chosen responses lost so many nats a token since the start",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
 

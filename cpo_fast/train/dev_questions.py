@@ -66,34 +66,54 @@ class DevQuestions:
             trained |= {ids[:length] for ids in first.values()}
         return sum(question.prompt_ids in trained for question in self.questions)
 
-    def share(self, model: Any, communicator: Communicator) -> float:
-        """Share of the questions that a greedy chain of the model answers as expected. The ranks take them in turn.
+    def ask(self, model: Any, communicator: Communicator) -> tuple[list[bool], list[bool]]:
+        """Ask every question, which the ranks take in turn.
+
+        Returns:
+            For each question whether it is answered as expected, and whether its chain comes to an answer at all.
 
         Raises:
             ConfigError: a rank could ask none of its questions.
         """
+        rank, num_ranks = communicator.rank, communicator.world_size
+        asked = self.questions[rank::num_ranks]
+        answers = self.answers(model, asked)
+        flags = torch.zeros(2, -(-len(self.questions) // num_ranks), dtype=torch.int64)
+        for place, question in enumerate(asked):
+            answer = answers[question.id]
+            flags[0, place], flags[1, place] = self.is_as_expected(answer, question.expected), answer is not None
+        gathered = communicator.gather(flags.reshape(-1).to(communicator.device)).cpu().view(num_ranks, 2, -1)
+        as_expected, answered = gathered.permute(1, 2, 0).reshape(2, -1)[:, : len(self.questions)].bool().tolist()
+        return as_expected, answered
+
+    def answers(self, model: Any, questions: Sequence[DevQuestion]) -> dict[str, str | None]:
+        """What a greedy chain of the model answers to each of these questions, by its id; None where it comes to no answer.
+
+        Raises:
+            ConfigError: none could be asked.
+        """
         config, prompts = self.config, self.prompts
-        questions = self.questions[communicator.rank :: communicator.world_size]
         caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
-        asked = {question.id: question for question in questions}
+        found: dict[str, str | None] = {question.id: None for question in questions}
+        if not found:
+            return found
         searches = (
             (question.id, chain_search(prompts.tokenizer, question.prompt_ids, prompts.task, **caps))
             for question in questions
         )
-        num_right, refused = 0, []
-        if asked:
-            # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
-            num_side_by_side = min(len(asked), config.eval.batch_size)
-            longest = max(len(question.prompt_ids) for question in questions) + config.eval.max_new_tokens
-            max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
-            make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
-            engine = build_engine(chains_side_by_side(config), prompts, model, make_engine)
-            for name, chain, _ in engine.run(searches):
-                if isinstance(chain, Exception):
-                    refused.append(f"'{name}': {failure_detail(chain)}")
-                else:
-                    num_right += self.is_as_expected(chain.answer(prompts.task), asked[name].expected)
-        if refused and len(refused) == len(asked):
+        # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
+        num_side_by_side = min(len(found), config.eval.batch_size)
+        longest = max(len(question.prompt_ids) for question in questions) + config.eval.max_new_tokens
+        max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
+        make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
+        engine = build_engine(chains_side_by_side(config), prompts, model, make_engine)
+        refused = []
+        for name, chain, _ in engine.run(searches):
+            if isinstance(chain, Exception):
+                refused.append(f"'{name}': {failure_detail(chain)}")
+            else:
+                found[name] = chain.answer(prompts.task)
+        if len(refused) == len(found):
             raise ConfigError(
                 f"train.stop_on={self.metric}: no question of {self.source} could be asked; the first, {refused[0]}"
             )
@@ -101,11 +121,10 @@ class DevQuestions:
             logger.warning(
                 "%d of %d questions could not be asked and count as wrong; the first, %s",
                 len(refused),
-                len(asked),
+                len(found),
                 refused[0],
             )
-        total = communicator.gather(torch.tensor([num_right], device=communicator.device)).sum()
-        return int(total) / len(self.questions)
+        return found
 
 
 def load_dev_questions(

@@ -69,8 +69,8 @@ class TrainResult:
     `num_items` counts what was trained on (pairs, or completions), `num_held_out` the rows that were validated on, and
     `measured_on` says what chose the best adapter, or "" where there was no validation. `adapter_path` is
     the best adapter where there was a validation (after `best_step`, which is 0 where no step was better than the starting
-    point), else the last. `stopped_early` says that patience ran out. `alarm` is the sentence of the over-optimisation
-    watch, or "", and `remarks` are further sentences that a user should see. `profile` has the named ranges of the
+    point), else the last. `stopped_early` says that patience ran out. `alarm` has the sentences of the over-optimisation
+    alarms, or "", and `remarks` are further sentences that a user should see. `profile` has the named ranges of the
     profiled steps, whose trace lies in `profile_path`.
     """
 
@@ -290,11 +290,13 @@ def _take_steps(
             communicator.doing = f"validating after step {step}"
             with progress_line.stage(f"validation after step {step}"), signals.leaving_at_once():
                 values.update(validator.run(trainer.engine, step))
+            if "alarm" in values:
+                values["alarm"] = bool(trainer.alarm_text)
         progress_line.at(step, trainer.num_steps, "steps")
         trainer.unvalidated = None
         trainer.first, trainer.last = trainer.first or values, values
         if communicator.writes:
-            if step % config.train.log_every == 0 or step == trainer.num_steps or "eval_loss" in values:
+            if step % config.train.log_every == 0 or step == trainer.num_steps or "eval_best_step" in values:
                 append_line(metrics_path, rounded(values))
             if progress is not None:
                 progress(values, trainer.num_steps)
@@ -346,7 +348,7 @@ def _take_steps(
         num_steps=last["step"],
         best_step=last["step"] if validator.best is None else validator.best_step,
         stopped_early=validator.exhausted,
-        alarm=trainer.alarm.text,
+        alarm=trainer.alarm_text,
         first=trainer.first,
         last=last,
         seconds=time.perf_counter() - started,

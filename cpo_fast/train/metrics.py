@@ -3,14 +3,9 @@
 Results stay on the device over a step's micro-batches. `Metrics.read` gathers those of all ranks and brings them to the
 host in one transfer, together with whatever else the step must know (gradient norm, finiteness). It is the one place at
 which a step waits for the device or for other ranks. All arithmetic after it is the host's, the same on every rank.
-
-`OverOptimisationAlarm` watches them for a model that collapses: a preference loss only sees the margin, which can widen by
-pushing both responses down, until the model has forgotten how to write either. The loss looks best just then.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -107,6 +102,8 @@ class Metrics:
         host = self._columns
         margins = host["chosen_rewards"] - host["rejected_rewards"]
         correct = margins > 0
+        num_tokens = [len(example.responses[0]) for example in self.examples]  # where they are scored as a whole
+        drifts = host["chosen_rewards"] / self.config.beta / num_tokens
         by_step: dict[int, list[bool]] = {}
         for pair, right in zip(self.examples, correct, strict=True):
             if pair.step:
@@ -122,6 +119,7 @@ class Metrics:
             "logps/chosen_per_token": float(host["chosen_logps"].sum()) / num_chosen,
             "logps/rejected_per_token": float(host["rejected_logps"].sum()) / num_rejected,
             "logps/chosen_drift": float(host["chosen_rewards"].sum()) / self.config.beta / num_chosen,
+            "logps/chosen_drift_p10": float(np.quantile(drifts, 0.1)),
             "logits/chosen": self._sums["chosen_logit_sum"] / num_chosen,
             "logits/rejected": self._sums["rejected_logit_sum"] / num_rejected,
             "states" if self.config.method in ("tpo", "dvo", "tree_grpo") else "pairs": len(self.examples),
@@ -137,58 +135,3 @@ class Metrics:
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers with nine significant digits, enough to tell float32 values apart and short enough to read."""
     return {key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in values.items()}
-
-
-WINDOW = 10  # steps averaged: one step's pairs are few and noisy
-
-
-class OverOptimisationAlarm:
-    """Says once that chosen log-probs have fallen by more than a limit while margins grew.
-
-    Some loss of log-probability per token against the reference is normal, and this watches for a lot of it.
-    """
-
-    def __init__(self, limit_nats: float) -> None:
-        """`limit_nats`: fall of the chosen log-prob per token against the reference, in nats, that raises the alarm."""
-        self.limit_nats = limit_nats
-        self.raised_at: int | None = None
-        self.text = ""
-        self._chosen: deque[float] = deque(maxlen=WINDOW)
-        self._margins: deque[float] = deque(maxlen=2 * WINDOW)
-
-    def update(self, step: int, chosen_drift: float, margin: float) -> str | None:
-        """Add one step. Returns the sentence to show when the alarm is raised, once.
-
-        Args:
-            step: optimizer step, for the message.
-            chosen_drift: mean of (log-prob - reference log-prob) per chosen token, in nats.
-            margin: mean reward margin.
-        """
-        self._chosen.append(chosen_drift)
-        self._margins.append(margin)
-        if self.raised_at is not None or len(self._chosen) < min(WINDOW, 3):
-            return None
-        values = list(self._margins)
-        half = len(values) // 2
-        grows = fmean(values[half:]) > fmean(values[:half])
-        drift = fmean(self._chosen)
-        if drift >= -self.limit_nats or not grows:
-            return None
-        self.raised_at = step
-        self.text = (
-            f"step {step}: chosen responses have lost {-drift:.2f} nats per token against the reference while margins "
-            "grow; the model may be collapsing although the loss falls. Lower train.lr or train.num_epochs, "
-            "raise train.beta, or set train.nll_weight"
-        )
-        return self.text
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
-        windows = {"chosen": list(self._chosen), "margins": list(self._margins)}
-        return {"raised_at": self.raised_at, "text": self.text, **windows}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on as the watch whose `state` it was."""
-        self.raised_at, self.text = state["raised_at"], state["text"]
-        self._chosen.extend(state["chosen"])
-        self._margins.extend(state["margins"])

@@ -20,6 +20,7 @@ from cpo_fast.tasks import task_name
 # keys of section train that say how and where to compute, or what to write, and not what to compute
 FREE = frozenset(
     {
+        "alarm_nats",
         "collective_timeout",
         "deepspeed",
         "grace",
@@ -81,7 +82,8 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """The keys in which two identities differ, each with what it was and what it is, in words."""
-    keys = sorted({*saved, *now})
+    # an older version may have saved a key that is free today
+    keys = sorted({*saved, *now} - {f"train.{name}" for name in FREE})
     words = {key: f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys}
     return {key: words[key] for key in keys if saved.get(key) != now.get(key)}
 

@@ -22,6 +22,7 @@ from cpo_fast.config import Config, TrainConfig
 from cpo_fast.data.batches import epoch_batches
 from cpo_fast.data.examples import Example
 from cpo_fast.errors import NonFiniteError
+from cpo_fast.train.alarms import DriftAlarm
 from cpo_fast.train.checkpoint import Checkpoint, Tensors
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dealing import deal, num_tokens
@@ -34,7 +35,7 @@ from cpo_fast.train.deepspeed_engine import (
     restore_optimizer,
 )
 from cpo_fast.train.memory import choose_checkpointing, free_rank_bytes, out_of_memory
-from cpo_fast.train.metrics import Metrics, OverOptimisationAlarm
+from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import MicroBatch, Objective
 from cpo_fast.train.policy import Policy, checkpoint_layers
 from cpo_fast.train.profiler import StepProfiler
@@ -87,7 +88,7 @@ class Trainer:
             num_training_steps=self.num_steps,
         )
         self.engine = initialize_engine(objective, optimizer, scheduler, config.train, stage, communicator.device)
-        self.alarm = OverOptimisationAlarm(config.train.alarm_nats)
+        self.alarm = DriftAlarm(config.train.alarm_nats)
         self.rows_seen = 0
         self.num_done = 0  # steps taken, before this process too
         self.signal = 0  # the one that some rank has received
@@ -302,12 +303,19 @@ class Trainer:
             parameter.grad = part.view_as(parameter)
 
     def _watch_collapse(self, step: int, values: dict[str, Any]) -> None:
-        if "logps/chosen_drift" not in values:
-            return
-        text = self.alarm.update(step, values["logps/chosen_drift"], values["rewards/margins"])
-        if text is not None:
-            logger.warning("%s", text)
-        values["alarm"] = self.alarm.raised_at is not None
+        if "logps/chosen_drift" in values:
+            low, margin = values["logps/chosen_drift_p10"], values["rewards/margins"]
+            text = self.alarm.update(step, low, margin, values.get("pairs") or values["states"])
+            if text is not None:
+                logger.warning("%s", text)
+        if "logps/chosen_drift" in values or self.validator.alarm is not None:
+            values["alarm"] = bool(self.alarm_text)
+
+    @property
+    def alarm_text(self) -> str:
+        """The sentences of both alarms, "" where none is raised."""
+        watches = (self.validator.alarm, self.alarm)
+        return ". ".join(watch.text for watch in watches if watch is not None and watch.text)
 
     def _gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether the gradient is finite, and its global norm before clipping: a few kernels for all parameters.

@@ -5,8 +5,10 @@ The held-out share is split off by question, so no prompt of a validated pair wa
 best adapter, or what greedy chains answer to questions that are not trained on (`dev_questions`).
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,11 +19,14 @@ from cpo_fast.config import Config
 from cpo_fast.data.examples import Example
 from cpo_fast.errors import NonFiniteError
 from cpo_fast.files import file_digest
+from cpo_fast.train.alarms import ChainAlarm
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dev_questions import DevQuestions
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -51,6 +56,7 @@ class Validator:
         self.config, self.policy, self.objective = config, policy, objective
         self.held_out, self.communicator, self.stage, self.dev = list(held_out), communicator, stage, dev
         self.num_warmup, self.folder = num_warmup, run / "adapter-best"
+        self.alarm = None if dev is None else ChainAlarm(dev.metric)
         self.best: float | None = None
         self.best_step = 0
         self.num_without_progress = 0
@@ -76,13 +82,16 @@ class Validator:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values. The best adapter lies in its folder."""
         counts = {"best_step": self.best_step, "num_without_progress": self.num_without_progress}
-        return {"best": self.best, "best_digest": self.best_digest, **counts}
+        alarm = {} if self.alarm is None else {"alarm": self.alarm.state()}
+        return {"best": self.best, "best_digest": self.best_digest, **counts, **alarm}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on as the validator whose `state` it was."""
         self.best, self.best_step = state["best"], state["best_step"]
         self.num_without_progress = state["num_without_progress"]
         self.best_digest = state["best_digest"]
+        if self.alarm is not None and "alarm" in state:  # which older checkpoints lack
+            self.alarm.restore(state["alarm"])
 
     def has_best_adapter(self) -> bool:
         """Whether the folder still holds the best adapter.
@@ -100,7 +109,7 @@ class Validator:
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
-            values = self.measure(engine)
+            values = self.measure(engine, step)
         finally:
             self.policy.model.train(was_training)
         decisive = values["eval_loss"] if self.dev is None else -values[f"eval_{self.dev.metric}"]
@@ -113,14 +122,19 @@ class Validator:
             self.num_without_progress += 1
         return {**values, "eval_best_step": self.best_step}
 
-    def measure(self, engine: Any) -> dict[str, float]:
-        """Metrics of the held-out examples, and the share of dev questions answered as expected, where there are any."""
+    def measure(self, engine: Any, step: int) -> dict[str, float]:
+        """Metrics of the held-out examples, and what share of dev questions chains answer as expected and at all."""
         values: dict[str, float] = {}
         if self.held_out:
             summary = self._held_out_metrics(engine).summary().items()
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self.dev is not None:
-            values[f"eval_{self.dev.metric}"] = self.dev.share(self.policy.model, self.communicator)
+            as_expected, answered = self.dev.ask(self.policy.model, self.communicator)
+            values |= {f"eval_{self.dev.metric}": fmean(as_expected), "eval_answered": fmean(answered)}
+            assert self.alarm is not None
+            text = self.alarm.update(step, as_expected)
+            if text is not None:
+                logger.warning("%s", text)
         return values
 
     def _held_out_metrics(self, engine: Any) -> Metrics:

@@ -86,7 +86,11 @@ def by_votes(folder: Path, run: Path, data: dict[str, Any] | None = None, **opti
     return config_for(folder, run, data=data or {}, train=base.train.model_dump(exclude_unset=True) | asked)
 
 
-def measured(run: Path, key: str) -> list[float]:
+# at this rate chains do not come to an answer any more after two steps
+COLLAPSING = {"lr": 1.0, "eval_every": 1, "schedule": "constant", "warmup_ratio": 0.0}
+
+
+def measured(run: Path, key: str) -> list[Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]
 
@@ -137,12 +141,16 @@ def files_of(run: Path) -> dict[str, bytes]:
 def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes with right answers, wrong ones and none, in `train.dev_path` and in both files of trees."""
+    """The same bytes with right answers, wrong ones and none, in `train.dev_path` and in both files of trees.
+
+    The alarm is raised in it.
+    """
     for name in ("searched", "dev"):
         (tmp_path / "files" / name).mkdir(parents=True)
         (tmp_path / "files" / name / "prompts").symlink_to(folder / name / "prompts")
     monkeypatch.chdir(tmp_path)
-    data, options = {"path": "files/searched/trees.jsonl", "held_out": 0.2}, {"dev_trees": "files/dev/trees.jsonl"}
+    data = {"path": "files/searched/trees.jsonl", "held_out": 0.2}
+    options = {"dev_trees": "files/dev/trees.jsonl", **COLLAPSING}
     runs = []
     for case, gold in (("right", "1"), ("wrong", "123"), ("none", None)):
         write_questions(tmp_path / "dev.jsonl", DEV, [gold] * len(DEV))
@@ -153,6 +161,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
         config = by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", patience=2, **options)
         train(config)
         assert len(measured(Path("run"), "eval_agreement")) > 2
+        assert measured(Path("run"), "alarm")[-1] is True
         runs.append(files_of(Path("run")))
         Path("run").rename(f"run-{case}")
     assert runs[0] == runs[1] == runs[2]
@@ -165,6 +174,28 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
         others.append(files_of(Path("run")))
         Path("run").rename(f"run-accuracy-{answer}")
     assert others[0] != others[1]
+
+
+def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = by_votes(folder, tmp_path / "run", max_steps=4, save_every=2, **COLLAPSING)
+    with caplog.at_level(logging.WARNING):
+        result = train(config)
+    before, *_, after = agreement = measured(tmp_path / "run", "eval_agreement")
+    assert before > 0.5 > after
+    fallen = next(step for step, share in enumerate(agreement) if share < before)
+    said = f"step {fallen}: the agreement of chains has fallen from {before:.1%} after step "
+    assert result.alarm.startswith(said)
+    assert sum(record.getMessage().startswith(said) for record in caplog.records) == 1
+    assert measured(tmp_path / "run", "alarm") == [step >= fallen for step in (1, 2, 3, 4)]
+    assert fallen <= 2  # so that the checkpoint gone on from knows of it
+    assert measured(tmp_path / "run", "eval_answered")[0] == 1.0
+    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "gone")
+    caplog.clear()
+    assert train(config).alarm == result.alarm
+    assert measured(tmp_path / "run", "alarm") == [step >= fallen for step in (1, 2, 3, 4)]
+    assert not any("of chains has fallen" in record.getMessage() for record in caplog.records)
 
 
 def test_dev_path_is_asked_in_place_of_the_task_s_questions_and_chooses_among_votes(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,6 @@ from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import load_model
 from cpo_fast.tasks import Prompts, get_task
 from cpo_fast.train.loop import train
-from cpo_fast.train.metrics import OverOptimisationAlarm
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.train.runs import MakeConfig, id_rows, largest_difference
 
@@ -221,21 +221,6 @@ def test_holding_out_everything_is_refused(make_config: MakeConfig, tmp_path: Pa
         train(make_config(data={"path": str(path), "held_out": 0.9}))
 
 
-def test_alarm_is_raised_once_when_chosen_fall_while_margins_grow() -> None:
-    alarm = OverOptimisationAlarm(limit_nats=0.5)
-    texts = [alarm.update(step, chosen_drift=-0.1 * step, margin=0.05 * step) for step in range(1, 30)]
-    (text,) = [text for text in texts if text is not None]
-    assert "have lost" in text
-    assert alarm.raised_at is not None
-    assert alarm.raised_at > 5
-
-
-@pytest.mark.parametrize(("drift", "margin"), [(-0.01, 0.1), (0.2, 0.1), (-0.3, -0.1)])
-def test_alarm_stays_silent_for_small_falls_rises_and_shrinking_margins(drift: float, margin: float) -> None:
-    alarm = OverOptimisationAlarm(limit_nats=0.5)
-    assert all(alarm.update(step, drift * step, margin * step) is None for step in range(1, 30))
-
-
 def test_alarm_reaches_metrics_log_and_result(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -258,6 +243,27 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_names_the_rows(make
     """The weights overflow in the step before the validation."""
     with pytest.raises(NonFiniteError, match=r"the loss of \d+ held-out rows is not finite \(rows .*pairs\.jsonl:\d+"):
         train(make_config(data={"held_out": 0.25}, lr=1e30, eval_every=1, warmup_ratio=0.0))
+
+
+def test_p10_is_the_lowest_tenth_of_the_drifts_of_single_pairs(make_config: MakeConfig) -> None:
+    """Of weights that stand still, away from the reference: steps of one pair and of twelve take them in one order."""
+    start = str(train(make_config(num_epochs=1, lr=0.1)).adapter_path)
+    usual = {
+        "model": {"adapter": start},
+        "reference_model": "base",
+        "reference": "online",
+        "lr": 1e-12,
+        "num_epochs": 1,
+    }
+    alone = lines(train(make_config(batch_pairs=1, **usual)).metrics_path)
+    drifts = [line["logps/chosen_drift"] for line in alone]
+    assert [line["logps/chosen_drift_p10"] for line in alone] == drifts
+    together = [
+        line["logps/chosen_drift_p10"] for line in lines(train(make_config(batch_pairs=12, **usual)).metrics_path)
+    ]
+    expected = [np.quantile(drifts[first : first + 12], 0.1) for first in (0, 12, 24)]
+    assert together == pytest.approx(expected, rel=1e-4)
+    assert len({round(value, 4) for value in together}) == 3
 
 
 def test_drift_is_the_mean_log_ratio_per_chosen_token(make_config: MakeConfig) -> None:

@@ -1,0 +1,225 @@
+"""Trainings of the reasoner that collapse and others that do not, and which of both alarms of training tell them apart.
+
+    python -m benchmarks.collapse [--folder runs/collapse] [--only NAME ...] [--no-record]
+    python -m benchmarks.collapse --table
+
+Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
+compared, and trains `RUNS`. Each is a line of `results/collapse.jsonl`: every step's metrics, and for every validation
+those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150 others
+whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs
+collapsed: those that once lost five points of their best accuracy. No alarm reads them.
+
+`--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from benchmarks.harness import record, results_folder, show
+from cpo_fast.config import Config, TrainConfig, load_config
+from cpo_fast.models import load_model
+from cpo_fast.search.collect import collect
+from cpo_fast.train.alarms import ChainAlarm, DriftAlarm
+from cpo_fast.train.dev_questions import DevQuestions, load_dev_questions
+from cpo_fast.train.loop import train
+
+EXAMPLE = Path("examples/reasoner")
+NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
+COLLAPSE = 0.05  # of accuracy
+
+# half 0: the rules were chosen on these; half 1: they were only tried on these. In two of them ten points go in two steps
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
+    "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
+    "cpo 1e-3, 30 steps, seed 0": (0, {"lr": 1e-3, "max_steps": 30}),
+    "sft 1e-3, 30 steps, seed 0": (0, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
+    "fpo 3e-3, 24 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
+    "cpo 3e-3, 30 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 30, "eval_every": 1}),
+    "cpo 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30}),
+    "cpo 5e-3, 24 steps, seed 2": (1, {"lr": 5e-3, "max_steps": 24, "eval_every": 1}),
+    "sft 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
+    "cpo 1e-3, 30 steps, seed 2": (1, {"lr": 1e-3, "max_steps": 30}),
+    "cpo 3e-3, 30 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 30}),
+    "fpo 3e-3, 24 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
+}
+KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
+        "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
+
+
+def config_of(folder: Path, name: str) -> Config:
+    """The example's settings, with those of one run."""
+    options = dict(RUNS[name][1])
+    seed, rule = int(name.rsplit(" ", 1)[1]), options.pop("rule", "all")
+    overrides = [
+        f"run={folder / 'runs' / name.replace(',', '').replace(' ', '-')}",
+        f"seed={seed}",
+        f"data.path={folder / 'trained' / 'trees.jsonl'}",
+        "data.held_out=0.1",
+        f"pairs.rule={rule}",
+        "train.batch_order=questions",  # a third of the tokens
+        "train.eval_every=2",
+        "eval.batch_size=150",
+        f"train.reference_cache={folder / 'reference'}",
+        *(f"train.{key}={value}" for key, value in options.items()),
+    ]
+    return load_config(EXAMPLE / "config.yaml", overrides)
+
+
+def search(folder: Path, part: str, number: int, num_questions: int) -> Path:
+    """Collect the trees of the first so many questions of search-`number`, or find them collected."""
+    questions = EXAMPLE / "questions" / "plain" / f"search-{number}.jsonl"
+    overrides = [f"run={folder / part}", f"task.path={questions}", f"task.num_questions={num_questions}"]
+    collect(load_config(EXAMPLE / "config.yaml", overrides))
+    return folder / part / "trees.jsonl"
+
+
+def flags(asked: DevQuestions, model: Any) -> str:
+    """A character for each question: answered as expected, otherwise, or not at all."""
+    answers = asked.answers(model, asked.questions)
+
+    def flag(answer: str | None, expected: str) -> str:
+        return "0" if answer is None else "+" if asked.is_as_expected(answer, expected) else "-"
+
+    return "".join(flag(answers[question.id], question.expected) for question in asked.questions)
+
+
+def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
+    """Train one run and write down what could be seen of it."""
+    base, tokenizer = load_model(config.model)
+    torch.manual_seed(config.seed)
+    lora = peft.LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, target_modules=config.lora.target_modules)
+    model = peft.get_peft_model(base, lora)  # as `train` makes it, made here to be asked from here
+
+    def questions(**options: str) -> DevQuestions:
+        changed = config.model_copy(update={"train": config.train.model_copy(update=options)})
+        found = load_dev_questions(changed, tokenizer, (), (), base.config.vocab_size)
+        assert found is not None
+        return found
+
+    gold, voted = questions(stop_on="accuracy", dev_path=str(dev)), questions(stop_on="agreement", dev_trees=str(votes))
+    gold.questions = gold.questions[:NUM_DEV]
+    validations: list[dict[str, Any]] = []
+
+    def look(step: int) -> None:
+        model.eval()
+        seen = {"step": step, "gold": flags(gold, model).count("+") / NUM_DEV, "votes": flags(voted, model)}
+        validations.append(seen)
+        model.train()
+
+    def watch(values: dict[str, Any], num_steps: int) -> None:
+        if "eval_loss" in values:
+            look(values["step"])
+
+    look(0)
+    result = train(config, model, tokenizer, progress=watch)
+    lines = [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
+    held_out = [kept(line, "eval_", config) for line in lines if "eval_loss" in line]
+    for validation, values in zip(validations, held_out, strict=True):
+        assert validation["step"] == values["step"]
+        validation |= {f"held_out/{key}": value for key, value in values.items() if key != "step"}
+    steps = [kept(line, "", config) for line in lines if "loss" in line]
+    columns = {key: [step[key] for step in steps] for key in steps[0]}
+    return {"num_pairs": result.num_items, "validations": validations, "steps": columns}
+
+
+def kept(line: Mapping[str, Any], prefix: str, config: Config) -> dict[str, Any]:
+    """Of one line of metrics.jsonl the kept numbers, and how far rejected responses have drifted."""
+    values = {key: line[prefix + key] for key in KEPT if prefix + key in line}
+    if f"{prefix}rewards/rejected" in line:
+        num_tokens = line[f"{prefix}logps/rejected"] / line[f"{prefix}logps/rejected_per_token"]
+        values["logps/rejected_drift"] = line[f"{prefix}rewards/rejected"] / config.train.beta / num_tokens
+    return {"step": line["step"]} | {key: float(f"{value:.4g}") for key, value in values.items()}
+
+
+def collapsed_at(run: Mapping[str, Any]) -> int | None:
+    """The first validation at which five points of the best accuracy before were lost."""
+    best = 0.0
+    for validation in run["validations"]:
+        best = max(best, validation["gold"])
+        if best - validation["gold"] >= COLLAPSE - 1e-9:
+            return int(validation["step"])
+    return None
+
+
+def chain_alarm(run: Mapping[str, Any], num_questions: int = NUM_VOTED) -> ChainAlarm:
+    """The alarm after all validations of a run by the votes on so many questions."""
+    alarm = ChainAlarm("agreement")
+    for validation in run["validations"]:
+        alarm.update(validation["step"], [flag == "+" for flag in validation["votes"][:num_questions]])
+    return alarm
+
+
+def drift_alarm(run: Mapping[str, Any]) -> DriftAlarm:
+    """The alarm after all steps of a run. SFT has none."""
+    alarm, steps = DriftAlarm(TrainConfig().alarm_nats), run["steps"]
+    columns = ("step", "logps/chosen_drift_p10", "rewards/margins", "pairs")
+    for step, low, margin, pairs in zip(*(steps.get(name, ()) for name in columns), strict=False):
+        alarm.update(step, low, margin, int(pairs))
+    return alarm
+
+
+def recorded(path: Path | None = None) -> list[dict[str, Any]]:
+    """The runs of a file, by default of `results/collapse.jsonl`: those that collapsed first."""
+    lines = (path or results_folder() / "collapse.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [json.loads(line)["results"] for line in lines]
+    return sorted(runs, key=lambda run: (collapsed_at(run) is None, run["half"], run["run"]))
+
+
+def show_table() -> None:
+    """For every recorded run: its accuracy, when it collapsed, and when each alarm was raised."""
+    rows = []
+    for run in recorded():
+        gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
+        votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
+        steps = [
+            collapsed_at(run),
+            chain_alarm(run).raised_at,
+            chain_alarm(run, 60).raised_at,
+            drift_alarm(run).raised_at,
+        ]
+        kept_step = max(votes, key=lambda step: (votes[step], -step))  # what stop_on=agreement keeps
+        shares = [max(gold.values()), gold[kept_step], run["validations"][-1]["gold"]]
+        numbers = ["-" if step is None else str(step) for step in steps]
+        rows.append([f"{run['run']} ({run['half']})", *map("{:.3f}".format, shares), *numbers])
+    columns = ["run (half)", "best", "kept", "last", "5 points lost", "chains", "of 60 q.", "drift"]
+    caption = "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; steps of collapse and alarms"
+    show("collapses and alarms", columns, rows, caption)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Collect, train, record; or show what is recorded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--no-record", action="store_true")
+    arguments = parser.parse_args(argv)
+    if arguments.table:
+        show_table()
+        return 0
+    torch.set_num_threads(1)
+    folder = arguments.folder
+    search(folder, "trained", 0, NUM_TRAINED)
+    votes = search(folder, "voted", 1, NUM_VOTED)
+    command = "python -m benchmarks.collapse " + " ".join(argv if argv is not None else sys.argv[1:])
+    for name in arguments.only:
+        started = time.process_time()
+        found = follow(config_of(folder, name), EXAMPLE / "questions" / "plain" / "dev.jsonl", votes)
+        sys.stdout.write(f"{name}: {[v['gold'] for v in found['validations']]} {time.process_time() - started:.0f} s\n")
+        sys.stdout.flush()
+        if not arguments.no_record:
+            half, options = RUNS[name]
+            record("collapse", command.strip(), [], {"run": name, "half": half, "options": options, **found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
