@@ -1,6 +1,6 @@
 """The tables of `benchmarks.method` from its records: accuracies with intervals, paired tests and costs.
 
-    python -m benchmarks.method_table [benchmarks/results/method.jsonl]
+    python -m benchmarks.method_table [--summary] [benchmarks/results/method.jsonl]
 
 A cell is compared with its base on the same questions, seed by seed, by the exact McNemar test. The primary comparison is
 CPO `all` against the base. The p-values of all others are corrected by Holm's method over the whole table.
@@ -94,6 +94,24 @@ def report(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def summary(records: Sequence[Record]) -> str:
+    """A row a cell as Markdown: accuracy of each seed, their mean, tokens of an answer, seconds of training."""
+    cells: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for one in records:
+        cells[one["base"], one["variant"], one["cell"]].append(one)
+    lines = ["| base | asked | cell | mean | each seed | tokens | training, s |", "|---|---|---|---|---|---|---|"]
+    for (base, variant, cell), found in cells.items():
+        shares = [share(one) for one in found]
+        seconds = [one["training"]["seconds"] for one in found if "seconds" in one["training"]]
+        trained = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+        each = " ".join(f"{value:.1%}" for value in shares)
+        tokens = sum(one["tokens"] for one in found) / len(found)
+        lines.append(
+            f"| {base} | {variant} | {cell} | {sum(shares) / len(shares):.1%} | {each} | {tokens:.0f} | {trained} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def latest(path: Path) -> list[Record]:
     """The records of the newest line of a results file."""
     cells: list[Record] = json.loads(path.read_text().splitlines()[-1])["results"]["cells"]
@@ -104,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables of a results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", type=Path, default=Path(__file__).parent / "results" / "method.jsonl")
-    sys.stdout.write(report(latest(parser.parse_args(argv).path)))
+    parser.add_argument("--summary", action="store_true", help="a row a cell, over seeds, as Markdown")
+    arguments = parser.parse_args(argv)
+    sys.stdout.write((summary if arguments.summary else report)(latest(arguments.path)))
     return 0
 
 

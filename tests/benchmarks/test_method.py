@@ -1,0 +1,79 @@
+"""The table of the method: its plan can be run, its questions are apart, its statistics are right."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.method import once, places, settings
+from benchmarks.method_plan import HARD, PLAIN, PLAN, SEEDS
+from benchmarks.method_table import against_base, holm, report, summary
+from cpo_fast.config import validate_config
+
+PARTS = [*(f"search-{seed}" for seed in SEEDS), "dev", "test"]
+
+
+def texts(variant, part):
+    return [json.loads(line)["question"] for line in variant.questions(part).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("variant", [PLAIN, HARD], ids=lambda variant: variant.name)
+def test_no_question_stands_in_two_parts(variant):
+    parts = {part: texts(variant, part) for part in PARTS}
+    assert [len(found) for found in parts.values()] == [200, 200, 200, 300, 600]
+    together = [text for found in parts.values() for text in found]
+    assert len(set(together)) == len(together)
+
+
+def test_every_cell_is_a_valid_configuration_and_none_reads_gold_before_it_is_asked(tmp_path):
+    for place in places():
+        base, cell = place.base, place.cell
+        config = validate_config(settings(base, place.seed, base.variant, tmp_path, cell.settings))
+        assert base.path.is_dir()
+        assert config.train.stop_on == "held_out_loss"
+        assert config.data.held_out == 0  # the last step's adapter is taken
+        for one in cell.searches:
+            assert one.variant.questions(f"search-{place.seed}").is_file()
+            validate_config(settings(base, place.seed, one.variant, tmp_path, {"search": one.settings}))
+    names = [place.name for place in places()]
+    assert len(set(names)) == len(names)
+
+
+def test_only_chooses_cells_by_their_name():
+    assert [place.name for place in places("base-1/2/CPO lowest")] == ["base-1/2/CPO lowest"]
+    assert {place.base.name for place in places("hard-0/")} == {PLAN[2].name}
+
+
+def test_what_is_finished_is_made_again_only_with_other_settings(tmp_path: Path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"count": len(calls)}
+
+    folder = tmp_path / "cell"
+    assert [once(folder, {"rate": rate}, make)["count"] for rate in (1, 1, 2, 2, 1)] == [1, 1, 2, 2, 3]
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 4 x .005, 3 x .01, 2 x .03
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def record(cell, right, seed=0):
+    return {
+        "base": "b", "seed": seed, "group": "main", "cell": cell, "variant": "plain", "part": "test", "training": {},
+        "num_questions": len(right), "num_correct": right.count("1"), "right": right, "tokens": 3.0, "seconds": 0.01,
+        "total_seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_only_the_primary_comparison_is_left_uncorrected():
+    base, better = "0" * 10 + "1" * 10, "1" * 19 + "0"
+    records = [record("base", base), record("CPO all", better), record("SFT", better), record("FPO", base)]
+    found = against_base(records)
+    assert [found[place][:2] for place in (1, 2, 3)] == [(1, 10), (1, 10), (0, 0)]
+    raw = 2 * (1 + 11) / 2**11  # of 11 questions that differ, at most one lost
+    assert [found[place][2] for place in (1, 2, 3)] == pytest.approx([raw, 2 * raw, 1.0])
+    assert "+10/-1" in report(records)
+    assert "| b | plain | CPO all | 95.0% | 95.0% | 3 |  |" in summary(records)
