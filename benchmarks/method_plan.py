@@ -63,6 +63,9 @@ class Search:
     num_questions: int = NUM_SEARCHED
 
 
+BFS = Search()
+
+
 @dataclass(frozen=True, eq=False)
 class Cell:
     """One row of the table: what is trained, on which trees, and on which variants it is asked.
@@ -73,14 +76,13 @@ class Cell:
 
     name: str
     group: str
-    searches: tuple[Search, ...] = (Search(),)
+    searches: tuple[Search, ...] = (BFS,)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     asked: tuple[Variant, ...] = (HARD,)
     method: str = "cot"
     rounds: bool = False
 
 
-BFS = Search()
 BASE, TREE, CPO = "base", "tree of thought", "CPO all"
 
 # the budget of the search level by level: 16 states are expanded

@@ -35,6 +35,9 @@ def test_every_cell_is_a_valid_configuration_and_none_reads_gold_before_it_is_as
         for one in cell.searches:
             assert one.variant.questions(f"search-{place.seed}").is_file()
             validate_config(settings(base, place.seed, one.variant, tmp_path, {"search": one.settings}))
+    # by identity: two workers would make one that stands twice at the same time, in one folder
+    searches = {one for place in places() for one in place.cell.searches}
+    assert len({(one.variant.name, one.name) for one in searches}) == len(searches)
     names = [place.name for place in places()]
     assert len(set(names)) == len(names)
 
