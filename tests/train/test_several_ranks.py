@@ -274,7 +274,7 @@ def test_a_policy_that_is_not_its_reference_on_one_rank_ends_all_before_the_firs
     assert len(errors) == 2
     assert errors[0] == errors[1]
     assert errors[0].startswith("1 self-test: rewards at step 0 reach ")
-    assert "on rank 1 instead of exactly 0" in errors[0]
+    assert "on rank 1, not 0, so the reference is not the starting point" in errors[0]
     assert not (trained.folder / f"off, {stage}" / "metrics.jsonl").exists()
 
 
