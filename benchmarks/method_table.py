@@ -113,9 +113,12 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def latest(path: Path) -> list[Record]:
-    """The records of the newest line of a results file."""
-    cells: list[Record] = json.loads(path.read_text().splitlines()[-1])["results"]["cells"]
-    return cells
+    """The newest record of every cell of a results file, whichever run made it."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for line in path.read_text().splitlines():
+        for one in json.loads(line)["results"]["cells"]:
+            found[tuple(one[key] for key in ("base", "seed", "cell", "variant", "part"))] = one
+    return list(found.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.method import once, places, settings
 from benchmarks.method_plan import HARD, PLAIN, PLAN, SEEDS
-from benchmarks.method_table import against_base, holm, report, summary
+from benchmarks.method_table import against_base, holm, latest, report, summary
 from cpo_fast.config import validate_config
 
 PARTS = [*(f"search-{seed}" for seed in SEEDS), "dev", "test"]
@@ -69,6 +69,13 @@ def record(cell, right, seed=0):
         "num_questions": len(right), "num_correct": right.count("1"), "right": right, "tokens": 3.0, "seconds": 0.01,
         "total_seconds": 1.0,
     }  # fmt: skip
+
+
+def test_the_newest_record_of_a_cell_counts(tmp_path: Path):
+    path = tmp_path / "method.jsonl"
+    runs = [[record("base", "01"), record("SFT", "00")], [record("SFT", "11")]]
+    path.write_text("".join(json.dumps({"results": {"cells": cells}}) + "\n" for cells in runs))
+    assert [(one["cell"], one["right"]) for one in latest(path)] == [("base", "01"), ("SFT", "11")]
 
 
 def test_only_the_primary_comparison_is_left_uncorrected():
