@@ -1,8 +1,9 @@
 """Greedy chains of an evaluation: side by side in the arena engine against one at a time in the same engine.
 
-    python -m benchmarks.chains [--num-chains 64] [--max-new-tokens 48] [--threads 2] [--clock wall|cpu] [--no-record]
+    python -m benchmarks.chains [--model smollm2|reasoner] [--num-chains 64] [--max-new-tokens 48]
+        [--threads 2] [--clock wall|cpu] [--no-record]
 
-The model is the demonstration's, the questions are its word problems with other numbers. Chains have to be the same, token
+The model is one of the demonstration's, the questions are its own with other numbers. Chains have to be the same, token
 for token, before anything is shown. The prompt that all questions share is read once, before either is timed.
 """
 
@@ -15,13 +16,13 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness import CLOCKS, Check, gate, record, show
-from cpo_fast.cli.demo import demo_config
-from cpo_fast.demo import convert_demo_model
+from cpo_fast.demo.model import convert_demo_model
+from cpo_fast.demo.recipes import reasoner_recipe, smollm2_recipe
 from cpo_fast.evaluate.chain import Chain, chain_search
 from cpo_fast.evaluate.evaluation import chains_side_by_side
 from cpo_fast.models import load_model
 from cpo_fast.search.collect import build_engine, configured_engine
-from cpo_fast.search.engine import run_search
+from cpo_fast.search.engine import Search, run_search
 from cpo_fast.tasks import Prompts, Question, load_questions
 
 
@@ -37,6 +38,7 @@ def varied(questions: Sequence[Question], count: int) -> list[Question]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask both ways, compare, show, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("smollm2", "reasoner"), default="smollm2", help="of the demonstration")
     parser.add_argument("--num-chains", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
@@ -46,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     clock = CLOCKS[arguments.clock]
 
-    config = demo_config(convert_demo_model(), "runs/chains", quick=False)
+    if arguments.model == "smollm2":
+        recipe = smollm2_recipe(convert_demo_model(), "runs/chains", quick=False, seed=0)
+    else:
+        recipe = reasoner_recipe("runs/chains", quick=False, seed=0)
+    config = recipe.config
     sizes = config.eval.model_copy(
         update={"batch_size": arguments.num_chains, "max_new_tokens": arguments.max_new_tokens}
     )
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = build_engine(chains_side_by_side(config), prompts, model, configured_engine)
     asked = {question.id: prompts.encode(question) for question in varied(questions, arguments.num_chains)}
 
-    def search(prompt: Sequence[int]):  # type: ignore[no-untyped-def]
+    def search(prompt: Sequence[int]) -> Search[Chain]:
         return chain_search(tokenizer, prompt, task, arguments.max_new_tokens, config.search.max_steps)
 
     started = clock()
