@@ -77,3 +77,19 @@ def test_rows_have_the_same_bits_alone_and_among_many_nodes_of_their_shape(heads
         for number in (3, 4):
             first[number][:length] = inputs[number][:length]
         assert torch.equal(tree_decode(*first, alone, impl="eager")[:ROWS_A_NODE], among[:ROWS_A_NODE]), length
+
+
+@pytest.mark.parametrize("spare", ["heads", "slots", "numbers"])
+def test_an_arena_that_is_cut_out_of_a_larger_tensor_gives_the_same_bits(spare: str) -> None:
+    plan = plan_of([3, 8, 9, 64], 2)
+    inputs = inputs_of(plan, (2, 2, 24))
+    expected = tree_decode(*[tensor.clone() for tensor in inputs], plan, impl="eager")
+    cut = list(inputs)
+    for number in (3, 4):
+        slots, num_heads, head_dim = inputs[number].shape
+        more = {"heads": (1, num_heads + 1, 1), "slots": (2, num_heads, 1), "numbers": (1, num_heads, 2)}[spare]
+        whole = torch.full((slots * more[0], more[1], head_dim * more[2]), float("nan"))
+        cut[number] = whole[:: more[0], :num_heads, :head_dim]
+        cut[number].copy_(inputs[number])
+    assert not cut[3].is_contiguous()
+    assert torch.equal(tree_decode(*cut, plan, impl="eager"), expected)

@@ -114,6 +114,14 @@ def test_labels_are_tokenised_with_the_prompt_and_keep_their_leading_space(token
     assert [tokenizer.decode(ids) for ids in labels] == [" likely", " impossible"]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_labels_of_a_level_are_those_of_each_prompt_alone(tokenizer, chat):
+    prompts = Prompts(get_task("svamp"), tokenizer, chat)
+    texts = ["Question: a b c\nIt is", "It is", "Question: a\nb\nIt is"]
+    assert prompts.labels(texts) == [one for text in texts for one in prompts.labels([text])]
+    assert [ids for ids, _ in prompts.labels(texts)] == [prompts.encode_text(text) for text in texts]
+
+
 def test_an_unreadable_verdict_can_count_as_impossible_and_is_still_recorded_as_unreadable(tokenizer):
     engine = ScriptedEngine(texts=[" likely\n", " 47\n", " maybe\n", " likely\n"])
     settings = {"evaluator": "sample", "num_verdicts": 4, "unparseable": "impossible"}
