@@ -170,13 +170,18 @@ class SearchConfig(Section):
     dfs_threshold: float | None = Field(
         None, description="depth-first search does not enter states valued below this; null: enters all, best first"
     )
-    batch_size: int = Field(
-        256,
+    batch_size: int | None = Field(
+        None,
         ge=1,
-        description="lines that are generated side by side: more is faster and takes more memory. In float32 on a "
-        "CPU neither this nor the next four change a tree, unless the model is a mixture of experts",
+        description="lines that are generated side by side: more is faster and takes more memory; null: 256, or 2048 for "
+        "a model below 10 million parameters on a CPU. In float32 on a CPU neither this nor the next four change a tree, "
+        "unless the model is a mixture of experts",
     )
-    questions_in_flight: int = Field(16, ge=1, description="questions that the arena engine searches at a time")
+    questions_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="questions that the arena engine searches at a time; null: 16, or 64 for such a small model",
+    )
     arena_tokens: int | None = Field(
         None, ge=1, description="tokens that the arena engine's KV cache holds; null: what free memory allows"
     )
@@ -186,6 +191,10 @@ class SearchConfig(Section):
     cuda_graphs: bool = Field(
         True, description="on a GPU, record the arena engine's steps as CUDA graphs: less time between kernels"
     )
+
+    def side_by_side(self, is_tiny: bool = False) -> tuple[int, int]:
+        """Lines and questions at a time. A tiny model spends its time on calls, so it is asked more at once by default."""
+        return self.batch_size or (2048 if is_tiny else 256), self.questions_in_flight or (64 if is_tiny else 16)
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the trees, as plain JSON values: all but those of performance only."""

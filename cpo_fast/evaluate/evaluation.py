@@ -243,7 +243,7 @@ class _Asker:
 def chains_side_by_side(config: Config) -> SearchConfig:
     """Settings of an engine that runs `eval.batch_size` chains at a time."""
     at_once = config.eval.batch_size
-    sizes = {"questions_in_flight": at_once, "batch_size": max(at_once, config.search.batch_size)}
+    sizes = {"questions_in_flight": at_once, "batch_size": max(at_once, config.search.side_by_side()[0])}
     return config.search.model_copy(update=sizes)
 
 

@@ -66,7 +66,7 @@ def configured_engine(config: SearchConfig, prompts: Prompts, model: Any, **opti
     if config.engine == "hf":
         from cpo_fast.search.engine.huggingface import HuggingFaceEngine
 
-        return HuggingFaceEngine(model, prompts.tokenizer, config.batch_size)
+        return HuggingFaceEngine(model, prompts.tokenizer, config.side_by_side()[0])
     from cpo_fast.search.engine.arena_engine import ArenaEngine
     from cpo_kernels.integrations.transformers.model import model_parts
     from cpo_kernels.integrations.transformers.proof import path_limit

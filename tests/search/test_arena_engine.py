@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import GraniteConfig, NanoChatConfig, Phi3Config
 
+from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine import ScoreRequest
+from cpo_fast.search.engine import Requests, ScoreRequest
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.decode_batch import DecodeBatch
 from cpo_fast.search.engine.forward_plans import decode_plan
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.engine.kv_arena import KVNode
+from cpo_fast.search.engine.kv_arena import KVNode, KVTrie
 from cpo_kernels.tree_decode.eager_tables import HeadShape, tables_of
 from tests.search.engine_cases import (
     CONFIG_CLASSES,
@@ -217,6 +218,67 @@ def test_a_shared_node_is_read_once_for_all_requests() -> None:
     shared, apart = arena_engine(), arena_engine(make_batch=partial(DecodeBatch, share=False))
     assert ask(shared, requests, few_shot) == ask(apart, requests, few_shot)
     assert apart.scheduler.batch.counts.num_keys > 5 * shared.scheduler.batch.counts.num_keys
+
+
+def test_samples_that_have_said_the_same_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some draw tokens of their own sooner or later, some end before those that go on in their slots."""
+    few_shot, prompts = forked_prompts(31)
+    caps = (3, 12, 1, 12, 7, 12)
+    requests = [request for cap in caps for request in sampled(prompts[:1], 3, max_new_tokens=cap, temperature=0.3)]
+    requests += [request for cap in caps for request in greedy(prompts[1:3], max_new_tokens=cap)]
+    requests.sort(key=lambda request: request.token_ids)  # the same prompt adjoins, as the samples of a state do
+    rows: list[int] = []
+    step = DecodeBatch.step
+
+    def counted(batch: DecodeBatch) -> Any:
+        rows.append(len({one.leader for one in batch.running}))
+        return step(batch)
+
+    monkeypatch.setattr(DecodeBatch, "step", counted)
+    together, together_rows = ask(arena_engine(), requests, few_shot), sum(rows)
+    rows.clear()
+    apart = ask(arena_engine(make_batch=partial(DecodeBatch, share=False)), requests, few_shot)
+    assert together == apart
+    assert sum(rows) == sum(sample.num_tokens for sample in apart)  # a row a token
+    assert 3 * together_rows < 2 * sum(rows)
+    assert len({sample.token_ids for sample in apart}) > 4
+
+
+def test_a_tiny_model_on_a_cpu_is_asked_more_at_once() -> None:
+    few_shot, prompts = forked_prompts(31)
+    names = [(str(number), prompts[number % len(prompts)]) for number in range(70)]
+    for settings, at_once in (({}, 64), ({"questions_in_flight": 5}, 5)):
+        engine = ArenaEngine(small_model(), TOKENIZER, SearchConfig(arena_tokens=20_000, **settings))
+        started: list[str] = []
+
+        def search(name: str, prompt: tuple[int, ...], started: list[str] = started) -> Any:
+            started.append(name)
+            yield Requests(tuple(greedy([prompt])), keep=True)
+
+        results = engine.run((name, search(name, prompt)) for name, prompt in names)
+        next(results)
+        assert at_once <= len(started) < at_once + 5
+        results.close()
+    assert SearchConfig().side_by_side() == (256, 16)
+    assert SearchConfig(batch_size=3).side_by_side(is_tiny=True) == (3, 64)
+
+
+def test_a_path_is_walked_again_where_a_later_prompt_changed_it() -> None:
+    """Prompts that fork inside nodes, computed or not: as if every prompt were walked after all are in."""
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        trie = KVTrie()
+        for _ in range(3):
+            prompts = [tuple(generator.integers(0, 2, generator.integers(1, 60)).tolist()) for _ in range(6)]
+            prompts += [prompt[: len(prompt) // 2] + prompts[0] for prompt in prompts]
+            limits = [int(generator.integers(0, len(prompt) + 1)) for prompt in prompts]
+            paths = trie.insert(prompts, limits)
+            expected = [
+                trie._walk(np.asarray(ids), limit, add=False) for ids, limit in zip(prompts, limits, strict=True)
+            ]
+            assert paths == expected
+            for node in trie.nodes:
+                node.fixed = bool(generator.integers(2)) or node.fixed
 
 
 def test_reads_that_are_not_shared_stay_apart() -> None:

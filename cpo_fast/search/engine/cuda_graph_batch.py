@@ -223,7 +223,7 @@ class CudaGraphBatch(DecodeBatch):
             return
         self.num_rebuilds += 1
         num_slots = slot_bucket(len(self.running))
-        plan, self._num_node_keys = self._plan(num_slots - len(self.running))
+        plan, self._num_node_keys = self._plan(self.running, num_slots - len(self.running))
         plan = plan.padded(
             doubled_bucket(len(plan.items), int(ITEMS_PER_SLOT * num_slots)),
             doubled_bucket(plan.num_partials, PARTIALS_PER_SLOT * num_slots),

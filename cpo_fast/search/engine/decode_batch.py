@@ -5,7 +5,7 @@ its batch slot is free for another. A request's tokens depend on its own path an
 changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunningRequest:
         request: what is asked. owner, index: whose it is, and which of the owner's items.
         path: nodes of the prompt without its last token. first_slot: of the `max_new_tokens` KV slots of its own.
         generated, logps: ids and raw log-probs so far. stop: why it ended. failed: its logits were not finite.
+        leader: one that has the same prompt and has generated the same, whose slots hold the keys and values of both.
     """
 
     request: SampleRequest
@@ -41,6 +42,10 @@ class RunningRequest:
     logps: list[float] = field(default_factory=list)
     stop: Stop | None = None
     failed: bool = False
+    leader: "RunningRequest" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leader = self
 
     @property
     def last_token(self) -> int:
@@ -65,7 +70,7 @@ class DecodeCounts:
 
 
 class DecodeBatch:
-    """Requests that generate side by side.
+    """Requests that generate side by side. On a CPU those that continue equal tokens are one row of a step.
 
     Args:
         runner: the model. stop_checker: says when a request ends.
@@ -84,6 +89,8 @@ class DecodeBatch:
         self.counts = DecodeCounts()
         self._runner, self._stop_checker = runner, stop_checker
         self._share, self._refill = share, refill
+        # where a row costs more than copies of keys do, and its bits are the same in every batch
+        self._shares_rows = share and runner.device.type == "cpu"
         self._in_slots: list[RunningRequest] = []  # as the batch was built last
         self._sampler: BatchSampler | None = None
 
@@ -92,6 +99,12 @@ class DecodeBatch:
 
     def add(self, requests: Sequence[RunningRequest]) -> None:
         """Let more requests take part from the next step on."""
+        if not requests:
+            return
+        if self._shares_rows:
+            leaders: dict[tuple[int, int], RunningRequest] = {}
+            for one in requests:  # of one path and last token is one prompt: nodes are equal by identity
+                one.leader = leaders.setdefault((id(one.path), one.last_token), one)
         # depth first: requests below one node stand together, so that it is read once for them
         self.running = sorted([*self.running, *requests], key=lambda one: [node.number for node, _ in one.path])
 
@@ -107,31 +120,53 @@ class DecodeBatch:
         """Generate one token for each request. Returns those that ended with it, which have left the batch."""
         if not self.running:
             return []
-        device = self._runner.device
-        padding = self._runner.num_padding(len(self.running))
-        lengths = [len(one.generated) for one in self.running]
-        positions = [one.first_position + length for one, length in zip(self.running, lengths, strict=True)]
-        plan, num_node_keys = self._plan(padding)
+        device, requests = self._runner.device, self.running
+        place = {leader: row for row, leader in enumerate(dict.fromkeys(one.leader for one in requests))}
+        leaders = list(place)
+        padding = self._runner.num_padding(len(leaders))
+        positions = [one.first_position + len(one.generated) for one in leaders]
+        plan, num_node_keys = self._plan(leaders, padding)
         # own keys: those generated, and the one that this step writes
-        self._count_step(len(self.running) + padding, num_node_keys + sum(lengths) + len(lengths))
+        self._count_step(len(requests) + padding, num_node_keys + sum(len(one.generated) + 1 for one in leaders))
         hidden = self._runner.forward(  # [N, E], padding included
-            torch.tensor([one.last_token for one in self.running] + [0] * padding, device=device),
+            torch.tensor([one.last_token for one in leaders] + [0] * padding, device=device),
             torch.tensor(positions + [0] * padding, device=device),
             to_device(plan, device),
         )
-        if self._sampler is None or self._in_slots != self.running:  # else its tables still fit
-            self._in_slots = self.running
-            self._sampler = self._build_sampler(len(self.running), device)
-        logits = self._runner.logits(hidden[: len(self.running)])  # [B, V] float32
-        tokens, logps = self._sampler.sample(logits, torch.tensor(lengths, device=device), self._runner.impl)
-        return self._receive(self.running, tokens.tolist(), logps.tolist())
+        if self._sampler is None or self._in_slots != requests:  # else its tables still fit
+            self._in_slots = requests
+            self._sampler = self._build_sampler(len(requests), device)
+        logits = self._runner.logits(hidden[: len(leaders)])  # [R, V] float32
+        if len(leaders) < len(requests):
+            logits = logits[[place[one.leader] for one in requests]]  # [B, V]
+        lengths = torch.tensor([len(one.generated) for one in requests], device=device)
+        tokens, logps = (values.tolist() for values in self._sampler.sample(logits, lengths, self._runner.impl))
+        ended = self._receive(requests, tokens, logps)
+        if len(leaders) < len(requests):
+            self._part(zip(requests, tokens, strict=True))
+        return ended
 
-    def _plan(self, num_padding: int) -> tuple[DecodePlan, int]:
-        """The plan of the next step, and how many keys of nodes it reads."""
+    def _part(self, chosen: Iterable[tuple[RunningRequest, int]]) -> None:
+        """Requests go on without their leader where it has ended or chose another token than they did."""
+        going_on = [(one, token) for one, token in chosen if one.stop is None and not one.failed]
+        leaders = {(one.leader, token): one for one, token in going_on if one.leader is one}
+        sources: list[int] = []
+        targets: list[int] = []
+        for one, token in going_on:
+            before = one.leader
+            one.leader = leaders.setdefault((before, token), one)
+            if one.leader is one is not before:  # its leader's slots are still as this step left them
+                sources += range(before.first_slot, before.first_slot + len(one.generated))
+                targets += range(one.first_slot, one.first_slot + len(one.generated))
+        if sources:
+            self._runner.arena.copy(sources, targets)
+
+    def _plan(self, requests: Sequence[RunningRequest], num_padding: int) -> tuple[DecodePlan, int]:
+        """The plan of the next step of requests, a row each, and how many keys of nodes it reads."""
         return decode_plan(
-            [one.path for one in self.running],
-            [one.first_slot for one in self.running],
-            [len(one.generated) + 1 for one in self.running],
+            [one.path for one in requests],
+            [one.first_slot for one in requests],
+            [len(one.generated) + 1 for one in requests],
             num_padding,
             self._runner.arena.padding_slot,
             self._share,

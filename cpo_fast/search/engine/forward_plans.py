@@ -5,8 +5,9 @@ that is computed has one. A plan lists work items, each a contiguous run of rows
 depth-first order: then all rows below a node are one run, and the node is read once for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from cpo_kernels.tree_decode.plan import Item
 Read = tuple[KVNode, int, int]
 # a chunk of a prefill may begin only here in a node, so that chunks never change how its sums are grouped
 PREFILL_TILE = 64
+TINY_MODEL = 10_000_000  # parameters
 LOGIT_ROWS = 256  # rows of logits held at once: 50 MiB in float32 at a vocabulary of 49,152
 
 
@@ -30,11 +32,16 @@ class ModelRunner:
 
     Args:
         parts: of the model. arena: of its keys and values. impl: implementation of `tree_decode`.
+
+    Attributes:
+        is_tiny: on a CPU, and so small that a forward costs what its calls cost.
     """
 
     def __init__(self, parts: ModelParts, arena: KVArena, impl: str) -> None:
         self.parts, self.arena, self.impl = parts, arena, impl
         self.device = next(parts.causal_lm.parameters()).device
+        num_weights = sum(weight.numel() for weight in parts.causal_lm.parameters())
+        self.is_tiny = self.device.type == "cpu" and num_weights < TINY_MODEL
 
     @property
     def vocab_size(self) -> int:
@@ -145,21 +152,23 @@ def path_to(node: KVNode) -> KVPath:
 def _shared_items(queries: Sequence[tuple[int, int, KVPath]], share: bool = True) -> list[Item]:
     """Items of runs of rows (first, count, path) over the nodes of their paths, level by level."""
     items: list[Item] = []
+    if share:  # the samples of a state have one path
+        grouped = [list(same) for _, same in groupby(queries, key=lambda query: id(query[2]))]
+        queries = [(same[0][0], sum(count for _, count, _ in same), same[0][2]) for same in grouped]
     # root first, which is the order in which a row's partial attentions are merged
     for depth in range(max((len(path) for _, _, path in queries), default=0)):
-        at_depth = [(first, count, *path[depth]) for first, count, path in queries if len(path) > depth]
-        if not share:  # neighbours apart, or `tree_decode` would put their items together again
-            at_depth = at_depth[::2] + at_depth[1::2]
-        expected = -1  # the row that would go on with the last run
-        runs: list[list[int]] = []  # first query, number of queries, key start, number of keys, number of the node
-        for first, count, node, used in at_depth:
+        queries = [query for query in queries if len(query[2]) > depth]
+        # neighbours apart, or `tree_decode` would put their items together again
+        at_depth = queries if share else queries[::2] + queries[1::2]
+        expected, last_node, last_used = -1, None, 0  # the row that would go on with the last item
+        for first, count, path in at_depth:
+            node, used = path[depth]
             assert node.start is not None, "a path through a node that is not stored"
-            if share and runs and first == expected and runs[-1][3:] == [used, node.number]:
-                runs[-1][1] += count
+            if share and first == expected and node is last_node and used == last_used:
+                items[-1] = (items[-1][0], items[-1][1] + count, node.start, used, used)
             else:
-                runs.append([first, count, node.start, used, node.number])
-            expected = first + count
-        items.extend((first, count, start, used, used) for first, count, start, used, _ in runs)
+                items.append((first, count, node.start, used, used))
+            expected, last_node, last_used = first + count, node, used
     return items
 
 
@@ -177,9 +186,9 @@ def compute_nodes(
     Returns:
         For each of `reads`: natural log-prob of the id, a float64 log-softmax.
     """
-    wanted: dict[tuple[KVNode, int], dict[int, None]] = {}  # ids by token; no set, because sets have no order
+    wanted: dict[KVNode, dict[int, dict[int, None]]] = {}  # ids by token; no sets, because sets have no order
     for node, offset, token in reads:
-        wanted.setdefault((node, offset), {})[token] = None
+        wanted.setdefault(node, {}).setdefault(offset, {})[token] = None
     found: dict[Read, float] = {}
     for pieces in _chunks(_depth_first(nodes), max_tokens):
         padding = runner.num_padding(sum(map(len, pieces)))
@@ -190,19 +199,33 @@ def compute_nodes(
             to_device(torch.from_numpy(np.pad(positions, (0, padding))), runner.device),
             to_device(prefill_plan(pieces, padding, runner.arena.padding_slot), runner.device),
         )
-        row_tokens = [(piece.node, offset) for piece in pieces for offset in range(piece.first, piece.last)]
-        rows = [row for row, token in enumerate(row_tokens) if token in wanted]
+        rows = list(_wanted_rows(pieces, wanted))
         for first in range(0, len(rows), LOGIT_ROWS):
             some = rows[first : first + LOGIT_ROWS]
-            logps = torch.log_softmax(runner.logits(hidden[some]).double(), dim=-1)  # [R, V] float64
-            targets = [(place, token) for place, row in enumerate(some) for token in wanted[row_tokens[row]]]
-            index = torch.tensor(targets, device=runner.device)  # [num_targets, 2] int64
+            logits = runner.logits(hidden[[row for row, _, _ in some]])
+            logps = torch.log_softmax(logits.double(), dim=-1)  # [R, V] float64
+            targets = [
+                (place, (node, offset, token))
+                for place, (_, node, offset) in enumerate(some)
+                for token in wanted[node][offset]
+            ]
+            index = torch.tensor([(place, read[2]) for place, read in targets], device=runner.device)
             values = logps[index[:, 0], index[:, 1]].tolist()  # only these leave the device
-            for (place, token), value in zip(targets, values, strict=True):
-                found[(*row_tokens[some[place]], token)] = value
+            for (_, read), value in zip(targets, values, strict=True):
+                found[read] = value
     for node in nodes:
         node.fixed = True
     return found
+
+
+def _wanted_rows(pieces: Sequence[Piece], wanted: Mapping[KVNode, Iterable[int]]) -> Iterator[tuple[int, KVNode, int]]:
+    """Rows of a forward that are read, in order: each with its node and which of the node's tokens it is."""
+    row = 0
+    for piece in pieces:
+        for offset in sorted(wanted.get(piece.node, ())):
+            if piece.first <= offset < piece.last:
+                yield row + offset - piece.first, piece.node, offset
+        row += len(piece)
 
 
 def _chunks(nodes: Sequence[KVNode], max_tokens: int) -> list[list[Piece]]:

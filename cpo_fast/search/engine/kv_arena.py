@@ -16,6 +16,7 @@ float rounding, depends only on this question's own prompts, in order.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -74,13 +75,20 @@ class KVArena:
     def release(self, start: int, count: int) -> None:
         stop = start + count
         # joined with free neighbours on either side, so that intervals never adjoin
-        index = next((i for i, (first, _) in enumerate(self._free) if first >= stop), len(self._free))
+        index = bisect_left(self._free, (stop,))  # the first interval behind it
         if index < len(self._free) and self._free[index][0] == stop:
             stop = self._free.pop(index)[1]
         if index > 0 and self._free[index - 1][1] == start:
             start = self._free.pop(index - 1)[0]
             index -= 1
         self._free.insert(index, (start, stop))
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy keys and values of all layers from slots to others. No slot is both."""
+        device = self.layers[0][0].device
+        source, target = (torch.tensor(slots, device=device) for slots in (sources, targets))
+        for storage in itertools.chain(*self.layers):
+            storage.index_copy_(0, target, storage.index_select(0, source))
 
     def drop(self, node: KVNode) -> None:
         """Give back the slots of a node, whose tokens are computed again when a prompt needs them."""
@@ -142,6 +150,7 @@ class KVTrie:
     nodes: list[KVNode] = field(default_factory=list)
     _children: dict[tuple[int, int], dict[int, list[KVNode]]] = field(default_factory=dict)  # and by their first token
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _num_changes: int = 0  # that may have changed the path of a prompt which was inserted before
 
     def __post_init__(self) -> None:
         if self.base is not None:
@@ -158,12 +167,14 @@ class KVTrie:
         # the samples of a state, and the labels of a verdict, ask one after the other for the same prompt: one walk
         runs = [(key, len(list(same))) for key, same in itertools.groupby(zip(prompts, limits, strict=True))]
         arrays = [np.asarray(prompt, dtype=np.int64) for (prompt, _), _ in runs]
+        walks: list[tuple[KVPath, int]] = []
         for array, ((_, limit), _) in zip(arrays, runs, strict=True):
-            self._walk(array, limit, add=True)
-        # a second walk, because a later prompt may have split a node of an earlier one
+            path = self._walk(array, limit, add=True)
+            walks.append((path, self._num_changes))
         paths: list[KVPath] = []
-        for array, ((_, limit), count) in zip(arrays, runs, strict=True):
-            paths += [self._walk(array, limit, add=False)] * count
+        for array, ((_, limit), count), (path, num_changes) in zip(arrays, runs, walks, strict=True):
+            # a second walk where a later prompt may have split a node of this one, or brought a longer one
+            paths += [path if num_changes == self._num_changes else self._walk(array, limit, add=False)] * count
         return paths
 
     def _walk(self, ids: Ids, limit: int, add: bool) -> KVPath:
@@ -175,6 +186,8 @@ class KVTrie:
             child, shared = self._best_child(parent, offset, ids[done:], limit - done)
             if child is None:
                 assert add, "a prompt was not inserted"
+                # beside a node of the same first token, which other prompts may have been laid into
+                self._num_changes += bool(self._children_of(parent, offset, int(ids[done])))
                 child = self._add(ids[done:], parent, offset, done)
                 shared = len(child)
             # of one that was computed the first tokens are used, and the prompt continues in a new child
@@ -215,6 +228,7 @@ class KVTrie:
         top = KVNode(node.ids[:length], node.parent, node.parent_end, node.position, next(self._numbers))
         self.nodes.append(top)
         siblings[siblings.index(node)] = top
+        self._num_changes += 1
         # all children of a node that was never computed hang at its end, so only their key changes
         children = self._children.pop(_key(node, len(node)), {})
         node.ids, node.parent, node.parent_end = node.ids[length:], top, length

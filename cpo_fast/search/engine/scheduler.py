@@ -91,6 +91,7 @@ class Scheduler:
         self._runner, self._arena, self._permanent = runner, runner.arena, permanent
         self._stop_checker = stop_checker
         self._config = config
+        self._batch_size, self._questions_in_flight = config.side_by_side(runner.is_tiny)
         self._active: list[ActiveSearch] = []
         self._cache: AnswerCache | None = None
 
@@ -128,7 +129,7 @@ class Scheduler:
 
     def _start(self, waiting: Iterator[tuple[str, Search[Any]]]) -> None:
         """Begin searches as long as there is room for them."""
-        while len(self._active) < self._config.questions_in_flight and (entry := next(waiting, None)) is not None:
+        while len(self._active) < self._questions_in_flight and (entry := next(waiting, None)) is not None:
             states = KVTrie(base=self._permanent)
             active = ActiveSearch(*entry, states, states, time.perf_counter())
             self._active.append(active)
@@ -155,8 +156,8 @@ class Scheduler:
         active.answers = [None if cache is None else cache.get(active.name, item) for item in requests.items]
         active.trie = active.states if requests.keep else KVTrie(base=self._permanent)
         try:
-            for item in requests.items:
-                self._check(item)
+            for num_tokens, num_new in dict.fromkeys((len(i.token_ids), i.max_new_tokens) for i in requests.items):
+                self._check(num_tokens, num_new)
         except ValueError as error:
             active.error = error
             return
@@ -175,10 +176,10 @@ class Scheduler:
         active.pending = [index for index, answer in enumerate(active.answers) if answer is None]
         active.num_open = len(active.pending)
 
-    def _check(self, item: SampleRequest | ScoreRequest) -> None:
-        parts, num_tokens = self._runner.parts, len(item.token_ids)
-        check_length(num_tokens, item.max_new_tokens, getattr(parts.config, "max_position_embeddings", None))
-        check_path(parts, num_tokens + item.max_new_tokens)
+    def _check(self, num_tokens: int, num_new_tokens: int) -> None:
+        parts = self._runner.parts
+        check_length(num_tokens, num_new_tokens, getattr(parts.config, "max_position_embeddings", None))
+        check_path(parts, num_tokens + num_new_tokens)
 
     def _admit(self) -> tuple[list[KVNode], list[RunningRequest], list[Scored]]:
         """Take pending requests, in the order of the searches, as far as KV slots and batch slots go.
@@ -189,7 +190,7 @@ class Scheduler:
         nodes: list[KVNode] = []
         running: list[RunningRequest] = []
         scored: list[Scored] = []
-        num_free = self.batch.num_free(self._config.batch_size)
+        num_free = self.batch.num_free(self._batch_size)
         for active in self._active:
             while active.pending:
                 index = active.pending[0]
