@@ -245,7 +245,7 @@ def test_samples_that_have_said_the_same_are_one_row(monkeypatch: pytest.MonkeyP
 
 
 def test_a_tiny_model_on_a_cpu_is_asked_more_at_once() -> None:
-    few_shot, prompts = forked_prompts(31)
+    _, prompts = forked_prompts(31)
     names = [(str(number), prompts[number % len(prompts)]) for number in range(70)]
     for settings, at_once in (({}, 64), ({"questions_in_flight": 5}, 5)):
         engine = ArenaEngine(small_model(), TOKENIZER, SearchConfig(arena_tokens=20_000, **settings))
@@ -271,7 +271,7 @@ def test_a_path_is_walked_again_where_a_later_prompt_changed_it() -> None:
         for _ in range(3):
             prompts = [tuple(generator.integers(0, 2, generator.integers(1, 60)).tolist()) for _ in range(6)]
             prompts += [prompt[: len(prompt) // 2] + prompts[0] for prompt in prompts]
-            limits = [int(generator.integers(0, len(prompt) + 1)) for prompt in prompts]
+            limits = [len(prompt) - 1 for prompt in prompts]
             paths = trie.insert(prompts, limits)
             expected = [
                 trie._walk(np.asarray(ids), limit, add=False) for ids, limit in zip(prompts, limits, strict=True)

@@ -11,7 +11,7 @@ that is not enough, fewer requests run together.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from cpo_fast.config import SearchConfig
@@ -165,10 +165,10 @@ class Scheduler:
             if (answer := answer_to_nothing(item)) is not None:
                 active.answers[index] = answer
         # what a score request reads must be computed with it, so only the prompt's tokens before the last may be there
-        prompts = [prompt for item in requests.items for prompt in _prompts(item)]
-        limits = [len(item.token_ids) - 1 for item in requests.items for _ in _prompts(item)]
-        paths = iter(active.trie.insert(prompts, limits))
-        active.paths = [[next(paths) for _ in _prompts(item)] for item in requests.items]
+        prompts = [_prompts(item) for item in requests.items]
+        limits = [len(item.token_ids) - 1 for item, some in zip(requests.items, prompts, strict=True) for _ in some]
+        paths = iter(active.trie.insert(list(chain(*prompts)), limits))
+        active.paths = [list(islice(paths, len(some))) for some in prompts]
         for item_paths, answer in zip(active.paths, active.answers, strict=True):
             if answer is not None:  # its nodes were computed once, so later prompts must not split them now either
                 for node in (node for path in item_paths for node, _ in path):
@@ -334,7 +334,7 @@ def _reads(item: ScoreRequest, paths: list[KVPath]) -> list[list[Read]]:
 
 def _locate(path: KVPath, position: int) -> tuple[KVNode, int]:
     """The token of a path at a position: its node, and which of the node's tokens it is."""
-    for node, used in path:
+    for node, used in reversed(path):  # it is mostly near the end
         if node.position <= position < node.position + used:
             return node, position - node.position
     raise AssertionError(f"no token at position {position}")

@@ -1,5 +1,6 @@
 """When a generated line ends, and what its ids are as text."""
 
+from functools import lru_cache
 from typing import Any
 
 from cpo_fast.tree import Stop
@@ -17,6 +18,7 @@ class StopChecker:
         self._tokenizer = tokenizer
         self._eos_ids = _eos_ids(model, tokenizer)
         self._has_newline: dict[int, bool] = {}  # by token id, each decoded once
+        self._text = lru_cache(maxsize=4096)(self._decoded)  # samples of a state often say the same
 
     def append(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
         """Append a token to a line, unless it is end-of-sequence. Why the line ends with it, or None."""
@@ -31,8 +33,11 @@ class StopChecker:
 
     def text(self, ids: list[int]) -> str:
         """The ids as text, special tokens kept."""
+        return self._text(tuple(ids))
+
+    def _decoded(self, ids: tuple[int, ...]) -> str:
         # cleaning up would drop blanks before punctuation
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
 
