@@ -80,7 +80,7 @@ class DriftAlarm:
         self._margins.extend(state["margins"])
 
 
-MAX_FORGOTTEN = 0.05  # share of the questions
+MAX_FORGOTTEN = 0.05  # share of the questions, those that came back taken off
 MAX_CHANCE = 0.1  # that questions which come and go at random are so many more gone than back
 
 
@@ -89,10 +89,10 @@ class ChainAlarm:
 
     A question is forgotten where its chain answered as expected at some validation before and does not now. Before accuracy
     falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves.
-    Some models change their answers back and forth all the time: with b questions forgotten now, and c that once were and
-    came back, the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. The
-    alarm is given truth values and no answers. Where expected answers are votes, a model that learns past wrong ones
-    forgets these too, so no more than some 5 % of the votes may be wrong.
+    Some answers change back and forth all the time: of b questions forgotten now, the c that once were and came back are
+    taken off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c.
+    The alarm is given truth values and no answers. A model that learns past wrong votes forgets these, so where votes are
+    what is expected, the share of those that the model once shared and that are wrong must stay below `MAX_FORGOTTEN`.
     """
 
     def __init__(self, metric: str) -> None:
@@ -121,14 +121,14 @@ class ChainAlarm:
         if sum(as_expected) > self._best:
             self._best, self._best_step = sum(as_expected), step
         chance = mcnemar_exact(sum(forgotten), num_back) / 2  # one side of two
-        is_more = sum(forgotten) > max(MAX_FORGOTTEN * num_questions, num_back)
+        is_more = sum(forgotten) - num_back > MAX_FORGOTTEN * num_questions
         if self.raised_at is not None or not is_more or chance > MAX_CHANCE:
             return None
         self.raised_at = step
         self.text = (
-            f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as expected "
-            f"before, and {num_back} came back: the model begins to collapse, whatever the loss says. Their {self.metric} is "
-            f"{sum(as_expected) / num_questions:.1%}, at best {self._best / num_questions:.1%} after step "
+            f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
+            f"expected before ({num_back} others came back); the model begins to collapse, whatever the loss says. Their "
+            f"{self.metric} is {sum(as_expected) / num_questions:.1%} and was {self._best / num_questions:.1%} after step "
             f"{self._best_step}; use the best adapter, which the run keeps, or train again with fewer steps, a lower "
             "train.lr or, on pairs, train.nll_weight"
         )
