@@ -1,7 +1,6 @@
 """When the alarms of training are raised: on series made for it, and on recorded trainings that collapsed or did not."""
 
 import json
-import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,16 +69,12 @@ def test_more_must_be_forgotten_than_five_points_and_than_comes_by_chance(
 
 
 def test_answers_that_come_and_go_do_not_raise_the_alarm_and_those_that_stay_away_do() -> None:
-    """20 of 100 questions are answered as expected four times in five, newly drawn in every validation."""
-    for seed in range(5):
-        drawn, alarm = random.Random(seed), ChainAlarm("agreement")
-        num_forgotten = []
-        for step in range(15):
-            come_and_go = [drawn.random() < 0.8 for _ in range(20)]
-            assert alarm.update(step, [*come_and_go, *answers(60, 80)]) is None, (seed, step)
-            num_forgotten.append(20 - sum(come_and_go))
-        assert max(num_forgotten) > 5  # would raise it if none had come back
-        assert alarm.update(15, answers(80 - 25)) is not None
+    """Up to 8 of 100 questions are not answered as expected, but other ones in every validation."""
+    alarm = ChainAlarm("agreement")
+    for step in range(20):
+        away = {(10 * step + place) % 40 for place in range(min(step, 8))}
+        assert alarm.update(step, [place not in away for place in range(100)]) is None, step
+    assert alarm.update(20, answers(94 - 40, first=40)) is not None  # 46 are away together
 
 
 def test_alarms_go_on_from_their_states() -> None:
