@@ -129,8 +129,11 @@ def test_votes_that_are_missing_damaged_or_of_another_task_are_refused_before_th
         iterate(by_votes(inputs, run, voted, train={"dev_trees": None}))
     with pytest.raises(DataError, match=r"none\.jsonl"):
         iterate(by_votes(inputs, run, tmp_path / "none.jsonl"))
-    with pytest.raises(ConfigError, match=r"and the configuration's is .*; set task\.name or task\.file"):
-        iterate(by_votes(inputs, run, voted, task={"name": "fact_verification"}))
+    rows = [json.loads(line) | {"task": "gsm8k"} for line in voted.read_text().splitlines()]
+    with pytest.raises(
+        ConfigError, match=r"is of task gsm8k, and the configuration's is .*; set task\.name or task\.file"
+    ):
+        iterate(by_votes(inputs, run, copied(voted, tmp_path / "other", rows)))
     others = write_questions(tmp_path / "others.jsonl", [("What else?", "1")])
     with pytest.raises(
         ConfigError, match=r"no question of .*others\.jsonl has a vote in .*trees\.jsonl; collect trees"
