@@ -7,7 +7,7 @@ A round goes on training the adapter of the round before, on the one base. Nothi
 one adapter holds all rounds. The reference of a training is the adapter that it starts from, frozen, or with
 `train.reference_model: base` the model without an adapter, M_0.
 
-    run/round-0/          the evaluation of M_0
+    run/round-0/          the evaluation of M_0 on train.dev_path, where that is set
     run/round-t/          what `collect`, `pairs`, `train` and `eval` write; with sft_cpo the first training is in sft/
     run/iterate.json      what every round brought, and the configuration that must not change
     run/adapter           of the best round so far
@@ -92,6 +92,7 @@ def checked(config: Config, watch: Watch) -> dict[str, Any]:
 
     Says which gold answers will be read. `iterate.num_rounds` decides only how many rounds there are, and is left out.
     """
+    from cpo_fast.train.dev_questions import voted_trees
     from cpo_fast.train.resume import training_identity
 
     settings, train = config.iterate, config.train
@@ -113,16 +114,24 @@ def checked(config: Config, watch: Watch) -> dict[str, Any]:
             "iterate.stop_on=accuracy asks questions that are not searched, and train.dev_path names none; set it to a "
             "file of questions with answers, or set iterate.stop_on=never"
         )
+    if settings.stop_on == "agreement" and train.dev_trees is None:
+        raise ConfigError(
+            "iterate.stop_on=agreement compares the chains of every round with the same votes, and train.dev_trees names "
+            "none; set it to trees.jsonl of questions that no round searches, or set iterate.stop_on=never"
+        )
     task, searched = _searched_questions(config)
     check_evaluator(config.search, task)
     dev = [] if train.dev_path is None else load_questions(_asking_dev(config))[1]
     if settings.stop_on == "accuracy" and not any(question.gold is not None for question in dev):
         raise ConfigError(f"iterate.stop_on=accuracy: no question of {train.dev_path} has a reference answer")
-    both = {question.text for question in searched} & {question.text for question in dev}
-    if both:
-        watch.on_stage(
-            f"warning: {len(both)} of the {len(dev)} questions of train.dev_path are searched and trained on too"
-        )
+    voted = [] if settings.stop_on != "agreement" else voted_trees(config, ())[0]
+    asked = {"dev_path": {question.text for question in dev}, "dev_trees": {tree.question for tree in voted}}
+    for key, texts in asked.items():
+        both = texts & {question.text for question in searched}
+        if both:
+            watch.on_stage(
+                f"warning: {len(both)} of the {len(texts)} questions of train.{key} are searched and trained on too"
+            )
     watch.on_stage(_gold_sentence(config))
     model_hash, dtype = _check_training(config)
     values = training_identity(config, model_hash, dtype, [])
@@ -137,6 +146,8 @@ def checked(config: Config, watch: Watch) -> dict[str, Any]:
     of_file = load_task(config).load(config.task.path)  # all of it: more rounds may be asked for later
     values["questions"] = short_hash(canonical_json([[question.id, question.text] for question in of_file]))
     values["dev questions"] = short_hash(canonical_json([[each.id, each.text, each.gold] for each in dev]))
+    if voted:
+        values["dev votes"] = short_hash(canonical_json([[tree.id, tree.question, tree.answer] for tree in voted]))
     return values
 
 
@@ -216,6 +227,7 @@ class Rounds:
     def stages(self, number: int) -> list[str]:
         """The stages of a round, in order."""
         evaluation = ["eval"] if self.config.train.dev_path is not None else []
+        evaluation += ["votes"] if self.settings.stop_on == "agreement" else []
         if number == 0:
             return evaluation
         return ["collect", "pairs", *(["sft"] if self.settings.method == "sft_cpo" else []), "train", *evaluation]
@@ -227,6 +239,8 @@ class Rounds:
         if stage == "eval":
             config = _with(_with(config, "eval", method="cot"), "model", adapter=self._adapter_of(number))
             return _with(config, "eval", path=config.train.dev_path)
+        if stage == "votes":
+            return _with(config, "model", adapter=self._adapter_of(number))
         config = _with(config, "model", adapter=self._adapter_of(number - 1))
         if self.settings.new_questions:
             count = config.task.num_questions or 0
@@ -270,6 +284,8 @@ class Rounds:
         folder = Path(config.run)
         if stage == "pairs":
             return _write_pairs(config)
+        if stage == "votes":
+            return _agreement(config)
         if stage in ("sft", "train"):
             self.run_command("train", config)
             return _training_numbers(folder / "metrics.jsonl")
@@ -284,16 +300,16 @@ class Rounds:
         if num_without_help(scores, self.settings) >= self.settings.patience:
             best = max(scores[:-1])
             than = f"{best:.3f}" + (f" by more than {self.settings.min_gain:g}" if self.settings.min_gain else "")
-            return f"round {number} does not help: dev accuracy {scores[-1]:.3f}, not better than {than}"
+            return f"round {number} does not help: dev {self.settings.stop_on} {scores[-1]:.3f}, not better than {than}"
         if number >= self.settings.num_rounds:
             return f"iterate.num_rounds={self.settings.num_rounds}"
         return ""
 
     def scores(self) -> list[float]:
         """What `iterate.stop_on` goes by, of every round that was made, from M_0 on. Nothing where it is `never`."""
-        measure = SCORES.get(self.settings.stop_on)
-        made = [one for one in self.rounds if "seconds" in one["stages"].get("eval", {})]
-        return [measure(one) for one in made] if measure is not None else []
+        stage = SCORES.get(self.settings.stop_on, "")
+        made = [one["stages"][stage] for one in self.rounds if "seconds" in one["stages"].get(stage, {})]
+        return [float(record[self.settings.stop_on]) for record in made]
 
     def best(self) -> int:
         """The round whose model is the best: the first of the highest score, or the last without a score."""
@@ -346,10 +362,8 @@ class Rounds:
         write_atomic(self.path, json.dumps(self.summary, indent=2) + "\n")
 
 
-# what a round is measured by, for every `iterate.stop_on` that measures it
-SCORES: dict[str, Callable[[Round], float]] = {
-    "accuracy": lambda one: float(one["stages"]["eval"]["accuracy"]),
-}
+# the stage that measures a round, for every `iterate.stop_on` that goes by a measure
+SCORES = {"accuracy": "eval", "agreement": "votes"}
 
 
 def num_without_help(scores: Sequence[float], settings: IterateConfig) -> int:
@@ -426,6 +440,27 @@ def _evaluation_numbers(folder: Path, seed: int) -> dict[str, Any]:
     (found,) = run_overview(folder, seed).evaluations  # a round evaluates one model by one method
     names = ("num_questions", "num_graded", "num_correct", "num_unanswered", "accuracy", "interval")
     return {name: getattr(found, name) for name in names} | {"mean_tokens": found.tokens.mean}
+
+
+def _agreement(config: Config) -> dict[str, Any]:
+    """How many questions of `train.dev_trees` a greedy chain of the model answers as their trees have voted."""
+    from cpo_fast.models import num_embeddings
+    from cpo_fast.search.collect import load_searched_model, searched_weights
+    from cpo_fast.train.dev_questions import load_dev_questions
+
+    model, tokenizer = load_searched_model(config)
+    config = _with(config, "train", stop_on="agreement")
+    asked = load_dev_questions(config, tokenizer, (), (), num_embeddings(model))
+    assert asked is not None
+    with searched_weights(model, config.search):
+        answers = asked.answers(model, asked.questions)
+    num_agreeing = sum(asked.is_as_expected(answers[question.id], question.expected) for question in asked.questions)
+    return {
+        "num_questions": len(answers),
+        "num_agreeing": num_agreeing,
+        "num_unanswered": list(answers.values()).count(None),
+        "agreement": num_agreeing / len(answers),
+    }
 
 
 def _is_made(one: Round) -> bool:

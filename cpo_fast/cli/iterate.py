@@ -37,7 +37,9 @@ def iterate_command(
     iterate.num_rounds     how many at most
     iterate.new_questions  the next task.num_questions in each round
     iterate.stop_on        accuracy on train.dev_path ends the rounds and
-                           chooses the best, by gold answers; or never
+                           chooses the best, by gold answers; agreement
+                           with the votes of train.dev_trees does so
+                           without them; or never
     iterate.min_gain, iterate.patience   which rounds have helped
     train.reference_model  base: the reference stays the first model
 
@@ -134,6 +136,7 @@ def cells(one: dict[str, Any]) -> dict[str, str]:
         "steps": " + ".join(steps) or "-",
         "dev accuracy": _shown(evaluation.get("accuracy"), ".1%"),
         "95 % interval": "-" if low is None else f"{low:.1%} - {high:.1%}",
+        "dev agreement": _shown(stages.get("votes", {}).get("agreement"), ".1%"),
         "thoughts per state": _shown(search.get("thoughts_per_state"), ".2f"),
         "paths per question": _shown(search.get("paths_per_question"), ".2f"),
         "tokens searched": _shown(search.get("num_generated_tokens"), ",d"),

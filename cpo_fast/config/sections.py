@@ -516,13 +516,14 @@ class IterateConfig(Section):
     sft_lr: float | None = Field(
         None, gt=0, description="peak learning rate of the imitation with sft_cpo (paper: 1e-5); null: train.lr"
     )
-    stop_on: Literal["accuracy", "never"] = Field(
+    stop_on: Literal["accuracy", "agreement", "never"] = Field(
         "accuracy",
         description="what ends the rounds and chooses the best. accuracy: of chains on train.dev_path, whose gold answers "
-        "are read for that; never: all rounds are made and the last one is taken, without a gold answer",
+        "are read for that; agreement: of chains with the votes of train.dev_trees, the same in every round, without a "
+        "gold answer; never: all rounds are made and the last one is taken, without a gold answer either",
     )
     min_gain: float = Field(
-        0.0, ge=0, lt=1, description="accuracy by more than which a round must beat all before it, to have helped"
+        0.0, ge=0, lt=1, description="accuracy or agreement by more than which a round must beat all before it to help"
     )
     patience: int = Field(1, ge=1, description="stop after so many rounds in a row that did not help")
 

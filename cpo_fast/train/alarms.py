@@ -5,7 +5,7 @@
 
 A preference loss sees the margin alone, which can widen by pushing both responses down, until the model has forgotten how
 to write either. `DriftAlarm` sees it where it begins, but comes late: as measured in docs/derivations.md, section 7,
-answers are lost while means of log-probs, margins and entropy look as they do in a healthy run. What chains answer tells
+answers are lost while means of log-probs, margins and entropy look as they do in a healthy run. What chains forget tells
 it first, and votes of a search in place of reference answers are enough.
 """
 
@@ -80,16 +80,19 @@ class DriftAlarm:
         self._margins.extend(state["margins"])
 
 
-MIN_FALL = 0.03  # a smaller loss is not worth stopping for
-MAX_CHANCE = 0.1  # that answers which only change at random lose so many more than they gain
+MAX_FORGOTTEN = 0.05  # share of the questions, those that came back taken off
+MAX_CHANCE = 0.1  # that questions which come and go at random are so many more gone than back
 
 
 class ChainAlarm:
-    """Says once that chains answer fewer questions as expected than at the best validation before.
+    """Says once that chains have forgotten more than `MAX_FORGOTTEN` of the questions that they are asked.
 
-    Both validations ask the same questions, so what counts are those that changed: b that were answered as expected and are
-    not any more, c the other way. It is raised where (b - c) / questions is more than `MIN_FALL` and p <= `MAX_CHANCE`, the
-    one-sided p of the exact McNemar test: the chance of b or more among b + c. It is given truth values and no answers.
+    A question is forgotten where its chain answered as expected at some validation before and does not now. Before accuracy
+    falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves.
+    Some answers change back and forth all the time: of b questions forgotten now, the c that once were and came back are
+    taken off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c.
+    The alarm is given truth values and no answers. A model that learns past wrong votes forgets these, so where votes are
+    what is expected, the share of those that the model once shared and that are wrong must stay below `MAX_FORGOTTEN`.
     """
 
     def __init__(self, metric: str) -> None:
@@ -97,8 +100,9 @@ class ChainAlarm:
         self.metric = metric
         self.raised_at: int | None = None
         self.text = ""
-        self._best: list[bool] = []
-        self._best_step = 0
+        self._known: list[bool] = []  # was answered as expected
+        self._lost: list[bool] = []  # and, later, was not
+        self._best, self._best_step = 0, 0
 
     def update(self, step: int, as_expected: Sequence[bool]) -> str | None:
         """Add one validation. Returns the sentence to show when the alarm is raised, once.
@@ -107,29 +111,45 @@ class ChainAlarm:
             step: optimizer step after which it was made.
             as_expected: for each question, in the same order every time, whether its chain answered as expected.
         """
-        if not self._best or sum(as_expected) > sum(self._best):
-            self._best, self._best_step = list(as_expected), step
-            return None
-        lost = sum(before and not now for before, now in zip(self._best, as_expected, strict=True))
-        gained, num_questions = lost - sum(self._best) + sum(as_expected), len(as_expected)
-        chance = mcnemar_exact(lost, gained) / 2  # one side of two
-        if self.raised_at is not None or lost - gained <= MIN_FALL * num_questions or chance > MAX_CHANCE:
+        num_questions = len(as_expected)
+        if not self._known:
+            self._known, self._lost = [False] * num_questions, [False] * num_questions
+        forgotten = [known and not now for known, now in zip(self._known, as_expected, strict=True)]
+        num_back = sum(lost and now for lost, now in zip(self._lost, as_expected, strict=True))
+        self._known = [known or now for known, now in zip(self._known, as_expected, strict=True)]
+        self._lost = [lost or gone for lost, gone in zip(self._lost, forgotten, strict=True)]
+        if sum(as_expected) > self._best:
+            self._best, self._best_step = sum(as_expected), step
+        chance = mcnemar_exact(sum(forgotten), num_back) / 2  # one side of two
+        is_more = sum(forgotten) - num_back > MAX_FORGOTTEN * num_questions
+        if self.raised_at is not None or not is_more or chance > MAX_CHANCE:
             return None
         self.raised_at = step
         self.text = (
-            f"step {step}: the {self.metric} of chains has fallen from {sum(self._best) / num_questions:.1%} after step "
-            f"{self._best_step} to {sum(as_expected) / num_questions:.1%}, whatever the loss says (of {num_questions} "
-            f"questions {lost} were lost and {gained} gained); use the best adapter, which the run keeps, or train again "
-            "with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
+            f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
+            f"expected before ({num_back} others came back); the model begins to collapse, whatever the loss says. Their "
+            f"{self.metric} is {sum(as_expected) / num_questions:.1%} and was {self._best / num_questions:.1%} after step "
+            f"{self._best_step}; use the best adapter, which the run keeps, or train again with fewer steps, a lower "
+            "train.lr or, on pairs, train.nll_weight"
         )
         return self.text
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
-        best = [int(value) for value in self._best]
-        return {"raised_at": self.raised_at, "text": self.text, "best": best, "best_step": self._best_step}
+        flags = {"known": [int(value) for value in self._known], "lost": [int(value) for value in self._lost]}
+        return {
+            "raised_at": self.raised_at,
+            "text": self.text,
+            "best": self._best,
+            "best_step": self._best_step,
+            **flags,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as the watch whose `state` it was."""
-        self.raised_at, self.text = state["raised_at"], state["text"]
-        self._best, self._best_step = [bool(value) for value in state["best"]], state["best_step"]
+        """Go on as the watch whose `state` it was, or, where an older version wrote it, from its best validation on."""
+        self.raised_at, self.text, self._best_step = state["raised_at"], state["text"], state["best_step"]
+        best = state["best"]
+        if isinstance(best, list):  # an older version's: the truth values themselves
+            state, best = {"known": best, "lost": [0] * len(best)}, sum(best)
+        self._best = best
+        self._known, self._lost = ([bool(value) for value in state[name]] for name in ("known", "lost"))

@@ -179,37 +179,50 @@ def _with_answers(config: Config, tokenizer: Any, held_out: Sequence[Example]) -
 
 
 def _with_votes(config: Config, tokenizer: Any, held_out: Sequence[Example]) -> DevQuestions:
+    trees, reader = voted_trees(config, held_out)
     prompts = Prompts(load_task(config), tokenizer, config.task.chat)
-    path = config.train.dev_trees or config.data.path
-    trees, reader = _voted(config, path, held_out)
-    other = next((tree for tree in trees if tree.task != prompts.task.name), None)
-    if other is not None:
-        raise ConfigError(
-            f"{path}: tree '{other.id}' is of task {other.task}, and the configuration's is {prompts.task.name}, which "
-            "reads answers otherwise; set task.name or task.file to that of the trees"
-        )
-    if config.train.dev_path is not None:
-        _, questions = load_questions(config.model_copy(update={"task": config.task.asking(config.train.dev_path)}))
-        wanted = {(question.id, question.text) for question in questions}  # their reference answers are not looked at
-        trees = [tree for tree in trees if (tree.id, tree.question) in wanted]
-        if len(trees) < len(wanted):
-            logger.warning(
-                "train.stop_on=agreement: %d of the %d questions of %s have no vote in %s and are not asked",
-                len(wanted) - len(trees),
-                len(wanted),
-                config.train.dev_path,
-                path,
-            )
-    if not trees:
-        raise ConfigError(
-            f"train.stop_on=agreement: no question has a vote in {path}; collect trees of questions that are not trained "
-            "on and name their file in train.dev_trees"
-        )
     asked = [
         DevQuestion(tree.id, tuple(tree.root_ids(reader.prompts[tree.prompt_hash])), tree.answer or "")
         for tree in trees
     ]
-    return DevQuestions(config, prompts, "agreement", path, asked)
+    return DevQuestions(config, prompts, "agreement", config.train.dev_trees or config.data.path, asked)
+
+
+def voted_trees(config: Config, held_out: Sequence[Example]) -> tuple[list[SearchTree], TreeFileReader]:
+    """The trees whose votes are compared with, at least one, and the reader of their file.
+
+    Those of `train.dev_trees`, or of the held-out questions of `data.path`; with `train.dev_path` those of its questions.
+
+    Raises:
+        ConfigError: there are none, or they are of another task. DataError: the file cannot be used.
+    """
+    path = config.train.dev_trees or config.data.path
+    trees, reader = _voted(config, path, held_out)
+    task, dev_path = load_task(config), config.train.dev_path
+    other = next((tree for tree in trees if tree.task != task.name), None)
+    if other is not None:
+        raise ConfigError(
+            f"{path}: tree '{other.id}' is of task {other.task}, and the configuration's is {task.name}, which reads "
+            "answers otherwise; set task.name or task.file to that of the trees"
+        )
+    if dev_path is not None:
+        _, questions = load_questions(config.model_copy(update={"task": config.task.asking(dev_path)}))
+        wanted = {(question.id, question.text) for question in questions}  # their reference answers are not looked at
+        trees = [tree for tree in trees if (tree.id, tree.question) in wanted]
+        if len(trees) < len(wanted):
+            logger.warning(
+                "stop_on=agreement: %d of the %d questions of %s have no vote in %s and are not asked",
+                len(wanted) - len(trees),
+                len(wanted),
+                dev_path,
+                path,
+            )
+    if not trees:
+        raise ConfigError(
+            f"stop_on=agreement: no question {f'of {dev_path} ' if dev_path else ''}has a vote in {path}; collect trees of "
+            "questions that are not trained on and name their file in train.dev_trees"
+        )
+    return trees, reader
 
 
 def _voted(config: Config, path: str, held_out: Sequence[Example]) -> tuple[list[SearchTree], TreeFileReader]:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from cpo_fast.cli.train import train_command
 from cpo_fast.config import Config, dump_config, validate_config
@@ -21,7 +19,7 @@ from cpo_fast.models import load_model
 from cpo_fast.search.collect import collect
 from cpo_fast.train.loop import train
 from cpo_fast.tree import SearchTree, read_trees
-from tests.golden.tiny_models import LINE_END, save_talker
+from tests.golden.tiny_models import save_talker
 
 SEARCHED = [f"How many are {first} + {second}?" for first in (1, 2, 3) for second in (4, 7)]
 DEV = [f"How many are {first} less {second}?" for first in (7, 12) for second in (1, 2, 3)]
@@ -34,21 +32,11 @@ def write_questions(path: Path, texts: list[str], answers: list[Any]) -> Path:
     return path
 
 
-def save_prompt_talker(folder: Path) -> None:
-    """The talker that would rather answer than write another step, so that a greedy chain comes to an answer."""
-    save_talker(folder)
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    answer = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("Answer:")
-    weights["lm_head.weight"][answer, 1 + LINE_END] += 0.25
-    save_file(weights, file, metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`talker/`, and the trees of six questions in `searched/` and of six others in `dev/`."""
     folder = tmp_path_factory.mktemp("talker")
-    save_prompt_talker(folder / "talker")
+    save_talker(folder / "talker", answer_bonus=0.25)
     for name, texts in (("searched", SEARCHED), ("dev", DEV)):
         write_questions(folder / f"{name}.jsonl", texts, ["7"] * len(texts))
         collect(config_for(folder, folder / name, task={"path": str(folder / f"{name}.jsonl")}))
@@ -185,7 +173,8 @@ def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
     before, *_, after = agreement = measured(tmp_path / "run", "eval_agreement")
     assert before > 0.5 > after
     fallen = next(step for step, share in enumerate(agreement) if share < before)
-    said = f"step {fallen}: the agreement of chains has fallen from {before:.1%} after step "
+    num_questions = len([tree for tree in read_trees(folder / "dev" / "trees.jsonl") if tree.answer is not None])
+    said = f"step {fallen}: of {num_questions} questions chains have forgotten "
     assert result.alarm.startswith(said)
     assert sum(record.getMessage().startswith(said) for record in caplog.records) == 1
     assert measured(tmp_path / "run", "alarm") == [step >= fallen for step in (1, 2, 3, 4)]
@@ -195,7 +184,7 @@ def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
     caplog.clear()
     assert train(config).alarm == result.alarm
     assert measured(tmp_path / "run", "alarm") == [step >= fallen for step in (1, 2, 3, 4)]
-    assert not any("of chains has fallen" in record.getMessage() for record in caplog.records)
+    assert not any("chains have forgotten" in record.getMessage() for record in caplog.records)
 
 
 def test_dev_path_is_asked_in_place_of_the_task_s_questions_and_chooses_among_votes(
