@@ -88,7 +88,6 @@ def adapter_card(
     base, lora = _base(config.model.path, training.base_hash, training.dtype), config.lora
     data = [config.data.path] if config.data.path else [item.path for item in config.data.mixture]
     unit = {"sft": "completions", "preference": "pairs"}.get(train.method, "rows")
-    begin = f"- began with: adapter {code(config.model.adapter or '')}, hash `{training.adapter_hash}`"
     epochs = "as many epochs as that takes" if train.num_epochs is None else f"{train.num_epochs} epochs at most"
     loss = f", loss `{train.loss_type}`" if train.method == "preference" else ""
     front = {
@@ -97,29 +96,27 @@ def adapter_card(
         "pipeline_tag": "text-generation",
         "tags": ["cpo-fast", training.kind, train.method],
     }
-    return _card(
-        front,
-        "Adapter trained by cpo-fast",
-        [
-            f"- base: {base}",
-            *([begin] if config.model.adapter else []),
-            f"- data: {', '.join(map(code, data))}, hash `{training.data_hash}`: {training.num_items} {unit} of "
-            f"{training.num_questions} questions trained on, {training.num_held_out} held out",
-            f"- method: `{train.method}`, {_METHODS[train.method]}{loss}",
-            f"- steps: {step} of {training.num_steps}, {train.batch_pairs} {unit} each, {epochs}",
-            f"- settings: beta {train.beta:g}, learning rate {train.lr:g} ({train.schedule}, warm-up "
-            f"{train.warmup_ratio:g} of the steps), weight decay {train.weight_decay:g}, gradient norm at most "
-            f"{train.max_grad_norm:g}, seed {config.seed}",
-            *([] if config.model.adapter else [f"- adapter: rank {lora.r}, alpha {lora.alpha:g}, on "
-            f"{', '.join(map(code, lora.target_modules))}"]),
-        ],  # fmt: skip
-        [
-            ("Metrics", _table(metrics, intervals) or "None: this is the starting point, before the first step."),
-            ("Alarms", alarm or "None had rung by this step."),
-            ("Limits", "\n".join(f"- {line}" for line in _LIMITS)),
-            ("How to load", _how_to_load(config.model.path, training.dtype)),
-        ],
-    )
+    start = f"rank {lora.r}, alpha {lora.alpha:g}, on {', '.join(map(code, lora.target_modules))}"
+    if config.model.adapter:
+        start = f"goes on from {code(config.model.adapter)}, hash `{training.adapter_hash}`"
+    data_text = f"{', '.join(map(code, data))}, hash `{training.data_hash}`: {training.num_items} {unit}"
+    rate = f"learning rate {train.lr:g} ({train.schedule}, warm-up {train.warmup_ratio:g} of the steps)"
+    limits = f"weight decay {train.weight_decay:g}, gradient norm at most {train.max_grad_norm:g}"
+    lines = [
+        f"- base: {base}",
+        f"- adapter: {start}",
+        f"- data: {data_text} of {training.num_questions} questions trained on, {training.num_held_out} held out",
+        f"- method: `{train.method}`, {_METHODS[train.method]}{loss}",
+        f"- steps: {step} of {training.num_steps}, {train.batch_pairs} {unit} each, {epochs}",
+        f"- settings: beta {train.beta:g}, {rate}, {limits}, seed {config.seed}",
+    ]
+    sections = [
+        ("Metrics", _table(metrics, intervals) or "None: this is the starting point, before the first step."),
+        ("Alarms", alarm or "None had rung by this step."),
+        ("Limits", "\n".join(f"- {line}" for line in _LIMITS)),
+        ("How to load", _how_to_load(config.model.path, training.dtype)),
+    ]
+    return _card(front, "Adapter trained by cpo-fast", lines, sections)
 
 
 def merged_card(config: Config, base_hash: str, adapter_hash: str, dtype: str, kl: tuple[float, float, int]) -> str:
@@ -189,7 +186,9 @@ def _table(metrics: Mapping[str, Any], intervals: Mapping[str, tuple[float, floa
             rows.append(f"| `{name}` | {metrics[name]:.6g} | {shown} |")
     if not rows:
         return ""
-    notes = "Names are those of metrics.jsonl; `eval_` is validation, everything else is of the last step's batch alone."
+    notes = (
+        "Names are those of metrics.jsonl; `eval_` is validation, everything else is of the last step's batch alone."
+    )
     return "\n".join(["| metric | value | 95 % interval (Wilson) |", "|---|---|---|", *rows, "", notes])
 
 

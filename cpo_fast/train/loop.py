@@ -257,7 +257,8 @@ def _set_up(
 def _card(training: Training, trainer: Trainer, step: int, measured: Mapping[str, Any]) -> str:
     """The model card of the adapter after `step`, and what its validation has `measured`."""
     values = {**((trainer.unvalidated or trainer.last) if step else {}), **measured}
-    dev, intervals = trainer.validator.dev, {}
+    dev = trainer.validator.dev
+    intervals: dict[str, tuple[float, float]] = {}
     for name in ("eval_accuracy", "eval_agreement", "eval_answered"):
         if dev is not None and name in values:
             number = len(dev.questions)

@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,8 +61,6 @@ class TensorBoard:
         self.writer.close()
 
     def _write(self, step: int, values: list[Any]) -> None:
-        import time
-
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -81,7 +80,12 @@ class Wandb:
     """A run of Weights & Biases: offline, for `wandb sync`, unless WANDB_MODE says otherwise."""
 
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str) -> None:
-        own = {"ERROR_REPORTING": "false", "CACHE_DIR": folder / "wandb", "CONFIG_DIR": folder / "wandb"}
+        own = {
+            "MODE": "offline",
+            "ERROR_REPORTING": "false",
+            "CACHE_DIR": folder / "wandb",
+            "CONFIG_DIR": folder / "wandb",
+        }
         for name, value in own.items():  # before the import, which reads them
             os.environ.setdefault(f"WANDB_{name}", str(value))
         import wandb
@@ -103,7 +107,6 @@ class Wandb:
             id=run_id,
             resume="allow",
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
             config=config,
             settings=settings,
         )

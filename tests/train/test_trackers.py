@@ -159,10 +159,10 @@ def test_training_tracks_what_it_writes_and_goes_on_after_a_kill(make_config: Ma
     folder = Path(config.run, "trackers")
     run_id = (folder / "run_id").read_text()
     lines, _ = of_tensorboard(folder / "tensorboard")
-    assert lines[-1]["step"] == 2.0
+    assert lines[-1]["step"] == 3.0  # whose validation ends an epoch
     result = train(config)
     written = [line for _, line in read_jsonl(result.metrics_path)]
-    assert [line["step"] for line in written][:3] == [0, 2, 4]
+    assert [line["step"] for line in written][:4] == [0, 2, 3, 4]
     assert of_tensorboard(folder / "tensorboard")[0] == [numbers(line) for line in written]
     assert (folder / "run_id").read_text() == run_id
     with_none = make_config(save_every=2, data={"held_out": 0.3}, log_every=2)
