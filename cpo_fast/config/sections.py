@@ -313,6 +313,7 @@ _LATER = {
     "dev_path",
     "dev_trees",
     "reference_cache",
+    "trackers",
 }  # keys of section train that did not exist always
 # methods that read trees and the values in them; all but the last one compare the thoughts that continue a state
 TREE_METHODS = ("tpo", "dvo", "tree_grpo", "full_step")
@@ -460,6 +461,11 @@ class TrainConfig(Section):
         description="warn of a collapse when a tenth of the chosen responses lost so many nats a token since the start",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="also show the lines of metrics.jsonl to these, with files in the run folder's trackers; wandb is "
+        "offline unless WANDB_MODE says otherwise",
+    )
 
     @model_serializer(mode="wrap")
     def _as_before_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,14 +20,16 @@ import torch
 from filelock import FileLock, Timeout
 
 from cpo_fast import progress as progress_line
-from cpo_fast.adapters import adapter_hash, copy_adapter, save_adapter
+from cpo_fast.adapters import ADAPTER, adapter_hash, copy_adapter, save_adapter
 from cpo_fast.config import Config, config_hash, dump_config
 from cpo_fast.data.batches import split_by_question, weigh
 from cpo_fast.data.examples import Example
 from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
+from cpo_fast.evaluate.statistics import wilson_interval
 from cpo_fast.files import append_line, write_atomic
+from cpo_fast.model_card import Training, adapter_card
 from cpo_fast.models import num_embeddings, resolve_device
 from cpo_fast.ranks import find_ranks
 from cpo_fast.rows import is_hub
@@ -54,6 +56,7 @@ from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
 from cpo_fast.train.resume import check_same_training, training_identity
 from cpo_fast.train.signals import EndSignals, exit_code_of
+from cpo_fast.train.trackers import check_trackers, tracking
 from cpo_fast.train.trainer import MakeOptimizer, Trainer
 from cpo_fast.train.validation import Validator
 
@@ -122,6 +125,8 @@ def train(
     if ranks.world_size > 1 and device.type == "cuda" and config.model.device != "auto":
         raise ConfigError(f"model.device={config.model.device} names one GPU for {ranks.world_size} ranks; use auto")
     communicator = Communicator(ranks, device)
+    trackers = config.train.trackers if communicator.writes else ()
+    check_trackers(trackers)
     with (
         progress_line.stage("train"),
         _run_lock(run) if communicator.writes else nullcontext(),
@@ -136,7 +141,8 @@ def train(
             try:
                 with signals.leaving_at_once():
                     ready = _set_up(config, model, tokenizer, make_optimizer, allow_mismatch, communicator, store)
-                return _take_steps(ready, progress, profile_steps, signals, started)
+                with tracking(trackers, run, resumes=ready.trainer.num_done > 0):
+                    return _take_steps(ready, progress, profile_steps, signals, started)
             except RuntimeError as error:
                 if ranks.world_size > 1 and is_lost_connection(error):
                     raise EnvironmentProblem(
@@ -215,8 +221,21 @@ def _set_up(
             logps = partial(reference.logps, policy=policy, communicator=communicator)
             objective.ref_logps = trainer.with_whole_weights(logps)
     trainer.engine.train()
+    trained = Training(
+        config=config,
+        base_hash=base,
+        data_hash=identity["data"],
+        adapter_hash=identity["model.adapter"],
+        dtype=dtype_name(dtype),
+        kind=str(policy.model.peft_config[ADAPTER].peft_type.value).lower(),
+        num_items=len(examples),
+        num_questions=len({example.group for example in examples}),
+        num_held_out=len(held_out),
+        num_steps=trainer.num_steps,
+    )
+    card = partial(_card, trained, trainer)
     trainer.validator = Validator(
-        config, policy, objective, held_out, run, communicator, stage, dev, trainer.num_warmup
+        config, policy, objective, held_out, run, communicator, stage, dev, trainer.num_warmup, card
     )
     if saved is None:
         communicator.doing = "testing itself"
@@ -233,6 +252,18 @@ def _set_up(
         else:
             _cut(run / "metrics.jsonl", saved.state["metrics_bytes"])
     return _Ready(trainer, checkpoints, identity, len(examples), len(held_out))
+
+
+def _card(training: Training, trainer: Trainer, step: int, measured: Mapping[str, Any]) -> str:
+    """The model card of the adapter after `step`, and what its validation has `measured`."""
+    values = {**((trainer.unvalidated or trainer.last) if step else {}), **measured}
+    dev = trainer.validator.dev
+    intervals: dict[str, tuple[float, float]] = {}
+    for name in ("eval_accuracy", "eval_agreement", "eval_answered"):
+        if dev is not None and name in values:
+            number = len(dev.questions)
+            intervals[name] = wilson_interval(round(values[name] * number), number)
+    return adapter_card(training, step, values, intervals, trainer.alarm_text)
 
 
 def _take_steps(
@@ -258,7 +289,8 @@ def _take_steps(
     def end(is_saved: bool) -> None:
         communicator.doing = f"writing the adapter of step {trainer.num_done}"
         with suppress(OSError):  # a full disk: what is said below tells what there is
-            save_adapter(trainer.model, run / "adapter-last", trainer.stage, communicator.writes)
+            card = validator.card(trainer.num_done, {})
+            save_adapter(trainer.model, run / "adapter-last", trainer.stage, communicator.writes, card)
         # no rank leaves before rank 0 has saved: a launcher would then end that too
         saved_where = (
             f"is saved in {ready.checkpoints.folder}" if communicator.broadcast(is_saved) else "could not be saved"
@@ -309,7 +341,8 @@ def _take_steps(
         profiler.finish()
     communicator.doing = "writing the adapter"
     last = trainer.last
-    save_adapter(trainer.model, run / "adapter", trainer.stage, communicator.writes)
+    card = validator.card(last["step"], {})
+    save_adapter(trainer.model, run / "adapter", trainer.stage, communicator.writes, card)
     if validator.best is not None and validator.best_step != last["step"] and communicator.writes:
         copy_adapter(run / "adapter", run / "adapter-last")
         if validator.has_best_adapter():

@@ -34,6 +34,7 @@ FREE = frozenset(
         "offload",
         "reference_cache",
         "save_every",
+        "trackers",
         "zero_stage",
     }
 )

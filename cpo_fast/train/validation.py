@@ -6,7 +6,7 @@ best adapter, or what greedy chains answer to questions that are not trained on 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,6 +43,7 @@ class Validator:
         stage: int,
         dev: DevQuestions | None = None,
         num_warmup: int = 0,
+        card: Callable[[int, dict[str, Any]], str | None] = lambda step, measured: None,
     ) -> None:
         """Keep what every validation needs.
 
@@ -52,10 +53,11 @@ class Validator:
             stage: ZeRO's.
             dev: questions that chains answer, whose share then chooses the best adapter.
             num_warmup: steps that raise the rate, during which patience is not lost.
+            card: gets a step and what its validation measured, and returns the best adapter's model card.
         """
         self.config, self.policy, self.objective = config, policy, objective
         self.held_out, self.communicator, self.stage, self.dev = list(held_out), communicator, stage, dev
-        self.num_warmup, self.folder = num_warmup, run / "adapter-best"
+        self.num_warmup, self.folder, self.card = num_warmup, run / "adapter-best", card
         self.alarm = None if dev is None else ChainAlarm(dev.metric)
         self.best: float | None = None
         self.best_step = 0
@@ -115,7 +117,8 @@ class Validator:
         decisive = values["eval_loss"] if self.dev is None else -values[f"eval_{self.dev.metric}"]
         if self.best is None or decisive < self.best:
             self.best, self.best_step, self.num_without_progress = decisive, step, 0
-            save_adapter(self.policy.model, self.folder, self.stage, self.communicator.writes)
+            card = self.card(step, values)
+            save_adapter(self.policy.model, self.folder, self.stage, self.communicator.writes, card)
             if self.communicator.writes:
                 self.best_digest = file_digest(self.folder / "adapter_model.safetensors")
         elif step > self.num_warmup:  # before, it is too early to lose patience: the first step's rate is 0
