@@ -36,7 +36,7 @@ class LineSet:
 
     Attributes:
         config: of all stages. asked: the questions of both evaluations.
-        rows: of the alternative's batches; its fastest of those tried. num_checked: trees that are grown again.
+        rows: of the alternative's batches. num_checked: trees that are grown again.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class LineSet:
 
 
 def reasoner(folder: Path) -> LineSet:
-    """The tiny reasoner: 120 questions searched, 300 others asked. Batches are as large as is fastest, on both sides."""
+    """The tiny reasoner: 120 questions searched, 300 others asked, in large batches on both sides."""
     example = ROOT / "examples/reasoner"
     questions = example / "questions/plain"
     config = load_config(
@@ -74,7 +74,6 @@ def smollm2(folder: Path) -> LineSet:
     config = smollm2_recipe(convert_demo_model(), str(folder / OURS), quick=True, seed=0).config
     changes = {
         "model": {"dtype": "float32", "device": "cpu"},
-        "data": {"path": ""},
         "train": {"batch_pairs": 4},
         "eval": {"max_new_tokens": 64},
     }

@@ -22,6 +22,7 @@ STAGES = ("collect", "pairs", "train", "eval base", "eval adapter")
 _COMMON = ("torch", "transformers", "transformers.generation", "transformers.models.llama.modeling_llama", "peft")
 _SEARCH = (*_COMMON, "cpo_fast.models", "cpo_fast.search.collect", "cpo_fast.evaluate")
 _PAIRS = ("cpo_fast.data.pair_files",)
+# both trainings import DeepSpeed, where it is installed
 IMPORTS: dict[tuple[str, str], tuple[str, ...]] = {
     (OURS, "collect"): (*_SEARCH, "cpo_fast.search.engine.arena_engine"),
     (OURS, "pairs"): _PAIRS,
@@ -29,7 +30,14 @@ IMPORTS: dict[tuple[str, str], tuple[str, ...]] = {
     (OURS, "eval"): (*_SEARCH, "cpo_fast.search.engine.arena_engine"),
     (THEIRS, "collect"): (*_SEARCH, "benchmarks.end_to_end_peer"),
     (THEIRS, "pairs"): _PAIRS,
-    (THEIRS, "train"): (*_COMMON, "datasets", "trl", "trl.trainer.dpo_trainer", "benchmarks.end_to_end_peer"),
+    (THEIRS, "train"): (
+        *_COMMON,
+        "deepspeed",
+        "datasets",
+        "trl",
+        "trl.trainer.dpo_trainer",
+        "benchmarks.end_to_end_peer",
+    ),
     (THEIRS, "eval"): (*_SEARCH, "benchmarks.end_to_end_peer"),
 }
 
@@ -158,7 +166,6 @@ def run_stage(folder: Path, side: str, stage: str) -> dict[str, Any]:
         "train": lambda: trained(config, folder, side),
         "eval": lambda: asked(config, folder, side, stage),
     }
-    known = set(sys.modules)
     before = resident_bytes(reset_peak=True)
     with counted_tokens() as tokens:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -172,7 +179,6 @@ def run_stage(folder: Path, side: str, stage: str) -> dict[str, Any]:
         "cpu": cpu_end - cpu,
         "wall": wall_end - wall,
         "import_cpu": cpu - began,
-        "late_imports": len(set(sys.modules) - known),
         "peak_bytes": None if before is None or peak is None else peak[1] - before[0],
         **gave,
     }

@@ -69,7 +69,7 @@ def test_each_check_fails_where_a_fault_is_planted(line: Path, capsys: pytest.Ca
     from safetensors.torch import load_file, save_file
 
     folder = line / "runs" / "0"
-    edit(folder / "collect.yaml", r"\nseed: 0", "\nseed: 1")  # names other random numbers for both searches
+    edit(folder / "collect.yaml", r"\n  temperature: 0.9", "\n  temperature: 0.5")  # of both searches
     edit(folder / THEIRS / "eval base.json", r'": \[\d+', '": [0')
     edit(folder / OURS / "eval-adapter.jsonl", r'"num_tokens":\d', '"num_tokens":9')
     adapter = folder / THEIRS / "adapter" / "adapter_model.safetensors"
