@@ -68,9 +68,12 @@ def collected(config: Any, folder: Path, side: str) -> dict[str, Any]:
     if side == OURS:
         result = collect(config)
     else:
+        import torch
+
         from benchmarks.end_to_end_peer import GenerateEngine
 
         model, tokenizer = stock(config)
+        torch.manual_seed(config.seed)
         result = collect(
             config.model_copy(update={"run": str(folder / side)}), model, tokenizer,
             make_engine=lambda settings, prompts, loaded: GenerateEngine(loaded, prompts.tokenizer, rows_of(folder)),
