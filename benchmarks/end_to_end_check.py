@@ -37,8 +37,7 @@ from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.tree import SearchTree, read_trees
 
-# difference over movement, both in Euclidean norm; measured on the reasoner: 5e-6 after 5 steps, 2e-6 after 30. A learning
-# rate that is a hundredth off gives 1e-2
+# difference over movement, both in Euclidean norm; measured on the reasoner: 5e-6 after 5 steps, 2e-6 after 30
 MAX_ADAPTER_DIFFERENCE = 1e-4
 
 
