@@ -77,6 +77,7 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
 	PYTHONPATH=. $(BIN)/python -m benchmarks.scaling
+	PYTHONPATH=. $(BIN)/python -m benchmarks.end_to_end
 
 # one part that fails does not keep the others from running; a missed bar is recorded, shown and profiled, and is no failure
 gpu: $(BENCH_STAMP)
