@@ -37,8 +37,6 @@ svg.picture .edge{fill:none;stroke:var(--line);stroke-width:1.5}
 svg.picture .edge-win{fill:none;stroke:var(--win);stroke-width:2.5}
 svg.picture .edge-lose{fill:none;stroke:var(--lose);stroke-width:2.5}
 svg.picture .head-win{fill:var(--win)}
-svg.picture .head-lose{fill:var(--lose)}
-svg.picture .head{fill:var(--line)}
 svg.picture .number{font:12px ui-monospace,monospace}
 """
 
@@ -181,10 +179,7 @@ def attention() -> str:
 def logprobs() -> str:
     """From which row each scored token is predicted."""
     made, tokens = packed()
-    parts = [
-        '<defs><marker id="picture-arrow" markerWidth="7" markerHeight="7" refX="5" refY="3" orient="auto">'
-        '<path d="M0 0L6 3L0 6z" class="head"/></marker></defs>'
-    ]
+    parts: list[str] = []
     for row, (parent, (name, _)) in enumerate(zip(made.parent_row.tolist(), tokens, strict=True)):
         if name == "p":
             continue

@@ -80,6 +80,7 @@ def parsed(line: str) -> tuple[str, click.Context]:
     """The command's name and its arguments, parsed as the program parses them, or what click raises."""
     words = shlex.split(line)
     arguments = [word for word in words[words.index(_program(words)) + 1 :] if word != "..."]
+    arguments = ["1" if word == "N" else word for word in arguments]  # as sentences write a number
     group = cli.make_context("cpo-fast", list(arguments))
     name, command, rest = cli.resolve_command(group, [*group._protected_args, *group.args])
     assert name is not None
@@ -132,7 +133,11 @@ def check_key(key: str) -> None:
 def check_mention(text: str) -> bool:
     """Check code inside a sentence if it is a command, settings or a key. Whether it was."""
     if text.split()[0] == "cpo-fast" or " cpo_fast " in text:
-        check_command(text)
+        try:
+            check_command(text)
+        except click.MissingParameter as missing:  # a sentence leaves the files out, and no option
+            if not isinstance(missing.param, click.Argument):
+                raise
     elif all(_SETTING.fullmatch(word.partition("=")[0]) and "=" in word for word in _words(text)):
         check_settings(_words(text))
     elif (found := re.fullmatch(rf"({_SETTING.pattern}): (\S+)", text)) is not None:

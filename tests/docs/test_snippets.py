@@ -1,7 +1,7 @@
 """What README, documents and help texts show works: every command, setting, YAML and Python block.
 
-A command in a block is run, in its page's order, or is excused in NOT_RUN with the reason; then it is parsed all the same. A
-Python block is run by a test that RUN_BY names. What is new and has neither fails here.
+A command in a block is run, in its page's order, or is excused in NOT_RUN with the reason. Then it is parsed all the same.
+A Python block is run by what RUN_BY names. What is new and has neither fails here.
 """
 
 import re
@@ -114,6 +114,7 @@ def test_pages_have_what_is_checked_here() -> None:
         "cpo-fast fly",
         "cpo-fast --verbose",
         "cpo-fast merge config.yaml",
+        "cpo-fast train --gpus 8",
     ],
 )
 def test_a_command_that_the_program_does_not_know_is_caught(line: str) -> None:
@@ -121,9 +122,11 @@ def test_a_command_that_the_program_does_not_know_is_caught(line: str) -> None:
         check_command(line)
 
 
-@pytest.mark.parametrize("text", ["train.betas=1", "train.beta: high", "search.kept", "train.lr=1 train.rl=2"])
+@pytest.mark.parametrize(
+    "text", ["train.betas=1", "train.beta: high", "search.kept", "train.lr=1 train.rl=2", "cpo-fast train --gpu 8"]
+)
 def test_a_setting_that_the_program_does_not_know_is_caught(text: str) -> None:
-    with pytest.raises((KeyError, CpoFastError)):
+    with pytest.raises((KeyError, CpoFastError, click.ClickException)):
         check_mention(text)
 
 

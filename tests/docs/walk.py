@@ -51,11 +51,11 @@ def prepare(folder: Path, page: Path) -> None:
     for place, name in enumerate(("my_dev.jsonl", "my_test.jsonl")):
         asked = (REASONER / "asked.jsonl").read_text("utf-8").splitlines(keepends=True)
         (folder / name).write_text("".join(asked[4 * place : 4 * place + 4]), encoding="utf-8")
-    pairs = [
-        {"prompt": f"Solve.\n\nQuestion: {total}-7+4-8\n", "chosen": f"{total}-7={total - 7}\n", "rejected": f"{total}-7={wrong}\n"}
-        for total in (53, 62, 71, 45, 34, 83)
-        for wrong in (10, 11)
-    ]  # fmt: skip
+    pairs = []
+    for total in (53, 62, 71, 45, 34, 83):
+        for wrong in (10, 11):
+            question, lines = f"Question: {total}-7+4-8", [f"{total}-7={value}\n" for value in (total - 7, wrong)]
+            pairs.append({"prompt": f"Solve.\n\n{question}\n", "chosen": lines[0], "rejected": lines[1]})
     for name in ("my_pairs.jsonl", "more_pairs.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
     factory = [
