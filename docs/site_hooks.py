@@ -127,19 +127,17 @@ def configuration() -> str:
     groups: dict[str, list[str]] = {}
     for key, field in keys():
         section, _, name = key.rpartition(".") if "[]." not in key else key.partition(".")
-        cells = (
-            f'<span id="{key}"></span>`{name}`',
-            type_text(field.annotation, field.metadata),
-            default_text(field),
-            _cell(field.description or ""),
+        about = f"{type_text(field.annotation, field.metadata)}; default {default_text(field)}".replace(
+            "default needed", "needed"
         )
-        groups.setdefault(section, []).append(f"| {' | '.join(cells)} |")
+        meaning = f'{_cell(field.description or "")}<br><span class="kind">{about}</span>'
+        groups.setdefault(section, []).append(f'| <span id="{key}"></span>`{name}` | {meaning} |')
     text = []
     for section, rows in groups.items():
         model = Config if not section else Config.model_fields[section].annotation
         about = (model.__doc__ or "").strip() if model is not None else ""
         title = f"## {section}" if section else "## Top level"
-        text.append("\n".join([title, "", about, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows]))
+        text.append("\n".join([title, "", about, "", "| key | meaning |", "|---|---|", *rows]))
     return "\n\n".join(text)
 
 

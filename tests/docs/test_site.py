@@ -1,6 +1,7 @@
 """The documentation builds without a warning, has no dead link, loads nothing from elsewhere and leaves nothing out."""
 
 import ast
+import html
 import importlib.util
 import os
 import re
@@ -135,13 +136,19 @@ def test_every_key_stands_in_the_reference_with_type_and_default(pages: dict[str
     assert {key for key, _ in fields()} <= pages["configuration.html"].anchors
     text = re.sub(r"\s+", " ", (site / "configuration.html").read_text("utf-8"))
     rows = dict(re.findall(r'<span id="([\w.\[\]]+)"></span>(.*?)</tr>', text))
-    cells = {key: [re.sub(r"<.*?>", "", cell).strip() for cell in row.split("<td>")] for key, row in rows.items()}
-    assert cells["train.beta"][:3] == ["beta", "number, above 0", "0.1"]
-    assert cells["train.loss_type"][:3] == ["loss_type", "sigmoid, hinge, ipo", "sigmoid"]
-    assert cells["train.num_epochs"][1:3] == ["integer or null, at least 1", "4"]
-    assert cells["data.mixture[].path"][:3] == ["mixture[].path", "text", "needed"]
-    assert cells["task.chat"][1:3] == ["true or false", "false"]
-    assert "[:config][:split]" in cells["task.path"][3].replace("&#91;", "[").replace("&#93;", "]")
+    cells = {
+        key: [re.sub(r"<.*?>", "", cell).strip() for cell in re.split("<td>|<br */?>", row)]
+        for key, row in rows.items()
+    }
+    assert cells["train.beta"][::2] == ["beta", "number, above 0; default 0.1"]
+    assert cells["train.loss_type"][2] == "sigmoid, hinge, ipo; default sigmoid"
+    assert cells["train.num_epochs"][2] == "integer or null, at least 1; default 4"
+    assert cells["data.mixture[].path"][::2] == ["mixture[].path", "text; needed"]
+    assert cells["task.chat"][2] == "true or false; default false"
+    assert cells["data.path"][2] == "text; default empty"
+    assert html.unescape(cells["task.path"][1]).endswith(
+        "a JSONL of question[, answer], or hub:org/name[:config][:split]"
+    )
 
 
 def test_every_command_and_code_stands_on_its_page(pages: dict[str, Page], site: Path) -> None:

@@ -17,22 +17,23 @@ from tests.docs.snippets import ROOT, Snippet, blocks
 # appended to lines of these commands; what a line says of the same key is overruled
 SMALL = {
     "search": ["search.num_candidates=4", "search.num_kept=2", "search.max_steps=4", "search.max_thought_tokens=16"],
-    "asked": ["eval.path=my_test.jsonl", "eval.max_new_tokens=48", "eval.latency_questions=1"],
+    "asked": ["eval.max_new_tokens=48", "eval.latency_questions=1"],
+    "few": ["eval.path=my_test.jsonl"],
     "trained": ["train.max_steps=2", "train.lr=1e-4", "train.reference=online"],
     "model": ["model.dtype=float32", "model.device=cpu"],
 }
 APPENDED = {
     "collect": ["model", "search"],
-    "eval": ["model", "search", "asked"],
-    "train": ["model", "search", "trained"],
+    "eval": ["model", "search", "asked", "few"],
+    "train": ["model", "search", "asked", "trained"],
     "plan": ["model", "trained"],
-    "iterate": ["model", "search", "trained"],
+    "iterate": ["model", "search", "asked", "trained"],
     "merge": ["model"],
 }
 # pages whose configuration names a data set that a page cannot bring: its rows become the reasoner's
 SUBSTITUTED = {
     "README.md": ["task.file=my_task.yaml", "task.path=my_questions.jsonl"],
-    "docs/tasks.md": ["task.num_questions=2"],
+    "docs/tasks.md": ["task.num_questions=2", "run=runs/units"],
 }
 NUM_QUESTIONS = 8
 
