@@ -4,6 +4,7 @@
 #   make soak         tests of several processes, which take longer or are less steady than `make test` may be
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
+#   make docs         the documentation, in build/site: opens from disk, without a network (part of make test)
 #   make bench        benchmarks that fit a CPU
 #   make method       whether the method works: every cell of docs/method.md on a small reasoner, about forty minutes
 #   make gpu          GPU tests, then benchmarks, each command under nine minutes, on a machine with CUDA; takes the peers
@@ -43,7 +44,7 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test soak lint aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
+.PHONY: quickstart test soak lint docs aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -59,6 +60,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# a warning fails it: a dead link or anchor, a page outside the navigation, a name in the API that is not there
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # compiles every Triton kernel for sm80 and sm90 without a GPU and checks registers, stack, shared memory and machine code
 aot: $(STAMP)
