@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from cpo_fast.cli.report import written_report
 from cpo_fast.config import Config, dump_config, load_config
 from cpo_fast.files import write_atomic
 from cpo_fast.progress import say
@@ -50,13 +51,14 @@ def iterate_command(
 
     from cpo_fast.cli.collect import show_question
     from cpo_fast.cli.train import TrainingScreen
+    from cpo_fast.environment import environment_kept
     from cpo_fast.iterate import Watch, iterate
 
     run_command = None
     if num_ranks is not None and num_ranks > 1:
         flags = [f"--{name}" for name, is_on in (ctx.obj or {}).items() if is_on]
         run_command = partial(run_on_ranks, num_ranks=num_ranks, flags=flags, as_json=as_json)
-    with TrainingScreen(quiet=as_json) as screen:
+    with environment_kept(config.run, "iterate"), TrainingScreen(quiet=as_json) as screen:
         watch = Watch(partial(say, err=as_json), show_question, screen.update)
         summary = iterate(config, watch, run_command)
     if as_json:
@@ -117,3 +119,4 @@ def _show(summary: dict[str, Any], config: Config) -> None:
     else:
         click.echo(f"adapter: {summary['adapter']}, of round {summary['best_round']}")
     click.echo(f"every round's numbers: {Path(config.run) / 'iterate.json'}")
+    click.echo(written_report(config.run))

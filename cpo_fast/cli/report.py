@@ -1,6 +1,10 @@
 """`cpo-fast report RUN [RUN ...]`: what runs measured, searched and were set to, as one HTML file."""
 
+from pathlib import Path
+
 import click
+
+from cpo_fast.errors import first_line
 
 
 @click.command("report")
@@ -20,3 +24,15 @@ def report_command(runs: tuple[str, ...], output_path: str | None) -> None:
     for note in notes:
         click.echo(note, err=True)
     click.echo(f"report: {file}")
+
+
+def written_report(run: str | Path) -> str:
+    """Write the report of a run at the end of another command, and say where it is or why there is none."""
+    try:
+        from cpo_fast.report.page import write_report
+
+        return f"report: {write_report([run])[0]}"
+    except ModuleNotFoundError as error:
+        return f"no report: {error.name} is missing; install it: pip install 'cpo-fast[train]'"
+    except Exception as error:  # what has been made and said is not lost for it
+        return f"no report: {first_line(error)}; `cpo-fast report {run}` writes it"

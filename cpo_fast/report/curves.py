@@ -66,8 +66,8 @@ CHARTS = (
     Chart(
         "dev",
         "Questions that are not trained on",
-        "Share of dev questions that greedy chains answer as expected: with the reference answer (accuracy) or with the vote "
-        "of a search (agreement).",
+        "Share of dev questions that greedy chains answer as expected: with the reference answer (accuracy) or with the "
+        "vote of a search (agreement).",
         _measures(eval_accuracy="accuracy", eval_agreement="agreement", eval_answered="with an answer"),
         "share",
     ),
@@ -102,8 +102,8 @@ CHARTS = (
     Chart(
         "drift",
         "Drift of the chosen responses",
-        "What chosen responses have gained on the reference. The alarm rings where their lowest tenth falls below its limit "
-        "while margins grow.",
+        "What chosen responses have gained on the reference. The alarm rings where their lowest tenth falls below its "
+        "limit while margins grow.",
         _measures(logps__chosen_drift="mean", logps__chosen_drift_p10="lowest tenth"),
         unit="nats per token",
     ),

@@ -120,9 +120,9 @@ def _asked(group: Sequence[tuple[str, Evaluation]], seed: int) -> Asked:
     first = evaluations[0]
     whole = len(comparisons) == len(evaluations) - 1
     rows = against_first_cells(evaluations, comparisons) if whole else [evaluation_cells(each) for each in evaluations]
-    headings = [
-        heading for heading in merged_headings(rows) if heading != "method" or len({e.method for e in evaluations}) > 1
-    ]
+    unneeded = set() if len({each.method for each in evaluations}) > 1 else {"method"}
+    unneeded |= set() if len(comparisons) > 1 else {"of all these tests (Holm)"}
+    headings = [heading for heading in merged_headings(rows) if heading not in unneeded]
     if not whole:
         headings = [heading for heading in headings if heading in ("correct", "accuracy", "95 % interval (Wilson)")]
     accuracy = []
@@ -323,35 +323,38 @@ def _value(value: Any) -> str:
 
 
 def hash_table(runs: Sequence[Run]) -> Table | None:
-    """What decided the results, by its hash: base, adapter, data, prompts and settings. One column a run."""
-    columns = {run.name: _hashes(run) for each in runs for run in each.all}
-    columns = {name: cells for name, cells in columns.items() if cells}
-    if not columns:
-        return None
-    rows = tuple(
-        (heading, *(column.get(heading, NONE) for column in columns.values()))
-        for heading in merged_headings(list(columns.values()))
-    )
-    return Table("What the results follow from", ("hash", *columns), rows, tuple(range(1, len(columns) + 1)))
+    """What decided the results, by its hash, and which parts of a run have it: base, adapter, data, prompts, settings."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for run in (run for each in runs for run in each.all):
+        for what, value, where in _hashes(run):
+            found.setdefault((run.name, what, value), []).append(where)
+    rows = tuple((what, value, ", ".join(places), name) for (name, what, value), places in found.items())
+    headings = ("of", "hash", "of which part", "run")
+    return Table("What the results follow from, by hash", headings, rows, (1, 2, 3)) if rows else None
 
 
-def _hashes(run: Run) -> dict[str, str]:
-    cells = {}
-    for key, label in (("model", "base"), ("model.adapter", "adapter at the start"), ("data", "data")):
+_HASHES = {
+    "model_hash": "base",
+    "adapter_hash": "adapter",
+    "prompt_hash": "prompt",
+    "task_hash": "task section",
+    "settings_hash": "settings",
+    "config_hash": "settings",
+}
+
+
+def _hashes(run: Run) -> Iterator[tuple[str, str, str]]:
+    """(what, hash, part of the run) of everything that has one."""
+    for key, what in (("model", "base"), ("model.adapter", "adapter"), ("data", "data")):
         if run.identity.get(key):
-            cells[f"{label}, training"] = str(run.identity[key])
-    if run.votes is not None:
-        for key, value in run.votes.hashes.items():
-            if value not in ("", None):
-                cells[f"{key.removesuffix('_hash').replace('config', 'settings').replace('model', 'base')}, search"] = (
-                    str(value)
-                )
+            yield what, str(run.identity[key]), "training"
+    for key, value in (run.votes.hashes if run.votes is not None else {}).items():
+        if key in _HASHES and value:
+            yield _HASHES[key], str(value), "search"
     for evaluation in run.evaluations:
-        for key in ("model_hash", "adapter_hash", "prompt_hash", "task_hash", "settings_hash"):
-            if getattr(evaluation, key):
-                name = key.removesuffix("_hash").replace("model", "base")
-                cells[f"{name}, evaluation {evaluation.label}"] = getattr(evaluation, key)
-    return cells
+        for key, what in _HASHES.items():
+            if getattr(evaluation, key, ""):
+                yield what, getattr(evaluation, key), f"evaluation {evaluation.label}"
 
 
 def files_table(runs: Sequence[Run]) -> Table | None:
@@ -386,6 +389,10 @@ def environment_table(runs: Sequence[Run]) -> Table | None:
             columns.setdefault(f"{run.name}, evaluation {evaluation.label}", {}).update(found)
     if not columns:
         return None
-    headings = merged_headings(list(columns.values()))
-    rows = tuple((heading, *(column.get(heading, NONE) for column in columns.values())) for heading in headings)
-    return Table("What it ran with", ("", *columns), rows, tuple(range(1, len(columns) + 1)))
+    alike: dict[str, list[str]] = {}  # commands that ran with the same are one column
+    for name, cells in columns.items():
+        alike.setdefault(json.dumps(cells), []).append(name)
+    distinct = {"; ".join(names): columns[names[0]] for names in alike.values()}
+    headings = merged_headings(list(distinct.values()))
+    rows = tuple((heading, *(column.get(heading, NONE) for column in distinct.values())) for heading in headings)
+    return Table("What it ran with", ("what", *distinct), rows, tuple(range(1, len(distinct) + 1)))

@@ -29,8 +29,18 @@ class Chromium:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        flags += ["--remote-debugging-pipe", "--no-first-run", "--disable-extensions", "--disable-background-networking"]
-        flags += ["--disable-component-update", "--force-color-profile=srgb", f"--user-data-dir={profile}", "about:blank"]
+        flags += [
+            "--remote-debugging-pipe",
+            "--no-first-run",
+            "--disable-extensions",
+            "--disable-background-networking",
+        ]
+        flags += [
+            "--disable-component-update",
+            "--force-color-profile=srgb",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         # the protocol's descriptors are 3 and 4, which a shell can make of any
         command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         self._process = subprocess.Popen(
@@ -125,7 +135,9 @@ class Page:
 
     def settle(self) -> None:
         """Let two frames pass: observers and drawing have run."""
-        self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 0))))")
+        self.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 0))))"
+        )
 
     def show(self, width: int, height: int = 900, dark: bool = False) -> None:
         """Another size of the window, light or dark."""
@@ -133,7 +145,9 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.call(
+            "Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}]
+        )
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """A key, where the focus is. `modifiers` 8: with Shift."""
@@ -155,7 +169,9 @@ class Page:
 
     def errors(self) -> list[str]:
         """What the console was told as an error, and exceptions. Refusals of the content-security policy are errors."""
-        found = [entry["entry"]["text"] for entry in self.happened("Log.entryAdded") if entry["entry"]["level"] == "error"]
+        found = [
+            entry["entry"]["text"] for entry in self.happened("Log.entryAdded") if entry["entry"]["level"] == "error"
+        ]
         found += [str(each["exceptionDetails"]) for each in self.happened("Runtime.exceptionThrown")]
         calls = self.happened("Runtime.consoleAPICalled")
         return found + [str(each["args"]) for each in calls if each["type"] in ("error", "warning", "assert")]

@@ -106,6 +106,15 @@
     };
   }
 
+  function logSplits(low, high) {
+    const factors = high / low > 300 ? [1] : high / low > 30 ? [1, 3] : [1, 2, 5];
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+      for (const factor of factors) found.push(factor * 10 ** power);
+    }
+    return found.filter((value) => value >= low && value <= high);
+  }
+
   // the nearest step at which a line has a value
   function valueAt(plot, line, index) {
     const values = plot.data[line];
@@ -119,18 +128,21 @@
 
   function options(key, chart, width, look, found, buttons) {
     const axis = { stroke: colour("muted"), font: "12px system-ui, sans-serif", ticks: { show: false } };
-    const isLog = chart.form === "log" && columns(chart).slice(1).flat().every((v) => v === null || v === undefined || v > 0);
+    const values = columns(chart).slice(1).flat().filter((value) => value !== null && value !== undefined);
+    const lowest = values.reduce((one, other) => Math.min(one, other), Infinity);
+    const highest = values.reduce((one, other) => Math.max(one, other), -Infinity);
+    const isLog = chart.form === "log" && lowest > 0 && highest > 30 * lowest;
     const few = columns(chart)[0].length <= 60;
     return {
       width, height: HEIGHT,
       legend: { show: false },
       scales: {
         x: { time: false },
-        y: isLog ? { distr: 3 } : { range: yRange(chart, found) },
+        y: isLog ? { distr: 3, range: (plot, low, high) => [low / 1.2, high * 1.2] } : { range: yRange(chart, found) },
       },
       axes: [
         { ...axis, size: 28, grid: { show: false }, space: 60, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6] },
-        { ...axis, size: 58, gap: 8, grid: { stroke: colour("grid"), width: 1 }, space: 36, values: (plot, ticks) => ticks.map((value) => tick(value, chart.form)) },
+        { ...axis, size: 58, gap: 8, grid: { stroke: colour("grid"), width: 1 }, space: 36, ...(isLog ? { splits: (plot, axis, low, high) => logSplits(low, high) } : {}), values: (plot, ticks) => ticks.map((value) => tick(value, chart.form)) },
       ],
       series: [
         {},
