@@ -265,7 +265,8 @@ def _votes(path: Path, config: dict[str, Any], notes: list[str]) -> Votes | None
     statuses: Counter[str] = Counter()
     num_gold = num_right = 0
     first: dict[str, Any] = {}
-    is_right, grading = _equal, "equality of the texts"
+    is_right: Callable[[str, str], bool] = _equal
+    grading = "equality of the texts"
     for file in paths:
         for row in _lines(file, notes):
             if not first:
