@@ -150,7 +150,7 @@ class Tab:
                 continue
             method, parameters = event["method"], event["params"]
             if method == "Runtime.exceptionThrown":
-                found.append(f"exception: {parameters['exceptionDetails']}")
+                found.append(f"exception: {parameters['exceptionDetails']['exception'].get('description')}")
             elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
                 found.append(f"console: {parameters['args']}")
             elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):

@@ -168,6 +168,7 @@
   function browser(runs) {
     const state = { run: 0, outcome: "all", query: "", place: 0, status: "all", node: ROOT, scope: "node", open: new Set(), limit: PAIRS_AT_ONCE };
     let grove = null; // the tree that is shown, grown
+    const box = {}; // the elements that show it
     const note = el("p", { class: "t-note" });
     const heard = el("p", { class: "t-note", role: "status" });
     const list = el("ul", { class: "t-list", role: "listbox", "aria-label": "Questions", on: { keydown: onListKey } });
@@ -186,12 +187,6 @@
           el("label", { for: "trees-search", class: "t-label" }, "Search questions"), search, outcomes, heard, list),
         main, side),
       audit);
-    let resized = 0;
-    new ResizeObserver(() => {
-      cancelAnimationFrame(resized);
-      resized = requestAnimationFrame(drawOverview);
-    }).observe(main);
-    showRun(0);
 
     function payload() { return runs[state.run].trees; }
 
@@ -306,8 +301,6 @@
       fillMain();
       fillSide();
     }
-
-    const box = {}; // parts of the shown tree
 
     function fillMain() {
       const { tree, nodes } = grove;
@@ -707,6 +700,13 @@
           el("thead", {}, el("tr", {}, heads.map((head) => (head ? el("th", { scope: "col" }, head) : el("td", {}))))),
           el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell, place) => el(place ? "td" : "th", place ? {} : { scope: "row" }, cell)))))));
     }
+
+    let resized = 0;
+    new ResizeObserver(() => {
+      cancelAnimationFrame(resized);
+      resized = requestAnimationFrame(drawOverview);
+    }).observe(main);
+    showRun(0);
   }
 
   const runs = JSON.parse(source.textContent).runs.filter((run) => run.trees);
