@@ -10,7 +10,7 @@
   const ROOT = -1;
   const KEPT = 1, TERMINAL = 2, CUT = 8; // of a node's flags
   const ROW_CHARACTERS = 240, PANEL_CHARACTERS = 1500; // of a text before it is cut
-  const PAIRS_AT_ONCE = 25;
+  const PAIRS_AT_ONCE = 8;
   const OUTCOMES = { right: "✓ right", wrong: "✗ wrong", none: "– no answer", ungraded: "? not graded" };
   const STATUSES = ["winning", "chosen", "rejected", "kept", "pruned"];
   const WHY = {
@@ -26,7 +26,7 @@
   function el(tag, attributes, ...children) {
     const element = document.createElement(tag);
     set(element, attributes);
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
     return element;
   }
 
@@ -175,7 +175,7 @@
     const main = el("div", { class: "t-main" });
     const side = el("div", { class: "t-side" });
     const outcomes = el("fieldset", { class: "t-choices" });
-    const audit = el("section", { class: "t-audit", "aria-labelledby": "trees-audit-heading" });
+    const audit = el("div", { class: "t-audit", role: "region", "aria-labelledby": "trees-audit-heading" });
     const search = el("input", { type: "search", id: "trees-search", autocomplete: "off", spellcheck: "false", on: { input: onSearch } });
     const chooser = el("select", { id: "trees-run", on: { change: () => showRun(Number(chooser.value)) } },
       runs.map((run, place) => el("option", { value: place }, plain(run.name))));
@@ -426,9 +426,10 @@
       const row = el("div", { class: "t-row", id: `trees-row-${node.id}` },
         el("span", { class: "t-caret", "aria-hidden": "true" }),
         el("span", { class: "t-body" },
-          bdi(line(node.text), ROW_CHARACTERS), node.text.length > ROW_CHARACTERS ? el("span", { class: "t-metric" }, ` … ${number(node.length || node.text.length)} characters`) : null,
-          node.id === ROOT ? el("span", { class: "t-meta" }, badge("state", "question"))
-            : el("span", { class: "t-meta" }, badges(node), metrics(node))));
+          bdi(line(node.text), ROW_CHARACTERS),
+          el("span", { class: "t-meta" },
+            node.text.length > ROW_CHARACTERS ? el("span", { class: "t-metric" }, `… of ${number(node.length || node.text.length)} characters`) : null,
+            node.id === ROOT ? badge("state", "question") : [badges(node), metrics(node)])));
       const kind = node.id === ROOT ? "" : node.is.has("winning") ? " t-won" : node.kept ? "" : " t-lost";
       const dim = state.status !== "all" && node.id !== ROOT && !node.is.has(state.status) ? " t-dim" : "";
       return treeItem(String(node.id), `t-item${kind}${dim}`, row, level, children.length + folded.length > 0);
@@ -443,7 +444,7 @@
 
     function treeItem(key, kind, row, level, hasMore) {
       const open = hasMore && state.open.has(key);
-      const one = el("li", { role: "treeitem", class: kind, id: `trees-item-${key}`, "data-key": key, tabindex: -1, "aria-level": level, "aria-labelledby": row.id, "aria-selected": "false", "aria-expanded": hasMore ? open : null }, row);
+      const one = el("li", { role: "treeitem", class: kind, id: `trees-item-${key}`, "data-key": key, tabindex: -1, "aria-level": level, "aria-labelledby": row.id, "aria-selected": "false", "aria-expanded": hasMore ? String(open) : null }, row);
       if (open) one.append(group(key, level));
       return one;
     }
@@ -561,7 +562,7 @@
         ...(node.flags & TERMINAL && node.answer === null ? [["end", "the chain broke off here"]] : []),
       ];
       const count = node.pairs.length;
-      return el("section", { class: "t-panel", "aria-labelledby": "trees-thought-heading" }, heading,
+      return el("div", { class: "t-panel", role: "region", "aria-labelledby": "trees-thought-heading" }, heading,
         longText(line(node.text), node.length), node.id === ROOT ? null : el("p", { class: "t-meta" }, badges(node)),
         rows.length ? el("dl", { class: "t-figures" }, rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))) : null,
         node.id === ROOT ? null : count
@@ -583,7 +584,7 @@
       box.pairs = el("ol", { class: "t-pairs" });
       box.more = el("div", {});
       fillPairs();
-      return el("section", { class: "t-panel", "aria-labelledby": "trees-pairs-heading" }, el("h3", { id: "trees-pairs-heading", tabindex: -1 }, "Pairs"), scope, box.pairs, box.more);
+      return el("div", { class: "t-panel", role: "region", "aria-labelledby": "trees-pairs-heading" }, el("h3", { id: "trees-pairs-heading", tabindex: -1 }, "Pairs"), scope, box.pairs, box.more);
     }
 
     function fillPairs() {
