@@ -12,12 +12,13 @@ import cpo_fast.report.trees
 
 FOLDER = Path(cpo_fast.report.trees.__file__).parent
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src {style}; script-src {script}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Trees</title><style>{css}</style></head>
 <body><main><h1>Report</h1><section id="trees">{section}</section></main>
 <script type="application/json" id="trees-data">{data}</script><script>{js}</script></body></html>"""
 BODY = """
-:root { color-scheme: light dark; } body { margin: 0; padding: 16px; font: 16px/1.5 system-ui, sans-serif; background: #fff; }
+:root { color-scheme: light dark; }
+body { margin: 0; padding: 16px; font: 16px/1.5 system-ui, sans-serif; background: #fff; }
 @media (prefers-color-scheme: dark) { body { background: #14171b; color: #e6e8eb; } }
 """
 
