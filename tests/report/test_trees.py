@@ -294,20 +294,20 @@ def show_hostile(page: Page) -> None:
 
 def test_first_sight_is_the_winning_path_with_pruned_thoughts_folded(page: Page) -> None:
     assert items(page) == ["-1", "0", "4", "5", "1", "f-1"]
-    row = texts(page, "#trees-row-0")[0].split()
+    row = texts(page, "#trees-item-0")[0].split()
     assert " ".join(row) == (
         "Step 1: thought 0. winning chosen kept value 7.500 log-prob -0.750 -0.375 a token 9 visits 3 samples alike"
     )
-    assert texts(page, "#trees-row-f-1") == ["2 pruned, all rejected in pairs"]
+    assert texts(page, "#trees-item-f-1") == ["2 pruned, all rejected in pairs"]
     assert len(texts(page, "[role=option]")) == NUM_TREES
     assert page.evaluate("document.querySelectorAll('.t-edge-winning').length") == 2
     assert page.evaluate("document.querySelectorAll('.t-mark').length") == 1 + 7 + 4  # question, thoughts, legend
 
 
 def test_by_mouse_from_a_folded_thought_to_its_pair_and_back(page: Page) -> None:
-    page.click("#trees-row-f-1")
+    page.click("#trees-item-f-1")
     assert items(page) == ["-1", "0", "4", "5", "1", "f-1", "2", "3"]
-    page.click("#trees-row-3")
+    page.click("#trees-item-3")
     assert focused(page) == "trees-item-3"
     assert texts(page, "#trees-thought-heading") == ["Thought, step 1"]
     page.click("#trees-to-pairs")
@@ -316,7 +316,7 @@ def test_by_mouse_from_a_folded_thought_to_its_pair_and_back(page: Page) -> None
     said = " ".join(texts(page, "#trees-pair-2")[0].split())
     assert "step 1 after the question chosen show in tree Step 1: thought 0." in said
     assert "chosen less rejected: value 5.500, log-prob –" in said
-    page.click("#trees-row-f-1 .t-caret")
+    page.click("#trees-item-f-1 .t-caret")
     assert "3" not in items(page)
     page.click("#trees-scope-tree")
     page.click("#trees-pair-2 .t-is-rejected button")
@@ -362,7 +362,7 @@ def test_filters_show_what_they_say(page: Page, page_file: Path) -> None:
     assert items(page) == ["-1", "0", "4"]
     choose(page, "status", "rejected")
     assert items(page) == ["-1", "0", "5", "1", "2", "3"]
-    assert "t-dim" in page.evaluate("document.getElementById('trees-item-0').className")
+    assert "t-dim" in page.evaluate("document.getElementById('trees-item-0').parentElement.className")
     # what the filter hides is shown again when a pair leads to it
     page.click("#trees-scope-tree")
     page.click("#trees-pair-3 .t-is-chosen button")
@@ -411,7 +411,7 @@ def test_only_the_chosen_tree_is_drawn(page: Page) -> None:
 
 def test_hostile_texts_are_texts(page: Page) -> None:
     show_hostile(page)
-    page.click("#trees-row-f-1")
+    page.click("#trees-item-f-1")
     assert page.evaluate("typeof window.hacked") == "undefined"
     assert page.evaluate("document.querySelectorAll('#trees-app script, #trees-app img, #trees-app b').length") == 0
     shown = page.evaluate("[...document.querySelectorAll('.t-row .t-text')].map(e => e.textContent)")
@@ -434,11 +434,11 @@ def test_hostile_texts_are_texts(page: Page) -> None:
 
 def test_long_texts_are_cut_until_all_is_asked_for(page: Page) -> None:
     show_hostile(page)
-    page.click("#trees-row-f-1")
+    page.click("#trees-item-f-1")
     place = list(TEXTS).index("long")
-    page.click(f"#trees-row-{place}")
-    assert len(texts(page, f"#trees-row-{place}")[0]) < 500
-    assert "… of 100,006 characters" in texts(page, f"#trees-row-{place}")[0]
+    page.click(f"#trees-item-{place}")
+    assert len(texts(page, f"#trees-item-{place}")[0]) < 500
+    assert "… of 100,006 characters" in texts(page, f"#trees-item-{place}")[0]
     button = ".t-long button"
     assert texts(page, button) == ["show all 100,005 characters"]
     page.click(button)
@@ -452,8 +452,8 @@ def test_long_texts_are_cut_until_all_is_asked_for(page: Page) -> None:
 def test_axe_finds_nothing_serious(page: Page, axe: str, width: int, dark: bool) -> None:
     page.show(width, 900, dark)
     page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
-    page.click("#trees-row-f-1")
-    page.click("#trees-row-3")
+    page.click("#trees-item-f-1")
+    page.click("#trees-item-3")
     page.settle()
     page.evaluate(axe + "; 0")
     violations = page.evaluate(

@@ -407,7 +407,7 @@
       if (box.wanted) for (const id of box.wanted) state.open.add(String(id));
       const found = box.wanted ? grove.nodes.filter((node) => node.is.has(state.status)).length : grove.nodes.length;
       box.none.textContent = found ? "" : `No thought of this tree is ${state.status}.`;
-      box.tree.replaceChildren(item(grove.root, 1));
+      box.tree.replaceChildren(item(grove.root, [1, 1, 1]));
       const kept = itemOf(state.node) ? state.node : ROOT;
       select(kept);
     }
@@ -421,40 +421,43 @@
       return { children: children.filter((child) => !folded.includes(child)), folded };
     }
 
-    function item(node, level) {
+    // `at`: level, place among the siblings from 1, number of siblings
+    function item(node, at) {
       const { children, folded } = shownChildren(node);
-      const row = el("div", { class: "t-row", id: `trees-row-${node.id}` },
-        el("span", { class: "t-caret", "aria-hidden": "true" }),
-        el("span", { class: "t-body" },
-          bdi(line(node.text), ROW_CHARACTERS),
-          el("span", { class: "t-meta" },
-            node.text.length > ROW_CHARACTERS ? el("span", { class: "t-metric" }, `… of ${number(node.length || node.text.length)} characters`) : null,
-            node.id === ROOT ? badge("state", "question") : [badges(node), metrics(node)])));
+      const body = el("span", { class: "t-body" },
+        bdi(line(node.text), ROW_CHARACTERS),
+        el("span", { class: "t-meta" },
+          node.text.length > ROW_CHARACTERS ? el("span", { class: "t-metric" }, `… of ${number(node.length || node.text.length)} characters`) : null,
+          node.id === ROOT ? badge("state", "question") : [badges(node), metrics(node)]));
       const kind = node.id === ROOT ? "" : node.is.has("winning") ? " t-won" : node.kept ? "" : " t-lost";
       const dim = state.status !== "all" && node.id !== ROOT && !node.is.has(state.status) ? " t-dim" : "";
-      return treeItem(String(node.id), `t-item${kind}${dim}`, row, level, children.length + folded.length > 0);
+      return treeItem(String(node.id), `t-item${kind}${dim}`, body, at, children.length + folded.length > 0);
     }
 
-    function foldItem(node, level, folded) {
+    function foldItem(node, at, folded) {
       const rejected = folded.filter((child) => child.is.has("rejected")).length;
       const text = `${number(folded.length)} pruned${rejected ? `, ${rejected === folded.length ? "all" : number(rejected)} rejected in pairs` : ""}`;
-      const row = el("div", { class: "t-row", id: `trees-row-f${node.id}` }, el("span", { class: "t-caret", "aria-hidden": "true" }), el("span", { class: "t-body t-folded" }, text));
-      return treeItem(`f${node.id}`, "t-item t-fold", row, level, true);
+      return treeItem(`f${node.id}`, "t-item t-fold", el("span", { class: "t-body t-folded" }, text), at, true);
     }
 
-    function treeItem(key, kind, row, level, hasMore) {
+    // the group of the children stands beside the row, which is the item: its name is what the row says
+    function treeItem(key, kind, body, [level, place, count], hasMore) {
       const open = hasMore && state.open.has(key);
-      const one = el("li", { role: "treeitem", class: kind, id: `trees-item-${key}`, "data-key": key, tabindex: -1, "aria-level": level, "aria-labelledby": row.id, "aria-selected": "false", "aria-expanded": hasMore ? String(open) : null }, row);
-      if (open) one.append(group(key, level));
-      return one;
+      const row = el("div", {
+        role: "treeitem", class: "t-row", id: `trees-item-${key}`, "data-key": key, tabindex: -1, "aria-selected": "false",
+        "aria-level": level, "aria-posinset": place, "aria-setsize": count, "aria-expanded": hasMore ? String(open) : null,
+      }, el("span", { class: "t-caret", "aria-hidden": "true" }), body);
+      return el("li", { role: "none", class: kind }, row, open ? group(key, level) : null);
     }
 
     function group(key, level) {
       const inFold = key.startsWith("f");
       const node = grove.at(Number(inFold ? key.slice(1) : key));
       const { children, folded } = shownChildren(node);
-      const items = (inFold ? folded : children).map((child) => item(child, level + 1));
-      if (!inFold && folded.length) items.push(foldItem(node, level + 1, folded));
+      const shown = inFold ? folded : children;
+      const count = shown.length + (!inFold && folded.length ? 1 : 0);
+      const items = shown.map((child, place) => item(child, [level + 1, place + 1, count]));
+      if (count > shown.length) items.push(foldItem(node, [level + 1, count, count], folded));
       return el("ul", { role: "group", class: "t-group" }, items);
     }
 
@@ -466,11 +469,11 @@
       const key = one.dataset.key;
       if (open) {
         state.open.add(key);
-        one.append(group(key, Number(one.getAttribute("aria-level"))));
+        one.after(group(key, Number(one.getAttribute("aria-level"))));
       } else {
         state.open.delete(key);
-        const held = one.contains(document.activeElement) && document.activeElement !== one;
-        one.lastElementChild.remove();
+        const held = one.nextElementSibling.contains(document.activeElement);
+        one.nextElementSibling.remove();
         if (held || !itemOf(state.node)) moveTo(one);
       }
     }
@@ -482,7 +485,7 @@
       for (const other of box.tree.querySelectorAll("[tabindex='0']")) other.tabIndex = -1;
       one.tabIndex = 0;
       one.focus({ preventScroll: true });
-      one.firstElementChild.scrollIntoView({ block: "nearest" });
+      one.scrollIntoView({ block: "nearest" });
     }
 
     function select(id) {
@@ -535,7 +538,7 @@
         Home: () => go(all[0]),
         End: () => go(all[all.length - 1]),
         ArrowRight: () => (open === "false" ? toggle(one, true) : open === "true" && go(all[at + 1])),
-        ArrowLeft: () => (open === "true" ? toggle(one, false) : go(one.parentElement.closest("[role=treeitem]"))),
+        ArrowLeft: () => (open === "true" ? toggle(one, false) : go(one.closest("ul").previousElementSibling)),
         Enter: () => toggle(one, open !== "true"),
         " ": () => toggle(one, open !== "true"),
         p: () => goToPairs(),
@@ -616,7 +619,7 @@
       const last = pair[role];
       const thoughts = pair.step ? [last] : grove.path(last.id);
       return el("div", { class: `t-response t-is-${role}` },
-        el("p", { class: "t-meta" }, badge(role), el("button", { type: "button", class: "t-button t-small", "aria-label": `show the ${role} thought of pair ${pair.place + 1} in the tree`, on: { click: () => focusNode(last.id) } }, "show in tree")),
+        el("p", { class: "t-meta" }, badge(role), el("button", { type: "button", class: "t-button t-small", "aria-label": `show in tree: ${role} of pair ${pair.place + 1}`, on: { click: () => focusNode(last.id) } }, "show in tree")),
         thoughts.map((node) => el("p", { class: "t-said" }, bdi(line(node.text), ROW_CHARACTERS))),
         el("p", { class: "t-meta" }, metrics(last)));
     }
