@@ -95,7 +95,9 @@ def page(runs: Sequence[Run]) -> tuple[str, list[str]]:
     size = len(_rendered(values, None).encode())
     searched = [run for each in runs for run in each.all if run.votes is not None]
     share = max(MIN_TREES_BYTES, MAX_BYTES - size) // max(1, len(searched))
-    found = [{"name": run.name, "trees": payload} for run in searched if (payload := _trees(run, share, values["notes"]))]
+    found = [
+        {"name": run.name, "trees": payload} for run in searched if (payload := _trees(run, share, values["notes"]))
+    ]
     return _rendered(values, json_text({"runs": found}) if found else None), values["notes"]
 
 

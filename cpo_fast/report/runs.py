@@ -99,7 +99,10 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         _check(folder)
     ends = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if ends[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [
+        read_run(folder, name, f"{name}, " if len(folders) > 1 else "")
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def _check(folder: Path) -> None:
@@ -118,17 +121,18 @@ def _is_run(folder: Path) -> bool:
     return any(path.is_file() for sign in SIGNS for path in folder.glob(sign))
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One folder, whatever of it is there."""
+def read_run(path: Path, name: str, before: str = "") -> Run:
+    """One folder, whatever of it is there. `before` stands before the names of its rounds."""
     notes: list[str] = []
     config, config_file = _config(path, notes)
     rounds = _json(path / "iterate.json", notes)
     if rounds is not None and not isinstance(rounds.get("rounds"), list):
         notes.append("iterate.json has no list of rounds and is left out")
         rounds = None
-    parts = [read_run(folder, f"{name}, {folder.name.replace('-', ' ')}") for folder in _round_folders(path)]
-    if not config and parts:
-        config, config_file = parts[-1].config, f"{parts[-1].path.name}/{parts[-1].config_file}"
+    parts = [read_run(folder, f"{before}{folder.name.replace('-', ' ')}") for folder in _round_folders(path)]
+    first = next((part for part in parts if part.config), None)
+    if not config and first is not None:
+        config, config_file = first.config, f"{first.path.name}/{first.config_file}"
     evaluations, of_evaluations = folder_evaluations(path, skip_damaged=True)
     overview = _json(path / "eval.json", notes) or {}
     agreements = overview.get("agreements")
