@@ -135,6 +135,7 @@ def _templates() -> Environment:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     templates.filters["isolated"] = _isolated
+    templates.filters["breakable"] = _breakable
     templates.globals["chain"] = _chain
     return templates
 
@@ -142,6 +143,12 @@ def _templates() -> Environment:
 def _isolated(text: str, max_characters: int = 600) -> Markup:
     """Text of a model or a file, whose direction does not reach what stands around it."""
     return Markup("<bdi>{}</bdi>").format(escape(visible(text, max_characters)))
+
+
+def _breakable(text: str) -> Markup:
+    """As `_isolated`, and names and paths may go on in the next line."""
+    escaped = str(escape(visible(text, 600)))  # without a tag, and no entity holds either of both
+    return Markup("<bdi>" + re.sub("([/_])", r"\1<wbr>", escaped) + "</bdi>")
 
 
 def _chain(result: QuestionResult) -> Markup:

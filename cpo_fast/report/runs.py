@@ -57,7 +57,7 @@ class Run:
         votes: None without trees. num_pairs: lines of `pairs.jsonl`, None without the file. has_adapter: it is trained.
         evaluations: chains before trees and the base before adapters. agreements: from `eval.json`.
         rounds: what `iterate.json` holds, None in other runs. parts: the folders of its rounds.
-        identity: what decides a training, from its newest checkpoint. alarm: the sentence of its alarms, or "".
+        identity: what decides a training, from its newest checkpoint. alarms: sentences of those that rang.
         environment: by command, what it ran with.
         files: (name, bytes, SHA-256 or a reason without one). notes: sentences on what was left out, and why.
     """
@@ -76,7 +76,7 @@ class Run:
     agreements: tuple[dict[str, Any], ...]
     rounds: dict[str, Any] | None
     identity: dict[str, Any]
-    alarm: str
+    alarms: tuple[str, ...]
     environment: dict[str, Any]
     files: tuple[tuple[str, int, str], ...]
     notes: tuple[str, ...]
@@ -151,7 +151,7 @@ def read_run(path: Path, name: str) -> Run:
         agreements=tuple(row for row in agreements if isinstance(row, dict)) if isinstance(agreements, list) else (),
         rounds=rounds,
         identity=state.get("identity") if isinstance(state.get("identity"), dict) else {},  # type: ignore[arg-type]
-        alarm=". ".join(str(each["text"]) for each in alarms if isinstance(each, dict) and each.get("text")),
+        alarms=tuple(str(each["text"]) for each in alarms if isinstance(each, dict) and each.get("text")),
         environment=_json(path / "environment.json", notes) or {},
         files=tuple(_files(path)),
         notes=tuple(f"{name}: {note}" for note in [*notes, *of_evaluations]),
@@ -265,7 +265,8 @@ def _votes(path: Path, config: dict[str, Any], notes: list[str]) -> Votes | None
     statuses: Counter[str] = Counter()
     num_gold = num_right = 0
     first: dict[str, Any] = {}
-    is_right, grading = _equal, "equality of the texts"
+    is_right: Callable[[str, str], bool] = _equal
+    grading = "equality of the texts"
     for file in paths:
         for row in _lines(file, notes):
             if not first:

@@ -38,7 +38,7 @@ class Summary:
 
 def summary(run: Run) -> Summary:
     """The head of one run."""
-    alarms = [f"{part.name}: {part.alarm}" if part is not run else part.alarm for part in run.all if part.alarm]
+    alarms = [each if part is run else f"{part.name}: {each}" for part in run.all for each in part.alarms]
     return Summary(
         kind=kind(run),
         facts=tuple(_facts(run)),
@@ -95,13 +95,15 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _figures(run: Run) -> Iterator[Figure]:
-    for one, other, comparison in compared(run.evaluations)[:1]:
-        p = comparison.mcnemar_p
-        if one.accuracy is not None and other.accuracy is not None and p is not None:
+    pairs = compared(run.evaluations)
+    for one, other, _ in pairs[:1]:
+        if one.accuracy is not None and other.accuracy is not None:
             yield Figure("accuracy before", f"{one.accuracy:.1%}", f"{one.num_correct} of {one.num_graded} questions")
             yield Figure(
                 "accuracy after", f"{other.accuracy:.1%}", f"{other.num_correct} of {other.num_graded} questions"
             )
+    for one in [] if pairs else [each for each in run.evaluations if each.accuracy is not None][:1]:
+        yield Figure("accuracy", f"{one.accuracy:.1%}", f"{one.num_correct} of {one.num_graded}, {one.label}")
     if run.votes is not None and run.votes.num_gold:
         votes = run.votes
         yield Figure(
@@ -136,7 +138,7 @@ def _sentences(run: Run) -> Iterator[str]:
     told = {id(each) for one, other, _ in pairs for each in (one, other)}
     for evaluation in run.evaluations:
         if id(evaluation) not in told and evaluation.accuracy is not None and evaluation.interval is not None:
-            yield f"{_start(METHODS[evaluation.method])} answers {_right(evaluation)} ({evaluation.label})."
+            yield f"{evaluation.label}: {METHODS[evaluation.method]} answers {_right(evaluation)}."
     if run.rounds is not None:
         yield from _of_rounds(run)
     if run.metrics:

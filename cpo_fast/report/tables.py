@@ -215,8 +215,8 @@ def search_tables(runs: Sequence[Run]) -> list[Table]:
     if not searched:
         return []
     columns = [_search_cells(run) for run in searched]
-    rows = tuple((heading, *(column.get(heading, NONE) for column in columns)) for heading in merged_headings(columns))
-    tables = [Table("What the search found and cost", ("measure", *(run.name for run in searched)), rows)]
+    cells = tuple((heading, *(column.get(heading, NONE) for column in columns)) for heading in merged_headings(columns))
+    tables = [Table("What the search found and cost", ("measure", *(run.name for run in searched)), cells)]
     for run in searched:
         rows = tuple(_depth_rows(run.statistics))
         if rows:
@@ -300,7 +300,7 @@ def config_tables(runs: Sequence[Run]) -> tuple[Table | None, Table | None]:
         usual = _value(default.get(key))
         values = [_value(run.config[key]) if key in run.config else NONE for run in known]
         differs = len(set(values)) > 1
-        row = (
+        row: Row = (
             Cell(f"{key} (differs)" if differs else key, marked=differs),
             *(Cell(value, marked=value not in (usual, NONE)) for value in values),
             usual if key in default else NONE,

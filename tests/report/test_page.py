@@ -40,7 +40,7 @@ def report(*runs: Path, output: Path | None = None) -> Result:
 def text_of(file: Path) -> str:
     """What the page says, without tags, scripts and styles."""
     text = re.sub(r"<(script|style)[^>]*>.*?</\1>", " ", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", text).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", text.replace("<wbr>", "")).split())
 
 
 def said_of(run: Path) -> str:
