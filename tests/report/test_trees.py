@@ -1,7 +1,6 @@
 """The search-tree browser: its numbers are those of training, and it works by mouse and by keyboard, whatever texts say."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from cpo_fast.config import PairsConfig
 from cpo_fast.data.pair_files import NO_LOSER, REPEATED, TreeFileReader
 from cpo_fast.data.pair_rules import OUTSIDE_FRACTION, SAME_TOKENS
 from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.report.page import write_report
 from cpo_fast.report.trees import COLUMNS, KEPT, embedded_bytes, take_pairs, trees_payload
 from tests.data.hand_made import node, random_tree, tree, write_trees
+from tests.report.chromium import Chromium, Page
 from tests.report.hostile import TEXTS, write_hostile
-from tests.report.trees_chromium import Chromium, Page, find_chromium
-from tests.report.trees_page import write_page
 
 RULES = get_args(PairsConfig.model_fields["rule"].annotation)
 PLENTY = 4_000_000
@@ -141,10 +140,10 @@ def test_a_task_file_of_the_run_grades_as_it_did(tmp_path: Path) -> None:
     task_file = Path("examples/reasoner/plain.yaml").resolve()
     (tmp_path / "config.yaml").write_text(f"task: {{file: {task_file}, path: questions.jsonl}}\n")
     name = task_name(load_config(tmp_path / "config.yaml").task)
-    nodes = [node(0, -1, 1, "4")]
-    trees = [tree(nodes, (0,), task, task=task, gold="4.0") for task in (name, "other@1")]
+    # the task's reader takes two digits alone, where any other would take 4.0 for 4
+    trees = [tree([node(0, -1, 1, "4")], (0,), task, task=task, gold="4.0") for task in (name, "other@1")]
     write_trees(tmp_path / "trees.jsonl", trees)
-    assert payload_of(tmp_path)["trees"][0]["outcome"] == "right"
+    assert [one["outcome"] for one in payload_of(tmp_path)["trees"]] == ["wrong", "right"]
 
 
 def test_trees_that_do_not_fit_are_sampled_evenly_within_the_budget(tmp_path: Path) -> None:
@@ -211,21 +210,6 @@ def test_payload_loads_no_torch() -> None:
 # ---- the browser
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
-    assert program is not None, "chromium is missing: apt-get install chromium"
-    browser = Chromium(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
-def axe() -> str:
-    folder = os.environ.get("CPO_FAST_AXE", "node_modules/axe-core")
-    return Path(folder, "axe.min.js").read_text(encoding="utf-8")
-
-
 def known_tree() -> Any:
     """Two winning paths' worth of shape: a kept loser with a child, two pruned thoughts, and visits."""
     visits = {"visits": 4}
@@ -243,17 +227,20 @@ def known_tree() -> Any:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 200 trees, of which the first is `known_tree`, one of hostile texts, and one without trees."""
+    """The report of a run of 200 trees, of which the first is `known_tree`, and of one of hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
-    trees = [replace(random_tree(seed, f"q{seed}"), gold="4") for seed in range(NUM_TREES - 1)]
+    trees = [replace(random_tree(seed, f"q{seed}"), gold=str(4 + seed % 2)) for seed in range(NUM_TREES - 1)]
     write_trees(folder / "many" / "trees.jsonl", [known_tree(), *trees])
-    runs = {"many": folder / "many", "hostile <b>\u202e": write_hostile(folder / "hostile"), "none": folder}
-    return write_page(folder / "page.html", {name: trees_payload(run, PLENTY) for name, run in runs.items()})
+    hostile = write_hostile(folder / "hostile <b>\u202e")
+    file, notes = write_report([folder / "many", hostile], folder / "page.html")
+    assert notes == []
+    assert file.stat().st_size < 5_000_000
+    return file
 
 
 @pytest.fixture
 def page(chromium: Chromium, page_file: Path) -> Iterator[Page]:
-    """The page at 1440 pixels. Whatever a test did, the console holds no error, and nothing was requested."""
+    """The page at 1440 by 900 pixels. Whatever a test did, the console holds no error, and nothing was requested."""
     page = chromium.open(page_file)
     yield page
     assert page.errors() == []
