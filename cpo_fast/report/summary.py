@@ -249,8 +249,9 @@ def _of_rounds(run: Run) -> Iterator[str]:
     best, scores = run.rounds.get("best_round"), _scores(run)
     if best in scores and 0 in scores:
         which = "the first model is the best" if best == 0 else f"round {best} is the best"
+        num_rounds = len(run.rounds["rounds"]) - 1
         yield (
-            f"Of {len(run.rounds['rounds']) - 1} rounds {which}: dev accuracy {scores[best]:.1%}, where the first model has "
+            f"Of {num_rounds} rounds {which}: dev accuracy {scores[best]:.1%}, where the first model has "
             f"{scores[0]:.1%}. The best was chosen on these questions, so other questions tell what it is worth."
         )
     if run.rounds.get("stopped"):
