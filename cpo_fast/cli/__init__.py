@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train a LoRA adapter on trees, pairs or any preference JSONL",
     "eval": "accuracy, seconds and tokens of chain and tree of thought; paired comparisons",
     "iterate": "rounds of collect, pairs, train and eval, until one does not help",
+    "report": "one HTML file of runs: curves, evaluations, trees, settings",
     "merge": "merge an adapter into its base model, checked against both",
     "plan": "rows, tokens, steps, memory and disk of a training, before it starts",
     "doctor": "versions, devices, what is missing and the line that installs it",

@@ -45,6 +45,7 @@ def collect_command(
     if official_path is not None:
         _import(config, official_path, as_json)
         return
+    from cpo_fast.environment import environment_kept
     from cpo_fast.search.collect import collect
     from cpo_fast.search.state_evaluator import check_evaluator
     from cpo_fast.search.tree_store import find_worker
@@ -53,7 +54,8 @@ def collect_command(
     worker = find_worker(worker_option, os.environ)
     task, _ = load_questions(config)  # a bad question file is reported before torch is loaded
     check_evaluator(config.search, task)
-    result = collect(config, progress=show_question, worker=worker)
+    with environment_kept(config.run, "collect"):
+        result = collect(config, progress=show_question, worker=worker)
     if as_json:
         _print_json(result)
     else:

@@ -57,7 +57,10 @@ def demo_command(model: str, out: str | None, seed: int, quick: bool) -> None:
     again, it keeps the trees it has and trains anew.
     """
     folder = out or "-".join(["runs/demo", model, *([str(seed)] if seed else [])])
-    with shown(LIFE_SECONDS, err=False), stage("demo"):  # so that there is no moment without a stage
+    from cpo_fast.environment import environment_kept
+
+    # the outer stage: so that there is no moment without one
+    with shown(LIFE_SECONDS, err=False), stage("demo"), environment_kept(folder, "demo"):
         started = time.perf_counter()
         found = _demonstrate(model, folder, seed, quick)
     _report(found, time.perf_counter() - started)
@@ -222,5 +225,8 @@ def _report(found: _Found, seconds: float) -> None:
         f"next: in a copy of {run / 'demo.yaml'} set run, model, task and train.lr (the paper's is 5e-6); then cpo-fast "
         "collect, pairs, train and eval"
     )
+    from cpo_fast.cli.report import written_report
+
+    tell(written_report(run))
     click.echo()
     tell(verdict(adapter, comparison, collected))

@@ -50,9 +50,10 @@ def eval_command(config: str | None, overrides: tuple[str, ...], compares: bool,
 def _evaluate(settings: Config, as_json: bool) -> None:
     from rich.console import Console
 
+    from cpo_fast.environment import environment_kept
     from cpo_fast.evaluate import evaluate_methods, run_overview
 
-    with stage("evaluation") as shown:
+    with environment_kept(settings.run, "eval"), stage("evaluation") as shown:
         evaluations = evaluate_methods(settings, on_question=partial(shown.at, unit="questions"))
     run = Path(settings.run)
     overview = run_overview(run, settings.seed)

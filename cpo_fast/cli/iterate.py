@@ -11,9 +11,11 @@ from typing import Any
 
 import click
 
+from cpo_fast.cli.report import written_report
 from cpo_fast.config import Config, dump_config, load_config
 from cpo_fast.files import write_atomic
 from cpo_fast.progress import say
+from cpo_fast.report.rounds import round_cells
 
 
 @click.command("iterate")
@@ -51,13 +53,14 @@ def iterate_command(
 
     from cpo_fast.cli.collect import show_question
     from cpo_fast.cli.train import TrainingScreen
+    from cpo_fast.environment import environment_kept
     from cpo_fast.iterate import Watch, iterate
 
     run_command = None
     if num_ranks is not None and num_ranks > 1:
         flags = [f"--{name}" for name, is_on in (ctx.obj or {}).items() if is_on]
         run_command = partial(run_on_ranks, num_ranks=num_ranks, flags=flags, as_json=as_json)
-    with TrainingScreen(quiet=as_json) as screen:
+    with environment_kept(config.run, "iterate"), TrainingScreen(quiet=as_json) as screen:
         watch = Watch(partial(say, err=as_json), show_question, screen.update)
         summary = iterate(config, watch, run_command)
     if as_json:
@@ -108,7 +111,7 @@ def _show(summary: dict[str, Any], config: Config) -> None:
     for one in summary["rounds"]:
         mark = ", best" if one["round"] == summary["best_round"] else ""
         table.add_column(f"round {one['round']}{mark}", justify="right")
-    columns = [cells(one) for one in summary["rounds"]]
+    columns = [round_cells(one) for one in summary["rounds"]]
     for name in columns[0] if columns else ():
         table.add_row(name, *(Text(column[name]) for column in columns))
     Console().print(table)
@@ -118,31 +121,4 @@ def _show(summary: dict[str, Any], config: Config) -> None:
     else:
         click.echo(f"adapter: {summary['adapter']}, of round {summary['best_round']}")
     click.echo(f"every round's numbers: {Path(config.run) / 'iterate.json'}")
-
-
-def cells(one: dict[str, Any]) -> dict[str, str]:
-    """A round as a column of the table, by what stands before the row. What it has not is "-"."""
-    stages = one["stages"]
-    search, evaluation = stages.get("collect", {}), stages.get("eval", {})
-    steps = [str(stages[name]["num_steps"]) for name in ("sft", "train") if "num_steps" in stages.get(name, {})]
-    low, high = evaluation.get("interval") or (None, None)
-    seconds = sum(record.get("seconds", 0.0) for record in stages.values())
-    # what an interrupted start of a stage took stands nowhere
-    is_longer = any(record["num_starts"] > 1 for record in stages.values())
-    return {
-        "questions searched": _shown(search.get("num_questions"), "d"),
-        "vote accuracy": _shown(search.get("vote_accuracy"), ".1%"),
-        "pairs": _shown(stages.get("pairs", {}).get("num_pairs"), ",d"),
-        "steps": " + ".join(steps) or "-",
-        "dev accuracy": _shown(evaluation.get("accuracy"), ".1%"),
-        "95 % interval": "-" if low is None else f"{low:.1%} - {high:.1%}",
-        "dev agreement": _shown(stages.get("votes", {}).get("agreement"), ".1%"),
-        "thoughts per state": _shown(search.get("thoughts_per_state"), ".2f"),
-        "paths per question": _shown(search.get("paths_per_question"), ".2f"),
-        "tokens searched": _shown(search.get("num_generated_tokens"), ",d"),
-        "seconds": f"{'over ' if is_longer else ''}{seconds:.0f}",
-    }
-
-
-def _shown(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    click.echo(written_report(config.run))

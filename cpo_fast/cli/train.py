@@ -125,9 +125,10 @@ def train_command(
         sys.exit(launch(arguments, launcher or "auto", hosts, Path(config.run), config.train.grace, hosts_path))
     is_first = find_ranks().rank == 0
 
+    from cpo_fast.environment import environment_kept
     from cpo_fast.train.loop import train
 
-    with TrainingScreen(quiet=as_json or not is_first) as screen:
+    with environment_kept(config.run, "train"), TrainingScreen(quiet=as_json or not is_first) as screen:
         result = train(config, progress=screen.update, profile_steps=profile_steps, allow_mismatch=allow_mismatch)
     if not is_first:
         return

@@ -74,8 +74,11 @@ def run_overview(run: Path, seed: int) -> Overview:
     return Overview(tuple(evaluations), tuple(comparisons), _agreements(run, evaluations), tuple(notes))
 
 
-def folder_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
+def folder_evaluations(folder: Path, skip_damaged: bool = False) -> tuple[list[Evaluation], list[str]]:
     """The evaluations in a folder, chains before trees and the base before adapters, and sentences on files left out.
+
+    Args:
+        skip_damaged: leave out, with a sentence, what else raises.
 
     Raises:
         DataError: a file is damaged or of another version.
@@ -85,7 +88,14 @@ def folder_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
     notes = [
         f"{path.name} has no summary beside it and is left out; evaluate again" for path in paths if path not in whole
     ]
-    found = [read_evaluation(path) for path in whole]
+    found = []
+    for path in whole:
+        try:
+            found.append(read_evaluation(path))
+        except DataError as error:
+            if not skip_damaged:
+                raise
+            notes.append(f"left out: {error}")
     return sorted(
         found, key=lambda each: (each.method == "tot", each.label not in ("base", "base-tot"), each.label)
     ), notes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-LEFT_OUT_NAMES = {"timings.jsonl", "manifest.txt"}
+LEFT_OUT_NAMES = {"environment.json", "report.html", "timings.jsonl", "manifest.txt"}
 LEFT_OUT_FOLDERS = {"profile", "checkpoints"}
 BINARY = {".safetensors", ".parquet"}
 MAX_SHOWN = 400  # characters of a differing line
