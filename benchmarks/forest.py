@@ -11,7 +11,6 @@ product.
 import argparse
 import json
 import os
-import os
 import platform
 import random
 import sys

