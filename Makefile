@@ -15,7 +15,7 @@
 #   make wheel        wheels for Linux on x86-64 and aarch64 and the source archive, in dist/; a Python 3.11 and one from 3.12 on
 #                     are taken from the PATH, and zig from PyPI is the compiler: WHEEL="--python python3.13 --machine aarch64"
 #   make numbers      measure again what README.md says and compare, about half an hour; `make numbers-quick` compares with
-#                     benchmarks/results alone
+#                     benchmarks/results alone, `make numbers-table` writes docs/numbers.md
 #   make clean        removes build products and caches; .venv and runs/ stay
 #
 # Needs Python >= 3.11 (PYTHON=python3.12 chooses one) and a C++17 compiler. On Linux the package index serves torch with
@@ -45,7 +45,8 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test soak lint aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more wheel numbers numbers-quick clean
+.PHONY: quickstart test soak lint aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more wheel numbers numbers-quick \
+  numbers-table clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -78,6 +79,7 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.trl_tree
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
+	PYTHONPATH=. $(BIN)/python -m benchmarks.demonstration
 	PYTHONPATH=. $(BIN)/python -m benchmarks.scaling
 
 # one part that fails does not keep the others from running; a missed bar is recorded, shown and profiled, and is no failure
@@ -141,6 +143,9 @@ numbers: $(BENCH_STAMP)
 
 numbers-quick: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.numbers --quick
+
+numbers-table: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.numbers --table > docs/numbers.md
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

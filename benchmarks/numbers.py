@@ -34,6 +34,13 @@ from typing import Any
 from benchmarks.claim import LOG, Claim, Figure, Logged, Recorded, Unfounded
 from benchmarks.number_claims import CLAIMS, EXEMPT
 
+PAGE = """# Figures
+
+Every measured figure of the documents, in the order of its passage, with what measures it again, where and when it was
+measured. `make numbers-table` writes this page, `make numbers-quick` compares the documents with it, and `make numbers`
+measures again.
+
+"""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NUMBER = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -206,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     chosen = [claim for claim in CLAIMS if arguments.only in claim.name or arguments.only in claim.command]
     if arguments.table:
-        sys.stdout.write(table(chosen))
+        sys.stdout.write(PAGE + table(chosen))
         return 0
     wrong = wrong_claims(chosen)
     if not arguments.only:
