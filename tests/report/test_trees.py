@@ -227,10 +227,11 @@ def known_tree() -> Any:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run of 200 trees, of which the first is `known_tree`, and of one of hostile texts."""
+    """The report of a run of 200 trees, among which `known_tree`, and of one of hostile texts."""
     folder = tmp_path_factory.mktemp("runs")
-    trees = [replace(random_tree(seed, f"q{seed}"), gold=str(4 + seed % 2)) for seed in range(NUM_TREES - 1)]
-    write_trees(folder / "many" / "trees.jsonl", [known_tree(), *trees])
+    trees = [replace(random_tree(seed, f"q{seed}"), gold=str(4 + seed % 2)) for seed in range(NUM_TREES - 2)]
+    # what has no pairs is not shown first
+    write_trees(folder / "many" / "trees.jsonl", [tree([], (), "lost", question="Lost?"), known_tree(), *trees])
     hostile = write_hostile(folder / "hostile <b>\u202e")
     file, notes = write_report([folder / "many", hostile], folder / "page.html")
     assert notes == []
@@ -318,7 +319,7 @@ def test_by_mouse_from_a_folded_thought_to_its_pair_and_back(page: Page) -> None
 def test_by_keyboard_from_the_search_to_a_pair_and_back(page: Page) -> None:
     page.evaluate("document.getElementById('trees-search').focus()")
     press(page, "Tab", "Tab")  # the outcomes, the list
-    assert focused(page) == "trees-question-0"
+    assert focused(page) == "trees-question-1"
     press(page, "ArrowDown", "ArrowUp", "Enter")
     assert focused(page) == "trees-item--1"
     press(page, "ArrowDown")
@@ -345,6 +346,8 @@ def test_by_keyboard_from_the_search_to_a_pair_and_back(page: Page) -> None:
 def test_filters_show_what_they_say(page: Page, page_file: Path) -> None:
     choose(page, "status", "pruned")
     assert items(page) == ["-1", "2", "3"]
+    choose(page, "status", "all")
+    assert items(page) == ["-1", "0", "4", "5", "1", "f-1"]
     choose(page, "status", "chosen")
     assert items(page) == ["-1", "0", "4"]
     choose(page, "status", "rejected")
@@ -381,7 +384,7 @@ def test_a_click_in_the_drawing_selects_the_thought(page: Page) -> None:
 def test_from_the_audit_to_an_odd_pair(page: Page) -> None:
     page.evaluate("document.querySelectorAll('.t-more').forEach(e => { e.open = true; })")
     first = texts(page, ".t-more .t-button")[0]
-    assert first == "tree 1, pair 1"
+    assert first == "tree 2, pair 1"
     page.click(".t-option:nth-child(5)")
     page.click(".t-more .t-button")
     assert focused(page) == "trees-pair-0"
