@@ -35,8 +35,8 @@ EXAMPLE = Path("examples/reasoner")
 NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
 COLLAPSE = 0.05  # of accuracy
 
-# half 0: the rules were chosen on these; half 1: tried on these, changed, and tried again; half 2: made after that. In two of
-# half 1 ten points go in two steps
+# half 0: the rules were chosen on these; half 1: tried on these, changed, and tried again; half 2: made after that. In two
+# of half 1 ten points go in two steps
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
     "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
