@@ -4,7 +4,7 @@
     python -m benchmarks.collapse --table
 
 Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
-compared, and trains `RUNS`. Each is a line of `results/collapse.jsonl`: every step's metrics, and for every validation
+compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every validation
 those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150 others
 whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs
 collapsed: those that once lost five points of their best accuracy. No alarm reads them.
