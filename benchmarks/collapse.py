@@ -6,8 +6,8 @@
 Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
 compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every
 validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150
-others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs
-collapsed: those that once lost five points of their best accuracy. No alarm reads them.
+others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
+say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
 `--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults.
 """
