@@ -4,10 +4,10 @@
     python -m benchmarks.collapse --table
 
 Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
-compared, and trains `RUNS`. Each is a line of `results/collapse.jsonl`: every step's metrics, and for every validation
-those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150 others
-whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers say here which runs
-collapsed: those that once lost five points of their best accuracy. No alarm reads them.
+compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every
+validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150
+others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
+say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
 `--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults.
 """
@@ -35,8 +35,8 @@ EXAMPLE = Path("examples/reasoner")
 NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
 COLLAPSE = 0.05  # of accuracy
 
-# half 0: the rules were chosen on these; half 1: tried on these, changed, and tried again; half 2: made after that. In two
-# of half 1 ten points go in two steps
+# half 0: the rules were chosen on these; half 1: they were tried on these, changed, and tried again; half 2: made after
+# that. In two of half 1 ten points go in two steps
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
     "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
