@@ -108,6 +108,7 @@ def test_every_stage_hands_its_files_to_the_next_and_a_second_run_resumes(tmp_pa
     base, adapter = (json.loads((out / f"eval-{label}.json").read_text()) for label in ("base", "adapter"))
     assert (base["num_questions"], adapter["num_questions"]) == (4, 4)
     assert base["adapter_hash"] == ""
+    assert "One greedy chain answers" in (out / "report.html").read_text(encoding="utf-8")
     assert len(adapter["adapter_hash"]) == 16
     assert base["model_hash"] == adapter["model_hash"]
     recipe = smollm2_recipe(model, str(out), True, 0)

@@ -65,6 +65,7 @@ def iterate_command(
         click.echo(json.dumps(summary))
     else:
         _show(summary, config)
+    click.echo(written_report(config.run), err=as_json)
 
 
 def run_on_ranks(command: str, config: Config, num_ranks: int, flags: Sequence[str], as_json: bool) -> None:
@@ -119,4 +120,3 @@ def _show(summary: dict[str, Any], config: Config) -> None:
     else:
         click.echo(f"adapter: {summary['adapter']}, of round {summary['best_round']}")
     click.echo(f"every round's numbers: {Path(config.run) / 'iterate.json'}")
-    click.echo(written_report(config.run))

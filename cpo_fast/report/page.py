@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from cpo_fast import __version__
-from cpo_fast.errors import ConfigError
+from cpo_fast.errors import ConfigError, CpoFastError
 from cpo_fast.evaluate.result import QuestionResult
 from cpo_fast.files import write_atomic
 from cpo_fast.report.curves import curves, drawing, figures
@@ -64,12 +64,13 @@ def write_report(paths: Sequence[str | Path], target: str | Path | None = None) 
     file = runs[0].path / REPORT if target is None else Path(target)
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give a file to write, such as {file / REPORT}")
-    write_atomic(file, page(runs))
-    return file, [note for each in runs for run in each.all for note in run.notes]
+    text, notes = page(runs)
+    write_atomic(file, text)
+    return file, notes
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole page as text without lone surrogates."""
+def page(runs: Sequence[Run]) -> tuple[str, list[str]]:
+    """The whole page as text without lone surrogates, and the sentences on what was left out that it has."""
     drawn = curves(runs)
     shown, others = figures(drawn)
     values: dict[str, Any] = {
@@ -94,9 +95,19 @@ def page(runs: Sequence[Run]) -> str:
     size = len(_rendered(values, None).encode())
     searched = [run for each in runs for run in each.all if run.votes is not None]
     share = max(MIN_TREES_BYTES, MAX_BYTES - size) // max(1, len(searched))
-    payloads = [{"name": run.name, "trees": trees_payload(run.path, share)} for run in searched]
-    found = [each for each in payloads if each["trees"] is not None]
-    return _rendered(values, json_text({"runs": found}) if found else None)
+    found = [
+        {"name": run.name, "trees": payload} for run in searched if (payload := _trees(run, share, values["notes"]))
+    ]
+    return _rendered(values, json_text({"runs": found}) if found else None), values["notes"]
+
+
+def _trees(run: Run, budget_bytes: int, notes: list[str]) -> dict[str, Any] | None:
+    """The payload of the tree browser, None without whole trees, which `notes` then says."""
+    try:
+        return trees_payload(run.path, budget_bytes)
+    except CpoFastError as error:
+        notes.append(f"{run.name}: the trees cannot be browsed: {error}")
+        return None
 
 
 def json_text(value: Any) -> Markup:

@@ -7,19 +7,19 @@ own. Nothing here loads a model, and no file is changed.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cpo_fast.config import Config
+from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError, first_line
 from cpo_fast.evaluate.overview import folder_evaluations
 from cpo_fast.evaluate.result import Evaluation
 from cpo_fast.files import file_digest
-from cpo_fast.tasks import get_task
+from cpo_fast.report.grading import grader
 
 CONFIG_FILES = ("config.yaml", "demo.yaml", "train.yaml", "collect.yaml", "eval.yaml")  # the first that is there
 SIGNS = ("metrics.jsonl", "trees.jsonl", "trees.worker-*.jsonl", "iterate.json", "eval-*.json*", *CONFIG_FILES)
@@ -99,7 +99,10 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         _check(folder)
     ends = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if ends[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [
+        read_run(folder, name, f"{name}, " if len(folders) > 1 else "")
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def _check(folder: Path) -> None:
@@ -118,17 +121,18 @@ def _is_run(folder: Path) -> bool:
     return any(path.is_file() for sign in SIGNS for path in folder.glob(sign))
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One folder, whatever of it is there."""
+def read_run(path: Path, name: str, before: str = "") -> Run:
+    """One folder, whatever of it is there. `before` stands before the names of its rounds."""
     notes: list[str] = []
     config, config_file = _config(path, notes)
     rounds = _json(path / "iterate.json", notes)
     if rounds is not None and not isinstance(rounds.get("rounds"), list):
         notes.append("iterate.json has no list of rounds and is left out")
         rounds = None
-    parts = [read_run(folder, f"{name}, {folder.name.replace('-', ' ')}") for folder in _round_folders(path)]
-    if not config and parts:
-        config, config_file = parts[-1].config, f"{parts[-1].path.name}/{parts[-1].config_file}"
+    parts = [read_run(folder, f"{before}{folder.name.replace('-', ' ')}") for folder in _round_folders(path)]
+    first = next((part for part in parts if part.config), None)
+    if not config and first is not None:
+        config, config_file = first.config, f"{first.path.name}/{first.config_file}"
     evaluations, of_evaluations = folder_evaluations(path, skip_damaged=True)
     overview = _json(path / "eval.json", notes) or {}
     agreements = overview.get("agreements")
@@ -144,7 +148,7 @@ def read_run(path: Path, name: str) -> Run:
         timings=tuple(
             filter(math.isfinite, (number(row.get("seconds")) for row in _lines(path / "timings.jsonl", notes)))
         ),
-        votes=_votes(path, config, notes),
+        votes=_votes(path, config_file, notes),
         num_pairs=_num_lines(path / "pairs.jsonl"),
         has_adapter=(path / "adapter" / "adapter_model.safetensors").is_file(),
         evaluations=tuple(evaluations),
@@ -258,41 +262,36 @@ def _newest_state(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _votes(path: Path, config: dict[str, Any], notes: list[str]) -> Votes | None:
+def _votes(path: Path, config_file: str, notes: list[str]) -> Votes | None:
     paths = [path / "trees.jsonl", *sorted(path.glob("trees.worker-*.jsonl"))]
     if not any(each.is_file() for each in paths):
         return None
     statuses: Counter[str] = Counter()
     num_gold = num_right = 0
     first: dict[str, Any] = {}
-    is_right: Callable[[str, str], bool] = _equal
-    grading = "equality of the texts"
+    is_right, grading = grader("", None)
     for file in paths:
         for row in _lines(file, notes):
             if not first:
                 first = row
-                is_right, grading = _grader(str(row.get("task")))
+                is_right, grading = grader(str(row.get("task")), _settings(path / config_file))
             statuses[str(row.get("status"))] += 1
             gold, answer = row.get("gold"), row.get("answer")
             if isinstance(gold, str):
                 num_gold += 1
-                num_right += isinstance(answer, str) and is_right(answer, gold)
+                num_right += is_right(answer if isinstance(answer, str) else None, gold)
     names = ("model_hash", "adapter_hash", "prompt_hash", "config_hash", "seed")
     hashes = {name: first[name] for name in names if name in first}
     total = sum(statuses.values())
     return Votes(total, dict(statuses), str(first.get("task", "")), num_gold, num_right, grading, hashes)
 
 
-def _equal(answer: str, gold: str) -> bool:
-    return answer == gold
-
-
-def _grader(task: str) -> tuple[Callable[[str, str], bool], str]:
-    """How an answer is graded: by a task that ships, else by equality, for a task of one's own may be code."""
+def _settings(file: Path) -> Config | None:
+    """A configuration as commands read it, None where they would refuse it."""
     try:
-        return get_task(task).is_correct, f"the rules of {task}"
+        return load_config(file) if file.is_file() else None
     except CpoFastError:
-        return _equal, "equality of the texts"
+        return None
 
 
 def _num_lines(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -13,7 +14,12 @@ from cpo_fast.report.runs import Run, Votes, number
 
 MAX_P = 0.05  # of a test, above which a difference is called no difference
 METHODS = {"cot": "one greedy chain", "tot": "a tree of thought"}
-TRAININGS = {"preference": "preference pairs (CPO)", "sft": "imitation of winning paths (SFT)"}
+TRAININGS = {
+    "preference": "preference pairs (CPO)",
+    "sft": "imitation of winning paths (SFT)",
+    "cpo": "preference pairs of each round's search (CPO)",
+    "sft_cpo": "imitation, then preference pairs, of each round's search",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def kind(run: Run) -> str:
 
 def method(run: Run) -> str:
     """How it is trained, in words, "" where nothing says so."""
-    name = run.config.get("iterate.method") if run.rounds is not None else run.config.get("train.method")
+    name = run.config.get("train.method" if run.rounds is None else "iterate.method")
     return "" if name is None else TRAININGS.get(str(name), str(name))
 
 
@@ -82,7 +88,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if (run.metrics or run.rounds is not None) and method(run):
         yield "method", method(run)
     data = config.get("data.path")
-    if data and (run.metrics or run.rounds is not None):
+    if data and run.metrics:
         yield "data", PurePath(str(data)).name
     if run.identity.get("data"):
         yield "data hash", str(run.identity["data"])
@@ -121,6 +127,13 @@ def _figures(run: Run) -> Iterator[Figure]:
             yield Figure("tokens saved", f"{1 - computed / rows:.1%}", f"{computed:,.0f} computed for {rows:,.0f}")
     if run.rounds is not None:
         yield Figure("rounds", str(max(0, len(run.rounds["rounds"]) - 1)), f"best: {run.rounds.get('best_round', '?')}")
+        scores = _scores(run)
+        for label, place in (
+            ("dev accuracy, first model", 0),
+            ("dev accuracy, best round", run.rounds.get("best_round")),
+        ):
+            if place in scores:
+                yield Figure(label, f"{scores[place]:.1%}", f"round {place}")
 
 
 _TOKENS = ("tokens/computed", "tokens/rows")
@@ -233,14 +246,12 @@ def _of_search(votes: Votes) -> str:
 
 def _of_rounds(run: Run) -> Iterator[str]:
     assert run.rounds is not None
-    made = [one for one in run.rounds["rounds"] if isinstance(one, dict)]
-    best = run.rounds.get("best_round")
-    scores = {one.get("round"): number(_stage(one, "eval").get("accuracy")) for one in made}
-    scores = {key: score for key, score in scores.items() if math.isfinite(score)}
+    best, scores = run.rounds.get("best_round"), _scores(run)
     if best in scores and 0 in scores:
-        which = "the first model, before any round, is the best" if best == 0 else f"round {best} is the best"
+        which = "the first model is the best" if best == 0 else f"round {best} is the best"
+        num_rounds = len(run.rounds["rounds"]) - 1
         yield (
-            f"Of {len(made) - 1} rounds {which}: dev accuracy {scores[best]:.1%}, where the first model has "
+            f"Of {num_rounds} rounds {which}: dev accuracy {scores[best]:.1%}, where the first model has "
             f"{scores[0]:.1%}. The best was chosen on these questions, so other questions tell what it is worth."
         )
     if run.rounds.get("stopped"):
@@ -249,10 +260,15 @@ def _of_rounds(run: Run) -> Iterator[str]:
         yield "The rounds have not ended."
 
 
-def _stage(one: dict[str, object], name: str) -> dict[str, object]:
-    stages = one.get("stages")
-    found = stages.get(name) if isinstance(stages, dict) else None
-    return found if isinstance(found, dict) else {}
+def _scores(run: Run) -> dict[int, float]:
+    """Dev accuracy by round, of those that have one."""
+    scores = {}
+    for one in run.rounds["rounds"] if run.rounds is not None else ():
+        with suppress(KeyError, TypeError):
+            score = number(one["stages"]["eval"]["accuracy"])
+            if math.isfinite(score):
+                scores[int(one["round"])] = score
+    return scores
 
 
 def _start(text: str) -> str:

@@ -140,7 +140,10 @@ def _asked(group: Sequence[tuple[str, Evaluation]], seed: int) -> Asked:
     return Asked(
         title=title,
         accuracy=Table(
-            f"Right answers to {title}{against}", ("evaluation", "0 to 100 %", *headings), tuple(accuracy), text=(1,)
+            f"Right answers to {title}{against}",
+            ("evaluation", "0 to 100 %", *(heading.replace("McNemar p", "McNemar\u00a0p") for heading in headings)),
+            tuple(accuracy),
+            text=(1,),
         ),
         details=Table("Latency, tokens and the rest, per evaluation", ("measure", *names), tuple(details)),
         compared=tuple(
@@ -377,7 +380,7 @@ def environment_table(runs: Sequence[Run]) -> Table | None:
         for command, values in run.environment.items():
             if isinstance(values, dict):
                 columns[f"{run.name}, {command}"] = {str(key): _value(value) for key, value in values.items()}
-        engines = {
+        engines: dict[str, str] = {
             key: str(run.metrics[-1][key])
             for key in ("impl/linear_logprob", "impl/tree_attention")
             if run.metrics and key in run.metrics[-1]

@@ -9,7 +9,6 @@ thought here is its text, its value and its log-prob. A gold answer is used for 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,9 +16,7 @@ from typing import Any, get_args
 from cpo_fast.config import Config, PairsConfig, load_config
 from cpo_fast.data.pair_files import NO_LOSER, NO_RIVAL, OUTSIDE_QUESTIONS, REPEATED
 from cpo_fast.data.pair_rules import TreeExample, draw, response_ids, select_pairs
-from cpo_fast.errors import ConfigError
-from cpo_fast.tasks import get_task, load_task, task_name
-from cpo_fast.tasks.answers import exact_match
+from cpo_fast.report.grading import Grader, grader
 from cpo_fast.tree import Node, SearchTree, comparable, read_trees
 
 COLUMNS = ("parent", "text", "length", "value", "logp", "scored", "tokens", "count", "visits", "flags", "answer")
@@ -140,21 +137,13 @@ def _is_torn(path: Path) -> bool:
 
 def _grader(config: Config) -> Callable[[SearchTree], str]:
     """Whether a tree's answer is `right` or `wrong`, as its task says, `ungraded` without gold, or there is `none`."""
-    tasks: dict[str, Callable[[str | None, str], bool]] = {}
-
-    def is_right(name: str) -> Callable[[str | None, str], bool]:
-        with suppress(ConfigError):  # a task file that is not here any more
-            return get_task(name).is_correct
-        with suppress(ConfigError):
-            if not config.task.module and task_name(config.task) == name:  # a report runs no code of a task
-                return load_task(config).is_correct
-        return lambda answer, gold: answer is not None and (answer == gold or exact_match(answer, gold))
+    tasks: dict[str, Grader] = {}
 
     def grade(tree: SearchTree) -> str:
         if tree.answer is None or tree.gold is None:
             return "none" if tree.answer is None else "ungraded"
         if tree.task not in tasks:
-            tasks[tree.task] = is_right(tree.task)
+            tasks[tree.task] = grader(tree.task, config)[0]
         return "right" if tasks[tree.task](tree.answer, tree.gold) else "wrong"
 
     return grade

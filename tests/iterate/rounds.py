@@ -62,11 +62,12 @@ _VARYING = re.compile(r'"(?:[a-z_]*seconds|num_starts)":\s*(?:\{[^}]*\}|[^,}\n]+
 
 
 def results(run: Path) -> dict[str, bytes | str]:
-    """What rounds leave, by file: everything but checkpoints, locks, times and how often a stage was begun."""
+    """What rounds leave, by file: all but checkpoints, locks, the environment, times and how often a stage was begun."""
     found: dict[str, bytes | str] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = path.relative_to(run).as_posix()
-        if any(part.startswith(".") or part in ("checkpoints", "reference") for part in path.relative_to(run).parts):
+        left_out = ("checkpoints", "reference", "environment.json")
+        if any(part.startswith(".") or part in left_out for part in path.relative_to(run).parts):
             continue
         if path.suffix in (".json", ".jsonl") and path.name != "timings.jsonl":
             text = _VARYING.sub('"time"', path.read_text(encoding="utf-8"))

@@ -14,10 +14,10 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from cpo_fast.cli.iterate import cells
 from cpo_fast.config import Config, validate_config
 from cpo_fast.errors import EnvironmentProblem, Interrupted
 from cpo_fast.iterate import Watch, iterate
+from cpo_fast.report.rounds import round_cells
 from cpo_fast.train.signals import EndSignals
 from tests.cli.commands import run
 from tests.iterate.rounds import results, values, write_config
@@ -80,8 +80,8 @@ def test_a_signal_in_training_saves_its_step_and_the_same_rounds_go_on(
     assert steps[0] == 4
     assert results(tmp_path / "run") == results(Path(rounds_of_cpo.run))
     assert [one["stages"]["train"]["num_starts"] for one in summary["rounds"][1:]] == [2, 2]
-    assert cells(summary["rounds"][2])["seconds"].startswith("over ")
-    assert not cells(summary["rounds"][0])["seconds"].startswith("over ")
+    assert round_cells(summary["rounds"][2])["seconds"].startswith("over ")
+    assert not round_cells(summary["rounds"][0])["seconds"].startswith("over ")
 
 
 SIGNAL = """

@@ -373,6 +373,10 @@ def test_table_and_json_say_the_same(rounds_of_cpo: Config, inputs: Path, tmp_pa
     summary = json.loads(result.stdout)
     assert summary == summary_of(rounds_of_cpo)
     shown = command("iterate", path).stdout
+    report = Path(rounds_of_cpo.run, "report.html")
+    for said in (result.stderr, shown):
+        assert f"report: {report}" in said
+    assert "Ended: iterate.num_rounds=2." in report.read_text(encoding="utf-8")
     for words in (
         "round 2, best",
         "dev accuracy",
