@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(done.stdout)
             return done.returncode
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        base, adapter = (read_evaluation(Path(folder) / f"eval-{label}.json") for label in ("base", "adapter"))
+        base, adapter = (read_evaluation(Path(folder) / f"eval-{label}.jsonl") for label in ("base", "adapter"))
     with safe_open(REASONER / "base-0" / "model.safetensors", "numpy") as weights:
         num_parameters = sum(weights.get_tensor(name).size for name in weights.keys())  # noqa: SIM118
     search = re.search(r"search\s+that\s+taught\s+it\s+takes\s+(\d+)", done.stdout)
