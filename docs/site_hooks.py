@@ -55,11 +55,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Put the text of our SVG pictures in place of their <img>, so that their colours follow the page's palette."""
+    """Put the text of SVG of class `picture` in place of its <img>, so that its colours follow the page's palette."""
 
     def inlined(found: re.Match[str]) -> str:
         name = re.search(r'src="[^"]*pictures/([\w-]+\.svg)"', found[0])
-        return found[0] if name is None else (ROOT / "docs" / "pictures" / name[1]).read_text(encoding="utf-8")
+        text = "" if name is None else (ROOT / "docs" / "pictures" / name[1]).read_text(encoding="utf-8")
+        return text if text.startswith('<svg class="picture"') else found[0]
 
     return re.sub(r"<img\b[^>]*>", inlined, html)
 
