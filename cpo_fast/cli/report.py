@@ -19,10 +19,11 @@ def report_command(runs: tuple[str, ...], output_path: str | None) -> None:
     the questions that they have in common.
     """
     from cpo_fast.report.page import write_report
+    from cpo_fast.report.text import visible
 
     file, notes = write_report(runs, output_path)
     for note in notes:
-        click.echo(note, err=True)
+        click.echo(visible(note), err=True)
     click.echo(f"report: {file}")
 
 

@@ -137,7 +137,8 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
     overview = _json(path / "eval.json", notes) or {}
     agreements = overview.get("agreements")
     state = _newest_state(path)
-    alarms = [state.get("alarm"), (state.get("validator") or {}).get("alarm")]
+    validator = state.get("validator")
+    alarms = [state.get("alarm"), validator.get("alarm") if isinstance(validator, dict) else None]
     return Run(
         name=name,
         path=path,

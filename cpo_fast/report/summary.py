@@ -118,25 +118,33 @@ def _figures(run: Run) -> Iterator[Figure]:
     if run.num_pairs is not None:
         yield Figure("pairs", f"{run.num_pairs:,}", "in pairs.jsonl")
     if run.metrics:
-        last = run.metrics[-1]
         computed, rows = (
             sum(filter(math.isfinite, (number(line.get(key)) for line in run.metrics))) for key in _TOKENS
         )
-        yield Figure("steps", f"{number(last.get('step')):,g}", _of_steps(run))
+        yield Figure("steps", f"{_last_step(run):,g}", _of_steps(run))
         if rows:
             yield Figure("tokens saved", f"{1 - computed / rows:.1%}", f"{computed:,.0f} computed for {rows:,.0f}")
     if run.rounds is not None:
-        yield Figure("rounds", str(max(0, len(run.rounds["rounds"]) - 1)), f"best: {run.rounds.get('best_round', '?')}")
+        yield Figure("rounds", str(max(0, len(run.rounds["rounds"]) - 1)), f"best: {_best_round(run)}")
         scores = _scores(run)
         for label, place in (
             ("dev accuracy, first model", 0),
-            ("dev accuracy, best round", run.rounds.get("best_round")),
+            ("dev accuracy, best round", _best_round(run)),
         ):
             if place in scores:
                 yield Figure(label, f"{scores[place]:.1%}", f"round {place}")
 
 
 _TOKENS = ("tokens/computed", "tokens/rows")
+
+
+def _last_step(run: Run) -> float:
+    return max(filter(math.isfinite, (number(line.get("step")) for line in run.metrics)), default=0.0)
+
+
+def _best_round(run: Run) -> int | None:
+    best = run.rounds.get("best_round") if run.rounds is not None else None
+    return best if isinstance(best, int) else None
 
 
 def _of_steps(run: Run) -> str:
@@ -208,7 +216,7 @@ def _right(evaluation: Evaluation) -> str:
 
 def _of_training(run: Run) -> Iterator[str]:
     first, last = run.metrics[0], run.metrics[-1]
-    step, planned = number(last.get("step")), number(run.config.get("train.max_steps"))
+    step, planned = _last_step(run), number(run.config.get("train.max_steps"))
     losses = [number(line.get("loss")) for line in run.metrics]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if not run.has_adapter:
@@ -219,7 +227,9 @@ def _of_training(run: Run) -> Iterator[str]:
         ranked = f", and {right:.0%} of the last step's pairs are ranked right" if math.isfinite(right) else ""
         yield f"The loss went from {losses[0]:.3g} to {losses[-1]:.3g} in {step:g} steps{ranked}."
     for name in ("accuracy", "agreement"):
-        scores = {number(line["step"]): number(line[key]) for line in run.metrics if (key := f"eval_{name}") in line}
+        scores = {
+            number(line.get("step")): number(line[key]) for line in run.metrics if (key := f"eval_{name}") in line
+        }
         scores = {at: score for at, score in scores.items() if math.isfinite(at) and math.isfinite(score)}
         if len(scores) > 1:
             best = max(scores, key=lambda at: scores[at])
@@ -246,7 +256,7 @@ def _of_search(votes: Votes) -> str:
 
 def _of_rounds(run: Run) -> Iterator[str]:
     assert run.rounds is not None
-    best, scores = run.rounds.get("best_round"), _scores(run)
+    best, scores = _best_round(run), _scores(run)
     if best in scores and 0 in scores:
         which = "the first model is the best" if best == 0 else f"round {best} is the best"
         num_rounds = len(run.rounds["rounds"]) - 1

@@ -23,7 +23,8 @@ from cpo_fast.files import short_hash
 from cpo_fast.report.rounds import round_cells
 from cpo_fast.report.runs import Run, default_config, number
 
-MAX_CHANGED = 20  # questions shown of a comparison, right in one and wrong in the other
+MAX_CHANGED = 20  # questions shown of a comparison that are right after and wrong before, and as many the other way
+MAX_ALL_CHANGED = 100  # of all comparisons together
 MAX_CHAIN_CHARACTERS = 1_200
 NONE = "–"
 
@@ -104,11 +105,12 @@ def evaluation_groups(runs: Sequence[Run]) -> list[Asked]:
     for name, evaluation in named_evaluations(runs):
         asked = sorted((result.id, result.question, result.gold or "") for result in evaluation.results)
         groups.setdefault(short_hash(json.dumps(asked)), []).append((name, evaluation))
-    seed = int(number(next((run.config["seed"] for run in runs if "seed" in run.config), 0)) or 0)
-    return [_asked(group, seed) for group in groups.values()]
+    seed = next((run.config["seed"] for run in runs if isinstance(run.config.get("seed"), int)), 0)
+    num_changed = max(2, min(MAX_CHANGED, MAX_ALL_CHANGED // max(1, sum(map(len, groups.values())))))
+    return [_asked(group, seed, num_changed) for group in groups.values()]
 
 
-def _asked(group: Sequence[tuple[str, Evaluation]], seed: int) -> Asked:
+def _asked(group: Sequence[tuple[str, Evaluation]], seed: int, num_changed: int) -> Asked:
     names, evaluations = [name for name, _ in group], [evaluation for _, evaluation in group]
     comparisons = []
     sentences = []
@@ -147,14 +149,14 @@ def _asked(group: Sequence[tuple[str, Evaluation]], seed: int) -> Asked:
         ),
         details=Table("Latency, tokens and the rest, per evaluation", ("measure", *names), tuple(details)),
         compared=tuple(
-            _compared(first, other, comparison)
+            _compared(first, other, comparison, num_changed)
             for other, comparison in zip(evaluations[1:], comparisons if whole else [], strict=whole)
         ),
         sentences=tuple(sentences),
     )
 
 
-def _compared(first: Evaluation, second: Evaluation, comparison: Comparison) -> Compared:
+def _compared(first: Evaluation, second: Evaluation, comparison: Comparison, num_changed: int) -> Compared:
     theirs = {result.id: result for result in second.results}
     pairs = [(one, theirs[one.id]) for one in first.results if one.correct is not None]
     changed = [
@@ -170,8 +172,8 @@ def _compared(first: Evaluation, second: Evaluation, comparison: Comparison) -> 
             f"Question by question: {title}", ("measure", "value"), tuple(comparison_cells(comparison).items())
         ),
         sentences=(*comparison.stated, bootstrap_line(comparison)),
-        gained=tuple(gained[:MAX_CHANGED]),
-        lost=tuple(lost[:MAX_CHANGED]),
+        gained=tuple(gained[:num_changed]),
+        lost=tuple(lost[:num_changed]),
         num_gained=len(gained),
         num_lost=len(lost),
     )
@@ -280,7 +282,10 @@ def _depth_rows(statistics: Sequence[dict[str, Any]]) -> Iterator[Row]:
         ]
         weight = _sum(judged, "num_judged")
         means = math.fsum(number(one["mean_value"]) * number(one["num_judged"]) for one in judged)
-        lows, highs = ([number(one.get(key)) for one in judged] for key in ("min_value", "max_value"))
+        lows, highs = (
+            [value for one in judged if math.isfinite(value := number(one.get(key)))]
+            for key in ("min_value", "max_value")
+        )
         yield (
             str(depth),
             *(f"{_sum(found, f'num_{name}'):,.0f}" for name in ("thoughts", "kept", "judged")),

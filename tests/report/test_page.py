@@ -146,16 +146,26 @@ def test_a_run_of_nothing_but_a_configuration_has_a_page(tmp_path: Path) -> None
 def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('[1]\nnot json\n{"step": 21, "loss": NaN, "new/measure": 1.5, "eval_loss": "text"}\n')
+        file.write(
+            '{"eval_accuracy": 1}\n[1]\nnot json\n{"step": 21, "loss": NaN, "new/measure": 1.5, "eval_loss": "text"}\n'
+        )
         file.write('{"step": 21, "loss": Infinity, "new/measure": 2.5}\n{"loss": 1}\n{"step": 22, "lo')
     (run / "eval-adapter.json").write_text("{}")
     (run / "eval-lost.jsonl").write_text("")
     (run / "eval.json").write_text("[")
-    (run / "statistics.jsonl").write_text("\n")
+    (run / "statistics.jsonl").write_text(
+        '\n{"depths": [{"depth": "x"}, {"depth": 1, "num_judged": 2, "mean_value": 3}, 4]}\n'
+    )
+    (run / "iterate.json").write_text(
+        '{"rounds": [1, {"stages": []}, {"round": [], "stages": {"eval": {"accuracy": "a"}}}]}'
+    )
+    folder = run / "checkpoints" / "step-00000020"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"alarm": 1, "validator": "v", "identity": []}')
     shown = report(run)
     assert shown.exit_code == 0
     said = shown.stderr
-    assert "metrics.jsonl: 2 of its lines are no JSON objects and are left out (line 21, 22)" in said
+    assert "metrics.jsonl: 2 of its lines are no JSON objects and are left out (line 22, 23)" in said
     assert "metrics.jsonl: its last line is cut off" in said
     assert "eval-lost.jsonl has no summary beside it" in said
     assert "eval-adapter.json: schema_version is None" in said
@@ -163,7 +173,7 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     text = text_of(run / "report.html")
     assert "loss is no finite number at 1 of 21 steps" in text
     assert "new/measure: 2.5 at step 21" in text
-    assert "2 lines of metrics.jsonl name no step of their own" in text
+    assert "3 lines of metrics.jsonl name no step of their own" in text
 
 
 def test_an_unfinished_training_and_one_without_evaluation_say_so(tmp_path: Path) -> None:
