@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import cpo_fast
-from cpo_fast.cli import main
+from cpo_fast.cli import cli
 from tools import wheels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_the_version_is_said_once() -> None:
     assert project["dynamic"] == ["version"]
     entries = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert entries[0] == cpo_fast.__version__
-    assert CliRunner().invoke(main, ["--version"]).output.split()[-1] == cpo_fast.__version__
+    assert CliRunner().invoke(cli, ["--version"]).output.split()[-1] == cpo_fast.__version__
 
 
 def test_a_wheel_holds_the_tracked_files_of_the_packages_and_one_extension(wheel: Path) -> None:
