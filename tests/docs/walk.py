@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cpo_fast.cli import cli, guarded
 from cpo_fast.demo import REASONER
-from tests.docs.snippets import ROOT, Snippet, blocks
+from tests.docs.snippets import ROOT, Snippet, blocks, name_of
+from tests.tiny import save_tiny_model
 
 # appended to lines of these commands; what a line says of the same key is overruled
 SMALL = {
@@ -33,7 +34,7 @@ APPENDED = {
 # pages whose configuration names a data set that a page cannot bring: its rows become the reasoner's
 SUBSTITUTED = {
     "README.md": ["task.file=my_task.yaml", "task.path=my_questions.jsonl"],
-    "docs/tasks.md": ["task.num_questions=2", "run=runs/units"],
+    "docs/tasks.md": ["task.num_questions=2", "run=runs/units", "model.path=tiny"],  # the reasoner reads digits alone
 }
 NUM_QUESTIONS = 8
 
@@ -46,6 +47,8 @@ def prepare(folder: Path, page: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
             (folder / name).symlink_to(target)
+    if "tiny" in " ".join(SUBSTITUTED.get(name_of(page), [])):
+        save_tiny_model(folder / "tiny", max_position_embeddings=8192)
     shutil.copy(REASONER / "plain.yaml", folder / "my_task.yaml")
     questions = (REASONER / "search.jsonl").read_text("utf-8").splitlines(keepends=True)
     (folder / "my_questions.jsonl").write_text("".join(questions[:NUM_QUESTIONS]), encoding="utf-8")
