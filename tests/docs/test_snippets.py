@@ -101,7 +101,7 @@ def test_pages_have_what_is_checked_here() -> None:
     assert len(TYPED["README.md"]) >= 4
     assert len([block for page in PAGES for block in blocks(page, "yaml")]) >= 5
     found = [each for name in ("index", "how-to/iterate") for each in mentions(ROOT / "docs" / f"{name}.md")]
-    assert sum(check_mention(each.text) for each in found) > 8
+    assert sum(check_mention(each.text) for each in found) > 5
 
 
 @pytest.mark.parametrize(
