@@ -198,7 +198,10 @@
       fillOutcomes();
       fillAudit();
       fillList();
-      showTree(0);
+      // a tree that gives pairs says most
+      showTree(Math.max(0, data.trees.findIndex((tree) => tree.pairs.length)));
+      const one = optionAt(state.place);
+      if (one) list.scrollTop = one.offsetTop - list.offsetTop;
     }
 
     function sampled(data) {
@@ -323,7 +326,7 @@
         el("h3", { class: "t-question", id: "trees-question" }, bdi(tree.question, ROW_CHARACTERS)),
         el("p", { class: "t-meta" }, said, el("span", { class: "t-metric t-id" }, `no. ${number(tree.number)}, `, bdi(tree.id, 80))),
         ...(tree.detail ? [el("p", { class: "t-note" }, "Note of the search: ", bdi(tree.detail, ROW_CHARACTERS))] : []),
-        ...(tree.without ? [el("p", { class: "t-note" }, `No pairs: ${WHY[tree.without] || tree.without}.`)] : []),
+        ...(tree.without && !WHY[tree.without] ? [el("p", { class: "t-note" }, `No pairs: ${tree.without}.`)] : []),
         box.overview, legend(), box.filter, box.none, box.tree,
         el("p", { class: "t-note t-keys" }, "Keys: arrows walk and fold, Home and End jump, Enter or Space folds, p goes to the pairs of a thought."));
       drawOverview();
@@ -404,7 +407,8 @@
 
     function fillTree() {
       box.wanted = wanted();
-      if (box.wanted) for (const id of box.wanted) state.open.add(String(id));
+      // a filter opens what it shows, and leaves what is open without it
+      box.open = box.wanted ? new Set([...state.open, ...[...box.wanted].map(String)]) : state.open;
       const found = box.wanted ? grove.nodes.filter((node) => node.is.has(state.status)).length : grove.nodes.length;
       box.none.textContent = found ? "" : `No thought of this tree is ${state.status}.`;
       box.tree.replaceChildren(item(grove.root, [1, 1, 1]));
@@ -442,7 +446,7 @@
 
     // the group of the children stands beside the row, which is the item: its name is what the row says
     function treeItem(key, kind, body, [level, place, count], hasMore) {
-      const open = hasMore && state.open.has(key);
+      const open = hasMore && box.open.has(key);
       const row = el("div", {
         role: "treeitem", class: "t-row", id: `trees-item-${key}`, "data-key": key, tabindex: -1, "aria-selected": "false",
         "aria-level": level, "aria-posinset": place, "aria-setsize": count, "aria-expanded": hasMore ? String(open) : null,
@@ -468,10 +472,10 @@
       one.setAttribute("aria-expanded", String(open));
       const key = one.dataset.key;
       if (open) {
-        state.open.add(key);
+        box.open.add(key);
         one.after(group(key, Number(one.getAttribute("aria-level"))));
       } else {
-        state.open.delete(key);
+        box.open.delete(key);
         const held = one.nextElementSibling.contains(document.activeElement);
         one.nextElementSibling.remove();
         if (held || !itemOf(state.node)) moveTo(one);
@@ -587,7 +591,7 @@
       box.pairs = el("ol", { class: "t-pairs" });
       box.more = el("div", {});
       fillPairs();
-      return el("div", { class: "t-panel", role: "region", "aria-labelledby": "trees-pairs-heading" }, el("h3", { id: "trees-pairs-heading", tabindex: -1 }, "Pairs"), scope, box.pairs, box.more);
+      return el("div", { class: "t-panel", role: "region", "aria-labelledby": "trees-pairs-heading" }, el("h3", { id: "trees-pairs-heading" }, "Pairs"), grove.pairs.length ? scope : null, box.pairs, box.more);
     }
 
     function fillPairs() {
