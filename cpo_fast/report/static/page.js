@@ -199,7 +199,7 @@
     const steps = plot.data[0];
     const last = steps.length - 1;
     const now = plot.cursor.idx;
-    const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -last, End: last };
+    const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
     if (event.key === "Escape") {
       plot.setCursor({ left: -10, top: -10 });
       zoomOut();
