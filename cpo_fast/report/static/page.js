@@ -206,7 +206,9 @@
     } else if (event.key in moves && !event.ctrlKey && !event.altKey && !event.metaKey) {
       const from = now === null || now === undefined ? (moves[event.key] > 0 ? -1 : last + 1) : now;
       const place = Math.min(last, Math.max(0, from + moves[event.key]));
-      plot.setCursor({ left: plot.valToPos(steps[place], "x"), top: HEIGHT / 3 });
+      for (const other of plots) {  // what a key does is not passed on by uPlot, as what the mouse does is
+        if (other.plot) other.plot.setCursor({ left: other.plot.valToPos(steps[place], "x"), top: HEIGHT / 3 }, true, false);
+      }
     } else {
       return;
     }
