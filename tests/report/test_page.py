@@ -373,7 +373,7 @@ def test_lines_are_drawn_read_and_hidden_by_keyboard(two_runs: Path, chromium: C
     other = page.evaluate("[...document.querySelectorAll('#chart-margins .value')].map(each => each.textContent)")
     assert other[0] == "1"  # the same step in every chart
     page.press("ArrowLeft")
-    assert page.evaluate(f"{figure}.querySelector('.value').textContent") == "0.2668"
+    assert page.evaluate(f"{figure}.querySelector('.value').textContent") == "0.2669"
     ink = (
         f"{figure}.querySelector('canvas').getContext('2d').getImageData(0, 0, 2000, 2000).data.reduce((a, b) => a + b)"
     )

@@ -199,14 +199,16 @@
     const steps = plot.data[0];
     const last = steps.length - 1;
     const now = plot.cursor.idx;
-    const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -last, End: last };
+    const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
     if (event.key === "Escape") {
       plot.setCursor({ left: -10, top: -10 });
       zoomOut();
     } else if (event.key in moves && !event.ctrlKey && !event.altKey && !event.metaKey) {
       const from = now === null || now === undefined ? (moves[event.key] > 0 ? -1 : last + 1) : now;
       const place = Math.min(last, Math.max(0, from + moves[event.key]));
-      plot.setCursor({ left: plot.valToPos(steps[place], "x"), top: HEIGHT / 3 });
+      for (const other of plots) {  // what a key does is not passed on by uPlot, as what the mouse does is
+        if (other.plot) other.plot.setCursor({ left: other.plot.valToPos(steps[place], "x"), top: HEIGHT / 3 }, true, false);
+      }
     } else {
       return;
     }
