@@ -65,7 +65,7 @@ def typed_commands(path: Path) -> list[Snippet]:
 
 def command_lines(block: str) -> Iterator[str]:
     """Lines that start the program, by its name or through a launcher. What stands far to the right is a remark."""
-    for line in block.replace("\\\n", " ").splitlines():
+    for line in re.sub(r" *\\\n *", " ", block).splitlines():
         if found := _COMMAND.search(line.partition(" #")[0].replace("$ ", "")):
             yield re.sub(r" +", " ", re.split(r" {6,}", found[1].strip())[0])
 
