@@ -133,7 +133,9 @@ def test_a_setting_that_the_program_does_not_know_is_caught(text: str) -> None:
 
 
 def test_remarks_and_continued_lines_are_read_as_a_shell_reads_them(tmp_path: Path) -> None:
-    block = "$ cpo-fast train a.yaml \\\n      --gpus 2   # a remark\none GPU   cpo-fast plan b.yaml        b.yaml: a file\n"
+    block = (
+        "$ cpo-fast train a.yaml \\\n      --gpus 2   # a remark\none   cpo-fast plan b.yaml        b.yaml: a file\n"
+    )
     assert list(command_lines(block)) == ["cpo-fast train a.yaml --gpus 2", "cpo-fast plan b.yaml"]
     page = ROOT / "docs" / "index.md"
     assert all(isinstance(line, Snippet) for line in typed_commands(page))
