@@ -5,6 +5,7 @@ bounds or versions and not measurements.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from benchmarks.claim import Claim, Figure, Logged, Recorded, exactly, here, ratio
@@ -15,6 +16,7 @@ STEP = "python -m benchmarks.train_step --threads 2"
 STEP_CPU = "python -m benchmarks.train_step --threads 1 --clock cpu"
 SEARCH = "python -m benchmarks.collect --threads 2 --max-seconds 900"
 DEMO = "python -m benchmarks.demonstration"
+METHOD = "python -m benchmarks.method"
 EXACT = "python -m pytest tests/integrations"
 
 
@@ -62,13 +64,71 @@ def demonstration(figures: Callable[[Record], Sequence[Figure]]) -> Recorded:
     return Recorded("demonstration", lambda record: figures(record["results"]), where)
 
 
+def method(cell: str, *bases: tuple[str, str]) -> Recorded:
+    """Percent right of a row of the method's table, mean over seeds, on each (base, variant), and tokens on the first and
+    the last of them.
+    """
+
+    def figures(record: Record) -> Sequence[Figure]:
+        rows = [
+            [one for one in record["results"]["cells"] if (one["base"], one["variant"], one["cell"]) == (*base, cell)]
+            for base in bases
+        ]
+        shares = [mean([one["num_correct"] / one["num_questions"] for one in found]) for found in rows]
+        tokens = [mean([one["tokens"] for one in found]) for found in rows]
+        return [*(exactly(100 * share) for share in shares), *map(exactly, dict.fromkeys((tokens[0], tokens[-1])))]
+
+    return Recorded("method", figures)
+
+
+def seeds(base: str, variant: str, cell: str) -> Recorded:
+    """Percent right of each seed."""
+
+    def figures(record: Record) -> Sequence[Figure]:
+        cells = record["results"]["cells"]
+        found = [one for one in cells if (one["base"], one["variant"], one["cell"]) == (base, variant, cell)]
+        return [exactly(100 * one["num_correct"] / one["num_questions"]) for one in found]
+
+    return Recorded("method", figures)
+
+
 def accuracy(results: Record, when: str) -> Sequence[Figure]:
     """Percent right before or after, with both ends of the interval."""
     percent = 100 * results[when] / results["num_questions"]
     return [exactly(percent), *(exactly(100 * end) for end in results[f"{when}_interval"])]
 
 
+BASES = (("base-0", "plain"), ("base-1", "plain"), ("hard-0", "hard"))
+PERCENT = "{:.1f} % | {:.1f} % | {:.1f} %"
+METHOD_ROWS = {
+    "base": f"| base, one greedy chain | {PERCENT} | {{:.0f}}, {{:.0f}} |",
+    "tree of thought": f"| tree of thought, vote | {PERCENT} | {{:.0f}}, {{:,.0f}} |",
+    "SFT": f"| imitation of the winning paths (SFT) | {PERCENT} | {{:.0f}}, {{:.0f}} |",
+    "FPO": f"| whole chains as preferences (FPO) | {PERCENT} | {{:.0f}}, {{:.0f}} |",
+    "CPO all": f"| **CPO `all`** | {PERCENT} | {{:.0f}}, {{:.0f}} |",
+    "CPO all, best by agreement": "| CPO `all`, its step chosen by agreement with votes "
+    f"| {PERCENT} | {{:.0f}}, {{:.0f}} |",
+}
+
 CLAIMS = [
+    *(
+        Claim(f"method: {cell}", passage, method(cell, *BASES), METHOD, measured_here=False)
+        for cell, passage in METHOD_ROWS.items()
+    ),
+    Claim(
+        "method: SFT, tuned",
+        "| the same, tuned for itself | - | - | {:.1f} % | {:.0f} |",
+        method("SFT, tuned", BASES[2]),
+        METHOD,
+        measured_here=False,
+    ),
+    Claim(
+        "method: seeds of CPO on hard questions",
+        "on hard questions: CPO `all` ends at {:.0f}, {:.0f} and {:.0f} % there",
+        seeds("hard-0", "hard", "CPO all"),
+        METHOD,
+        measured_here=False,
+    ),
     Claim(
         "one step, packed",
         "One step on a 27-pair tree is {:.1f} times faster than padded rows and {:.1f} times faster than TRL's",
@@ -236,6 +296,7 @@ EXEMPT: dict[str, Sequence[str]] = {
         "1e-5 relative (test)",
         "a forest of 32 tokens",
         "95 % interval",
+        "On reasoners of 605,000 parameters",
     ),
 }
 
