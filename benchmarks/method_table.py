@@ -274,13 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables of a results file, or write them where they are shown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--write", action="store_true", help="the tables into docs/method.md and the curves beside the file"
-    )
+    parser.add_argument("--write", action="store_true", help="the tables into docs/method.md, and the curves")
     arguments = parser.parse_args(argv)
     if arguments.write:
         DOCUMENT.write_text(in_place(DOCUMENT.read_text(), documented(arguments.path)))
-        draw(latest(arguments.path), arguments.path.with_suffix(".png"))
+        draw(latest(arguments.path), DOCUMENT.parent / "pictures" / "method.png")
     else:
         sys.stdout.write(report(latest(arguments.path)))
     return 0
