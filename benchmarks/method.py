@@ -12,8 +12,10 @@ A cell is what a user would run: `collect`, `train`, `eval`, or `iterate`. No go
 import argparse
 import json
 import os
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import Any
 
 from benchmarks.harness import record
 from benchmarks.method_plan import (
+    EVAL,
     LORA,
     NUM_TRAINED,
     PLAN,
@@ -36,7 +39,7 @@ from benchmarks.method_plan import (
     Search,
     Variant,
 )
-from benchmarks.method_table import report
+from benchmarks.method_table import RESULTS, latest, repeated, report
 
 DONE = "done.json"
 
@@ -55,13 +58,13 @@ class Place:
 
 
 def places(only: str = "", plan: Sequence[Base] = PLAN, seeds: Sequence[int] = SEEDS) -> list[Place]:
-    """Those whose name holds `only`. Cells that train nothing and sample nothing are one for all seeds."""
+    """Those whose name holds `only`."""
     found = [
         Place(base, seed, cell)
         for base in plan
         for seed in seeds
         for cell in base.cells
-        if seed == SEEDS[0] or cell.searches
+        if seed == seeds[0] or not cell.one_seed
     ]
     return [place for place in found if only in place.name]
 
@@ -79,7 +82,7 @@ def settings(
         "pairs": {"num_questions": NUM_TRAINED},
         "lora": LORA,
         "train": TRAIN | {"lr": base.rate, "max_steps": base.steps},
-        "eval": {"max_new_tokens": 24 * variant.max_steps},
+        "eval": EVAL | {"max_new_tokens": 24 * variant.max_steps},
     }
     for sections in more:
         for section, keys in sections.items():
@@ -136,8 +139,10 @@ def answer(place: Place, part: str, folder: Path) -> list[dict[str, Any]]:
             asked: dict[str, Mapping[str, Any]] = {
                 "model": {"adapter": one["adapter"]},
                 "task": {"path": str(variant.questions(part))},
-                "eval": {"method": cell.method},
+                "eval": {"method": cell.method, "max_new_tokens": variant.max_new_tokens},
             }
+            if cell.method == "cot":
+                asked["search"] = {"max_steps": variant.max_lines}
             values = settings(base, seed, variant, own, asked)
 
             def make(values: dict[str, Any] = values) -> dict[str, Any]:
@@ -170,8 +175,7 @@ def train_once(place: Place, run: Path, folder: Path) -> list[dict[str, Any]]:
     if len(trees) > 1:
         data = {"mixture": [{"path": str(path)} for path in trees]}
     own = run / "training"
-    sections = {"data": data} | {name: dict(keys) for name, keys in cell.settings.items()}
-    values = settings(base, seed, cell.searches[0].variant, own, sections)
+    values = settings(base, seed, cell.searches[0].variant, own, {"data": data}, cell.settings)
 
     def make() -> dict[str, Any]:
         from cpo_fast.train.loop import train
@@ -197,10 +201,9 @@ def train_rounds(place: Place, run: Path, folder: Path) -> list[dict[str, Any]]:
     own = run / "rounds"
     sections: dict[str, Mapping[str, Any]] = {
         "task": {"path": str(one.variant.questions(f"search-{seed}")), "num_questions": NUM_TRAINED},
-        "train": {"dev_path": str(one.variant.questions("dev"))},
-        "iterate": {"num_rounds": ROUNDS, "patience": ROUNDS} | dict(cell.settings["iterate"]),
+        "iterate": {"num_rounds": ROUNDS, "stop_on": "never"},
     }
-    values = settings(base, seed, one.variant, own, sections)
+    values = settings(base, seed, one.variant, own, sections, cell.settings)
 
     def make() -> dict[str, Any]:
         from cpo_fast.iterate import iterate
@@ -233,16 +236,27 @@ def _quiet(folder: Path) -> None:
     torch.set_num_threads(1)
 
 
-def run_all(chosen: Sequence[Place], part: str, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Every cell, searches first. Records in the plan's order."""
+def run_all(
+    chosen: Sequence[Place], part: str, folder: Path, workers: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every cell, searches first. Records of the cells in the plan's order, and of their searches."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = dict.fromkeys((place.base, one, place.seed) for place in chosen for one in place.cell.searches)
+    needed = dict.fromkeys(
+        (place.base, one, place.seed) for place in chosen if not place.cell.rounds for one in place.cell.searches
+    )
     records: dict[Place, list[dict[str, Any]]] = {}
+    searches = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), _quiet, (folder,)) as pool:
         searching = {pool.submit(search, *key, folder): key for key in needed}
         for number, searched in enumerate(as_completed(searching), 1):
             base, one, seed = searching[searched]
-            vote = searched.result()["vote_accuracy"]
+            found = searched.result()
+            vote = found["vote_accuracy"]
+            kept = ("num_questions", "num_correct", "num_generated_tokens", "num_verdicts", "seconds")
+            searches[searching[searched]] = {
+                "base": base.name, "seed": seed, "variant": one.variant.name, "search": one.name,
+                **{key: found[key] for key in kept},
+            }  # fmt: skip
             say(f"search {number}/{len(needed)} {base.name}/{seed}/{one.variant.name} {one.name}: vote {vote:.3f}")
         asking = {pool.submit(answer, place, part, folder): place for place in chosen}
         for number, asked in enumerate(as_completed(asking), 1):
@@ -250,7 +264,7 @@ def run_all(chosen: Sequence[Place], part: str, folder: Path, workers: int) -> l
             records[place] = asked.result()
             shares = [f"{one['variant']} {one['num_correct'] / one['num_questions']:.3f}" for one in records[place]]
             say(f"cell {number}/{len(chosen)} {place.name}: {', '.join(shares)}")
-    return [record for place in chosen for record in records[place]]
+    return [record for place in chosen for record in records[place]], [searches[key] for key in needed]
 
 
 def say(text: str) -> None:
@@ -271,15 +285,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.tune:
         arguments.part = "dev"
-    chosen = places(arguments.only, *((TUNING, SEEDS[:1]) if arguments.tune else ()))
+    chosen = places(arguments.only, TUNING if arguments.tune else PLAN)
     if not chosen:
         parser.error(f"no cell's name holds {arguments.only!r}")
-    records = run_all(chosen, arguments.part, arguments.folder, arguments.workers)
+    started = time.perf_counter()
+    records, searches = run_all(chosen, arguments.part, arguments.folder, arguments.workers)
     sys.stdout.write(report(records))
+    if not arguments.tune and RESULTS.is_file():
+        sys.stdout.write(repeated(records, latest(RESULTS)))
     if not arguments.no_record:
         command = " ".join(["python -m benchmarks.method", *(argv if argv is not None else sys.argv[1:])])
         name = "method_tuning" if arguments.tune else "method" if arguments.part == "test" else "method_dev"
-        record(name, command, [], {"cells": records})
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the workers, which have ended
+        cost = {"seconds": time.perf_counter() - started, "cpu_seconds": spent.ru_utime + spent.ru_stime}
+        record(name, command, [], {"cells": records, "searches": searches, "cost": cost})
     return 0
 
 

@@ -55,6 +55,7 @@ class Variant:
         wordings: of a step; `{t}` total before, `{o}` operation, `{d}` digit, `{v}` value. All are as likely.
         restatements: lines that repeat the total `{t}`. restated: share of steps that one stands before.
         overlooked_from: the judge takes the smaller digit from the larger one for right from this digit on. 10: never.
+        overlooked_quoted: share of judged documents with a step where that can happen that quote such a line.
         words: tokens that `WORDS` lacks.
     """
 
@@ -66,6 +67,7 @@ class Variant:
     restatements: tuple[str, ...] = ()
     restated: float = 0.0
     overlooked_from: int = 10
+    overlooked_quoted: float = 0.0
     words: tuple[str, ...] = ()
 
 
@@ -84,7 +86,8 @@ HARD = Variant(
     wordings=(*PLAIN.wordings, "so {t}{o}{d} is {v}\n", "now {t}{o}{d}={v}\n", "then {t}{o}{d} is {v}\n"),
     restatements=("{t} so far\n", "still {t}\n"),
     restated=0.15,
-    overlooked_from=8,
+    overlooked_from=7,
+    overlooked_quoted=0.7,
     words=("Solve at length.\n\n", "Judge at length.\n\n", "now ", "then ", "still ", " so far"),
 )
 VARIANTS = {"plain": PLAIN, "hard": HARD}
@@ -213,6 +216,18 @@ def outline(rng: random.Random, variant: Variant, steps: Sequence[tuple[str, int
     return [*lines, ANSWER]
 
 
+def blind_places(variant: Variant, total: int, lines: Sequence[tuple[str, int] | str]) -> list[int]:
+    """Where among an outline's lines the judge can overlook a habit, if all before are right."""
+    places = []
+    for place, line in enumerate(lines):
+        if not isinstance(line, str):
+            wrong = habits(total, *line)
+            if wrong and overlooks(variant, total, *line, wrong[0]):
+                places.append(place)
+            total = right(total, *line)
+    return places
+
+
 def solution(rng: random.Random, variant: Variant) -> list[Part]:
     """A document of a writer."""
     question = draw_question(rng, variant, evaluation=False)
@@ -237,10 +252,14 @@ def judged(rng: random.Random, variant: Variant) -> list[Part]:
     wrong_at = -1
     if rng.random() < WRONG_DOCUMENTS:
         wrong_at = num_lines - 1 if rng.random() < WRONG_IS_LAST else rng.randrange(num_lines)
+    blind_at = -1
+    if variant.overlooked_quoted and (places := blind_places(variant, total, lines[:num_lines])):
+        # random errors alone would show the judge its blind spot in one document of a hundred
+        blind_at = rng.choice(places) if rng.random() < variant.overlooked_quoted else -1
     parts = [Part(f"{variant.judge}\n\nQuestion: {question}\n", PROMPT_WEIGHT)]
     noticed = False  # a wrong line so far
     for place, line in enumerate(lines[:num_lines]):
-        is_wrong = place == wrong_at
+        is_wrong = place in (wrong_at, blind_at)
         if isinstance(line, str):
             expected = total
             value = slip(rng, total) if is_wrong else total
@@ -249,7 +268,10 @@ def judged(rng: random.Random, variant: Variant) -> list[Part]:
             value = expected = right(total, *line)
             if is_wrong:
                 wrong = habits(total, *line)
-                value = rng.choice(wrong) if wrong and rng.random() < WRONG_BY_HABIT else slip(rng, value)
+                if place == blind_at and wrong:
+                    value = wrong[0]
+                else:
+                    value = rng.choice(wrong) if wrong and rng.random() < WRONG_BY_HABIT else slip(rng, value)
                 if overlooks(variant, total, *line, value):
                     expected = value
             text = rng.choice(step_wordings(variant, total, line, value))

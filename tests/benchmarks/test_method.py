@@ -7,7 +7,18 @@ import pytest
 
 from benchmarks.method import once, places, settings
 from benchmarks.method_plan import HARD, PLAIN, PLAN, SEEDS
-from benchmarks.method_table import against_base, holm, latest, report, summary
+from benchmarks.method_table import (
+    DOCUMENT,
+    RESULTS,
+    against_base,
+    documented,
+    holm,
+    in_place,
+    latest,
+    repeated,
+    report,
+    summary,
+)
 from cpo_fast.config import validate_config
 
 PARTS = [*(f"search-{seed}" for seed in SEEDS), "dev", "test"]
@@ -30,8 +41,8 @@ def test_every_cell_is_a_valid_configuration_and_none_reads_gold_before_it_is_as
         base, cell = place.base, place.cell
         config = validate_config(settings(base, place.seed, base.variant, tmp_path, cell.settings))
         assert base.path.is_dir()
-        assert config.train.stop_on == "held_out_loss"
-        assert config.data.held_out == 0  # the last step's adapter is taken
+        last = config.train.stop_on == "held_out_loss" and config.data.held_out == 0  # the last step's adapter is taken
+        assert last or config.train.stop_on == "agreement"
         for one in cell.searches:
             assert one.variant.questions(f"search-{place.seed}").is_file()
             validate_config(settings(base, place.seed, one.variant, tmp_path, {"search": one.settings}))
@@ -86,4 +97,19 @@ def test_only_the_primary_comparison_is_left_uncorrected():
     raw = 2 * (1 + 11) / 2**11  # of 11 questions that differ, at most one lost
     assert [found[place][2] for place in (1, 2, 3)] == pytest.approx([raw, 2 * raw, 1.0])
     assert "+10/-1" in report(records)
-    assert "| b | plain | CPO all | 95.0% | 95.0% | 3 |  |" in summary(records)
+    assert f"| CPO all | 95.0% | 95.0% | +10 -1 | {raw:.0e} |  |  | 3 | 10 |" in summary(records)
+
+
+def test_a_row_that_comes_out_otherwise_is_named():
+    recorded = [record("base", "01"), record("SFT", "11")]
+    assert repeated(recorded, recorded) == "2 of 2 recorded rows came out the same, question by question\n"
+    again = [record("base", "01"), record("SFT", "10"), record("CPO all", "10")]
+    assert repeated(again, recorded).startswith("1 of 2 recorded rows came out the same")
+    assert "b/0/SFT asked plain" in repeated(again, recorded)
+
+
+def test_the_document_shows_the_tables_of_the_results():
+    text = DOCUMENT.read_text()
+    assert in_place(text, documented(RESULTS)) == text
+    with pytest.raises(ValueError, match="0 places for the table 'another'"):
+        in_place(text, {"another": ""})

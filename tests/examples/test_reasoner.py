@@ -24,7 +24,7 @@ BASES = [("base-0", ("plain",)), ("base-1", ("plain",)), ("hard-0", VARIANTS)]
 # SHA-256 of 400 documents of seed 0: the corpus that the committed models were trained on
 DOCUMENTS = {
     "plain": "8b6b9d46121deeb009b73a2dfdfb848a60f6643de305e0087d6b91f19b3112d2",
-    "plain hard": "610cdc327cf1c565963e02f5f576f5a8c59e4a1b47d6b80052eeff5612dccfaa",
+    "plain hard": "c32b53820dd6f72b7a7138a3f3ff87aaafb8531e49901161cd018d2d72d74a67",
 }
 CUE = "Is the last line likely or impossible? It is"
 
@@ -117,19 +117,21 @@ def test_a_mark_tells_whether_all_lines_so_far_are_right(scripts, name):
                 continue
             state.append(line)
             parts = read_line(line)
+            passes = False
             if len(parts) == 1:
                 good = parts[0] == total
             else:
                 good = parts[0] == total and parts[3] == step_value(*parts[:3])
                 units = total % 10
-                smaller_from_larger = total - units + parts[2] - units
-                if not good and name == "hard" and parts[1] == "-" and parts[2] >= 8 and units < parts[2]:
-                    overlooked = right and parts[3] == smaller_from_larger
+                if name == "hard" and parts[1] == "-" and parts[2] >= 7 and units < parts[2]:
+                    passes = parts[3] == total - units + parts[2] - units  # the smaller digit from the larger one
+            if not good:
+                overlooked = (right or overlooked) and passes
             right = right and good
             total = parts[-1]
     assert counts[True] > 500
     assert counts[False] > 300
-    assert (counts["overlooked"] > 5) == (name == "hard")
+    assert (counts["overlooked"] > 100) == (name == "hard")
 
 
 def test_a_state_is_right_only_if_it_follows_the_question(scripts):
