@@ -274,7 +274,7 @@ def test_json_in_a_page_ends_no_script_and_reads_back() -> None:
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """The report of a run whose every text is hostile, its folder's name too."""
-    run = write_run(tmp_path / "<b>run {{7*7}}", alarm_from=3)
+    run = write_run(tmp_path / '<b>run {{7*7}} "\x1b\u202e', alarm_from=3)
     chain = "\n".join(HOSTILE)
     write_evaluation(run, "base", [False] * 8, chain)
     write_evaluation(run, "adapter", [True] * 8, chain)
@@ -290,7 +290,11 @@ def test_hostile_text_is_shown_as_text(hostile: Path, chromium: Chromium) -> Non
     page = chromium.open(hostile)
     assert page.errors() == []
     assert page.evaluate("window.hacked === undefined && document.images.length === 0")
-    assert page.evaluate("document.querySelector('h1').textContent") == "<b>run {{7*7}}"
+    name = '<b>run {{7*7}} "␛\\u202e'
+    assert page.evaluate("document.querySelector('h1').textContent") == name
+    assert page.evaluate("document.title") == f"{name}: cpo-fast report"
+    labels = page.evaluate("[...document.querySelectorAll('.scroll')].map(each => each.getAttribute('aria-label'))")
+    assert f"Thoughts by depth: {name}" in labels
     shown = page.evaluate("document.querySelector('.chains pre').textContent")
     for text in (
         "<script>window.hacked = 1</script>",
