@@ -8,7 +8,7 @@ whatever this machine has, links a C++ library of its own statically, and compil
 auditwheel reads the symbols and refuses a tag that they do not bear out.
 
 The other machine's wheel is compiled with this machine's Python headers. Of Debian's headers of Python 3.13 for x86-64
-and aarch64 only pyconfig.h differs, in four macros that no public header reads on Linux.
+and aarch64 only pyconfig.h differs, in four macros, of which the headers read one (HAVE_USABLE_WCHAR_T).
 """
 
 import argparse
@@ -33,6 +33,14 @@ _ASK = """
 import json, sys, sysconfig
 print(json.dumps([list(sys.version_info[:2]), sysconfig.get_config_h_filename(), sysconfig.get_path("include"),
                   sysconfig.get_config_var("SOABI")]))
+"""
+# auditwheel repairs wheels of any machine, but takes the tags of its own alone as arguments
+_REPAIR = """
+import platform, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+from auditwheel.main import main
+sys.exit(main())
 """
 BUILD = "import sys; from scikit_build_core.build import build_{0}; build_{0}(sys.argv[1])"
 
@@ -93,12 +101,14 @@ def toolchain(folder: Path, machine: str, config_header: Path, include: Path) ->
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang {words} "$@"\n', encoding="utf-8")
         script.chmod(0o755)
     headers = folder / "include"
-    if config_header.parent != include:
-        # Debian's pyconfig.h includes <MACHINE-linux-gnu/pythonX.Y/pyconfig.h>, from a folder that zig does not look into
-        link = headers / f"{machine}-linux-gnu" / config_header.parent.name
+    # Debian's pyconfig.h includes <MACHINE-linux-gnu/pythonX.Y/pyconfig.h>, from a folder that zig does not look into
+    beside = include.parent / f"{platform.machine()}-linux-gnu" / include.name
+    real = config_header.parent if config_header.parent != include else beside
+    if real.is_dir():
+        link = headers / f"{machine}-linux-gnu" / include.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(config_header.parent)
+        link.symlink_to(real)
     path = folder / "toolchain.cmake"
     path.write_text(
         f"set(CMAKE_SYSTEM_NAME Linux)\nset(CMAKE_SYSTEM_PROCESSOR {machine})\n"
@@ -144,8 +154,9 @@ def build_wheel(python: str, machine: str, into: Path, work: Path, needed: Path)
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     wheel = into / built.name.replace(f"linux_{machine}", tag)
     wheel.unlink(missing_ok=True)
-    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, "-w", into, built]
-    run(auditwheel, environment)
+    run(
+        [sys.executable, "-c", _REPAIR, machine, "repair", "--only-plat", "--plat", tag, "-w", into, built], environment
+    )
     found = faults(wheel, built.name.split("-")[1])
     if found:
         sys.exit("\n".join(found))

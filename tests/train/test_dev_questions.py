@@ -243,7 +243,7 @@ def test_agreement_without_votes_is_refused_with_what_to_set(folder: Path, tmp_p
     with pytest.raises(DataError, match=r"none\.jsonl"):
         train(by_votes(folder, tmp_path / "c", dev_trees=str(tmp_path / "none.jsonl")))
     other = write_questions(tmp_path / "other.jsonl", ["Another?"], [None])
-    with pytest.raises(ConfigError, match=r"no question has a vote in .*dev/trees\.jsonl"):
+    with pytest.raises(ConfigError, match=r"no question of .*other\.jsonl has a vote in .*dev/trees\.jsonl"):
         train(by_votes(folder, tmp_path / "d", dev_path=str(other)))
     config = by_votes(folder, tmp_path / "e")
     with pytest.raises(ConfigError, match=r"is of task svamp, and the configuration's is fever"):
