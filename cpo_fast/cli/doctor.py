@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cpo_fast import __version__
@@ -18,16 +19,23 @@ from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
 from cpo_fast.ranks import find_ranks
 
 GIB = 1 << 30
-SHOWN_EXTRAS = ("", "train", "data", "demo")  # of a user; the others are for benchmarks and development
+NEEDED_EXTRAS = ("", "train")
+OPTIONAL_EXTRAS = {"data": "for parquet files and the hub", "demo": "for `cpo-fast demo --model smollm2`"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `wrong` says what does not work and how to mend it, and is empty where all is well."""
+    """One line of the report.
+
+    Attributes:
+        wrong: what does not work and how to mend it; empty where all is well.
+        optional: how to add what is missing and needed for something special alone.
+    """
 
     what: str
     found: str
     wrong: str = ""
+    optional: str = ""
 
 
 @click.command("doctor")
@@ -43,7 +51,9 @@ def doctor_command(as_json: bool) -> None:
         for column in ("", "found", "to mend"):
             table.add_column(column, overflow="fold")
         for finding in findings:
-            table.add_row(finding.what, finding.found, finding.wrong)
+            table.add_row(
+                finding.what, finding.found, escape(finding.wrong or finding.optional)
+            )  # `[train]` is no markup
         Console().print(table)
     if wrong:
         raise EnvironmentProblem(f"{len(wrong)} thing(s) to mend: {', '.join(finding.what for finding in wrong)}")
@@ -74,7 +84,7 @@ def _libraries() -> list[Finding]:
     for text in metadata.requires("cpo-fast") or []:
         requirement = Requirement(text)
         extra = _extra(text)
-        if extra not in SHOWN_EXTRAS or requirement.name == "cpo-fast":
+        if (extra not in NEEDED_EXTRAS and extra not in OPTIONAL_EXTRAS) or requirement.name == "cpo-fast":
             continue
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
@@ -83,7 +93,9 @@ def _libraries() -> list[Finding]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            findings.append(Finding(requirement.name, "missing", install))
+            use = OPTIONAL_EXTRAS.get(extra)
+            missing = Finding(requirement.name, "not installed", optional=f"{use}: {install}")
+            findings.append(missing if use else Finding(requirement.name, "missing", install))
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
         findings.append(
