@@ -110,11 +110,11 @@ def cpu_steps() -> list[Stage]:
     collect = f"collect  {tiny}  --contestants  roofline,batched  --repeats  1  --sample-calls  8"
     train = "gpu_train_step  --device  cpu  --shape  tiny  --order  questions  --baselines  TRL  --repeats  1"
     return [
-        (module("ceilings", 60, "gpu_probes  ceilings  --device  cpu", {}), module("check", 90, check, INTERPRETED)),
-        (module("tiles", 90, "gpu_probes  tiles  --device  cpu", INTERPRETED),),
-        (module("graph", 60, "gpu_probes  graph  --device  cpu", {}), module("collect", 90, collect, {})),
-        (module("train", 90, train, {}),),
-        (module("logprob", 60, f"linear_logprob  {tiny}  --only  torch naive  --runs  1", {}),),
+        (module("ceilings", 600, "gpu_probes  ceilings  --device  cpu", {}), module("check", 600, check, INTERPRETED)),
+        (module("tiles", 600, "gpu_probes  tiles  --device  cpu", INTERPRETED),),
+        (module("graph", 600, "gpu_probes  graph  --device  cpu", {}), module("collect", 600, collect, {})),
+        (module("train", 600, train, {}),),
+        (module("logprob", 600, f"linear_logprob  {tiny}  --only  torch naive  --runs  1", {}),),
     ]
 
 
@@ -122,8 +122,11 @@ def more_cpu_steps() -> list[Stage]:
     """The follow-up on a CPU with stand-ins."""
     flex = "tree_attention  --device  cpu  --set  tiny  --forests  chain  --only  FlexAttention  --runs  1"
     return [
-        (module("head", 60, "gpu_probes  head  --device  cpu", {}), module("flex", 60, flex, {})),
-        (module("tests", 60, "gpu_tests  0  8", {}), module("training", 60, "gpu_probes  training  --device  cpu", {})),
+        (module("head", 600, "gpu_probes  head  --device  cpu", {}), module("flex", 600, flex, {})),
+        (
+            module("tests", 600, "gpu_tests  0  8", {}),
+            module("training", 600, "gpu_probes  training  --device  cpu", {}),
+        ),
     ]
 
 

@@ -23,6 +23,8 @@ from benchmarks.gpu_tests import FILES
 from cpo_kernels.self_check import OPS
 from tests.benchmarks import bare_machine
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 
 def lines(results: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
