@@ -137,7 +137,7 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
     overview = _json(path / "eval.json", notes) or {}
     agreements = overview.get("agreements")
     state = _newest_state(path)
-    validator = state.get("validator")
+    identity, validator = state.get("identity"), state.get("validator")
     alarms = [state.get("alarm"), validator.get("alarm") if isinstance(validator, dict) else None]
     return Run(
         name=name,
@@ -155,7 +155,7 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
         evaluations=tuple(evaluations),
         agreements=tuple(row for row in agreements if isinstance(row, dict)) if isinstance(agreements, list) else (),
         rounds=rounds,
-        identity=state.get("identity") if isinstance(state.get("identity"), dict) else {},  # type: ignore[arg-type]
+        identity=identity if isinstance(identity, dict) else {},
         alarms=tuple(str(each["text"]) for each in alarms if isinstance(each, dict) and each.get("text")),
         environment=_json(path / "environment.json", notes) or {},
         files=tuple(_files(path)),
