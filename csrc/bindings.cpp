@@ -3,10 +3,19 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <array>
+#include <cstring>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
+#include "attention.h"
 #include "forest.h"
 #include "schedule.h"
 
@@ -124,6 +133,149 @@ nb::dict tree_schedule(Input<int32_t> subtree_end, int64_t block_q, int64_t bloc
     return arrays;
 }
 
+template <typename T>
+using HeadArray = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
+
+template <typename T>
+using Column = std::optional<nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>>;
+
+template <typename T>
+using ByHead = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+cpo::Heads<T> heads(const HeadArray<T>& array) {
+    if (array.shape(2) > 1 && array.stride(2) != 1) {
+        throw std::invalid_argument("expected a contiguous last dimension");
+    }
+    return {array.data(), array.stride(0), array.stride(1)};
+}
+
+template <typename T>
+cpo::Heads<T> heads(const std::optional<HeadArray<T>>& array) {
+    return array ? heads(*array) : cpo::Heads<T>{nullptr, 0, 0};
+}
+
+template <typename T>
+cpo::TreeAttention<T> tree_attention_of(const HeadArray<const T>& q, const HeadArray<const T>& k, const HeadArray<const T>& v,
+                                        const Input<int32_t>& start, const Input<int32_t>& stop, const Input<int32_t>& end,
+                                        double scale, int64_t window, double softcap) {
+    cpo::TreeAttention<T> of{};
+    of.runs = {start.data(), stop.data(), end.data(), static_cast<int64_t>(start.shape(0))};
+    of.num_rows = static_cast<int64_t>(q.shape(0));
+    of.num_heads = static_cast<int64_t>(q.shape(1));
+    of.num_kv_heads = static_cast<int64_t>(k.shape(1));
+    of.head_dim = static_cast<int64_t>(q.shape(2));
+    of.q = heads(q);
+    of.k = heads(k);
+    of.v = heads(v);
+    of.scale = scale;
+    of.window = window;
+    of.softcap = softcap;
+    return of;
+}
+
+template <typename T>
+void tree_attention_forward(HeadArray<const T> q, HeadArray<const T> k, HeadArray<const T> v, Input<int32_t> start,
+                            Input<int32_t> stop, Input<int32_t> end, double scale, int64_t window, double softcap,
+                            Column<T> sinks, HeadArray<T> out, ByHead<T> log_sum_exp, int num_threads) {
+    cpo::TreeAttention<T> of = tree_attention_of<T>(q, k, v, start, stop, end, scale, window, softcap);
+    of.sinks = sinks ? sinks->data() : nullptr;
+    of.out = heads(out);
+    of.log_sum_exp = log_sum_exp.data();
+    nb::gil_scoped_release unlocked;
+    cpo::tree_attention_forward(of, num_threads);
+}
+
+template <typename T>
+void tree_attention_backward(HeadArray<const T> q, HeadArray<const T> k, HeadArray<const T> v, Input<int32_t> start,
+                             Input<int32_t> stop, Input<int32_t> end, double scale, int64_t window, double softcap,
+                             Column<T> sinks, ByHead<T> log_sum_exp, ByHead<T> delta, HeadArray<const T> grad_out,
+                             std::optional<HeadArray<T>> grad_q, std::optional<HeadArray<T>> grad_k,
+                             std::optional<HeadArray<T>> grad_v, int num_threads) {
+    cpo::TreeAttention<T> of = tree_attention_of<T>(q, k, v, start, stop, end, scale, window, softcap);
+    of.sinks = sinks ? sinks->data() : nullptr;
+    of.log_sum_exp = log_sum_exp.data();
+    of.delta = delta.data();
+    of.grad_out = heads(grad_out);
+    of.grad_q = heads(grad_q);
+    of.grad_k = heads(grad_k);
+    of.grad_v = heads(grad_v);
+    nb::gil_scoped_release unlocked;
+    cpo::tree_attention_backward(of, num_threads);
+}
+
+// An arena's elements by the name of their dtype; 16-bit ones are handed over as int16.
+cpo::Stored stored(const std::string& dtype) {
+    return dtype == "float64"    ? cpo::Stored::float64
+           : dtype == "float32"  ? cpo::Stored::float32
+           : dtype == "bfloat16" ? cpo::Stored::bfloat16
+                                 : cpo::Stored::float16;
+}
+
+using Arena = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
+
+void store_rows(const Arena& arena, const Arena& rows, const Input<int64_t>& slots) {
+    const size_t size = arena.itemsize(), bytes = size * arena.shape(2);
+    auto* to = static_cast<char*>(arena.data());
+    const auto* from = static_cast<const char*>(rows.data());
+    for (size_t row = 0; row < slots.shape(0); ++row) {
+        for (size_t head = 0; head < arena.shape(1); ++head) {
+            const int64_t target = slots.data()[row] * arena.stride(0) + static_cast<int64_t>(head) * arena.stride(1);
+            const int64_t source = static_cast<int64_t>(row) * rows.stride(0) + static_cast<int64_t>(head) * rows.stride(1);
+            std::memcpy(to + target * static_cast<int64_t>(size), from + source * static_cast<int64_t>(size), bytes);
+        }
+    }
+}
+
+template <typename T>
+void tree_decode(HeadArray<const T> q, Arena k_new, Arena v_new, Arena k_arena, Arena v_arena, std::string dtype,
+                 Input<int64_t> slots, Input<int64_t> start, Input<int64_t> count, Input<int64_t> offsets,
+                 Input<int64_t> own_start, Input<int64_t> own_count, std::array<int64_t, 3> longest, double scale, int64_t window, double softcap, Column<T> sinks, HeadArray<T> out, int num_threads) {
+    cpo::TreeDecode<T> of{};
+    of.rows = {start.data(),     count.data(),     offsets.data(),
+               own_start.data(), own_count.data(), static_cast<int64_t>(q.shape(0)),
+               longest[0],       longest[1],       longest[2]};
+    of.num_heads = static_cast<int64_t>(q.shape(1));
+    of.num_kv_heads = static_cast<int64_t>(k_arena.shape(1));
+    of.head_dim = static_cast<int64_t>(q.shape(2));
+    of.q = heads(q);
+    of.keys = k_arena.data();
+    of.values = v_arena.data();
+    of.key_row = k_arena.stride(0);
+    of.key_head = k_arena.stride(1);
+    of.value_row = v_arena.stride(0);
+    of.value_head = v_arena.stride(1);
+    of.stored = stored(dtype);
+    of.scale = scale;
+    of.window = window;
+    of.softcap = softcap;
+    of.sinks = sinks ? sinks->data() : nullptr;
+    of.out = heads(out);
+    nb::gil_scoped_release unlocked;
+    store_rows(k_arena, k_new, slots);
+    store_rows(v_arena, v_new, slots);
+    cpo::tree_decode(of, num_threads);
+}
+
+template <typename T>
+void bind_attention(nb::module_& module) {
+    module.def("tree_attention_forward", &tree_attention_forward<T>, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
+               "start"_a.noconvert(), "stop"_a.noconvert(), "end"_a.noconvert(), "scale"_a, "window"_a, "softcap"_a,
+               "sinks"_a.none(), "out"_a.noconvert(), "log_sum_exp"_a.noconvert(), "num_threads"_a,
+               "q [T, H, D], k, v [T, Hkv, D], runs int32 [R] -> out [T, H, D] and log_sum_exp [H, T], written in place");
+    module.def("tree_attention_backward", &tree_attention_backward<T>, "q"_a.noconvert(), "k"_a.noconvert(),
+               "v"_a.noconvert(), "start"_a.noconvert(), "stop"_a.noconvert(), "end"_a.noconvert(), "scale"_a, "window"_a,
+               "softcap"_a, "sinks"_a.none(), "log_sum_exp"_a.noconvert(), "delta"_a.noconvert(), "grad_out"_a.noconvert(),
+               "grad_q"_a.none(), "grad_k"_a.none(), "grad_v"_a.none(), "num_threads"_a,
+               "the gradients that are not None, written in place; delta [H, T] = sum over D of grad_out * out");
+    module.def("tree_decode", &tree_decode<T>, "q"_a.noconvert(), "k_new"_a.noconvert(), "v_new"_a.noconvert(),
+               "k_arena"_a.noconvert(), "v_arena"_a.noconvert(), "dtype"_a, "slots"_a.noconvert(), "start"_a.noconvert(),
+               "count"_a.noconvert(), "offsets"_a.noconvert(), "own_start"_a.noconvert(), "own_count"_a.noconvert(), "longest"_a, "scale"_a, "window"_a, "softcap"_a,
+               "sinks"_a.none(), "out"_a.noconvert(), "num_threads"_a,
+               "new keys and values into the arenas, then out [N, H, D] in place; row r reads intervals offsets[r] to "
+               "offsets[r + 1] of arena rows and then its own; longest: most keys in intervals, most own ones, most intervals");
+}
+
 void validate_subtree_end(Input<int32_t> subtree_end) {
     nb::gil_scoped_release unlocked;
     cpo::validate_subtree_end(subtree_end.data(), static_cast<int64_t>(subtree_end.shape(0)));
@@ -132,7 +284,9 @@ void validate_subtree_end(Input<int32_t> subtree_end) {
 }  // namespace
 
 NB_MODULE(_csrc, module) {
-    module.doc() = "Host-side work that must not cost a GPU step: token trie to forest, pairs to micro-batches, block schedule.";
+    module.doc() =
+        "Host-side work that must not cost a GPU step (token trie to forest, pairs to micro-batches, block schedule), and "
+        "attention on a CPU.";
     module.def("build_forest", &build_forest, "tokens"_a, "offsets"_a, "pad_to_multiple_of"_a,
                "tokens int64 [N], offsets int64 [S + 1] -> (tokens, position_ids, subtree_end, parent_row, path_rows, "
                "path_offsets, num_tokens)");
@@ -140,6 +294,10 @@ NB_MODULE(_csrc, module) {
                "tokens int64 [N], offsets int64 [2 P + 1], prompt_lengths int64 [P] -> (order, batch_offsets, batch_tokens)");
     module.def("tree_schedule", &tree_schedule, "subtree_end"_a, "block_q"_a, "block_kv"_a, "num_heads"_a, "num_kv_heads"_a,
                "window"_a = 0, "subtree_end int32 [T] -> the arrays of a TreeSchedule by name, and depths [T] with a window");
+    module.def("instruction_sets", &cpo::instruction_sets, "those of this machine that attention was compiled for, best first");
+    module.def("use_instruction_set", &cpo::use_instruction_set, "name"_a, "for all calls from now on; ValueError: it has none");
+    bind_attention<float>(module);
+    bind_attention<double>(module);
     module.def("validate_subtree_end", &validate_subtree_end, "subtree_end"_a,
                "ValueError unless subtree_end int32 [T] describes nested subtrees in depth-first preorder");
 }

@@ -23,7 +23,7 @@ LEVELS = {
 STRANGERS = {("search", "data"), ("data", "search")}
 KERNEL_LIBRARIES = {"torch", "triton", "numpy", "cpo_kernels"}
 # files of a kernel folder that hold one implementation each, Triton's in several; none imports another implementation
-IMPLEMENTATIONS = {"reference", "eager", "flash", "triton"}
+IMPLEMENTATIONS = {"reference", "eager", "flash", "native", "triton"}
 TRITON_HALVES = {"triton_forward", "triton_backward"}  # nor one of these the other
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}
 EXITS = {"sys.exit", "os._exit", "SystemExit"}

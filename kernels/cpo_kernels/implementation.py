@@ -1,9 +1,10 @@
 """Which implementation of an op runs: chosen once by device, overridable, logged, never silently replaced.
 
 Names: `reference` (plain torch, the specification), `eager` (plain torch, any device, no T x T matrix and no head in
-backward), `triton` (GPU kernels), `flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by
-device, an explicit `impl=` argument overrides both. An implementation that cannot run raises. Where only the device's
-default asks for `triton`, the op's check of its kernels runs there first, once a process.
+backward), `native` (C++ on a CPU: attention and decode; where an op has none, a CPU runs `eager`), `triton` (GPU kernels),
+`flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by device, an explicit `impl=` argument
+overrides both. An implementation that cannot run raises. Where only the device's default asks for `triton`, the op's check
+of its kernels runs there first, once a process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cpo_kernels.kernel_check import Check, check_once
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "CPO_KERNELS_IMPL"
-DEFAULT_BY_DEVICE = {"cpu": "eager", "cuda": "triton"}
+DEFAULT_BY_DEVICE = {"cpu": "native", "cuda": "triton"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def resolve_implementation(
     """
     default = default_implementation(device_type)
     chosen = impl or default or os.environ[ENVIRONMENT_VARIABLE]
+    if chosen == "native" and device_type == "cpu" and chosen not in available:
+        chosen = "eager"
     if chosen not in available:
         raise ValueError(
             f"{op}: impl={chosen!r} cannot run on {device_type}; expected one of {', '.join(map(repr, available))}"

@@ -173,8 +173,8 @@ def test_prepare_refuses_a_device_on_which_a_kernel_is_wrong(unchecked: None, mo
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_cuda_defaults_to_triton_and_the_cpu_to_eager() -> None:
-    assert implementation.DEFAULT_BY_DEVICE == {"cpu": "eager", "cuda": "triton"}
+def test_cuda_defaults_to_triton_and_the_cpu_to_native() -> None:
+    assert implementation.DEFAULT_BY_DEVICE == {"cpu": "native", "cuda": "triton"}
     assert "triton" in available_implementations("cuda")
 
 
@@ -182,8 +182,11 @@ def test_cuda_defaults_to_triton_and_the_cpu_to_eager() -> None:
 def test_each_op_is_resolved_by_itself_and_what_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Implementations.of("eager") == Implementations("eager", "eager")
     assert Implementations.of(Implementations(None, "eager")) == Implementations(None, "eager")
-    for op, resolve in (("tree_attention", resolve_tree_attention), ("linear_logprob", resolve_linear_logprob)):
-        assert resolve(None, "cpu") == "eager"
+    ops = {"tree_attention": (resolve_tree_attention, "native"), "linear_logprob": (resolve_linear_logprob, "eager")}
+    for op, (resolve, default) in ops.items():
+        assert resolve(None, "cpu") == resolve("native", "cpu") == default
+        with pytest.raises(ValueError, match=rf"{op}: impl='native' cannot run on meta"):
+            resolve("native", "meta")
         assert resolve("reference", "cpu") == "reference"
         with pytest.raises(ValueError, match=rf"{op}: impl='triton' cannot run on cpu"):
             resolve("triton", "cpu")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpo_kernels import tree_attention, tree_schedule
 from cpo_kernels.tree_attention import Window, attention_layer
 
-IMPLS = ("reference", "eager")
+IMPLS = ("reference", "eager", "native")
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
 HEAD_DIM = 16
 
@@ -180,11 +180,11 @@ def test_shapes_of_forests_that_break_blocks(impl: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_eager_is_the_default_on_cpu() -> None:
+def test_native_is_the_default_on_cpu() -> None:
     forest = random_forest(65, seed=5)
     inputs = random_heads(65, 4, 2, torch.float32, seed=5)
     assert torch.equal(
-        tree_attention(*inputs[:3], forest.subtree_end), tree_attention(*inputs[:3], forest.subtree_end, impl="eager")
+        tree_attention(*inputs[:3], forest.subtree_end), tree_attention(*inputs[:3], forest.subtree_end, impl="native")
     )
 
 
@@ -299,4 +299,4 @@ def test_choice_of_implementation_is_logged_once() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=1200)
     messages = [line for line in result.stderr.splitlines() if "tree_attention" in line]
     assert len(messages) == 1
-    assert "eager" in messages[0]
+    assert "native" in messages[0]

@@ -27,7 +27,7 @@ def double_inputs(num_rows: int, heads: int, kv_heads: int, seed: int) -> list[t
     return [*tensors, torch.linspace(-30, 12, heads, dtype=torch.float64)]
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_dense_autograd(case: str, impl: str) -> None:
     """Branches, several trees, lone rows, and a chain with more keys than the eager blocks."""
@@ -62,7 +62,7 @@ def test_nan_in_padding_rows_does_not_reach_the_gradient_of_sinks() -> None:
     assert featured_results(inputs, attention, 0.25, 2.0, sinks)["dsinks"][0].isnan()
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 def test_bfloat16_sinks_get_their_gradient_in_bfloat16(impl: str) -> None:
     *inputs, sinks = double_inputs(40, 4, 2, seed=1)
     q, k, v, upstream = (tensor.bfloat16() for tensor in inputs)

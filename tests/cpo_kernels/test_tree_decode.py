@@ -24,7 +24,7 @@ def run(inputs: Inputs, plan: DecodePlan, impl: str = "eager", scale: float = SC
     return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, scale=scale, impl=impl, **options)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 def test_every_row_equals_sdpa_over_its_own_keys(impl: str, heads: int, kv_heads: int, depth: int) -> None:
@@ -36,7 +36,7 @@ def test_every_row_equals_sdpa_over_its_own_keys(impl: str, heads: int, kv_heads
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,7 +99,7 @@ def test_default_scale_is_that_of_sdpa() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotated_inside_has_the_bits_of_rotated_before_by_transformers(impl: str, dtype: torch.dtype) -> None:
     frontier = random_frontier(4, num_prefilled=5)
@@ -115,7 +115,7 @@ def test_rotated_inside_has_the_bits_of_rotated_before_by_transformers(impl: str
     assert torch.equal(inside.arena[:, plan.slots], before.arena[:, plan.slots])
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 def test_scores_of_ten_thousand_do_not_overflow(impl: str) -> None:
     frontier = random_frontier(3)
     inputs = random_inputs(frontier, 4, 2, 16, torch.float32)
@@ -181,7 +181,7 @@ def shuffled(plan: DecodePlan) -> DecodePlan:
     return replace(plan, items=plan.items[torch.randperm(len(plan.items), generator=torch.Generator().manual_seed(7))])
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
 def test_order_of_items_and_padding_change_no_bit(impl: str) -> None:
     frontier = random_frontier(6, 4)
     inputs = random_inputs(frontier, 4, 2, 16, torch.float32)
@@ -195,7 +195,7 @@ def test_order_of_items_and_padding_change_no_bit(impl: str) -> None:
 def test_rows_without_keys_are_zero_and_one_row_alone_works() -> None:
     inputs = random_inputs(Frontier(paths=[[]], suffixes=[(0, 1)], num_arena_rows=1), 4, 2, 8, torch.float32)
     plan = DecodePlan.build([0], [], [0], [1])
-    for impl in ("reference", "eager"):
+    for impl in ("reference", "eager", "native"):
         torch.testing.assert_close(run(inputs, plan, impl), inputs.v_new.repeat_interleave(2, dim=1))
         assert torch.equal(run(inputs, DecodePlan.build([0], [], [0], [0]), impl), torch.zeros(1, 4, 8))
 

@@ -1,9 +1,9 @@
 """Attention over a forest laid out in depth-first preorder: row i sees row j iff j <= i < subtree_end[j].
 
-`reference` is the specification (dense), `eager` the same without a T x T matrix, `triton` the GPU kernels
-(`triton_forward`, `triton_backward`), which run on a CPU under TRITON_INTERPRET=1, `flash` flash-attn's varlen kernel for
-trees that are single chains. `tree_schedule` makes the block schedule that they walk once per forest on the host. With
-it, no layer waits for the device.
+`reference` is the specification (dense), `eager` the same without a T x T matrix, `native` C++ on a CPU, `triton` the GPU
+kernels (`triton_forward`, `triton_backward`), which run on a CPU under TRITON_INTERPRET=1, `flash` flash-attn's varlen
+kernel for trees that are single chains. `tree_schedule` makes the block schedule that they walk once per forest on the
+host. With it, no layer waits for the device.
 """
 
 from typing import Any
@@ -14,12 +14,13 @@ from cpo_kernels.implementation import available_implementations, resolve_implem
 from cpo_kernels.tree_attention.check import check_tree_attention
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
+from cpo_kernels.tree_attention.native import NativeTreeAttention
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, window_schedule
 from cpo_kernels.tree_attention.window import Window
 
 # implementations that compute a `Window`, a soft-cap and sinks
-WINDOWED = ("reference", "eager", "triton")
+WINDOWED = ("reference", "eager", "native", "triton")
 
 __all__ = [
     "WINDOWED",
@@ -52,9 +53,10 @@ def tree_attention(
         subtree_end: [T] int32, laminar, as `Forest.subtree_end`.
         schedule: `forest.schedule()` of the same forest. None makes it here, for which a GPU is waited for.
         scale: factor on q . k, default D ** -0.5.
-        impl: "reference", "eager", "triton", "flash", or None to choose by device. "triton" takes no float64, head sizes
-            up to 256, and schedules on the device of q whose block sizes are powers of two from 16 on. "flash" takes
-            float16 and bfloat16 on a GPU, and forests of which no tree branches, and computes none of what follows.
+        impl: "reference", "eager", "native", "triton", "flash", or None to choose by device. "native" runs on a CPU.
+            "triton" takes no float64, head sizes up to 256, and schedules on the device of q whose block sizes are powers
+            of two from 16 on. "flash" takes float16 and bfloat16 on a GPU, and forests of which no tree branches, and
+            computes none of what follows.
         window: a row sees those of its ancestors that are less than `window.size` tokens above it. `window.depths` is
             `Forest.position_ids`, on the device of q. None: all of them.
         softcap: positive; scores s = scale * q . k become softcap * tanh(s / softcap), as in Gemma 2.
@@ -74,8 +76,7 @@ def tree_attention(
 def resolve_tree_attention(impl: str | None, device_type: str) -> str:
     """The name of the implementation that runs on a device, for `attention_layer`. See `resolve_implementation`."""
     available = available_implementations(device_type)
-    if device_type == "cuda":
-        available += ("flash",)
+    available += {"cuda": ("flash",), "cpu": ("native",)}.get(device_type, ())
     return resolve_implementation("tree_attention", impl, device_type, available, check_tree_attention)
 
 
@@ -109,6 +110,8 @@ def attention_layer(
         return flash_tree_attention(load_varlen(), q, k, v, schedule, scale)
     if impl == "triton":
         return _triton(q, k, v, schedule, scale, window, softcap, sinks)
+    if impl == "native":
+        return _apply(NativeTreeAttention, q, k, v, schedule, scale, window, softcap, sinks)
     assert impl == "eager", impl
     runs = key_runs(schedule, q.shape[1], q.device)
     return _apply(EagerTreeAttention, q, k, v, runs, scale, window, softcap, sinks)

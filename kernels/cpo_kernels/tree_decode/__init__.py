@@ -1,7 +1,8 @@
 """Attention of a search tree's frontier: every node that states share is read once, and the partials are merged.
 
-`reference` is the specification (dense, row by row), `eager` the plan's items in plain torch, `triton` the GPU kernels of
-`triton_forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here is differentiable.
+`reference` is the specification (dense, row by row), `eager` the plan's items in plain torch, `native` rows in C++ on a
+CPU, `triton` the GPU kernels of `triton_forward`, which run on a CPU under TRITON_INTERPRET=1. Inference only: nothing here
+is differentiable.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from cpo_kernels.implementation import available_implementations, resolve_implementation
 from cpo_kernels.tree_decode.check import check_tree_decode
 from cpo_kernels.tree_decode.eager import tree_decode_eager
+from cpo_kernels.tree_decode.native import tree_decode_native
 from cpo_kernels.tree_decode.plan import DecodePlan
 from cpo_kernels.tree_decode.reference import tree_decode_reference
 
@@ -39,8 +41,8 @@ def tree_decode(
         k_arena, v_arena: [C, Hkv, D], same dtype, changed in place. Any strides, last dimension contiguous.
         plan: of these N rows, on the device of q.
         scale: factor on q . k, default D ** -0.5.
-        impl: "reference", "eager", "triton", or None to choose by device. "triton" takes no float64 and head sizes up to
-            256.
+        impl: "reference", "eager", "native", "triton", or None to choose by device. "native" runs on a CPU. "triton" takes
+            no float64 and head sizes up to 256.
         rotary: cosines and sines [N, D] of each row's position, dtype of q. q and k_new are rotated by them first, as
             Transformers' `apply_rotary_pos_emb` does, and the keys are stored so. "triton" computes it in float32 and
             rounds once. D must be even.
@@ -50,7 +52,7 @@ def tree_decode(
 
     Returns:
         [N, H, D] in the dtype of q. A row without visible keys is 0. Accumulated in float32 (float64 for float64). Bitwise
-        repeatable. With "eager" on a CPU in float32 a row's bits do not depend on the other rows.
+        repeatable. With "native", and with "eager" on a CPU in float32, a row's bits do not depend on the other rows.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, the plan names slots past the arena, or `impl` cannot run here.
@@ -63,6 +65,8 @@ def tree_decode(
 def resolve_tree_decode(impl: str | None, device_type: str) -> str:
     """The name of the implementation that runs on a device, for `decode_layer`. See `resolve_implementation`."""
     available = available_implementations(device_type)
+    if device_type == "cpu":
+        available += ("native",)
     return resolve_implementation("tree_decode", impl, device_type, available, check_tree_decode)
 
 
@@ -94,7 +98,7 @@ def decode_layer(
 
         run: Callable[..., torch.Tensor] = tree_decode_forward
     else:
-        run = {"reference": tree_decode_reference, "eager": tree_decode_eager}[impl]
+        run = {"reference": tree_decode_reference, "eager": tree_decode_eager, "native": tree_decode_native}[impl]
     return run(q, k_new, v_new, k_arena, v_arena, plan, scale, rotary, window, softcap, sinks)
 
 

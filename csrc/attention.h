@@ -1,0 +1,119 @@
+// Attention on a CPU: tree attention of training, forward and backward, and tree decode of a search. Every function exists
+// once for each instruction set, in a namespace of its own; `attention.cpp` chooses and shares out the work.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cpo {
+
+// Rows of heads in a tensor [rows, heads, head_dim] whose last dimension is contiguous.
+template <typename T>
+struct Heads {
+    T* data;
+    int64_t row, head;  // strides
+
+    T* at(int64_t of_row, int64_t of_head) const { return data + of_row * row + of_head * head; }
+};
+
+// Branchless runs of a forest in preorder, as `Schedule` has them: rows [start, stop) whose subtrees end at `end`.
+struct Runs {
+    const int32_t *start, *stop, *end;
+    int64_t num_runs;
+};
+
+template <typename T>
+struct TreeAttention {
+    Runs runs;
+    int64_t num_rows, num_heads, num_kv_heads, head_dim;
+    Heads<const T> q, k, v;
+    double scale;
+    int64_t window;     // 0: none
+    double softcap;     // 0: none
+    const T* sinks;     // [H] or null
+    Heads<T> out;       // forward
+    T* log_sum_exp;     // [H, T], written by forward, read by backward
+    Heads<const T> grad_out;
+    const T* delta;     // [H, T], sum of dout * out
+    Heads<T> grad_q, grad_k, grad_v;  // backward, data null where not wanted
+    int64_t longest_path;
+};
+
+// Numbers of scratch that one thread needs.
+template <typename T>
+int64_t tree_attention_scratch(const TreeAttention<T>& of, bool backward);
+
+// Where the trees of a forest begin, in runs, and the number of runs at the end; and the longest path in tokens.
+std::vector<int64_t> tree_starts(const Runs& runs);
+int64_t longest_path(const Runs& runs);
+
+template <typename T>
+void tree_attention_forward(TreeAttention<T> of, int num_threads);
+template <typename T>
+void tree_attention_backward(TreeAttention<T> of, int num_threads);
+
+// What each row of a decode step reads: intervals of arena rows in path order, [offsets[r], offsets[r + 1]) of them, which
+// other rows may read too, and then keys of its own.
+struct DecodeRows {
+    const int64_t *start, *count, *offsets, *own_start, *own_count;
+    int64_t num_rows;
+    int64_t longest_nodes, longest_own, most_intervals;  // of any row
+};
+
+enum class Stored { float64, float32, bfloat16, float16 };
+
+template <typename T>
+struct TreeDecode {
+    DecodeRows rows;
+    int64_t num_heads, num_kv_heads, head_dim;
+    Heads<const T> q;
+    const void *keys, *values;  // arenas, elements as `stored` says
+    int64_t key_row, key_head, value_row, value_head;  // strides
+    Stored stored;
+    double scale;
+    int64_t window;  // 0: none
+    double softcap;  // 0: none
+    const T* sinks;  // [H] or null
+    Heads<T> out;
+};
+
+// Positions of a row of scores: a row's nodes, then its own keys, each from a whole vector on, and one vector to spare.
+template <typename T>
+int64_t decode_longest(const TreeDecode<T>& of, int64_t width) {
+    const int64_t longest = (of.rows.longest_nodes + width - 1) / width + (of.rows.longest_own + width - 1) / width + 1;
+    return (longest % 64 == 0 ? longest + 1 : longest) * width;  // not a power of two apart
+}
+
+// Queries of one product.
+template <typename T>
+int64_t decode_block(const TreeDecode<T>& of) {
+    const int64_t group = of.num_heads / of.num_kv_heads;
+    return group < 64 ? 64 / group * group : group;
+}
+
+template <typename T>
+void tree_decode(const TreeDecode<T>& of, int num_threads);
+
+// Instruction sets that the running machine has and the kernels were compiled for, the one that they use at first first.
+std::vector<std::string> instruction_sets();
+// Of all calls from now on. For tests and measurements.
+void use_instruction_set(const std::string& name);
+
+#define CPO_FOR_EACH_SET(namespace_name)                                                                                 \
+    namespace namespace_name {                                                                                           \
+    template <typename T>                                                                                                \
+    void forward_tree(const TreeAttention<T>& of, int64_t first_run, int64_t last_run, int64_t kv_head, T* scratch);    \
+    template <typename T>                                                                                                \
+    void backward_tree(const TreeAttention<T>& of, int64_t first_run, int64_t last_run, int64_t kv_head, T* scratch);   \
+    template <typename T>                                                                                                \
+    void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, int64_t kv_head, T* scratch);        \
+    }
+
+CPO_FOR_EACH_SET(baseline)
+CPO_FOR_EACH_SET(avx2)
+CPO_FOR_EACH_SET(avx512)
+#undef CPO_FOR_EACH_SET
+
+}  // namespace cpo

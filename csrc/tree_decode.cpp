@@ -1,0 +1,367 @@
+// Tree decode for some rows and one key head. The keys and values of the nodes on a path lie in one range, as in
+// tree_attention.cpp, and what the next rows read alike stays there; a row's own keys are read where they are. Every row is
+// computed by the same operations in the same order whichever rows stand beside it, so its bits are its own. Compiled once
+// for each instruction set (`CPO_SET`).
+
+#include <vector>
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace cpo::CPO_SET {
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int tile_queries = 4;  // with four keys, sixteen sums
+#else
+constexpr int tile_queries = 1;
+#endif
+constexpr int64_t chunk_keys = 64;  // that are converted at once
+
+// The sums over lanes of four vectors, each by the same halving.
+CPO_INLINE void four_sums(const Values<float>* of, float* sums, int64_t count) {
+    const auto halves = [](Values<float> a, Values<float> b) {
+        return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    };
+    const Values<float> a = halves(of[0], of[1]), b = halves(of[2], of[3]);
+    Values<float> four = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    four += __builtin_shufflevector(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    four += __builtin_shufflevector(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    for (int64_t j = 0; j < count; ++j) {
+        sums[j] = four[4 * j];
+    }
+}
+
+CPO_INLINE void four_sums(const Values<double>* of, double* sums, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        sums[j] = sum_of<double>(of[j]);
+    }
+}
+
+CPO_INLINE float from_bfloat16(uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+CPO_INLINE float from_float16(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000U) << 16, magnitude = bits & 0x7fffU;
+    uint32_t wide;
+    if (magnitude >= 0x7c00U) {  // infinite or NaN
+        wide = 0x7f800000U | (magnitude << 13);
+    } else {
+        wide = magnitude << 13;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        value *= 0x1p112F;  // the exponent's other bias, subnormal numbers included
+        std::memcpy(&wide, &value, sizeof wide);
+    }
+    wide |= sign;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// One head's rows of an arena as T, padded to whole vectors.
+template <typename T>
+struct Arena {
+    const void* data;
+    int64_t row, offset, head_dim, dim;
+    Stored stored;
+
+    bool direct() const { return stored == (sizeof(T) == 8 ? Stored::float64 : Stored::float32); }
+
+    void copy(int64_t index, T* to) const {
+        const int64_t from = index * row + offset;
+        if (direct()) {
+            copy_padded(to, static_cast<const T*>(data) + from, head_dim, dim, T{1});
+            return;
+        }
+        for (int64_t d = 0; d < dim; ++d) {
+            to[d] = d < head_dim ? element(from + d) : 0;
+        }
+    }
+
+    T element(int64_t index) const {
+        switch (stored) {
+            case Stored::float64: return static_cast<T>(static_cast<const double*>(data)[index]);
+            case Stored::float32: return static_cast<T>(static_cast<const float*>(data)[index]);
+            case Stored::bfloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[index]);
+            default: return from_float16(static_cast<const uint16_t*>(data)[index]);
+        }
+    }
+
+    // visit(rows, stride, at, count) for rows [first + at, first + at + count): where they are, or copied in chunks.
+    template <typename Visit>
+    void each_chunk(int64_t first, int64_t count, T* scratch, Visit visit) const {
+        if (direct() && head_dim == dim) {
+            if (count > 0) {
+                visit(static_cast<const T*>(data) + first * row + offset, row, 0, count);
+            }
+            return;
+        }
+        for (int64_t at = 0; at < count; at += chunk_keys) {
+            const int64_t some = count - at < chunk_keys ? count - at : chunk_keys;
+            for (int64_t j = 0; j < some; ++j) {
+                copy(first + at + j, scratch + j * dim);
+            }
+            visit(scratch, dim, at, some);
+        }
+    }
+};
+
+// scores[m][j] = queries[m] . keys[j]
+template <int Rows, typename T>
+CPO_INLINE void some_dots(const T* queries, int64_t dim, const T* keys, int64_t stride, int64_t count, T* scores,
+                          int64_t longest) {
+    constexpr int64_t width = Vector<T>::width;
+    for (int64_t j = 0; j < count; j += 4) {
+        const int64_t left = count - j < 4 ? count - j : 4;
+        const T* key[4];
+        for (int64_t i = 0; i < 4; ++i) {
+            key[i] = keys + (j + (i < left ? i : left - 1)) * stride;
+        }
+        Values<T> sums[Rows][4] = {};
+        for (int64_t d = 0; d < dim; d += width) {
+            const Values<T> four[4] = {load(key[0] + d), load(key[1] + d), load(key[2] + d), load(key[3] + d)};
+#pragma GCC unroll 4
+            for (int m = 0; m < Rows; ++m) {
+                const Values<T> query = load(queries + m * dim + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    sums[m][i] += query * four[i];
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m) {
+            four_sums(sums[m], scores + m * longest + j, left);
+        }
+    }
+}
+
+template <typename T>
+void dots(const T* queries, int64_t num_queries, int64_t dim, const T* keys, int64_t stride, int64_t count, T* scores,
+          int64_t longest) {
+    int64_t m = 0;
+    for (; m + tile_queries <= num_queries; m += tile_queries) {
+        some_dots<tile_queries>(queries + m * dim, dim, keys, stride, count, scores + m * longest, longest);
+    }
+    for (; m < num_queries; ++m) {
+        some_dots<1>(queries + m * dim, dim, keys, stride, count, scores + m * longest, longest);
+    }
+}
+
+// out[m] += sum over j of weights[m][j] * values[j], in order
+template <int Rows, typename T>
+CPO_INLINE void weigh_some(const T* weights, int64_t longest, const T* values, int64_t stride, int64_t count, T* out,
+                           int64_t dim) {
+    constexpr int64_t width = Vector<T>::width;
+    for (int64_t d = 0; d < dim; d += width) {
+        Values<T> sums[Rows];
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m) {
+            sums[m] = load(out + m * dim + d);
+        }
+        for (int64_t j = 0; j < count; ++j) {
+            const Values<T> value = load(values + j * stride + d);
+#pragma GCC unroll 4
+            for (int m = 0; m < Rows; ++m) {
+                sums[m] += broadcast(weights[m * longest + j]) * value;
+            }
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m) {
+            store(out + m * dim + d, sums[m]);
+        }
+    }
+}
+
+template <typename T>
+void weigh(const T* weights, int64_t longest, int64_t num_queries, const T* values, int64_t stride, int64_t count, T* out,
+           int64_t dim) {
+    int64_t m = 0;
+    for (; m + tile_queries <= num_queries; m += tile_queries) {
+        weigh_some<tile_queries>(weights + m * longest, longest, values, stride, count, out + m * dim, dim);
+    }
+    for (; m < num_queries; ++m) {
+        weigh_some<1>(weights + m * longest, longest, values, stride, count, out + m * dim, dim);
+    }
+}
+
+// The keys and values of nodes on the path of the present rows. What the next rows read alike stays.
+template <typename T>
+struct NodePath {
+    Path<T> keys;
+    T* values;
+    int64_t *start, *count;  // intervals that are there
+    int64_t num_intervals = 0;
+
+    // Returns how many positions the longest row of a block reads. Its rows differ at most in how far they see the last.
+    int64_t load_of(const DecodeRows& rows, int64_t row, const Arena<T>& from_keys, const Arena<T>& from_values) {
+        const int64_t first = rows.offsets[row], wanted = rows.offsets[row + 1] - first;
+        int64_t position = 0, place = 0;
+        while (place < wanted && place < num_intervals && start[place] == rows.start[first + place] &&
+               count[place] == rows.count[first + place]) {
+            position += count[place++];
+        }
+        const int64_t unchanged = position;
+        num_intervals = wanted;
+        for (; place < wanted; ++place) {
+            start[place] = rows.start[first + place];
+            count[place] = rows.count[first + place];
+            for (int64_t key = 0; key < count[place]; ++key, ++position) {
+                from_keys.copy(start[place] + key, keys.row(position));
+                from_values.copy(start[place] + key, values + position * keys.dim);
+            }
+        }
+        if (position > unchanged) {
+            keys.make_panels(unchanged, position);
+        }
+        return position;
+    }
+};
+
+int64_t num_node_keys(const DecodeRows& rows, int64_t row) {
+    int64_t total = 0;
+    for (int64_t i = rows.offsets[row]; i < rows.offsets[row + 1]; ++i) {
+        total += rows.count[i];
+    }
+    return total;
+}
+
+// Whether two rows read the same nodes, the last perhaps not as far.
+bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
+    const int64_t first = rows.offsets[a], other = rows.offsets[b], count = rows.offsets[a + 1] - first;
+    if (rows.offsets[b + 1] - other != count) {
+        return false;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        if (rows.start[first + i] != rows.start[other + i] ||
+            (i + 1 < count && rows.count[first + i] != rows.count[other + i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// One query: its scores at nodes, [0, nodes), and at its own keys, [own_place, own_place + own), of which it sees those from
+// `oldest` on, counted along the path, to weights; all else in [start, stop) to 0. Returns what their sum is.
+template <typename T>
+struct Softmax {
+    const TreeDecode<T>& of;
+    int64_t start, nodes, own_place, own, oldest, head;
+
+    T operator()(T* scores) const {
+        constexpr int64_t width = Vector<T>::width;
+        const int64_t stop = own_place + rounded_up(own, width);
+        const int64_t first = oldest < nodes ? oldest : nodes, first_own = oldest > nodes ? oldest - nodes : 0;
+        bend(scores + first, nodes - first);
+        bend(scores + own_place + first_own, own - first_own);
+        hide(scores, start, first);
+        hide(scores, nodes, own_place + first_own);
+        hide(scores, own_place + own, stop);
+        Values<T> largest = load(scores + start);
+        for (int64_t j = start + width; j < stop; j += width) {
+            const Values<T> next = load(scores + j);
+            largest = next > largest ? next : largest;
+        }
+        T maximum = largest_of<T>(largest), sink = 0;
+        if (of.sinks != nullptr) {
+            sink = of.sinks[head];
+            maximum = sink > maximum ? sink : maximum;
+        }
+        Values<T> total = {};
+        for (int64_t j = start; j < stop; j += width) {
+            const Values<T> weight = exponential(load(scores + j) - maximum);
+            total += weight;
+            store(scores + j, weight);
+        }
+        const T sum = sum_of<T>(total);
+        return of.sinks == nullptr ? sum : sum + std::exp(sink - maximum);
+    }
+
+    void bend(T* scores, int64_t count) const {
+        const T cap = static_cast<T>(of.softcap);
+        for (int64_t j = 0; of.softcap > 0 && j < count; ++j) {
+            scores[j] = std::tanh(scores[j] / cap) * cap;
+        }
+    }
+
+    static void hide(T* scores, int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; ++j) {
+            scores[j] = -std::numeric_limits<T>::infinity();
+        }
+    }
+};
+
+}  // namespace
+
+template <typename T>
+void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, int64_t kv_head, T* scratch) {
+    constexpr int64_t width = Vector<T>::width;
+    const int64_t group = of.num_heads / of.num_kv_heads, dim = rounded_up(of.head_dim, width);
+    const int64_t longest = decode_longest(of, width), block = decode_block(of);
+    const auto take = [&](int64_t count) { return (scratch += count) - count; };
+    T* const key_rows = take(longest * dim);
+    const Path<T> keys{key_rows, take(longest * dim), dim};
+    T* const values = take(longest * dim);
+    T *queries = take(block * dim), *out = take(block * dim), *scores = take(block * longest), *totals = take(block);
+    T* const own_rows = take(chunk_keys * dim);
+    std::vector<int64_t> intervals(static_cast<size_t>(2 * of.rows.most_intervals) + 1);
+    NodePath<T> path{keys, values, intervals.data(), intervals.data() + of.rows.most_intervals};
+    const Arena<T> arena_keys{of.keys, of.key_row, kv_head * of.key_head, of.head_dim, dim, of.stored};
+    const Arena<T> arena_values{of.values, of.value_row, kv_head * of.value_head, of.head_dim, dim, of.stored};
+    for (int64_t first = first_row, last; first < last_row; first = last) {
+        int64_t furthest = first;
+        for (last = first + 1; last < last_row && (last - first + 1) * group <= block && same_nodes(of.rows, first, last); ++last) {
+            furthest = num_node_keys(of.rows, last) > num_node_keys(of.rows, furthest) ? last : furthest;
+        }
+        const int64_t num_queries = (last - first) * group, num_nodes = path.load_of(of.rows, furthest, arena_keys, arena_values);
+        const int64_t own_place = rounded_up(num_nodes, width);
+        int64_t start = own_place;  // of what any row sees
+        for (int64_t m = 0; m < num_queries; ++m) {
+            const int64_t row = first + m / group, seen = num_node_keys(of.rows, row) + of.rows.own_count[row];
+            const int64_t oldest = of.window > 0 && seen > of.window ? seen - of.window : 0;
+            start = oldest < start ? oldest / width * width : start;
+            copy_padded(queries + m * dim, of.q.at(row, kv_head * group + m % group), of.head_dim, dim, static_cast<T>(of.scale));
+        }
+        multiply(Product<T>{queries, dim, 1, keys.panels + start * dim, width, width * dim, scores + start, longest, num_queries,
+                            (own_place - start) / width, of.head_dim, false});
+        for (int64_t m = 0; m < num_queries; m += group) {
+            const int64_t row = first + m / group, own = of.rows.own_count[row];
+            arena_keys.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                dots(queries + m * dim, group, dim, some, stride, count, scores + m * longest + own_place + at, longest);
+            });
+        }
+        for (int64_t m = 0; m < num_queries; ++m) {
+            const int64_t row = first + m / group, nodes = num_node_keys(of.rows, row), own = of.rows.own_count[row];
+            const int64_t oldest = of.window > 0 && nodes + own > of.window ? nodes + own - of.window : 0;
+            const Softmax<T> softmax{of, start, nodes, own_place, own, oldest, kv_head * group + m % group};
+            totals[m] = nodes + own == 0 ? T{0} : softmax(scores + m * longest);
+        }
+        multiply(Product<T>{scores + start, longest, 1, values + start * dim, dim, width, out, dim, num_queries, dim / width,
+                            num_nodes - start > 0 ? num_nodes - start : 0, false});
+        for (int64_t m = 0; m < num_queries; m += group) {
+            const int64_t row = first + m / group, own = of.rows.own_count[row];
+            arena_values.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                weigh(scores + m * longest + own_place + at, longest, group, some, stride, count, out + m * dim, dim);
+            });
+        }
+        for (int64_t m = 0; m < num_queries; ++m) {
+            T* result = of.out.at(first + m / group, kv_head * group + m % group);
+            for (int64_t d = 0; d < of.head_dim; ++d) {
+                result[d] = totals[m] == 0 ? T{0} : out[m * dim + d] / totals[m];
+            }
+        }
+    }
+}
+
+template void decode_rows<float>(const TreeDecode<float>&, int64_t, int64_t, int64_t, float*);
+template void decode_rows<double>(const TreeDecode<double>&, int64_t, int64_t, int64_t, double*);
+
+}  // namespace cpo::CPO_SET
