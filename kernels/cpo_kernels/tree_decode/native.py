@@ -67,6 +67,11 @@ def tree_decode_native(
 
 def row_keys(plan: DecodePlan) -> RowKeys:
     """The keys of a plan's rows, made once and kept with it for all layers."""
+    if plan.is_reused:
+        raise ValueError(
+            "tree_decode: impl='native' reads a plan once and cannot follow one whose contents change between forwards; "
+            "use impl='triton', or a new plan for each forward"
+        )
     key = ("native",)
     if key not in plan.host_derived:
         plan.host_derived[key] = _row_keys(plan)
