@@ -4,6 +4,7 @@
     run/prompts/<hash>.json    the prompt part that all questions share, once
     run/statistics.jsonl       the trees in numbers
     run/timings.jsonl          the seconds from a question's start to its end, which never go into a tree
+    run/collect.yaml           the configuration, every setting of it
 
 A killed run loses the lines that were being generated (see `answer_cache`). A question whose search raises is recorded
 with status `failed` and its reason, and the run goes on. Questions already in the file, failed ones included, are skipped:
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast import progress as progress_line
-from cpo_fast.config import Config, SearchConfig
+from cpo_fast.config import Config, SearchConfig, keep_config
+from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
 from cpo_fast.search.answer_cache import AnswerFiles
 from cpo_fast.search.engine import Engine
+from cpo_fast.search.search_settings import KEPT, search_settings
 from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.statistics import CollectResult, summarise, tree_statistics
 from cpo_fast.search.tree_search import search_question
@@ -151,8 +154,10 @@ def collect(
     prompts = Prompts(task, tokenizer, config.task.chat)
     provenance = provenance_of(config, prompts, model)
     run = Path(config.run)
-    with open_trees(run / "trees.jsonl", provenance, questions, worker) as store:
+    settings = search_settings(config, task, dtype_name(model.dtype))
+    with open_trees(run / "trees.jsonl", provenance, questions, worker, settings) as store:
         prompts.shared.save(store.path)
+        keep_config(run / KEPT, config)  # not before the trees that are there have been found to be of it
         num_resumed = sum(question.id in store.trees for question in questions)
         # skipped: what is finished, failed ones included
         own = [question for question in questions if worker.owns(question.id)]
