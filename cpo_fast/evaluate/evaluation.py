@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.config import Config, SearchConfig, config_hash
+from cpo_fast.config import Config, SearchConfig, config_hash, keep_config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.chain import Chain, chain_search
@@ -29,6 +29,8 @@ from cpo_fast.tasks.prompts import ANY_QUESTION
 from cpo_fast.tree import ROOT, comparable
 
 logger = logging.getLogger(__name__)
+
+KEPT = "eval.yaml"
 
 
 def evaluate(
@@ -65,9 +67,13 @@ def evaluate_methods(
     on_question: Callable[[int, int], None] | None = None,
     make_engine: EngineMaker = configured_engine,
 ) -> list[Evaluation]:
-    """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
+    """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions.
+
+    The newest configuration stays beside the results, in `eval.yaml`.
+    """
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
+    asked_by = config
     # what is recorded names the questions that were asked, by whichever key
     config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
@@ -88,6 +94,7 @@ def evaluate_methods(
                     on_question(first + num_answers, total)
 
             evaluations.append(_finished(config, task, asker, method, answered))
+            keep_config(Path(config.run) / KEPT, asked_by)
     return evaluations
 
 
