@@ -20,6 +20,7 @@ from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.chain import Chain, chain_search
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, free_label, summarise
 from cpo_fast.files import canonical_json, short_hash
+from cpo_fast.repeats import Repeats
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
 from cpo_fast.search.state_evaluator import check_evaluator
@@ -146,22 +147,27 @@ class _Asker:
         questions = self._questions
         num_alone = len(questions) if method == "tot" else self._config.eval.latency_questions
         results: dict[str, QuestionResult] = {}
+        repeats = Repeats()
 
         def take(question: Question, answer: QuestionAnswer) -> None:
-            if answer.stop == "failed":
+            if answer.stop == "failed" and repeats.says(answer.detail):
                 logger.warning("question %r failed: %s", question.id, answer.detail)
             results[question.id] = self._result(question, answer)  # a gold answer is read when an answer is there
             answered(len(results))
 
-        for question in questions[:num_alone]:
-            take(question, self._alone(method, question))
-        by_name = {question.id: question for question in questions[num_alone:]}
-        searches = ((name, self._chain(question)) for name, question in by_name.items())
-        for name, outcome, _ in self._engine[0].run(searches):
-            if isinstance(outcome, Exception):
-                take(by_name[name], _failed(name, outcome, None))
-            else:
-                take(by_name[name], self._of_chain(outcome, None))
+        try:
+            for question in questions[:num_alone]:
+                take(question, self._alone(method, question))
+            by_name = {question.id: question for question in questions[num_alone:]}
+            searches = ((name, self._chain(question)) for name, question in by_name.items())
+            for name, outcome, _ in self._engine[0].run(searches):
+                if isinstance(outcome, Exception):
+                    take(by_name[name], _failed(name, outcome, None))
+                else:
+                    take(by_name[name], self._of_chain(outcome, None))
+        finally:
+            for sentence in repeats.rest():
+                logger.warning("%s", sentence)
         return [results[question.id] for question in questions]
 
     @property

@@ -1,7 +1,9 @@
 """`collect` on a tiny random model: equal bytes for any batch size and restart, recorded failures, refusals."""
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cpo_fast.config import Config, load_config
-from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.errors import ConfigError, DataError, Interrupted
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect, configured_engine
 from cpo_fast.search.engine import Requests, SampleRequest, ScoreRequest
@@ -110,6 +112,28 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, mod
     result = collect(config, model, tokenizer, progress=lambda number, total, tree, seconds: searched.append(tree.id))
     assert searched == ["second", "third"]
     assert result.num_resumed == 1
+    assert _bytes(config) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_says_what_is_kept_and_records_no_failure(make_config, model, tokenizer, undisturbed, number):
+    config = make_config("stopped")
+    before = signal.getsignal(number)
+
+    def stop_in_second(ask):
+        if any(isinstance(item, SampleRequest) and "/second/" in item.uid for item in ask.items):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as caught:
+        collect(config, model, tokenizer, make_engine=_listening(stop_in_second))
+    assert caught.value.exit_code == 143
+    assert str(caught.value) == (
+        f"{number.name}: 1 of 3 questions are finished and kept in {config.run}, with the answers to those under way; the "
+        "same command goes on from there"
+    )
+    assert signal.getsignal(number) is before
+    assert _bytes(config).splitlines() == undisturbed.splitlines()[:1]
+    collect(config, model, tokenizer)
     assert _bytes(config) == undisturbed
 
 
