@@ -198,25 +198,26 @@ template <typename T>
 struct NodePath {
     Path<T> keys;
     T* values;
-    int64_t *start, *count;  // intervals that are there
+    int64_t *node, *count;  // intervals that are there
     int64_t num_intervals = 0;
 
     // Returns how many positions the longest row of a block reads. Its rows differ at most in how far they see the last.
     int64_t load_of(const DecodeRows& rows, int64_t row, const Arena<T>& from_keys, const Arena<T>& from_values) {
         const int64_t first = rows.offsets[row], wanted = rows.offsets[row + 1] - first;
         int64_t position = 0, place = 0;
-        while (place < wanted && place < num_intervals && start[place] == rows.start[first + place] &&
+        while (place < wanted && place < num_intervals && node[place] == rows.node[first + place] &&
                count[place] == rows.count[first + place]) {
             position += count[place++];
         }
         const int64_t unchanged = position;
         num_intervals = wanted;
         for (; place < wanted; ++place) {
-            start[place] = rows.start[first + place];
+            node[place] = rows.node[first + place];
             count[place] = rows.count[first + place];
+            const int64_t start = rows.start[first + place];
             for (int64_t key = 0; key < count[place]; ++key, ++position) {
-                from_keys.copy(start[place] + key, keys.row(position));
-                from_values.copy(start[place] + key, values + position * keys.dim);
+                from_keys.copy(start + key, keys.row(position));
+                from_values.copy(start + key, values + position * keys.dim);
             }
         }
         if (position > unchanged) {
@@ -241,7 +242,7 @@ bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
         return false;
     }
     for (int64_t i = 0; i < count; ++i) {
-        if (rows.start[first + i] != rows.start[other + i] ||
+        if (rows.node[first + i] != rows.node[other + i] ||
             (i + 1 < count && rows.count[first + i] != rows.count[other + i])) {
             return false;
         }
