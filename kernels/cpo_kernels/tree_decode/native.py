@@ -24,7 +24,6 @@ class RowKeys(NamedTuple):
     offsets: np.ndarray  # [N + 1] int64, of each row's items
     own_start: np.ndarray  # [N] int64
     own_count: np.ndarray  # [N] int64
-    longest: tuple[int, int, int]  # most keys of a row in items, most of its own, most items
 
 
 def tree_decode_native(
@@ -66,7 +65,9 @@ def tree_decode_native(
 
 
 def row_keys(plan: DecodePlan) -> RowKeys:
-    """The keys of a plan's rows, made once and kept with it for all layers."""
+    """The keys of a plan's rows, made once and kept with it for all layers unless its contents change."""
+    if plan.is_reused:
+        return _row_keys(plan)
     key = ("native",)
     if key not in plan.host_derived:
         plan.host_derived[key] = _row_keys(plan)
@@ -91,9 +92,7 @@ def _row_keys(plan: DecodePlan) -> RowKeys:
     some = count > 0
     item, count = item[some], count[some]
     offsets = np.concatenate([[0], np.cumsum(some)])[offsets]
-    ends = np.concatenate([[0], np.cumsum(count)])[offsets]
-    longest = [int(values.max(initial=0)) for values in (np.diff(ends), own_count, np.diff(offsets))]
-    return RowKeys(items[item, 2], count, offsets, own_start, own_count, (longest[0], longest[1], longest[2]))
+    return RowKeys(items[item, 2], count, offsets, own_start, own_count)
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:
