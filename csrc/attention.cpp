@@ -3,10 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <initializer_list>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <utility>
+
+#if defined(CPO_X86_SETS)
+#include <cpuid.h>
+#endif
 
 namespace cpo {
 
@@ -19,16 +24,42 @@ constexpr int64_t part_bytes = int64_t{1} << 20;  // of keys and values: half a 
 
 enum class Set { baseline, avx2, avx512 };
 
+#if defined(CPO_X86_SETS)
+struct Machine {
+    bool avx2, avx512;  // with what csrc/CMakeLists.txt compiles beside each
+};
+
+// By the processor's own word and the system's, which must keep the registers. `__builtin_cpu_supports` is always 0 where zig
+// links, whose library lacks what it reads.
+Machine this_machine() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+        return {};
+    }
+    const auto all = [](unsigned word, std::initializer_list<int> bits) {
+        return std::all_of(bits.begin(), bits.end(), [&](int bit) { return (word >> bit & 1U) != 0; });
+    };
+    constexpr int fma = 12, xgetbv = 27, avx = 28;
+    if (!all(ecx, {fma, xgetbv, avx}) || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+        return {};
+    }
+    unsigned kept = 0, above = 0;
+    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(above) : "c"(0));
+    constexpr int avx2 = 5, avx512f = 16, avx512dq = 17, avx512vl = 31;
+    const bool has_avx2 = all(kept, {1, 2}) && all(ebx, {avx2});
+    return {has_avx2, has_avx2 && all(kept, {5, 6, 7}) && all(ebx, {avx512f, avx512dq, avx512vl})};
+}
+#endif
+
 // Of the running machine, best first.
 std::vector<std::pair<Set, std::string>> supported_sets() {
     std::vector<std::pair<Set, std::string>> sets;
 #if defined(CPO_X86_SETS)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+    const Machine machine = this_machine();
+    if (machine.avx512) {
         sets.emplace_back(Set::avx512, "avx512");
     }
-    if (avx2) {
+    if (machine.avx2) {
         sets.emplace_back(Set::avx2, "avx2");
     }
 #endif
