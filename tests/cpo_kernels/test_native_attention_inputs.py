@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> No
     seed=st.integers(0, 99),
 )
 def test_training_equals_eager_in_float64(
-    num_rows: int, heads: tuple[int, int], head_dim: int, layouts: tuple[str, ...], options: dict, seed: int
+    num_rows: int, heads: tuple[int, int], head_dim: int, layouts: tuple[str, ...], options: dict[str, Any], seed: int
 ) -> None:
     group, num_kv_heads = heads
     num_heads, dtype = group * num_kv_heads, options["dtype"]
@@ -108,7 +109,12 @@ def test_training_equals_eager_in_float64(
     options=options_of,
 )
 def test_a_search_equals_attention_over_the_keys_of_each_row(
-    frontier: Frontier, split: int, heads: tuple[int, int], head_dim: int, layouts: tuple[str, ...], options: dict
+    frontier: Frontier,
+    split: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    layouts: tuple[str, ...],
+    options: dict[str, Any],
 ) -> None:
     group, num_kv_heads = heads
     inputs = random_inputs(frontier, group * num_kv_heads, num_kv_heads, head_dim, options["dtype"])
