@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from cpo_kernels import Forest, tree_attention, tree_schedule
 from cpo_kernels.tree_attention.reference import visible
 
-OURS = ("ours triton", "ours eager")
+OURS = ("ours triton", "ours native", "ours eager")
 FLEX, DENSE = "FlexAttention", "SDPA, dense mask"
 PADDED, VARLEN, FLASH = "SDPA, padded sequences", "torch varlen, sequences", "flash-attn varlen, sequences"
 NAMES = (*OURS, FLEX, DENSE, PADDED, VARLEN, FLASH)

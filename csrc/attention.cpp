@@ -286,7 +286,7 @@ void tree_decode(TreeDecode<T> of, int num_threads) {
         for (int64_t i = first; i < of.rows.offsets[row + 1]; ++i) {
             const int64_t other = before + i - first;
             num_keys += of.rows.count[i];
-            num_read += other < first && of.rows.start[other] == of.rows.start[i] ? 0 : of.rows.count[i];
+            num_read += other < first && of.rows.node[other] == of.rows.node[i] ? 0 : of.rows.count[i];
         }
         num_keys += of.rows.own_count[row];
         num_read += of.rows.own_count[row];

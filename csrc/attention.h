@@ -61,7 +61,7 @@ void tree_attention_backward(TreeAttention<T> of, int num_threads);
 // What each row of a decode step reads: intervals of arena rows in path order, [offsets[r], offsets[r + 1]) of them, which
 // other rows may read too, and then keys of its own.
 struct DecodeRows {
-    const int64_t *start, *count, *offsets, *own_start, *own_count;
+    const int64_t *start, *count, *node, *offsets, *own_start, *own_count;  // equal nodes are read once
     int64_t num_rows, num_intervals;
     int64_t longest_nodes = 0, longest_own = 0;  // most keys of any row, set by `tree_decode`
 };

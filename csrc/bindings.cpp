@@ -273,16 +273,17 @@ void store_rows(const Arena& arena, const NewRows& rows, const Input<int64_t>& s
 
 template <typename T>
 void tree_decode(HeadArray<const T> q, NewRows k_new, NewRows v_new, Arena k_arena, Arena v_arena, std::string dtype,
-                 Input<int64_t> slots, Input<int64_t> start, Input<int64_t> count, Input<int64_t> offsets,
+                 Input<int64_t> slots, Input<int64_t> start, Input<int64_t> count, Input<int64_t> node, Input<int64_t> offsets,
                  Input<int64_t> own_start, Input<int64_t> own_count, double scale, int64_t window, double softcap,
                  Column<T> sinks, HeadArray<T> out, int num_threads) {
     cpo::TreeDecode<T> of{};
     const size_t num_rows = q.shape(0);
     expect(slots.shape(0) == num_rows && offsets.shape(0) == num_rows + 1 && own_start.shape(0) == num_rows &&
-               own_count.shape(0) == num_rows && start.shape(0) == count.shape(0) && same_shape(out, q),
+               own_count.shape(0) == num_rows && start.shape(0) == count.shape(0) &&
+               start.shape(0) == node.shape(0) && same_shape(out, q),
            "expected a plan and out of the rows of q");
     expect(k_arena.shape(0) == v_arena.shape(0) && k_arena.shape(1) == v_arena.shape(1), "expected arenas of one shape");
-    of.rows = {start.data(), count.data(), offsets.data(), own_start.data(), own_count.data(),
+    of.rows = {start.data(), count.data(), node.data(), offsets.data(), own_start.data(), own_count.data(),
                static_cast<int64_t>(num_rows), static_cast<int64_t>(start.shape(0))};
     of.num_heads = static_cast<int64_t>(q.shape(1));
     of.num_kv_heads = static_cast<int64_t>(k_arena.shape(1));
@@ -324,8 +325,8 @@ void bind_attention(nb::module_& module) {
                "the gradients that are not None, written in place; delta [H, T] = sum over D of grad_out * out");
     module.def("tree_decode", &tree_decode<T>, "q"_a.noconvert(), "k_new"_a.noconvert(), "v_new"_a.noconvert(),
                "k_arena"_a.noconvert(), "v_arena"_a.noconvert(), "dtype"_a, "slots"_a.noconvert(), "start"_a.noconvert(),
-               "count"_a.noconvert(), "offsets"_a.noconvert(), "own_start"_a.noconvert(), "own_count"_a.noconvert(),
-               "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none(), "out"_a.noconvert(), "num_threads"_a,
+               "count"_a.noconvert(), "node"_a.noconvert(), "offsets"_a.noconvert(), "own_start"_a.noconvert(),
+               "own_count"_a.noconvert(), "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none(), "out"_a.noconvert(), "num_threads"_a,
                "new keys and values into the arenas, then out [N, H, D] in place; row r reads intervals offsets[r] to "
                "offsets[r + 1] of arena rows and then its own");
 }

@@ -203,7 +203,7 @@ struct NodePath {
         const int64_t there = row_there < 0 ? 0 : rows.offsets[row_there];
         const int64_t num_there = row_there < 0 ? 0 : rows.offsets[row_there + 1] - there;
         int64_t position = 0, place = 0;
-        while (place < wanted && place < num_there && rows.start[there + place] == rows.start[first + place] &&
+        while (place < wanted && place < num_there && rows.node[there + place] == rows.node[first + place] &&
                rows.count[there + place] == rows.count[first + place]) {
             position += rows.count[first + place++];
         }
@@ -237,7 +237,7 @@ bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
         return false;
     }
     for (int64_t i = 0; i < count; ++i) {
-        if (rows.start[first + i] != rows.start[other + i] ||
+        if (rows.node[first + i] != rows.node[other + i] ||
             (i + 1 < count && rows.count[first + i] != rows.count[other + i])) {
             return false;
         }

@@ -59,6 +59,7 @@ def tree_decode(
     slots: NDArray[int64],
     start: NDArray[int64],
     count: NDArray[int64],
+    node: NDArray[int64],
     offsets: NDArray[int64],
     own_start: NDArray[int64],
     own_count: NDArray[int64],

@@ -20,7 +20,7 @@ from tests.cpo_kernels.decode_oracle import Frontier, Inputs, dense_attention, r
 SCALE = 0.3
 
 
-def run(inputs: Inputs, plan: DecodePlan, impl: str = "eager", scale: float = SCALE, **options: Any) -> torch.Tensor:
+def run(inputs: Inputs, plan: DecodePlan, impl: str = "native", scale: float = SCALE, **options: Any) -> torch.Tensor:
     return tree_decode(inputs.q, inputs.k_new, inputs.v_new, *inputs.arena, plan, scale=scale, impl=impl, **options)
 
 
@@ -59,14 +59,15 @@ def test_windows_soft_caps_and_sinks_equal_dense_attention(impl: str, options: d
         assert float((expected - dense_attention(frontier, inputs, SCALE, torch.float64)).abs().max()) > 0.1
 
 
-def test_eager_reads_no_item_and_no_block_of_a_suffix_that_no_window_reaches() -> None:
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
+def test_no_key_that_no_window_reaches_is_seen(impl: str) -> None:
     """They are NaN here, and 0 times NaN would be seen."""
     frontier = Frontier([[(0, 300)]] * 3, [(300, 40), (340, 1), (341, 90)], [(0, 300)], (431, 2), 433)
     inputs = random_inputs(frontier, 4, 2, 8, torch.float64)
     expected = dense_attention(frontier, inputs, SCALE, torch.float64, window=20)
     inputs.arena[:, :272] = float("nan")  # the shallowest rows see 19 keys of the node, in items of 16
     inputs.arena[:, 341 : 341 + 64] = float("nan")  # the last row is 90 tokens below, in blocks of 32
-    torch.testing.assert_close(run(inputs, frontier.plan(split=16), window=20), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(inputs, frontier.plan(split=16), impl, window=20), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_plan_knows_the_depth_of_every_row_and_item() -> None:
@@ -81,13 +82,14 @@ def test_a_plan_knows_the_depth_of_every_row_and_item() -> None:
     assert padded.item_depth.tolist() == [*plan.item_depth.tolist(), 0, 0, 0]
 
 
+@pytest.mark.parametrize("impl", ["eager", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_eager_is_as_exact_as_sdpa_in_its_dtype(dtype: torch.dtype) -> None:
+def test_as_exact_as_sdpa_in_its_dtype(dtype: torch.dtype, impl: str) -> None:
     frontier = random_frontier(1, 4, num_prefilled=70)
     inputs = random_inputs(frontier, 6, 2, 16, dtype)
     exact = dense_attention(frontier, inputs, SCALE, torch.float64)
     eager_error = float((dense_attention(frontier, inputs, SCALE, dtype).double() - exact).abs().max())
-    error = float((run(inputs, frontier.plan()).double() - exact).abs().max())
+    error = float((run(inputs, frontier.plan(), impl).double() - exact).abs().max())
     assert error <= kernel_bound(eager_error, dtype, float(exact.abs().max()))
 
 
@@ -130,7 +132,7 @@ def test_scores_of_ten_thousand_do_not_overflow(impl: str) -> None:
     ("heads", "kv_heads", "head_dim", "window"),
     [(9, 3, 64, None), (2, 2, 8, None), (4, 1, 16, None), (3, 1, 64, None), (9, 3, 64, 90), (4, 1, 16, 20)],
 )
-def test_eager_row_has_the_same_bits_alone_in_company_and_in_another_order(
+def test_a_row_has_the_same_bits_alone_in_company_and_in_another_order(
     threads: int, heads: int, kv_heads: int, head_dim: int, window: int | None
 ) -> None:
     """Under a window a row's neighbours reach items that it does not, and with it there are a soft-cap and sinks."""
@@ -161,8 +163,8 @@ def test_eager_row_has_the_same_bits_alone_in_company_and_in_another_order(
         torch.set_num_threads(before)
 
 
-def test_eager_row_has_the_same_bits_under_a_node_of_few_keys_however_many_share_it() -> None:
-    """Small products take another path through torch than large ones."""
+def test_a_row_has_the_same_bits_under_a_node_of_few_keys_however_many_share_it() -> None:
+    """One row is a product of one query, seventy are tiles."""
     num_rows = 70
     for num_keys in (1, 2, 3, 5):
         suffixes = [(num_keys + row, 1) for row in range(num_rows)]

@@ -93,7 +93,7 @@ def assert_same_searches(actual: Outcomes, expected: Outcomes) -> None:
     ids=["wide", "narrow", "bucket and one", "two questions", "full arena"],
 )
 def test_searches_equal_those_of_the_plain_batch(changes: dict[str, int], record: Record) -> None:
-    few_shot, prompts = forked_prompts(11)
+    few_shot, prompts = forked_prompts(12)
     expected = run_searches_of(plain_engine(small_model()), few_shot, prompts)
     assert_same_searches(run_searches_of(graph_engine(small_model(), record, **changes), few_shot, prompts), expected)
 
@@ -146,7 +146,7 @@ def test_plain_torch_attention_refuses_a_plan_that_it_would_read_once_only() -> 
 
 
 def test_a_step_is_run_by_python_twice_and_then_replayed() -> None:
-    few_shot, prompts = forked_prompts(11)
+    few_shot, prompts = forked_prompts(12)
     runners: list[WatchedRunner] = []
 
     def make_runner(runner: ModelRunner) -> WatchedRunner:

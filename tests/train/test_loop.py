@@ -245,7 +245,7 @@ def test_every_line_of_the_metrics_names_the_kernels_that_ran(
         make_config(max_steps=2, reference="online"),
         progress=lambda values, num_steps: monkeypatch.setenv("CPO_KERNELS_IMPL", "no_such_kernel"),
     )
-    assert [(line["impl/tree_attention"], line["impl/linear_logprob"]) for line in lines] == [("eager", "eager")] * 2
+    assert [(line["impl/tree_attention"], line["impl/linear_logprob"]) for line in lines] == [("native", "eager")] * 2
 
 
 def test_training_says_the_dtype_of_the_base_weights(

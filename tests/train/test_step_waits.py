@@ -89,8 +89,9 @@ class Methods(TorchFunctionMode):
 
 
 @pytest.fixture
-def waits() -> Iterator[Waits]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Watches everything that the test runs; what is not inside a step of the loop is not counted."""
+    monkeypatch.setenv("CPO_KERNELS_IMPL", "eager")  # native attention is for tensors that are on the host already
     found = Waits()
     with Ops(found), Methods(found):
         yield found

@@ -1,24 +1,18 @@
-"""Tree decode by the items of a plan in plain torch: tiles of one shape in one product, partials merged by maximum and sum.
+"""Tree decode in plain torch on any device: each row's keys gathered in path order, some rows at a time.
 
-    partial p of a row:  m_p = max_j s_j,  l_p = sum_j exp(s_j - m_p),  o_p = sum_j exp(s_j - m_p) v_j
-    the row:             out = sum_p exp(m_p - m) o_p / sum_p exp(m_p - m) l_p,   m = max_p m_p
-
-A row's result has the same bits whichever rows share its forward, because keys are cut by the plan, the same way for
-every row, because a matrix library sums each row of a product alike that has enough rows, and each product of a batch
-like one alone, and because sums over partials run in path order, where a partial that a row lacks adds exactly 0. So does
-one that a sliding window hides from it, which is why items that no row of theirs reaches, and blocks of a suffix that its
-row does not, are left out. float32 accumulators (float64 for float64 inputs).
-
-How many calls a layer makes follows from how many shapes the tiles have, not from how many nodes there are: a small model
-spends its time on calls, not on numbers.
+A node that rows share is read once for each of them. The fast ways are `native` on a CPU and `triton` on a GPU; this one
+is what the kernels are compared with on a card, and what runs there without them. float32 accumulators (float64 for float64
+inputs).
 """
 
 import torch
 
 from cpo_kernels.device import accumulation_dtype
-from cpo_kernels.tree_decode.eager_tables import ROUND_NUMBERS, HeadShape, Round, Tables, tables_of
 from cpo_kernels.tree_decode.plan import DecodePlan
 from cpo_kernels.tree_decode.rotation import rotate
+from cpo_kernels.tree_decode.row_keys import row_keys
+
+MAX_GATHERED = 1 << 24  # numbers of keys held at once: 64 MiB in float32, and as many of values
 
 
 def tree_decode_eager(
@@ -39,76 +33,25 @@ def tree_decode_eager(
         q, k_new = (rotate(x, *rotary) for x in (q, k_new))
     k_arena.index_copy_(0, plan.slots, k_new)
     v_arena.index_copy_(0, plan.slots, v_new)
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_arena.shape[1]
     dtype = accumulation_dtype(q.dtype)
-    tables = tables_of(plan, HeadShape(num_kv_heads, num_heads // num_kv_heads, head_dim), dtype, window)
-    scaled = (q.to(dtype) * scale).reshape(-1, head_dim)  # [N * H, D]
-    for some in tables.rounds:
-        _attend(some, scaled, k_arena, v_arena, softcap)
-    sink = None if sinks is None else sinks.to(dtype).repeat(num_rows)  # [N * H]
-    return _merge(tables, sink).view(num_rows, num_heads, head_dim).to(q.dtype)
-
-
-def _attend(
-    some: Round, queries: torch.Tensor, k_arena: torch.Tensor, v_arena: torch.Tensor, softcap: float | None
-) -> None:
-    """The partials of a round, from queries [N * H, D]."""
-    torch.index_select(queries, 0, some.query_rows, out=some.queries)
-    shapes = some.shapes
-    if some.key_rows is not None:
-        _gather(k_arena, some.key_rows, some.keys)
-        _gather(v_arena, some.key_rows, some.values)
-    else:
-        keys, values = (arena[slice(*some.key_range)].to(queries.dtype) for arena in (k_arena, v_arena))
-        shapes = [shapes[0]._replace(keys=keys.permute(1, 2, 0), values=values.transpose(0, 1))]
-    for shape in shapes:
-        torch.bmm(shape.queries, shape.keys, out=shape.scores)
-    if softcap is not None:
-        some.scores.div_(softcap).tanh_().mul_(softcap)
-    if some.hidden is not None:
-        some.scores.masked_fill_(some.hidden, float("-inf"))
-    for shape in shapes:
-        torch.amax(shape.scores, dim=-1, keepdim=True, out=shape.maximum)
-    some.maximum.clamp_min_(torch.finfo(queries.dtype).min)  # finite also where all are -inf
-    for shape in shapes:
-        shape.scores.sub_(shape.maximum)
-    some.scores.exp_()
-    for shape in shapes:
-        torch.sum(shape.scores, dim=-1, out=shape.total)
-        torch.bmm(shape.scores, shape.values, out=shape.out)
-
-
-def _gather(arena: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows of an arena [C * Hkv, D] into `out`."""
-    num_kv_heads = arena.shape[1]
-    if arena.stride(0) != num_kv_heads * arena.stride(1):  # it is no such matrix
-        out.copy_(arena[rows // num_kv_heads, rows % num_kv_heads])
-    elif arena.dtype == out.dtype:
-        torch.index_select(arena.flatten(0, 1), 0, rows, out=out)
-    else:
-        out.copy_(arena.flatten(0, 1).index_select(0, rows))
-
-
-def _merge(tables: Tables, sink: torch.Tensor | None) -> torch.Tensor:
-    """[N * H, D]: level after level, each row's next partial is added. `sink` [N * H] joins the denominators."""
-    levels, out = tables.levels, tables.out
-    num_levels, num_rows = levels.shape
-    merged, denominator = out.new_zeros((num_rows, out.shape[1])), out.new_zeros(num_rows)
-    if num_levels:
-        flat = levels.flatten()
-        weight = tables.maximum.index_select(0, flat).view(num_levels, num_rows)
-        largest = weight.amax(dim=0)
-        if sink is not None:
-            largest = torch.maximum(largest, sink)
-            denominator += torch.exp(sink - largest)
-        weight.sub_(largest).exp_()
-        for part in tables.total.index_select(0, flat).view(num_levels, num_rows).mul_(weight):
-            denominator += part
-        at_once = max(1, ROUND_NUMBERS // merged.numel())
-        for first in range(0, num_levels, at_once):
-            some = slice(first, first + at_once)
-            parts = out.index_select(0, levels[some].flatten()).view(-1, *merged.shape)
-            for part in parts.mul_(weight[some].unsqueeze(-1)):
-                merged += part
-    return merged.div_(denominator.masked_fill_(denominator == 0, 1.0).unsqueeze(-1))
+    num_kv_heads = k_arena.shape[1]
+    grouped = (q.to(dtype) * scale).unflatten(1, (num_kv_heads, -1))  # [N, Hkv, G, D]
+    sink = None if sinks is None else sinks.to(dtype).view(1, num_kv_heads, -1, 1)
+    keys, num_keys = (values.to(q.device) for values in row_keys(plan, "eager").gathered(window))  # [N, L], [N]
+    step = max(1, MAX_GATHERED // max(1, keys.shape[1] * num_kv_heads * q.shape[2]))
+    outs = [grouped[:0]]
+    for first in range(0, len(keys), step):
+        some = slice(first, first + step)
+        hidden = torch.arange(keys.shape[1], device=q.device) >= num_keys[some, None]  # [n, L]
+        k, v = (arena[keys[some]].to(dtype).transpose(1, 2) for arena in (k_arena, v_arena))  # [n, Hkv, L, D]
+        v = v.masked_fill(hidden[:, None, :, None], 0.0)  # what stands there may be NaN
+        scores = grouped[some] @ k.transpose(2, 3)  # [n, Hkv, G, L]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        columns = scores if sink is None else torch.cat([scores, sink.expand(len(scores), -1, -1, -1)], dim=-1)
+        shift = columns.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+        weights = (scores - shift).exp_()
+        total = (columns - shift).exp_().sum(dim=-1, keepdim=True)
+        outs.append((weights @ v).div_(total.masked_fill_(total == 0, 1.0)))
+    return torch.cat(outs).flatten(1, 2).to(q.dtype)

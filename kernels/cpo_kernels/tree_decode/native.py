@@ -5,8 +5,6 @@ items. Rows that read the same keys take them together, which changes no row's b
 accumulators (float64 for float64).
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
@@ -14,16 +12,7 @@ import cpo_kernels._csrc as _csrc
 from cpo_kernels.device import accumulation_dtype
 from cpo_kernels.tree_decode.plan import DecodePlan
 from cpo_kernels.tree_decode.rotation import rotate
-
-
-class RowKeys(NamedTuple):
-    """What each row reads: arena rows [start, start + num_keys) of items in path order, then keys of its own."""
-
-    start: np.ndarray  # [I] int64
-    num_keys: np.ndarray  # [I] int64
-    offsets: np.ndarray  # [N + 1] int64, of each row's items
-    own_start: np.ndarray  # [N] int64
-    own_count: np.ndarray  # [N] int64
+from cpo_kernels.tree_decode.row_keys import row_keys
 
 
 def tree_decode_native(
@@ -43,7 +32,7 @@ def tree_decode_native(
     if rotary is not None:
         q, k_new = (rotate(x, *rotary) for x in (q, k_new))
     dtype = accumulation_dtype(q.dtype)
-    rows = row_keys(plan)
+    rows = row_keys(plan, "native")
     out = torch.empty(q.shape, dtype=dtype)
     _csrc.tree_decode(
         _contiguous(q.detach().to(dtype)).numpy(),
@@ -62,37 +51,6 @@ def tree_decode_native(
         torch.get_num_threads(),
     )
     return out.to(q.dtype)
-
-
-def row_keys(plan: DecodePlan) -> RowKeys:
-    """The keys of a plan's rows, made once and kept with it for all layers unless its contents change."""
-    if plan.is_reused:
-        return _row_keys(plan)
-    key = ("native",)
-    if key not in plan.host_derived:
-        plan.host_derived[key] = _row_keys(plan)
-    keys: RowKeys = plan.host_derived[key]
-    return keys
-
-
-def _row_keys(plan: DecodePlan) -> RowKeys:
-    items, offsets, index, own_start, own_count = (
-        tensor.numpy().astype(np.int64)
-        for tensor in (plan.items, plan.partial_offsets, plan.partial_index, plan.suffix_start, plan.suffix_len)
-    )
-    num_queries = items[:, 1]
-    which = np.repeat(np.arange(len(items)), num_queries)
-    number = np.arange(len(which)) - np.repeat(np.cumsum(num_queries) - num_queries, num_queries)
-    item, query = np.zeros((2, plan.num_partials), np.int64)  # of each partial
-    partial = items[which, 5] + number
-    item[partial], query[partial] = which, number
-    index = index[: offsets[-1]]  # a padded plan has more, which nobody reads
-    item, query = item[index], query[index]  # in path order, row after row
-    count = np.clip(items[item, 4] + query, 0, items[item, 3])
-    some = count > 0
-    item, count = item[some], count[some]
-    offsets = np.concatenate([[0], np.cumsum(some)])[offsets]
-    return RowKeys(items[item, 2], count, offsets, own_start, own_count)
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:

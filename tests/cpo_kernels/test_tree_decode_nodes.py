@@ -1,27 +1,11 @@
-"""Eager tree decode of small models: calls follow from how many shapes there are, and bits from a row's own path alone."""
-
-from collections import Counter
-from typing import Any
+"""Tree decode of small nodes: bits follow from a row's own path alone, wherever an arena lies."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
 
 ROWS_A_NODE = 3
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def plan_of(node_lengths: list[int], num_copies: int) -> DecodePlan:
@@ -48,42 +32,26 @@ def inputs_of(plan: DecodePlan, heads: tuple[int, int, int]) -> list[torch.Tenso
     ]
 
 
-def counted(node_lengths: list[int], num_copies: int) -> Counter[str]:
-    plan = plan_of(node_lengths, num_copies)
-    inputs = inputs_of(plan, (4, 1, 24))
-    tree_decode(*inputs, plan, impl="eager")  # the first layer makes the tables
-    with Calls() as calls:
-        tree_decode(*inputs, plan, impl="eager")
-    return calls.counts
-
-
-def test_calls_of_a_layer_do_not_grow_with_the_number_of_nodes() -> None:
-    few, many = counted([3, 8, 9], 1), counted([3, 8, 9], 5)
-    assert few == many
-    assert many["aten.bmm.out"] == 2 * 4  # three lengths of nodes and the private keys: scores and sums of values
-    assert many.total() < 110
-
-
 @pytest.mark.parametrize("heads", [(4, 1, 24), (1, 4, 32), (1, 16, 16), (3, 3, 64)])
 def test_rows_have_the_same_bits_alone_and_among_many_nodes_of_their_shape(heads: tuple[int, int, int]) -> None:
     for length in (1, 2, 3, 8, 9, 16, 31, 64, 300):
         plan, alone = plan_of([length], 12), plan_of([length], 1)
         inputs = inputs_of(plan, heads)
-        among = tree_decode(*inputs, plan, impl="eager")
+        among = tree_decode(*inputs, plan, impl="native")
         # the same first rows, whose private keys stand elsewhere
         first = inputs_of(alone, heads)
         for number in range(3):
             first[number][:ROWS_A_NODE] = inputs[number][:ROWS_A_NODE]
         for number in (3, 4):
             first[number][:length] = inputs[number][:length]
-        assert torch.equal(tree_decode(*first, alone, impl="eager")[:ROWS_A_NODE], among[:ROWS_A_NODE]), length
+        assert torch.equal(tree_decode(*first, alone, impl="native")[:ROWS_A_NODE], among[:ROWS_A_NODE]), length
 
 
 @pytest.mark.parametrize("spare", ["heads", "slots", "numbers"])
 def test_an_arena_that_is_cut_out_of_a_larger_tensor_gives_the_same_bits(spare: str) -> None:
     plan = plan_of([3, 8, 9, 64], 2)
     inputs = inputs_of(plan, (2, 2, 24))
-    expected = tree_decode(*[tensor.clone() for tensor in inputs], plan, impl="eager")
+    expected = tree_decode(*[tensor.clone() for tensor in inputs], plan, impl="native")
     cut = list(inputs)
     for number in (3, 4):
         slots, num_heads, head_dim = inputs[number].shape
@@ -92,4 +60,4 @@ def test_an_arena_that_is_cut_out_of_a_larger_tensor_gives_the_same_bits(spare: 
         cut[number] = whole[:: more[0], :num_heads, :head_dim]
         cut[number].copy_(inputs[number])
     assert not cut[3].is_contiguous()
-    assert torch.equal(tree_decode(*cut, plan, impl="eager"), expected)
+    assert torch.equal(tree_decode(*cut, plan, impl="native"), expected)
