@@ -245,6 +245,17 @@ bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
     return true;
 }
 
+// A row's own keys that its window reaches: arena rows [start, start + count), from its own key number `place` on.
+struct OwnKeys {
+    int64_t start, count, place;
+};
+
+template <typename T>
+OwnKeys seen_of_own(const TreeDecode<T>& of, int64_t row) {
+    const int64_t own = of.rows.own_count[row], place = of.window > 0 && own > of.window ? own - of.window : 0;
+    return {of.rows.own_start[row] + place, own - place, place};
+}
+
 // One query: its scores at nodes, [0, nodes), and at its own keys, [own_place, own_place + own), of which it sees those from
 // `oldest` on, counted along the path, to weights; all else in [start, stop) to 0. Returns what their sum is.
 template <typename T>
@@ -328,9 +339,10 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
         multiply(Product<T>{queries, dim, 1, keys.panels + start * dim, width, width * dim, scores + start, longest, num_queries,
                             (own_place - start) / width, of.head_dim, false});
         for (int64_t m = 0; m < num_queries; m += group) {
-            const int64_t row = first + m / group, own = of.rows.own_count[row];
-            arena_keys.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                dots(queries + m * dim, group, dim, some, stride, count, scores + m * longest + own_place + at, longest);
+            const OwnKeys own = seen_of_own(of, first + m / group);
+            arena_keys.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                T* to = scores + m * longest + own_place + own.place + at;
+                dots(queries + m * dim, group, dim, some, stride, count, to, longest);
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {
@@ -342,9 +354,10 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
         multiply(Product<T>{scores + start, longest, 1, values + start * dim, dim, width, out, dim, num_queries, dim / width,
                             num_nodes - start > 0 ? num_nodes - start : 0, false});
         for (int64_t m = 0; m < num_queries; m += group) {
-            const int64_t row = first + m / group, own = of.rows.own_count[row];
-            arena_values.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                weigh(scores + m * longest + own_place + at, longest, group, some, stride, count, out + m * dim, dim);
+            const OwnKeys own = seen_of_own(of, first + m / group);
+            arena_values.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                const T* weights = scores + m * longest + own_place + own.place + at;
+                weigh(weights, longest, group, some, stride, count, out + m * dim, dim);
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {
