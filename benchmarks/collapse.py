@@ -9,7 +9,7 @@ validation those of the held-out pairs, the share of 150 dev questions that chai
 others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
 say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
-`--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults.
+`--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults, and counts by half.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from cpo_fast.train.loop import train
 EXAMPLE = Path("examples/reasoner")
 NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
 COLLAPSE = 0.05  # of accuracy
+HEALTHY = 0.025  # a run is healthy that never lost so much of its best accuracy; what lies between is neither
 
 # half 0: the rules were chosen on these; half 1: they were tried on these, changed, and tried again; half 2: made after
-# that. In two of half 1 ten points go in two steps
+# that. In two of half 1 ten points go in two steps. Half 3: declared before they were run, rules and limits as they stood
+# for half 2, a validation after every step
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
     "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
@@ -62,6 +65,18 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "sft 3e-3, 14 steps, seed 8": (2, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
     "cpo 7e-3, 12 steps, seed 9": (2, {"lr": 7e-3, "max_steps": 12}),
     "cpo 1e-3, 24 steps, seed 10": (2, {"lr": 1e-3, "max_steps": 24}),
+    "cpo 5e-3, 14 steps, seed 11": (3, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 12": (3, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "cpo 1e-2, 10 steps, seed 13": (3, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
+    "sft 1e-3, 24 steps, seed 14": (3, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 15": (3, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-4, 24 steps, seed 16": (3, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 17": (3, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
+    "sft 5e-4, 24 steps, seed 18": (3, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "fpo 3e-3, 14 steps, seed 19": (3, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 20": (3, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "fpo 5e-3, 10 steps, seed 21": (3, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
+    "sft 3e-3, 14 steps, seed 22": (3, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
 }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
         "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
@@ -179,6 +194,41 @@ def drift_alarm(run: Mapping[str, Any]) -> DriftAlarm:
     return alarm
 
 
+def kind(run: Mapping[str, Any]) -> str:
+    """`collapsed`, `healthy`, or `neither`: by gold answers, which no alarm reads."""
+    if collapsed_at(run) is not None:
+        return "collapsed"
+    return "healthy" if most_lost(run) < HEALTHY else "neither"
+
+
+def most_lost(run: Mapping[str, Any]) -> float:
+    """The most accuracy that a run is at any validation below its best before."""
+    gold = [validation["gold"] for validation in run["validations"]]
+    return max(best - now for best, now in zip(accumulate(gold, max), gold, strict=True))
+
+
+def timing(run: Mapping[str, Any]) -> str:
+    """When the alarm of chains was raised: `before`, `at` or `after` a collapse, `raised` without one, or `silent`."""
+    raised, collapsed = chain_alarm(run).raised_at, collapsed_at(run)
+    if raised is None:
+        return "silent"
+    if collapsed is None:
+        return "raised"
+    return "before" if raised < collapsed else "at" if raised == collapsed else "after"
+
+
+def kept_step(run: Mapping[str, Any]) -> int:
+    """The step whose adapter `stop_on=agreement` keeps."""
+    votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
+    return int(max(votes, key=lambda step: (votes[step], -step)))
+
+
+def accuracies(run: Mapping[str, Any]) -> tuple[float, float, float]:
+    """The best accuracy of a run, that of the adapter that agreement keeps, and the last."""
+    gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
+    return max(gold.values()), gold[kept_step(run)], run["validations"][-1]["gold"]
+
+
 def recorded(path: Path | None = None) -> list[dict[str, Any]]:
     """The runs of a file, by default of `results/collapse.jsonl`: those that collapsed first."""
     lines = (path or results_folder() / "collapse.jsonl").read_text(encoding="utf-8").splitlines()
@@ -187,24 +237,47 @@ def recorded(path: Path | None = None) -> list[dict[str, Any]]:
 
 
 def show_table() -> None:
-    """For every recorded run: its accuracy, when it collapsed, and when each alarm was raised."""
+    """For every recorded run: its accuracy, when it collapsed, when each alarm was raised; then counts by half."""
+    runs = recorded()
     rows = []
-    for run in recorded():
-        gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
-        votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
+    for run in runs:
         steps = [
             collapsed_at(run),
             chain_alarm(run).raised_at,
             chain_alarm(run, 60).raised_at,
             drift_alarm(run).raised_at,
         ]
-        kept_step = max(votes, key=lambda step: (votes[step], -step))  # what stop_on=agreement keeps
-        shares = [max(gold.values()), gold[kept_step], run["validations"][-1]["gold"]]
         numbers = ["-" if step is None else str(step) for step in steps]
-        rows.append([f"{run['run']} ({run['half']})", *map("{:.3f}".format, shares), *numbers])
-    columns = ["run (half)", "best", "kept", "last", "5 points lost", "chains", "of 60 q.", "drift"]
-    caption = "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; steps of collapse and alarms"
+        shares = map("{:.3f}".format, [*accuracies(run), most_lost(run)])
+        rows.append([f"{run['run']} ({run['half']})", kind(run), *shares, *numbers])
+    columns = ["run (half)", "", "best", "kept", "last", "lost", "5 points lost", "chains", "of 60 q.", "drift"]
+    caption = (
+        "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; the most that was lost of the best "
+        "before; steps of collapse and alarms"
+    )
     show("collapses and alarms", columns, rows, caption)
+    show_counts(runs)
+
+
+COUNTED = [
+    *(("collapsed", timing) for timing in ("before", "at", "after", "silent")),
+    *((kind, timing) for kind in ("healthy", "neither") for timing in ("silent", "raised")),
+]
+
+
+def show_counts(runs: Sequence[Mapping[str, Any]]) -> None:
+    """For every half: how many runs of each kind, and when the alarm of chains was raised in them."""
+    rows = []
+    for half in sorted({run["half"] for run in runs}):
+        found = [run for run in runs if run["half"] == half]
+        pairs = [(kind(run), timing(run)) for run in found]
+        short = [accuracies(run)[0] - accuracies(run)[1] for run in found if kind(run) == "collapsed"]
+        rows.append([str(half), *(str(pairs.count(pair)) for pair in COUNTED), f"{max(short, default=0.0):.3f}"])
+    columns = ["half", *(f"{kind} {timing}" for kind, timing in COUNTED), "kept below best"]
+    caption = (
+        "runs by when the alarm of chains was raised; of collapses, the most that the kept adapter is below the best"
+    )
+    show("alarm of chains by half", columns, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

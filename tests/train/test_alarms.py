@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.collapse import RUNS, chain_alarm, collapsed_at, drift_alarm, recorded
+from benchmarks.collapse import (
+    RUNS,
+    accuracies,
+    chain_alarm,
+    collapsed_at,
+    drift_alarm,
+    kind,
+    most_lost,
+    recorded,
+    timing,
+)
 from cpo_fast.train.alarms import ChainAlarm, DriftAlarm
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "collapse.jsonl"
@@ -97,6 +107,43 @@ def test_the_chains_alarm_goes_on_from_what_an_older_version_saved() -> None:
     assert "Their agreement is 84.0% and was 90.0% after step 7" in str(alarm.update(8, answers(84)))
 
 
+def made_run(gold: list[float], num_forgotten: list[int]) -> dict[str, Any]:
+    """A run with so much accuracy at steps 0, 1, ... and so many of 100 votes no longer agreed with."""
+    votes = ["+" * (100 - number) + "-" * number for number in num_forgotten]
+    validations = zip(gold, votes, strict=True)
+    return {
+        "validations": [
+            {"step": step, "gold": share, "votes": flags} for step, (share, flags) in enumerate(validations)
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("gold", "num_forgotten", "found"),
+    [
+        ([0.9, 0.88, 0.85], [0, 6, 9], ("collapsed", "before")),
+        ([0.9, 0.88, 0.85], [0, 5, 9], ("collapsed", "at")),
+        ([0.9, 0.85, 0.85], [0, 5, 9], ("collapsed", "after")),
+        ([0.9, 0.85, 0.95], [0, 5, 5], ("collapsed", "silent")),
+        ([0.9, 0.87, 0.9], [0, 6, 6], ("neither", "raised")),
+        ([0.5, 0.9, 0.87], [0, 5, 5], ("neither", "silent")),
+        ([0.9, 0.88, 0.88], [0, 6, 6], ("healthy", "raised")),
+        ([0.5, 0.7, 0.9], [0, 0, 0], ("healthy", "silent")),
+    ],
+)
+def test_a_run_is_named_by_the_most_that_it_lost_and_by_when_the_alarm_was_raised(
+    gold: list[float], num_forgotten: list[int], found: tuple[str, str]
+) -> None:
+    run = made_run(gold, num_forgotten)
+    assert (kind(run), timing(run)) == found
+
+
+def test_what_a_run_lost_is_counted_from_the_best_before() -> None:
+    run = made_run([0.6, 0.5, 0.9, 0.86, 0.95], [3, 2, 0, 0, 1])
+    assert most_lost(run) == pytest.approx(0.1)
+    assert accuracies(run) == (0.95, 0.9, 0.95)  # agreement keeps the first of its best validations
+
+
 def runs() -> list[dict[str, Any]]:
     return recorded(RECORD)
 
@@ -110,12 +157,15 @@ def test_record_holds_at_least_five_runs_that_collapsed_and_five_that_did_not() 
 
 # not collapsed by our measure, but at a rate at which others did: it ends 2.7 points below its best
 ON_THE_WAY = "cpo 3e-3, 20 steps, seed 5"
+# healthy by what was declared before it was run: it loses 1.3 points. Of the 8 votes that it has forgotten 5 are wrong
+RAISED_FOR_NOTHING = "cpo 3e-3, 20 steps, seed 15"
 
 
-def test_the_chains_alarm_is_raised_before_five_points_are_lost_in_most_collapses_and_in_no_healthy_run() -> None:
+def test_the_chains_alarm_is_raised_before_five_points_are_lost_in_most_collapses_and_in_one_healthy_run() -> None:
     raised = [(chain_alarm(run).raised_at, collapsed_at(run), run["run"]) for run in runs()]
     assert [(step, name) for step, collapsed, name in raised if collapsed is None and step is not None] == [
-        (10, ON_THE_WAY)
+        (10, ON_THE_WAY),
+        (11, RAISED_FOR_NOTHING),
     ]
     steps = [(step, collapsed) for step, collapsed, _ in raised if collapsed is not None]
     num_before = sum(step is not None and step < collapsed for step, collapsed in steps)
@@ -131,7 +181,7 @@ def test_the_adapter_with_the_best_agreement_is_near_the_best_of_a_collapse() ->
             votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
             kept = max(votes, key=lambda step: (votes[step], -step))  # by stop_on=agreement
             losses.append(max(gold.values()) - gold[kept])
-    assert sum(loss < 0.03 for loss in losses) >= len(losses) - 1
+    assert sum(loss < 0.03 for loss in losses) >= len(losses) - 2
     assert max(losses) < 0.07
 
 
@@ -144,9 +194,22 @@ def test_no_gold_answer_reaches_an_alarm() -> None:
 
 def test_drift_tells_most_recorded_collapses_too_but_later() -> None:
     raised = [drift_alarm(run).raised_at is not None for run in runs() if collapsed_at(run) is not None]
-    assert sum(raised) >= 10 / 12 * len(raised)
+    assert sum(raised) >= 11 / 14 * len(raised)
     healthy = [run["run"] for run in runs() if collapsed_at(run) is None and drift_alarm(run).raised_at is not None]
-    assert healthy == [ON_THE_WAY]
+    assert healthy == [ON_THE_WAY, "cpo 1e-3, 24 steps, seed 12", RAISED_FOR_NOTHING]
+
+
+def test_only_what_was_declared_before_is_counted_in_half_3() -> None:
+    """Validated at every step, with the limits that halves 0 to 2 were played to."""
+    found = {run["run"]: (kind(run), timing(run)) for run in runs() if run["half"] == 3}
+    assert all(RUNS[name][1]["eval_every"] == 1 for name in found)
+    assert found == {
+        "cpo 5e-3, 14 steps, seed 11": ("collapsed", "before"),
+        "cpo 1e-3, 24 steps, seed 12": ("healthy", "silent"),
+        "cpo 1e-2, 10 steps, seed 13": ("collapsed", "before"),
+        "sft 1e-3, 24 steps, seed 14": ("healthy", "silent"),
+        RAISED_FOR_NOTHING: ("healthy", "raised"),
+    }
 
 
 def test_validations_of_a_recorded_run_are_in_order() -> None:
