@@ -19,7 +19,6 @@ from tests.cpo_kernels.decode_oracle import Frontier, dense_attention, random_fr
 LAYOUTS = ["whole", "cut out", "heads first", "every second", "one for all heads"]
 
 head_shapes = st.tuples(st.sampled_from([1, 2, 3, 8, 63, 64, 65]), st.integers(1, 3)).filter(lambda x: x[0] * x[1] < 80)
-# 1 and 2 are in all four: what a last vector, a tile or a window of its own is made of
 options_of = st.fixed_dictionaries(
     {
         "window": st.none() | st.integers(1, 40),
