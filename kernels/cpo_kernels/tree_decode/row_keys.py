@@ -31,7 +31,7 @@ class RowKeys(NamedTuple):
         stops = ends[own] if num_rows else ends
         total = np.diff(stops, prepend=0)
         seen = np.minimum(total, window) if window else total
-        column = np.arange(int(seen.max(initial=0)))
+        column = np.arange(int(seen.max(initial=1)))  # a maximum is taken over them
         table = np.zeros((num_rows, len(column)), np.int64)
         visible = column < seen[:, None]
         table[visible] = keys[((stops - seen)[:, None] + column)[visible]]
