@@ -105,6 +105,7 @@ def require_library(name: str) -> Any:
 
 
 AT = "at: "  # how a note on an exception begins that says what was being done (see `cpo_fast.progress`)
+KEPT = "kept: "  # and one on an interrupt that says what the command leaves to work with (see `cpo_fast.interrupts`)
 OUTPUT_CLOSED = 128 + 13  # exit code of a program whose reader has gone, as SIGPIPE ends one
 FAULT = "this is likely a fault of cpo-fast: `cpo-fast --debug` before the command shows where, please report it"
 # by the library whose class it is: exit code, what it is about and what to do
@@ -118,6 +119,7 @@ _OF_LIBRARIES = {
     "requests": (EnvironmentProblem.exit_code, "the network does not answer", "try again, or give a folder"),
     "httpx": (EnvironmentProblem.exit_code, "the network does not answer", "try again, or give a folder"),
 }
+_REPORT = Path(__file__).with_name("report")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -134,11 +136,16 @@ def outcome(error: BaseException, command: str = "") -> tuple[int, str]:
         return error.exit_code, f"{'' if isinstance(error, Interrupted) else 'error: '}{error}"
     if isinstance(error, BrokenPipeError):
         return OUTPUT_CLOSED, ""
-    at = next((note.removeprefix(AT) for note in getattr(error, "__notes__", ()) if note.startswith(AT)), "")
+    at, kept = _noted(error, AT), _noted(error, KEPT)
     if isinstance(error, KeyboardInterrupt):
-        return 130, f"interrupted{f' at {at}' if at else ''}"
+        return 130, f"interrupted{f' at {at}' if at else ''}{f'; {kept}' if kept else ''}"
     exit_code, reason = _explained(error)
     return exit_code, f"error: {', '.join(filter(None, (f'cpo-fast {command}'.strip(), at)))}: {reason}"
+
+
+def _noted(error: BaseException, kind: str) -> str:
+    """The first note of this kind on an exception, or nothing."""
+    return next((note.removeprefix(kind) for note in getattr(error, "__notes__", ()) if note.startswith(kind)), "")
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
@@ -150,6 +157,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
             f"memory ran out ({text}); close other programs, or lower train.max_tokens for a training, "
             "search.batch_size and search.arena_tokens for a search"
         )
+    if library == "jinja2" and _is_of_report(error):
+        return 1, f"{kind}: {text}; {FAULT}"
     if library in _OF_LIBRARIES:
         exit_code, what, remedy = _OF_LIBRARIES[library]
         return exit_code, f"{what} ({text}); {remedy}"
@@ -174,6 +183,12 @@ def _explained(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ValueError) and frames and "cpo_kernels" in Path(frames[-1].filename).parts:
         return ConfigError.exit_code, text  # these refuse by a sentence for whoever calls
     return 1, f"{kind}: {text}; {FAULT}"
+
+
+def _is_of_report(error: BaseException) -> bool:
+    """Whether a template of the report was read or filled when it was raised, and not a tokenizer's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(_REPORT in Path(frame.filename).parents for frame in frames)
 
 
 def _of_system(error: OSError) -> tuple[int, str]:

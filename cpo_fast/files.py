@@ -54,15 +54,22 @@ def read_jsonl(
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
             continue
-        try:
-            value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=members)
-        except UnicodeDecodeError:
-            raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
-            raise DataError(f"{path}:{number}: the line is not valid JSON ({error}); mend or delete it") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
-        yield number, value
+        yield number, parsed_line(path, number, raw, members)
+
+
+def parsed_line(
+    path: str | Path, number: int, raw: bytes, members: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> dict[str, Any]:
+    """The object of one line. Arguments and errors as of `read_jsonl`."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=members)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:{number}: the line is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits too
+        raise DataError(f"{path}:{number}: the line is not valid JSON ({error}); mend or delete it") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:{number}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 @contextmanager

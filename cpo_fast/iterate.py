@@ -80,11 +80,12 @@ def iterate(config: Config, watch: Watch | None = None, run_command: RunCommand 
             before the sentence.
     """
     watch = watch or Watch()
-    identity = checked(config, watch)
-    with _lock(Path(config.run)):
-        rounds = Rounds(config, identity, watch, run_command or partial(run_here, watch=watch))
-        rounds.make()
-        return rounds.summary
+    with _warned_once("cpo_fast.train.dev_questions"):
+        identity = checked(config, watch)
+        with _lock(Path(config.run)):
+            rounds = Rounds(config, identity, watch, run_command or partial(run_here, watch=watch))
+            rounds.make()
+            return rounds.summary
 
 
 def checked(config: Config, watch: Watch) -> dict[str, Any]:
@@ -490,6 +491,25 @@ def _placed(where: str) -> Iterator[None]:
     except CpoFastError as error:
         error.args = (f"{where}: {error}", *error.args[1:])
         raise
+
+
+@contextmanager
+def _warned_once(name: str) -> Iterator[None]:
+    """Let a logger say each sentence once: every round reads the same files and finds the same in them."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_first = text not in said
+        said.add(text)
+        return is_first
+
+    its = logging.getLogger(name)
+    its.addFilter(is_new)
+    try:
+        yield
+    finally:
+        its.removeFilter(is_new)
 
 
 def _free_memory() -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from cpo_fast.errors import DataError
-from cpo_fast.files import canonical_json, read_jsonl, short_hash, write_atomic
+from cpo_fast.files import canonical_json, parsed_line, read_jsonl, short_hash, write_atomic
 
 SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
@@ -258,15 +258,44 @@ def read_trees(path: str | Path, drop_torn_tail: bool = False) -> list[SearchTre
     trees: list[SearchTree] = []
     first_line: dict[str, int] = {}
     for number, row in read_jsonl(path, drop_torn_tail):
-        try:
-            tree = SearchTree.from_dict(row)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not a search tree ({error}); mend or delete the line") from None
-        if tree.id in first_line:
-            raise DataError(f"{path}:{number}: tree '{tree.id}' is already on line {first_line[tree.id]}; delete one")
-        first_line[tree.id] = number
-        trees.append(tree)
+        trees.append(_tree_of_line(path, number, row, first_line))
     return trees
+
+
+def whole_trees(path: str | Path) -> tuple[list[SearchTree], list[str]]:
+    """The trees of a `trees.jsonl` that can be read, in file order, and a sentence for each line that is none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        *lines, rest = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+    trees: list[SearchTree] = []
+    damaged: list[str] = []
+    first_line: dict[str, int] = {}
+    for number, raw in enumerate(lines, start=1):
+        if raw.strip():
+            try:
+                trees.append(_tree_of_line(path, number, parsed_line(path, number, raw), first_line))
+            except DataError as error:
+                damaged.append(f"line {str(error).removeprefix(f'{path}:')}")
+    if rest.strip():
+        damaged.append(f"line {len(lines) + 1}: half-written, as by a search that is running or was stopped")
+    return trees, damaged
+
+
+def _tree_of_line(path: str | Path, number: int, row: Any, first_line: dict[str, int]) -> SearchTree:
+    """The tree of a line, whose id goes into `first_line`. Raises as `read_trees`."""
+    try:
+        tree = SearchTree.from_dict(row)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: not a search tree ({error}); mend or delete the line") from None
+    if tree.id in first_line:
+        raise DataError(f"{path}:{number}: tree '{tree.id}' is already on line {first_line[tree.id]}; delete one")
+    first_line[tree.id] = number
+    return tree
 
 
 _TREE = TypeAdapter(SearchTree)

@@ -2,8 +2,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <initializer_list>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
+#include <utility>
+
+#if defined(CPO_X86_SETS)
+#include <cpuid.h>
+#endif
 
 namespace cpo {
 
@@ -14,37 +22,67 @@ constexpr int64_t vector_bytes = 64;
 constexpr int64_t products_per_thread = int64_t{1} << 23;
 constexpr int64_t part_bytes = int64_t{1} << 20;  // of keys and values: half a core's second cache
 
-// Of the running machine, best first.
-std::vector<std::string> supported_sets() {
-    std::vector<std::string> names;
+enum class Set { baseline, avx2, avx512 };
+
 #if defined(CPO_X86_SETS)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        names.emplace_back("avx512");
+struct Machine {
+    bool avx2, avx512;  // with what csrc/CMakeLists.txt compiles beside each
+};
+
+// By the processor's own word and the system's, which must keep the registers. `__builtin_cpu_supports` is always 0 where zig
+// links, whose library lacks what it reads.
+Machine this_machine() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+        return {};
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        names.emplace_back("avx2");
+    const auto all = [](unsigned word, std::initializer_list<int> bits) {
+        return std::all_of(bits.begin(), bits.end(), [&](int bit) { return (word >> bit & 1U) != 0; });
+    };
+    constexpr int fma = 12, xgetbv = 27, avx = 28;
+    if (!all(ecx, {fma, xgetbv, avx}) || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+        return {};
+    }
+    unsigned kept = 0, above = 0;
+    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(above) : "c"(0));
+    constexpr int avx2 = 5, avx512f = 16, avx512dq = 17, avx512vl = 31;
+    const bool has_avx2 = all(kept, {1, 2}) && all(ebx, {avx2});
+    return {has_avx2, has_avx2 && all(kept, {5, 6, 7}) && all(ebx, {avx512f, avx512dq, avx512vl})};
+}
+#endif
+
+// Of the running machine, best first.
+std::vector<std::pair<Set, std::string>> supported_sets() {
+    std::vector<std::pair<Set, std::string>> sets;
+#if defined(CPO_X86_SETS)
+    const Machine machine = this_machine();
+    if (machine.avx512) {
+        sets.emplace_back(Set::avx512, "avx512");
+    }
+    if (machine.avx2) {
+        sets.emplace_back(Set::avx2, "avx2");
     }
 #endif
-    names.emplace_back("baseline");
-    return names;
+    sets.emplace_back(Set::baseline, "baseline");
+    return sets;
 }
 
-std::string& chosen_set() {
-    static std::string chosen = supported_sets().front();
+std::atomic<Set>& chosen_set() {
+    static std::atomic<Set> chosen{supported_sets().front().first};
     return chosen;
 }
 
 #if defined(CPO_X86_SETS)
 #define CPO_CALL(function, ...)                       \
-    if (chosen_set() == "avx512") {                   \
+    if (set == Set::avx512) {                         \
         avx512::function(__VA_ARGS__);                \
-    } else if (chosen_set() == "avx2") {              \
+    } else if (set == Set::avx2) {                    \
         avx2::function(__VA_ARGS__);                  \
     } else {                                          \
         baseline::function(__VA_ARGS__);              \
     }
 #else
-#define CPO_CALL(function, ...) baseline::function(__VA_ARGS__)
+#define CPO_CALL(function, ...) static_cast<void>(set), baseline::function(__VA_ARGS__)
 #endif
 
 // Memory that begins at a whole vector.
@@ -62,24 +100,48 @@ private:
     std::vector<T> values_;
 };
 
-// run(task, scratch) for every task, on as many threads as pay. Which thread runs a task changes no result.
+// run(task, scratch) for every task, on so many threads or as many as can be started. Which thread runs a task changes no
+// result. What one of them throws, as std::bad_alloc for its scratch, is thrown here when all have ended.
 template <typename T, typename Run>
 void share_out(int64_t num_tasks, int num_threads, int64_t num_scratch, const Run& run) {
     num_threads = static_cast<int>(std::min<int64_t>(num_threads, num_tasks));
     std::atomic<int64_t> next{0};
+    std::exception_ptr failure;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
     const auto work = [&] {
-        Buffer<T> scratch(num_scratch);
-        for (int64_t task = next++; task < num_tasks; task = next++) {
-            run(task, scratch.data());
+        try {
+            Buffer<T> scratch(num_scratch);
+            for (int64_t task = next++; task < num_tasks; task = next++) {
+                run(task, scratch.data());
+            }
+        } catch (...) {
+            next = num_tasks;
+            if (!failed.test_and_set()) {
+                failure = std::current_exception();
+            }
         }
     };
     std::vector<std::thread> others;
-    for (int thread = 1; thread < num_threads; ++thread) {
-        others.emplace_back(work);
+    others.reserve(static_cast<size_t>(std::max(num_threads, 1)));
+    try {
+        for (int thread = 1; thread < num_threads; ++thread) {
+            others.emplace_back(work);
+        }
+    } catch (const std::system_error&) {  // the system starts no more
+    } catch (const std::bad_alloc&) {
     }
     work();
     for (std::thread& other : others) {
         other.join();
+    }
+    if (failure) {
+        std::rethrow_exception(failure);
+    }
+}
+
+void expect(bool holds, const char* message) {
+    if (!holds) {
+        throw std::invalid_argument(message);
     }
 }
 
@@ -96,8 +158,43 @@ int64_t visible_products(const Runs& runs, int64_t head_dim) {
     return pairs * head_dim;
 }
 
+void check_runs(const Runs& runs, int64_t num_rows) {
+    int64_t covered = 0;
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+        expect(runs.start[run] == covered && runs.stop[run] > covered && runs.end[run] >= runs.stop[run],
+               "expected runs that follow one another, each of a row at least");
+        covered = runs.stop[run];
+    }
+    expect(covered == num_rows, "expected runs that cover all rows");
+}
+
+// What no row may read past, and the most keys of any row.
+template <typename T>
+void check_rows(TreeDecode<T>& of) {
+    DecodeRows& rows = of.rows;
+    const auto fits = [&](int64_t start, int64_t count) {
+        return count >= 0 && start >= 0 && start <= of.num_arena_rows && count <= of.num_arena_rows - start;
+    };
+    expect(rows.offsets[0] == 0 && rows.offsets[rows.num_rows] == rows.num_intervals, "expected offsets of all intervals");
+    for (int64_t row = 0; row < rows.num_rows; ++row) {
+        int64_t nodes = 0;
+        expect(rows.offsets[row] <= rows.offsets[row + 1] && rows.offsets[row + 1] <= rows.num_intervals,
+               "expected ascending offsets");
+        for (int64_t i = rows.offsets[row]; i < rows.offsets[row + 1]; ++i) {
+            expect(fits(rows.start[i], rows.count[i]), "tree_decode: the plan names rows that the arena does not have");
+            nodes += rows.count[i];
+        }
+        expect(rows.own_count[row] == 0 || fits(rows.own_start[row], rows.own_count[row]),
+               "tree_decode: the plan names rows that the arena does not have");
+        rows.longest_nodes = std::max(rows.longest_nodes, nodes);
+        rows.longest_own = std::max(rows.longest_own, rows.own_count[row]);
+    }
+}
+
 template <typename T>
 void each_tree(TreeAttention<T> of, int num_threads, bool backward) {
+    check_runs(of.runs, of.num_rows);
+    const Set set = chosen_set();
     const std::vector<int64_t> starts = tree_starts(of.runs);
     of.longest_path = longest_path(of.runs);
     const auto num_trees = static_cast<int64_t>(starts.size()) - 1;
@@ -115,14 +212,22 @@ void each_tree(TreeAttention<T> of, int num_threads, bool backward) {
 
 }  // namespace
 
-std::vector<std::string> instruction_sets() { return supported_sets(); }
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto& [set, name] : supported_sets()) {
+        names.push_back(name);
+    }
+    return names;
+}
 
 void use_instruction_set(const std::string& name) {
-    const std::vector<std::string> names = supported_sets();
-    if (std::find(names.begin(), names.end(), name) == names.end()) {
-        throw std::invalid_argument("this machine has no instruction set " + name);
+    for (const auto& [set, other] : supported_sets()) {
+        if (other == name) {
+            chosen_set() = set;
+            return;
+        }
     }
-    chosen_set() = name;
+    throw std::invalid_argument("this machine has no instruction set " + name);
 }
 
 std::vector<int64_t> tree_starts(const Runs& runs) {
@@ -172,7 +277,9 @@ void tree_attention_backward(TreeAttention<T> of, int num_threads) {
 }
 
 template <typename T>
-void tree_decode(const TreeDecode<T>& of, int num_threads) {
+void tree_decode(TreeDecode<T> of, int num_threads) {
+    check_rows(of);
+    const Set set = chosen_set();
     int64_t num_keys = 0, num_read = 0;  // all rows', and those that the row before does not read
     for (int64_t row = 0; row < of.rows.num_rows; ++row) {
         const int64_t before = row > 0 ? of.rows.offsets[row - 1] : 0, first = of.rows.offsets[row];
@@ -195,7 +302,7 @@ void tree_decode(const TreeDecode<T>& of, int num_threads) {
     const int64_t num_parts = (of.rows.num_rows + step - 1) / step;
     const int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
     const int64_t dim = (of.head_dim + width - 1) / width * width, longest = decode_longest(of, width);
-    const int64_t block = decode_block(of), num_scratch = 3 * longest * dim + block * (2 * dim + longest + 1) + 64 * dim;
+    const int64_t block = decode_block(of), num_scratch = 3 * longest * dim + block * (2 * dim + longest + 1) + decode_chunk * dim;
     share_out<T>(num_parts * of.num_kv_heads, num_threads, num_scratch, [&](int64_t task, T* scratch) {
         const int64_t kv_head = task % of.num_kv_heads, first = task / of.num_kv_heads * step;
         const int64_t last = std::min(first + step, of.rows.num_rows);
@@ -207,7 +314,7 @@ template void tree_attention_forward<float>(TreeAttention<float>, int);
 template void tree_attention_forward<double>(TreeAttention<double>, int);
 template void tree_attention_backward<float>(TreeAttention<float>, int);
 template void tree_attention_backward<double>(TreeAttention<double>, int);
-template void tree_decode<float>(const TreeDecode<float>&, int);
-template void tree_decode<double>(const TreeDecode<double>&, int);
+template void tree_decode<float>(TreeDecode<float>, int);
+template void tree_decode<double>(TreeDecode<double>, int);
 
 }  // namespace cpo

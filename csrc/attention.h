@@ -1,5 +1,6 @@
 // Attention on a CPU: tree attention of training, forward and backward, and tree decode of a search. Every function exists
-// once for each instruction set, in a namespace of its own; `attention.cpp` chooses and shares out the work.
+// once for each instruction set, in a namespace of its own; `attention.cpp` chooses and shares out the work. What is inline
+// here is compiled for every set, so it must leave no symbol behind: a linker keeps one of several, of whichever set.
 
 #pragma once
 
@@ -15,7 +16,9 @@ struct Heads {
     T* data;
     int64_t row, head;  // strides
 
-    T* at(int64_t of_row, int64_t of_head) const { return data + of_row * row + of_head * head; }
+    __attribute__((always_inline)) T* at(int64_t of_row, int64_t of_head) const {
+        return data + of_row * row + of_head * head;
+    }
 };
 
 // Branchless runs of a forest in preorder, as `Schedule` has them: rows [start, stop) whose subtrees end at `end`.
@@ -49,6 +52,7 @@ int64_t tree_attention_scratch(const TreeAttention<T>& of, bool backward);
 std::vector<int64_t> tree_starts(const Runs& runs);
 int64_t longest_path(const Runs& runs);
 
+// Both throw std::invalid_argument where runs do not cover the rows one after another.
 template <typename T>
 void tree_attention_forward(TreeAttention<T> of, int num_threads);
 template <typename T>
@@ -58,8 +62,8 @@ void tree_attention_backward(TreeAttention<T> of, int num_threads);
 // other rows may read too, and then keys of its own.
 struct DecodeRows {
     const int64_t *start, *count, *node, *offsets, *own_start, *own_count;  // equal nodes are read once
-    int64_t num_rows;
-    int64_t longest_nodes, longest_own, most_intervals;  // of any row
+    int64_t num_rows, num_intervals;
+    int64_t longest_nodes = 0, longest_own = 0;  // most keys of any row, set by `tree_decode`
 };
 
 enum class Stored { float64, float32, bfloat16, float16 };
@@ -69,7 +73,8 @@ struct TreeDecode {
     DecodeRows rows;
     int64_t num_heads, num_kv_heads, head_dim;
     Heads<const T> q;
-    const void *keys, *values;  // arenas, elements as `stored` says
+    const void *keys, *values;  // arenas of num_arena_rows, elements as `stored` says
+    int64_t num_arena_rows;
     int64_t key_row, key_head, value_row, value_head;  // strides
     Stored stored;
     double scale;
@@ -79,22 +84,25 @@ struct TreeDecode {
     Heads<T> out;
 };
 
+constexpr int64_t decode_chunk = 64;  // a row's own keys that are converted at once
+
 // Positions of a row of scores: a row's nodes, then its own keys, each from a whole vector on, and one vector to spare.
 template <typename T>
-int64_t decode_longest(const TreeDecode<T>& of, int64_t width) {
+static inline int64_t decode_longest(const TreeDecode<T>& of, int64_t width) {
     const int64_t longest = (of.rows.longest_nodes + width - 1) / width + (of.rows.longest_own + width - 1) / width + 1;
     return (longest % 64 == 0 ? longest + 1 : longest) * width;  // not a power of two apart
 }
 
 // Queries of one product.
 template <typename T>
-int64_t decode_block(const TreeDecode<T>& of) {
+static inline int64_t decode_block(const TreeDecode<T>& of) {
     const int64_t group = of.num_heads / of.num_kv_heads;
     return group < 64 ? 64 / group * group : group;
 }
 
+// Throws std::invalid_argument where rows read what no arena has.
 template <typename T>
-void tree_decode(const TreeDecode<T>& of, int num_threads);
+void tree_decode(TreeDecode<T> of, int num_threads);
 
 // Instruction sets that the running machine has and the kernels were compiled for, the one that they use at first first.
 std::vector<std::string> instruction_sets();

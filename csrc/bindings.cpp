@@ -3,12 +3,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -144,7 +142,7 @@ using ByHead = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 template <typename T>
 cpo::Heads<T> heads(const HeadArray<T>& array) {
-    if (array.shape(2) > 1 && array.stride(2) != 1) {
+    if (array.size() > 0 && array.shape(2) > 1 && array.stride(2) != 1) {
         throw std::invalid_argument("expected a contiguous last dimension");
     }
     return {array.data(), array.stride(0), array.stride(1)};
@@ -155,16 +153,41 @@ cpo::Heads<T> heads(const std::optional<HeadArray<T>>& array) {
     return array ? heads(*array) : cpo::Heads<T>{nullptr, 0, 0};
 }
 
+void expect(bool holds, const char* message) {
+    if (!holds) {
+        throw std::invalid_argument(message);
+    }
+}
+
+template <typename Array, typename Other>
+bool same_shape(const Array& a, const Other& b) {
+    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1) && a.shape(2) == b.shape(2);
+}
+
+template <typename T>
+const T* sinks_of(const Column<T>& sinks, int64_t num_heads) {
+    expect(!sinks || static_cast<int64_t>(sinks->shape(0)) == num_heads, "expected a sink for each head");
+    return sinks ? sinks->data() : nullptr;
+}
+
+void check_heads(int64_t num_heads, int64_t num_kv_heads) {
+    expect(num_kv_heads > 0 && num_heads > 0 && num_heads % num_kv_heads == 0,
+           "expected query heads, a multiple of the key heads");
+}
+
 template <typename T>
 cpo::TreeAttention<T> tree_attention_of(const HeadArray<const T>& q, const HeadArray<const T>& k, const HeadArray<const T>& v,
                                         const Input<int32_t>& start, const Input<int32_t>& stop, const Input<int32_t>& end,
                                         double scale, int64_t window, double softcap) {
     cpo::TreeAttention<T> of{};
+    expect(same_shape(k, v) && k.shape(0) == q.shape(0) && k.shape(2) == q.shape(2), "expected k and v [T, Hkv, D] as q");
+    expect(start.shape(0) == stop.shape(0) && start.shape(0) == end.shape(0), "expected runs of one length");
     of.runs = {start.data(), stop.data(), end.data(), static_cast<int64_t>(start.shape(0))};
     of.num_rows = static_cast<int64_t>(q.shape(0));
     of.num_heads = static_cast<int64_t>(q.shape(1));
     of.num_kv_heads = static_cast<int64_t>(k.shape(1));
     of.head_dim = static_cast<int64_t>(q.shape(2));
+    check_heads(of.num_heads, of.num_kv_heads);
     of.q = heads(q);
     of.k = heads(k);
     of.v = heads(v);
@@ -179,7 +202,9 @@ void tree_attention_forward(HeadArray<const T> q, HeadArray<const T> k, HeadArra
                             Input<int32_t> stop, Input<int32_t> end, double scale, int64_t window, double softcap,
                             Column<T> sinks, HeadArray<T> out, ByHead<T> log_sum_exp, int num_threads) {
     cpo::TreeAttention<T> of = tree_attention_of<T>(q, k, v, start, stop, end, scale, window, softcap);
-    of.sinks = sinks ? sinks->data() : nullptr;
+    expect(same_shape(out, q) && log_sum_exp.shape(0) == q.shape(1) && log_sum_exp.shape(1) == q.shape(0),
+           "expected out [T, H, D] and log_sum_exp [H, T]");
+    of.sinks = sinks_of<T>(sinks, of.num_heads);
     of.out = heads(out);
     of.log_sum_exp = log_sum_exp.data();
     nb::gil_scoped_release unlocked;
@@ -193,7 +218,12 @@ void tree_attention_backward(HeadArray<const T> q, HeadArray<const T> k, HeadArr
                              std::optional<HeadArray<T>> grad_q, std::optional<HeadArray<T>> grad_k,
                              std::optional<HeadArray<T>> grad_v, int num_threads) {
     cpo::TreeAttention<T> of = tree_attention_of<T>(q, k, v, start, stop, end, scale, window, softcap);
-    of.sinks = sinks ? sinks->data() : nullptr;
+    expect(same_shape(grad_out, q) && log_sum_exp.shape(0) == q.shape(1) && log_sum_exp.shape(1) == q.shape(0) &&
+               delta.shape(0) == q.shape(1) && delta.shape(1) == q.shape(0),
+           "expected grad_out [T, H, D], log_sum_exp and delta [H, T]");
+    expect((!grad_q || same_shape(*grad_q, q)) && (!grad_k || same_shape(*grad_k, k)) && (!grad_v || same_shape(*grad_v, v)),
+           "expected gradients of the shapes of q, k and v");
+    of.sinks = sinks_of<T>(sinks, of.num_heads);
     of.log_sum_exp = log_sum_exp.data();
     of.delta = delta.data();
     of.grad_out = heads(grad_out);
@@ -213,8 +243,22 @@ cpo::Stored stored(const std::string& dtype) {
 }
 
 using Arena = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
+using NewRows = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
 
-void store_rows(const Arena& arena, const Arena& rows, const Input<int64_t>& slots) {
+void check_arena(const Arena& arena, const NewRows& rows, const Input<int64_t>& slots, size_t size, size_t head_dim) {
+    expect(arena.itemsize() == size && rows.itemsize() == size, "expected arenas and new rows of the dtype that is named");
+    expect(rows.shape(0) == slots.shape(0) && rows.shape(1) == arena.shape(1) && rows.shape(2) == arena.shape(2) &&
+               arena.shape(2) == head_dim,
+           "expected new rows [N, Hkv, D] and arenas [C, Hkv, D]");
+    expect(rows.size() == 0 || head_dim <= 1 || (arena.stride(2) == 1 && rows.stride(2) == 1),
+           "expected a contiguous last dimension");
+    for (size_t row = 0; row < slots.shape(0); ++row) {
+        expect(slots.data()[row] >= 0 && static_cast<size_t>(slots.data()[row]) < arena.shape(0),
+               "tree_decode: the plan names slots that the arena does not have");
+    }
+}
+
+void store_rows(const Arena& arena, const NewRows& rows, const Input<int64_t>& slots) {
     const size_t size = arena.itemsize(), bytes = size * arena.shape(2);
     auto* to = static_cast<char*>(arena.data());
     const auto* from = static_cast<const char*>(rows.data());
@@ -228,18 +272,25 @@ void store_rows(const Arena& arena, const Arena& rows, const Input<int64_t>& slo
 }
 
 template <typename T>
-void tree_decode(HeadArray<const T> q, Arena k_new, Arena v_new, Arena k_arena, Arena v_arena, std::string dtype,
+void tree_decode(HeadArray<const T> q, NewRows k_new, NewRows v_new, Arena k_arena, Arena v_arena, std::string dtype,
                  Input<int64_t> slots, Input<int64_t> start, Input<int64_t> count, Input<int64_t> node, Input<int64_t> offsets,
-                 Input<int64_t> own_start, Input<int64_t> own_count, std::array<int64_t, 3> longest, double scale, int64_t window, double softcap, Column<T> sinks, HeadArray<T> out, int num_threads) {
+                 Input<int64_t> own_start, Input<int64_t> own_count, double scale, int64_t window, double softcap,
+                 Column<T> sinks, HeadArray<T> out, int num_threads) {
     cpo::TreeDecode<T> of{};
-    of.rows = {start.data(),     count.data(),     node.data(),
-               offsets.data(),   own_start.data(), own_count.data(),
-               static_cast<int64_t>(q.shape(0)),   longest[0],
-               longest[1],       longest[2]};
+    const size_t num_rows = q.shape(0);
+    expect(slots.shape(0) == num_rows && offsets.shape(0) == num_rows + 1 && own_start.shape(0) == num_rows &&
+               own_count.shape(0) == num_rows && start.shape(0) == count.shape(0) &&
+               start.shape(0) == node.shape(0) && same_shape(out, q),
+           "expected a plan and out of the rows of q");
+    expect(k_arena.shape(0) == v_arena.shape(0) && k_arena.shape(1) == v_arena.shape(1), "expected arenas of one shape");
+    of.rows = {start.data(), count.data(), node.data(), offsets.data(), own_start.data(), own_count.data(),
+               static_cast<int64_t>(num_rows), static_cast<int64_t>(start.shape(0))};
     of.num_heads = static_cast<int64_t>(q.shape(1));
     of.num_kv_heads = static_cast<int64_t>(k_arena.shape(1));
     of.head_dim = static_cast<int64_t>(q.shape(2));
+    check_heads(of.num_heads, of.num_kv_heads);
     of.q = heads(q);
+    of.num_arena_rows = static_cast<int64_t>(k_arena.shape(0));
     of.keys = k_arena.data();
     of.values = v_arena.data();
     of.key_row = k_arena.stride(0);
@@ -247,10 +298,13 @@ void tree_decode(HeadArray<const T> q, Arena k_new, Arena v_new, Arena k_arena, 
     of.value_row = v_arena.stride(0);
     of.value_head = v_arena.stride(1);
     of.stored = stored(dtype);
+    const size_t size = of.stored == cpo::Stored::float64 ? 8 : of.stored == cpo::Stored::float32 ? 4 : 2;
+    check_arena(k_arena, k_new, slots, size, q.shape(2));
+    check_arena(v_arena, v_new, slots, size, q.shape(2));
     of.scale = scale;
     of.window = window;
     of.softcap = softcap;
-    of.sinks = sinks ? sinks->data() : nullptr;
+    of.sinks = sinks_of<T>(sinks, of.num_heads);
     of.out = heads(out);
     nb::gil_scoped_release unlocked;
     store_rows(k_arena, k_new, slots);
@@ -271,10 +325,10 @@ void bind_attention(nb::module_& module) {
                "the gradients that are not None, written in place; delta [H, T] = sum over D of grad_out * out");
     module.def("tree_decode", &tree_decode<T>, "q"_a.noconvert(), "k_new"_a.noconvert(), "v_new"_a.noconvert(),
                "k_arena"_a.noconvert(), "v_arena"_a.noconvert(), "dtype"_a, "slots"_a.noconvert(), "start"_a.noconvert(),
-               "count"_a.noconvert(), "node"_a.noconvert(), "offsets"_a.noconvert(), "own_start"_a.noconvert(), "own_count"_a.noconvert(), "longest"_a, "scale"_a, "window"_a, "softcap"_a,
-               "sinks"_a.none(), "out"_a.noconvert(), "num_threads"_a,
+               "count"_a.noconvert(), "node"_a.noconvert(), "offsets"_a.noconvert(), "own_start"_a.noconvert(),
+               "own_count"_a.noconvert(), "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none(), "out"_a.noconvert(), "num_threads"_a,
                "new keys and values into the arenas, then out [N, H, D] in place; row r reads intervals offsets[r] to "
-               "offsets[r + 1] of arena rows and then its own; longest: most keys in intervals, most own ones, most intervals");
+               "offsets[r + 1] of arena rows and then its own");
 }
 
 void validate_subtree_end(Input<int32_t> subtree_end) {

@@ -2,6 +2,8 @@
 // path on a stack, a token's place being its depth: what a row sees is then one contiguous range, whatever the tree, and
 // every visible pair is computed once. Compiled once for each instruction set (`CPO_SET`).
 
+#include <vector>
+
 #include "attention.h"
 #include "vectors.h"
 
@@ -178,27 +180,27 @@ struct Open {
 
 // Calls enter(run, depth) for each run in preorder, and leave(run, depth) when its subtree is done, children first.
 template <typename Enter, typename Leave>
-void walk(const Runs& runs, int64_t first_run, int64_t last_run, int64_t longest, Enter enter, Leave leave) {
-    Open* open = new Open[static_cast<size_t>(longest) + 1];  // a run has a token at least
-    int64_t num_open = 0;
+void walk(const Runs& runs, int64_t first_run, int64_t last_run, Enter enter, Leave leave) {
+    std::vector<Open> open;
+    const auto close = [&] {
+        leave(open.back().run, open.back().depth);
+        open.pop_back();
+    };
     for (int64_t run = first_run; run < last_run; ++run) {
-        while (num_open > 0 && runs.end[open[num_open - 1].run] <= runs.start[run]) {
-            --num_open;
-            leave(open[num_open].run, open[num_open].depth);
+        while (!open.empty() && runs.end[open.back().run] <= runs.start[run]) {
+            close();
         }
         int64_t depth = 0;
-        if (num_open > 0) {
-            const Open& above = open[num_open - 1];
+        if (!open.empty()) {
+            const Open& above = open.back();
             depth = above.depth + runs.stop[above.run] - runs.start[above.run];
         }
         enter(run, depth);
-        open[num_open++] = {run, depth};
+        open.push_back({run, depth});
     }
-    while (num_open > 0) {
-        --num_open;
-        leave(open[num_open].run, open[num_open].depth);
+    while (!open.empty()) {
+        close();
     }
-    delete[] open;
 }
 
 // Calls visit(block) for the blocks of query rows of a run.
@@ -229,7 +231,7 @@ void forward_tree(const TreeAttention<T>& of, int64_t first_run, int64_t last_ru
     T *queries = take(sizes.block * sizes.padded_dim), *sums = take(sizes.block * sizes.padded_dim);
     T *scores = take(sizes.block * sizes.longest), *totals = take(sizes.block);
     walk(
-        of.runs, first_run, last_run, of.longest_path,
+        of.runs, first_run, last_run,
         [&](int64_t run, int64_t depth) {
             const int64_t start = of.runs.start[run], num_tokens = of.runs.stop[run] - start;
             for (int64_t i = 0; i < num_tokens; ++i) {
@@ -261,7 +263,7 @@ void backward_tree(const TreeAttention<T>& of, int64_t first_run, int64_t last_r
     at.weights = take(sizes.block * sizes.longest);
     at.grad_scores = take(sizes.block * sizes.longest);
     walk(
-        of.runs, first_run, last_run, of.longest_path,
+        of.runs, first_run, last_run,
         [&](int64_t run, int64_t depth) {
             const int64_t start = of.runs.start[run], num_tokens = of.runs.stop[run] - start;
             for (int64_t i = 0; i < num_tokens; ++i) {

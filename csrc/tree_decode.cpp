@@ -3,8 +3,6 @@
 // computed by the same operations in the same order whichever rows stand beside it, so its bits are its own. Compiled once
 // for each instruction set (`CPO_SET`).
 
-#include <vector>
-
 #include "attention.h"
 #include "vectors.h"
 
@@ -17,19 +15,18 @@ constexpr int tile_queries = 4;  // with four keys, sixteen sums
 #else
 constexpr int tile_queries = 1;
 #endif
-constexpr int64_t chunk_keys = 64;  // that are converted at once
 
 // The sums over lanes of four vectors, each by the same halving.
 CPO_INLINE void four_sums(const Values<float>* of, float* sums, int64_t count) {
     const auto halves = [](Values<float> a, Values<float> b) {
-        return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        return CPO_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               CPO_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     };
     const Values<float> a = halves(of[0], of[1]), b = halves(of[2], of[3]);
-    Values<float> four = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    four += __builtin_shufflevector(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    four += __builtin_shufflevector(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    Values<float> four = CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                         CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    four += CPO_SHUFFLE(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    four += CPO_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     for (int64_t j = 0; j < count; ++j) {
         sums[j] = four[4 * j];
     }
@@ -104,8 +101,8 @@ struct Arena {
             }
             return;
         }
-        for (int64_t at = 0; at < count; at += chunk_keys) {
-            const int64_t some = count - at < chunk_keys ? count - at : chunk_keys;
+        for (int64_t at = 0; at < count; at += decode_chunk) {
+            const int64_t some = count - at < decode_chunk ? count - at : decode_chunk;
             for (int64_t j = 0; j < some; ++j) {
                 copy(first + at + j, scratch + j * dim);
             }
@@ -198,26 +195,24 @@ template <typename T>
 struct NodePath {
     Path<T> keys;
     T* values;
-    int64_t *node, *count;  // intervals that are there
-    int64_t num_intervals = 0;
+    int64_t row_there = -1;  // whose intervals are there
 
     // Returns how many positions the longest row of a block reads. Its rows differ at most in how far they see the last.
     int64_t load_of(const DecodeRows& rows, int64_t row, const Arena<T>& from_keys, const Arena<T>& from_values) {
         const int64_t first = rows.offsets[row], wanted = rows.offsets[row + 1] - first;
+        const int64_t there = row_there < 0 ? 0 : rows.offsets[row_there];
+        const int64_t num_there = row_there < 0 ? 0 : rows.offsets[row_there + 1] - there;
         int64_t position = 0, place = 0;
-        while (place < wanted && place < num_intervals && node[place] == rows.node[first + place] &&
-               count[place] == rows.count[first + place]) {
-            position += count[place++];
+        while (place < wanted && place < num_there && rows.node[there + place] == rows.node[first + place] &&
+               rows.count[there + place] == rows.count[first + place]) {
+            position += rows.count[first + place++];
         }
         const int64_t unchanged = position;
-        num_intervals = wanted;
+        row_there = row;
         for (; place < wanted; ++place) {
-            node[place] = rows.node[first + place];
-            count[place] = rows.count[first + place];
-            const int64_t start = rows.start[first + place];
-            for (int64_t key = 0; key < count[place]; ++key, ++position) {
-                from_keys.copy(start + key, keys.row(position));
-                from_values.copy(start + key, values + position * keys.dim);
+            for (int64_t key = 0; key < rows.count[first + place]; ++key, ++position) {
+                from_keys.copy(rows.start[first + place] + key, keys.row(position));
+                from_values.copy(rows.start[first + place] + key, values + position * keys.dim);
             }
         }
         if (position > unchanged) {
@@ -248,6 +243,17 @@ bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
         }
     }
     return true;
+}
+
+// A row's own keys that its window reaches: arena rows [start, start + count), from its own key number `place` on.
+struct OwnKeys {
+    int64_t start, count, place;
+};
+
+template <typename T>
+OwnKeys seen_of_own(const TreeDecode<T>& of, int64_t row) {
+    const int64_t own = of.rows.own_count[row], place = of.window > 0 && own > of.window ? own - of.window : 0;
+    return {of.rows.own_start[row] + place, own - place, place};
 }
 
 // One query: its scores at nodes, [0, nodes), and at its own keys, [own_place, own_place + own), of which it sees those from
@@ -312,9 +318,8 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
     const Path<T> keys{key_rows, take(longest * dim), dim};
     T* const values = take(longest * dim);
     T *queries = take(block * dim), *out = take(block * dim), *scores = take(block * longest), *totals = take(block);
-    T* const own_rows = take(chunk_keys * dim);
-    std::vector<int64_t> intervals(static_cast<size_t>(2 * of.rows.most_intervals) + 1);
-    NodePath<T> path{keys, values, intervals.data(), intervals.data() + of.rows.most_intervals};
+    T* const own_rows = take(decode_chunk * dim);
+    NodePath<T> path{keys, values};
     const Arena<T> arena_keys{of.keys, of.key_row, kv_head * of.key_head, of.head_dim, dim, of.stored};
     const Arena<T> arena_values{of.values, of.value_row, kv_head * of.value_head, of.head_dim, dim, of.stored};
     for (int64_t first = first_row, last; first < last_row; first = last) {
@@ -334,9 +339,10 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
         multiply(Product<T>{queries, dim, 1, keys.panels + start * dim, width, width * dim, scores + start, longest, num_queries,
                             (own_place - start) / width, of.head_dim, false});
         for (int64_t m = 0; m < num_queries; m += group) {
-            const int64_t row = first + m / group, own = of.rows.own_count[row];
-            arena_keys.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                dots(queries + m * dim, group, dim, some, stride, count, scores + m * longest + own_place + at, longest);
+            const OwnKeys own = seen_of_own(of, first + m / group);
+            arena_keys.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                T* to = scores + m * longest + own_place + own.place + at;
+                dots(queries + m * dim, group, dim, some, stride, count, to, longest);
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {
@@ -348,9 +354,10 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
         multiply(Product<T>{scores + start, longest, 1, values + start * dim, dim, width, out, dim, num_queries, dim / width,
                             num_nodes - start > 0 ? num_nodes - start : 0, false});
         for (int64_t m = 0; m < num_queries; m += group) {
-            const int64_t row = first + m / group, own = of.rows.own_count[row];
-            arena_values.each_chunk(of.rows.own_start[row], own, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                weigh(scores + m * longest + own_place + at, longest, group, some, stride, count, out + m * dim, dim);
+            const OwnKeys own = seen_of_own(of, first + m / group);
+            arena_values.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
+                const T* weights = scores + m * longest + own_place + own.place + at;
+                weigh(weights, longest, group, some, stride, count, out + m * dim, dim);
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {

@@ -19,6 +19,13 @@
 
 #define CPO_INLINE __attribute__((always_inline)) inline
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define CPO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t CpoLanes __attribute__((vector_size(64)));
+#define CPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, CpoLanes{__VA_ARGS__})
+#endif
+
 namespace {
 
 template <typename T>
@@ -27,14 +34,13 @@ struct Vector;
 template <>
 struct Vector<float> {
     typedef float Values __attribute__((vector_size(64)));
-    typedef int32_t Integers __attribute__((vector_size(64)));
+    typedef uint32_t Integers __attribute__((vector_size(64)));  // unsigned: they may overflow
     static constexpr int64_t width = 16;
 };
 
 template <>
 struct Vector<double> {
     typedef double Values __attribute__((vector_size(64)));
-    typedef int64_t Integers __attribute__((vector_size(64)));
     static constexpr int64_t width = 8;
 };
 
@@ -113,27 +119,27 @@ CPO_INLINE void transpose(Values<float>* rows) {
     Values<float> other[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        other[2 * i] = CPO_SHUFFLE(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         other[2 * i + 1] =
-            __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            CPO_SHUFFLE(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        rows[2 * i] = CPO_SHUFFLE(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         rows[2 * i + 1] =
-            __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            CPO_SHUFFLE(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        other[2 * i] = __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        other[2 * i] = CPO_SHUFFLE(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         other[2 * i + 1] =
-            __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            CPO_SHUFFLE(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        rows[2 * i] = __builtin_shufflevector(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        rows[2 * i] = CPO_SHUFFLE(other[i], other[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         rows[2 * i + 1] =
-            __builtin_shufflevector(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            CPO_SHUFFLE(other[i], other[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 }
 

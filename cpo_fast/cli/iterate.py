@@ -51,7 +51,7 @@ def iterate_command(
     """
     config = load_config(config_path, overrides)
 
-    from cpo_fast.cli.collect import show_question
+    from cpo_fast.cli.collect import QuestionLines
     from cpo_fast.cli.train import TrainingScreen
     from cpo_fast.environment import environment_kept
     from cpo_fast.iterate import Watch, iterate
@@ -60,8 +60,8 @@ def iterate_command(
     if num_ranks is not None and num_ranks > 1:
         flags = [f"--{name}" for name, is_on in (ctx.obj or {}).items() if is_on]
         run_command = partial(run_on_ranks, num_ranks=num_ranks, flags=flags, as_json=as_json)
-    with environment_kept(config.run, "iterate"), TrainingScreen(quiet=as_json) as screen:
-        watch = Watch(partial(say, err=as_json), show_question, screen.update)
+    with environment_kept(config.run, "iterate"), TrainingScreen(quiet=as_json) as screen, QuestionLines() as lines:
+        watch = Watch(partial(say, err=as_json), lines, screen.update)
         summary = iterate(config, watch, run_command)
     if as_json:
         click.echo(json.dumps(summary))

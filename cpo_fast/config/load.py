@@ -17,6 +17,7 @@ import re
 import reprlib
 import types
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from cpo_fast.config.presets import PRESETS
 from cpo_fast.config.sections import Config
 from cpo_fast.errors import ConfigError
+from cpo_fast.files import write_atomic
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,300}", re.ASCII)  # Python reads no number of thousands of digits
@@ -107,6 +109,14 @@ def _validated(values: dict[str, Any], source: str, given: Mapping[str, str]) ->
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the sections. Loading it gives an equal `Config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def keep_config(path: Path, config: Config) -> None:
+    """Write the resolved configuration to `path`, unless that says the same: a file with comments stays as it is."""
+    with suppress(ConfigError):
+        if load_config(path) == config:
+            return
+    write_atomic(path, dump_config(config))
 
 
 def config_hash(config: BaseModel) -> str:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.config import Config, SearchConfig, config_hash
+from cpo_fast.config import Config, SearchConfig, config_hash, keep_config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import CpoFastError, failure_detail
 from cpo_fast.evaluate.chain import Chain, chain_search
 from cpo_fast.evaluate.result import Evaluation, Method, QuestionResult, RunIdentity, free_label, summarise
 from cpo_fast.files import canonical_json, short_hash
+from cpo_fast.repeats import Repeats
 from cpo_fast.search.collect import EngineMaker, build_engine, configured_engine, load_searched_model, searched_weights
 from cpo_fast.search.engine import Engine, Requests, SampleRequest, Search, run_search
 from cpo_fast.search.state_evaluator import check_evaluator
@@ -29,6 +30,8 @@ from cpo_fast.tasks.prompts import ANY_QUESTION
 from cpo_fast.tree import ROOT, comparable
 
 logger = logging.getLogger(__name__)
+
+KEPT = "eval.yaml"
 
 
 def evaluate(
@@ -65,9 +68,13 @@ def evaluate_methods(
     on_question: Callable[[int, int], None] | None = None,
     make_engine: EngineMaker = configured_engine,
 ) -> list[Evaluation]:
-    """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions."""
+    """As `evaluate`, for every method that `config.eval.method` names: the same model asked the same questions.
+
+    The newest configuration stays beside the results, in `eval.yaml`.
+    """
     if (model is None) != (tokenizer is None):
         raise ValueError("pass model and tokenizer together, or neither")
+    asked_by = config
     # what is recorded names the questions that were asked, by whichever key
     config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
@@ -88,6 +95,7 @@ def evaluate_methods(
                     on_question(first + num_answers, total)
 
             evaluations.append(_finished(config, task, asker, method, answered))
+            keep_config(Path(config.run) / KEPT, asked_by)
     return evaluations
 
 
@@ -139,22 +147,27 @@ class _Asker:
         questions = self._questions
         num_alone = len(questions) if method == "tot" else self._config.eval.latency_questions
         results: dict[str, QuestionResult] = {}
+        repeats = Repeats()
 
         def take(question: Question, answer: QuestionAnswer) -> None:
-            if answer.stop == "failed":
+            if answer.stop == "failed" and repeats.says(answer.detail):
                 logger.warning("question %r failed: %s", question.id, answer.detail)
             results[question.id] = self._result(question, answer)  # a gold answer is read when an answer is there
             answered(len(results))
 
-        for question in questions[:num_alone]:
-            take(question, self._alone(method, question))
-        by_name = {question.id: question for question in questions[num_alone:]}
-        searches = ((name, self._chain(question)) for name, question in by_name.items())
-        for name, outcome, _ in self._engine[0].run(searches):
-            if isinstance(outcome, Exception):
-                take(by_name[name], _failed(name, outcome, None))
-            else:
-                take(by_name[name], self._of_chain(outcome, None))
+        try:
+            for question in questions[:num_alone]:
+                take(question, self._alone(method, question))
+            by_name = {question.id: question for question in questions[num_alone:]}
+            searches = ((name, self._chain(question)) for name, question in by_name.items())
+            for name, outcome, _ in self._engine[0].run(searches):
+                if isinstance(outcome, Exception):
+                    take(by_name[name], _failed(name, outcome, None))
+                else:
+                    take(by_name[name], self._of_chain(outcome, None))
+        finally:
+            for sentence in repeats.rest():
+                logger.warning("%s", sentence)
         return [results[question.id] for question in questions]
 
     @property

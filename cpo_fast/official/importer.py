@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpo_fast.config import Config
+from cpo_fast.config import Config, keep_config
 from cpo_fast.errors import ConfigError, DataError, first_line, require_library
 from cpo_fast.files import canonical_json, short_hash, write_jsonl
 from cpo_fast.official.nodes import build_nodes
 from cpo_fast.official.reader import BadEntry, Entry, read_official
+from cpo_fast.search.search_settings import KEPT
 from cpo_fast.search.tree_store import Provenance, open_trees
 from cpo_fast.tasks import Prompts, Question, common_prefix_length, load_questions, load_task
 from cpo_fast.tree import SearchTree, Status
@@ -133,6 +134,7 @@ def import_official(config: Config, path: str | Path, tokenizer: Any = None) -> 
     with open_trees(trees_path, provenance, questions):  # refuses a file that another search or import wrote
         prompts.shared.save(trees_path)
         write_jsonl(trees_path, (tree.to_dict() for tree in trees.values()))
+        keep_config(trees_path.with_name(KEPT), config)
     return ImportResult(
         trees_path=str(trees_path),
         dropped_path=str(dropped_path),

@@ -44,7 +44,7 @@ MIN_TREES_BYTES = 200_000  # a few trees, whatever the rest takes
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
-SCRIPTS = ("uPlot.iife.min.js", "page.js", "trees.js")
+SCRIPTS = ("uPlot.iife.min.js", "page.js", "tree_parts.js", "trees.js")
 STYLES = ("uPlot.min.css", "page.css", "trees.css")
 # what ends a script element, or a line of JavaScript, inside JSON
 _IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -104,10 +104,17 @@ def page(runs: Sequence[Run]) -> tuple[str, list[str]]:
 def _trees(run: Run, budget_bytes: int, notes: list[str]) -> dict[str, Any] | None:
     """The payload of the tree browser, None without whole trees, which `notes` then says."""
     try:
-        return trees_payload(run.path, budget_bytes)
+        payload = trees_payload(run.path, budget_bytes)
     except CpoFastError as error:
         notes.append(f"{run.name}: the trees cannot be browsed: {error}")
         return None
+    if payload is not None and payload["num_damaged"]:
+        count, first = payload["num_damaged"], payload["damaged"][0]
+        what = "a line that is" if count == 1 else f"{count} lines that are"
+        notes.append(
+            f"{run.name}: trees.jsonl has {what} no whole tree and not shown; {'the first, ' * (count > 1)}{first}"
+        )
+    return payload
 
 
 def json_text(value: Any) -> Markup:

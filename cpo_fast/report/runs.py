@@ -22,8 +22,10 @@ from cpo_fast.files import file_digest
 from cpo_fast.report.grading import grader
 
 CONFIG_FILES = ("config.yaml", "demo.yaml", "train.yaml", "collect.yaml", "eval.yaml")  # the first that is there
-SIGNS = ("metrics.jsonl", "trees.jsonl", "trees.worker-*.jsonl", "iterate.json", "eval-*.json*", *CONFIG_FILES)
+RESULTS = ("trees.jsonl", "trees.worker-*.jsonl", "metrics.jsonl", "eval-*.json*", "iterate.json")
+SIGNS = (*RESULTS, *CONFIG_FILES)
 HASHED = ("config.yaml", "trees.jsonl", "pairs.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors")
+MAX_LISTED, MAX_LEVELS, MAX_LOOKED_INTO = 5, 3, 200  # runs that a refusal names, and how far and wide it looks for them
 MAX_HASHED_BYTES = 1 << 30  # a second or two of reading
 
 
@@ -106,19 +108,47 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _check(folder: Path) -> None:
+    if not folder.exists():
+        raise ConfigError(f"{folder} does not exist; {_HOLDS}")
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ConfigError(f"{folder} {what}; give the folder of a run, such as runs/cpo")
+        around = f"; {folder.parent} is one" if _is_run(folder.parent) else ""
+        raise ConfigError(f"{folder} is a file, and {_HOLDS}{around}")
     if not _is_run(folder):
-        inner = [each for each in sorted(folder.iterdir()) if each.is_dir() and _is_run(each)]
-        hint = f"did you mean {inner[0]}?" if inner else "give the folder that `run` names in a configuration"
-        raise DataError(
-            f"{folder} is no run: it has no metrics.jsonl, trees.jsonl, eval-*.json, iterate.json or config.yaml; {hint}"
-        )
+        found = _runs_below(folder)
+        more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+        below = f"; below it are {', '.join(map(str, found[:MAX_LISTED]))}{more}" if found else ""
+        raise DataError(f"{folder} is no run: {_HOLDS}{below}")
+
+
+_HOLDS = (
+    "a run is a folder that collect, train, eval or iterate wrote, with trees.jsonl, metrics.jsonl, eval-*.jsonl, "
+    "iterate.json or config.yaml in it"
+)
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """The folders with results nearest below, as far as three levels. One that holds a configuration alone is none."""
+    found, level = [], [folder]
+    for _ in range(MAX_LEVELS):
+        inner = [each for above in level for each in _folders(above)]
+        found += [each for each in inner if _has(each, RESULTS)]
+        level = [each for each in inner if each not in found][:MAX_LOOKED_INTO]
+    return sorted(found)
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return [each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def _is_run(folder: Path) -> bool:
-    return any(path.is_file() for sign in SIGNS for path in folder.glob(sign))
+    return _has(folder, SIGNS)
+
+
+def _has(folder: Path, signs: Sequence[str]) -> bool:
+    return any(path.is_file() for sign in signs for path in folder.glob(sign))
 
 
 def read_run(path: Path, name: str, before: str = "") -> Run:
@@ -130,7 +160,9 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
         notes.append("iterate.json has no list of rounds and is left out")
         rounds = None
     parts = [read_run(folder, f"{before}{folder.name.replace('-', ' ')}") for folder in _round_folders(path)]
-    first = next((part for part in parts if part.config), None)
+    # of a training where there is one: what asks a first question of the rounds says least about them
+    known = [part for part in parts if part.config]
+    first = min(known, key=lambda part: CONFIG_FILES.index(Path(part.config_file).name)) if known else None
     if not config and first is not None:
         config, config_file = first.config, f"{first.path.name}/{first.config_file}"
     evaluations, of_evaluations = folder_evaluations(path, skip_damaged=True)

@@ -3,7 +3,7 @@
     visible("a\\x1b[31m\\u202eb")   "a␛[31m\\u202eb"
 
 Controls become their pictures (U+2400 and on) or an escape, as do marks that change the direction of what follows, marks
-without a width, and halves of surrogate pairs. Line feeds and tabs stay. `static/trees.js` follows the same rule.
+without a width, and halves of surrogate pairs. Line feeds and tabs stay. `static/tree_parts.js` follows the same rule.
 """
 
 import re

@@ -1,9 +1,10 @@
 """What the report shows of the search trees of a run: the trees themselves, the pairs they give, and an audit of those.
 
-The pairs are the ones that training would take with the run's configuration (`config.yaml` beside the trees, rule `all`
-without one): the same rules, the same draws, each sequence of tokens once. The audit counts over every tree of the file.
-The trees themselves are as many as fit into a number of bytes, evenly spaced in the file. Token ids stay in the file: a
-thought here is its text, its value and its log-prob. A gold answer is used for one mark, right or wrong, and not shown.
+The pairs are the ones that training would take with the run's configuration (`config.yaml` beside the trees, else the
+`collect.yaml` of their search, rule `all` without both): the same rules, the same draws, each sequence of tokens once. The
+audit counts over every tree of the file. The trees themselves are as many as fit into a number of bytes, evenly spaced in
+the file. Token ids stay in the file: a thought here is its text, its value and its log-prob. A gold answer is used for one
+mark, right or wrong, and not shown.
 """
 
 import json
@@ -17,7 +18,7 @@ from cpo_fast.config import Config, PairsConfig, load_config
 from cpo_fast.data.pair_files import NO_LOSER, NO_RIVAL, OUTSIDE_QUESTIONS, REPEATED
 from cpo_fast.data.pair_rules import TreeExample, draw, response_ids, select_pairs
 from cpo_fast.report.grading import Grader, grader
-from cpo_fast.tree import Node, SearchTree, comparable, read_trees
+from cpo_fast.tree import Node, SearchTree, comparable, whole_trees
 
 COLUMNS = ("parent", "text", "length", "value", "logp", "scored", "tokens", "count", "visits", "flags", "answer")
 KEPT, TERMINAL, COMPLETE, CUT = 1, 2, 4, 8  # of `flags`; cut: generation ended at the token cap
@@ -31,28 +32,29 @@ Json = dict[str, Any]
 def trees_payload(run: Path, budget_bytes: int) -> Json | None:
     """The trees of `run/trees.jsonl` and the audit of their pairs as JSON values, or None without that file.
 
-    A last line without a newline, as a search that is running or was killed leaves it, is left out: `torn` says so.
+    A line that is no tree is left out, and so is a last line without a newline, as a search that is running or was killed
+    leaves it: `damaged` says of each which line it is and why.
 
     Args:
         run: the folder of a run.
         budget_bytes: what the result may take as ASCII JSON in which `<`, `>` and `&` are escaped too.
 
     Raises:
-        DataError: the file is damaged, at file:line. ConfigError: `config.yaml` is.
+        DataError: the file cannot be read. ConfigError: the configuration cannot.
     """
     path = run / "trees.jsonl"
     if not path.exists():
         return None
-    torn = _is_torn(path)
-    trees = read_trees(path, drop_torn_tail=torn)
-    has_config = (run / "config.yaml").exists()
-    config = load_config(run / "config.yaml") if has_config else Config()
+    trees, damaged = whole_trees(path)
+    source = next((name for name in ("config.yaml", "collect.yaml") if (run / name).exists()), "")
+    config = load_config(run / source) if source else Config()
     taken = take_pairs(trees, config.pairs, config.seed)
     payload: Json = {
         "path": str(path),
         "total": len(trees),
         "shown": len(trees),
-        "torn": torn,
+        "damaged": damaged[:MAX_LISTED],
+        "num_damaged": len(damaged),
         "columns": COLUMNS,
         "settings": {
             "rule": config.pairs.rule,
@@ -60,7 +62,7 @@ def trees_payload(run: Path, budget_bytes: int) -> Json | None:
             "num_questions": config.pairs.num_questions,
             "seed": config.seed,
             "method": config.train.method,
-            "source": "config.yaml" if has_config else "",
+            "source": source,
         },
         "audit": _audit(trees, taken, config),
         "trees": [],
@@ -125,14 +127,6 @@ def take_pairs(trees: Sequence[SearchTree], config: PairsConfig, seed: int) -> T
             fallback = NO_RIVAL if config.rule == "fpo" else NO_LOSER
             taken.without[tree.id] = unused.most_common(1)[0][0] if unused else fallback
     return taken
-
-
-def _is_torn(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
 
 
 def _grader(config: Config) -> Callable[[SearchTree], str]:

@@ -4,6 +4,7 @@
     run/prompts/<hash>.json    the prompt part that all questions share, once
     run/statistics.jsonl       the trees in numbers
     run/timings.jsonl          the seconds from a question's start to its end, which never go into a tree
+    run/collect.yaml           the configuration, every setting of it
 
 A killed run loses the lines that were being generated (see `answer_cache`). A question whose search raises is recorded
 with status `failed` and its reason, and the run goes on. Questions already in the file, failed ones included, are skipped:
@@ -11,21 +12,25 @@ delete a line to search its question again.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cpo_fast import progress as progress_line
-from cpo_fast.config import Config, SearchConfig
+from cpo_fast.config import Config, SearchConfig, keep_config
+from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
+from cpo_fast.interrupts import Kept, stopped_by_signals
 from cpo_fast.search.answer_cache import AnswerFiles
 from cpo_fast.search.engine import Engine
+from cpo_fast.search.search_settings import KEPT, search_settings
 from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.statistics import CollectResult, summarise, tree_statistics
 from cpo_fast.search.tree_search import search_question
-from cpo_fast.search.tree_store import ALONE, Worker, open_trees, provenance_of
+from cpo_fast.search.tree_store import ALONE, TreeStore, Worker, open_trees, provenance_of
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.tree import SearchTree
 
@@ -141,7 +146,21 @@ def collect(
             `search.evaluator` cannot judge for this task.
         DataError: the question file or the existing trees are not usable. See `tree_store`.
         EnvironmentProblem: another process collects as the same worker.
+        Interrupted: SIGTERM or SIGUSR1 came; what is finished is kept.
     """
+    with stopped_by_signals("nothing was searched yet; the same command begins") as kept:
+        return _collect(config, model, tokenizer, progress, worker, make_engine, kept)
+
+
+def _collect(
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress | None,
+    worker: Worker,
+    make_engine: EngineMaker,
+    kept: Kept,
+) -> CollectResult:
     task, questions = load_questions(config)
     check_evaluator(config.search, task)
     if (model is None) != (tokenizer is None):
@@ -151,12 +170,15 @@ def collect(
     prompts = Prompts(task, tokenizer, config.task.chat)
     provenance = provenance_of(config, prompts, model)
     run = Path(config.run)
-    with open_trees(run / "trees.jsonl", provenance, questions, worker) as store:
+    settings = search_settings(config, task, dtype_name(model.dtype))
+    with open_trees(run / "trees.jsonl", provenance, questions, worker, settings) as store:
         prompts.shared.save(store.path)
+        keep_config(run / KEPT, config)  # not before the trees that are there have been found to be of it
         num_resumed = sum(question.id in store.trees for question in questions)
         # skipped: what is finished, failed ones included
         own = [question for question in questions if worker.owns(question.id)]
         missing = [question for question in own if question.id not in store.trees]
+        kept.say = partial(_remains, store, [question.id for question in own])
         answers = AnswerFiles(run / "answers", provenance)
         answers.discard(store.trees)  # of a kill between writing a tree and forgetting its answers
         seconds = 0.0
@@ -189,3 +211,12 @@ def collect(
         write_jsonl(run / "statistics.jsonl", (one.to_dict() for one in counted))
     path = store.path if is_whole else store.own_path
     return summarise(path, trees, counted, task, len(questions), num_resumed, seconds)
+
+
+def _remains(store: TreeStore, own: Sequence[str]) -> str:
+    """What a search that is stopped has kept, and how it goes on."""
+    num_done = sum(name in store.trees for name in own)
+    return (
+        f"{num_done} of {len(own)} questions are finished and kept in {store.path.parent}, with the answers to those under "
+        "way; the same command goes on from there"
+    )

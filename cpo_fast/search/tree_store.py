@@ -22,8 +22,15 @@ from filelock import FileLock, Timeout
 from cpo_fast.config import Config
 from cpo_fast.dtype import dtype_name
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
-from cpo_fast.files import append_line, canonical_json, read_jsonl, short_hash, sync_folder, write_jsonl
+from cpo_fast.files import append_line, read_jsonl, sync_folder, write_jsonl
 from cpo_fast.ranks import find_ranks
+from cpo_fast.search.search_settings import (
+    Settings,
+    differing_settings,
+    kept_settings,
+    search_settings,
+    settings_hash,
+)
 from cpo_fast.tasks import Prompts, Question
 from cpo_fast.tree import SearchTree, read_trees
 
@@ -53,7 +60,7 @@ _FIELD_NAMES = {
     "config_hash": "search configuration or dtype",
 }
 # what a refusal adds: the dtype may differ although no setting does
-_HINTS = {"config_hash": "set both as they were (model.dtype=auto follows the device), "}
+_HINTS = {"config_hash": "set it as it was (model.dtype=auto follows the device), "}
 
 
 def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
@@ -68,15 +75,9 @@ def provenance_of(config: Config, prompts: Prompts, model: Any) -> Provenance:
 
         named, adapter = weights_hash(model.state_dict()), ""
     task = prompts.task
-    settings = {
-        "search": config.search.result_settings(),
-        "dtype": dtype_name(model.dtype),  # the loaded one: auto and the name it resolves to are one search
-        "chat": config.task.chat,
-        "few_shot_evaluators": [task.few_shot_evaluator, task.few_shot_conclusion_evaluator],
-    }
-    settings_hash = short_hash(canonical_json(settings))
+    hashed = settings_hash(search_settings(config, task, dtype_name(model.dtype)))
     equal_for = "" if config.search.engine == "hf" or _keeps_bits(model) else "settings"
-    return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, settings_hash, equal_for)
+    return Provenance(task.name, prompts.shared.hash, named, adapter, config.seed, hashed, equal_for)
 
 
 def _keeps_bits(model: Any) -> bool:
@@ -152,12 +153,19 @@ class TreeStore:
         trees: what is finished, by question id.
     """
 
-    def __init__(self, path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provenance: Provenance,
+        questions: Sequence[Question],
+        worker: Worker,
+        settings: Settings | None = None,
+    ) -> None:
         self.path = path
         self.own_path = worker.file(path)
         self.trees: dict[str, SearchTree] = {}
         self._provenance = provenance
-        self._questions = questions
+        self._questions, self._settings = questions, settings
         self._timings_path = path.with_name("timings.jsonl")
         self._own_timings_path = worker.file(self._timings_path)
         self._lock = FileLock(path.with_name(".collect.lock"))  # held for moments, by any worker
@@ -241,10 +249,13 @@ class TreeStore:
         for field, name in _FIELD_NAMES.items():
             found, expected = getattr(tree, field), getattr(self._provenance, field)
             if found != expected:
-                hint = _HINTS.get(field, "")
+                values, hint = f"{found or 'none'}, this run has {expected or 'none'}", _HINTS.get(field, "")
+                if field == "config_hash" and self._settings is not None:
+                    kept = kept_settings(path.parent, tree.config_hash, self._settings)
+                    values = values if kept is None else differing_settings(kept, self._settings)
                 raise DataError(
-                    f"{path}: tree '{tree.id}' was searched with another {name} ({found or 'none'}, this run has "
-                    f"{expected or 'none'}); {hint}set another folder in 'run', or delete the file to search again"
+                    f"{path}: tree '{tree.id}' was searched with another {name} ({values}); {hint}set another folder in "
+                    "'run', or delete the file to search again"
                 )
         if texts.get(tree.id, tree.question) != tree.question:
             raise DataError(
@@ -255,7 +266,11 @@ class TreeStore:
 
 @contextmanager
 def open_trees(
-    path: Path, provenance: Provenance, questions: Sequence[Question], worker: Worker = ALONE
+    path: Path,
+    provenance: Provenance,
+    questions: Sequence[Question],
+    worker: Worker = ALONE,
+    settings: Settings | None = None,
 ) -> Iterator[TreeStore]:
     """The trees of a run, for one worker and no other process of its number.
 
@@ -263,6 +278,7 @@ def open_trees(
         path: `trees.jsonl`. Neither it nor its folder need exist.
         provenance: what the trees in it must have been made with.
         questions: the questions of this run, of all workers. A tree with the id of one must be about the same text.
+        settings: what `provenance.config_hash` stands for; a refusal then names the settings that differ.
 
     Raises:
         EnvironmentProblem: another process is at work as the same worker.
@@ -276,7 +292,7 @@ def open_trees(
             "this one another number with --worker I/N"
         ) from None
     with lock:
-        yield TreeStore(path, provenance, questions, worker)
+        yield TreeStore(path, provenance, questions, worker, settings)
 
 
 def _worker_lock(own_path: Path) -> FileLock:

@@ -29,6 +29,7 @@ from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
 from cpo_fast.evaluate.statistics import wilson_interval
 from cpo_fast.files import append_line, write_atomic
+from cpo_fast.interrupts import exit_code_of
 from cpo_fast.model_card import Training, adapter_card
 from cpo_fast.models import num_embeddings, resolve_device
 from cpo_fast.ranks import find_ranks
@@ -55,7 +56,7 @@ from cpo_fast.train.preflight import check_hosts
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
 from cpo_fast.train.resume import check_same_training, training_identity
-from cpo_fast.train.signals import EndSignals, exit_code_of
+from cpo_fast.train.signals import EndSignals
 from cpo_fast.train.trackers import check_trackers, tracking
 from cpo_fast.train.trainer import MakeOptimizer, Trainer
 from cpo_fast.train.validation import Validator

@@ -16,15 +16,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cpo_fast.errors import Interrupted, note_failure
+from cpo_fast.interrupts import exit_code_of
 
 LEAVE_SECONDS = 3.0  # in which a process ends that has nothing to save
 REPEAT_SECONDS = 1.0  # in which a second interrupt is taken for the same one
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def exit_code_of(number: int) -> int:
-    """130 for an interrupt, and 143 for SIGTERM and for Slurm's early warning SIGUSR1."""
-    return 130 if number == signal.SIGINT else 143
 
 
 class EndSignals:

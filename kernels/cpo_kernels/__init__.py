@@ -10,6 +10,17 @@
 `cpo_kernels.integrations` holds the drop-ins for other code bases.
 """
 
+try:
+    import cpo_kernels._csrc  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "cpo_kernels._csrc":
+        raise
+    raise ModuleNotFoundError(
+        "cpo_kernels: its compiled part, _csrc, is missing, or built for another Python; in a checkout build it with "
+        "'pip install -e .', elsewhere install a wheel of cpo-fast for this Python",
+        name=error.name,
+    ) from None
+
 from cpo_kernels.forest import Forest, build_forest
 from cpo_kernels.linear_logprob import LogprobResult, linear_logprob, selective_linear_logprob
 from cpo_kernels.logprob_plan import LogprobPlan

@@ -63,7 +63,6 @@ def tree_decode(
     offsets: NDArray[int64],
     own_start: NDArray[int64],
     own_count: NDArray[int64],
-    longest: tuple[int, int, int],
     scale: float,
     window: int,
     softcap: float,

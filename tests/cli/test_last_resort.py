@@ -16,8 +16,10 @@ import yaml
 from safetensors import SafetensorError
 
 from cpo_fast import cli
-from cpo_fast.errors import FAILURES, DataError, Interrupted, outcome
+from cpo_fast.errors import FAILURES, FAULT, DataError, Interrupted, outcome
+from cpo_fast.interrupts import stopped_by_signals
 from cpo_fast.progress import doing, stage
+from cpo_fast.report.page import _rendered
 from tests.cli.commands import run
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/data/run/x")
@@ -90,6 +92,25 @@ def test_every_exception_of_a_command_is_one_sentence(
     assert err.count("\n") == bool(said)  # one line
     if code not in (130, 141) and not isinstance(error, DataError):
         assert err.startswith("error: cpo-fast collect, train, step 3: ")
+
+
+def test_a_template_of_the_report_is_not_the_tokenizers() -> None:
+    with pytest.raises(jinja2.UndefinedError) as caught:
+        _rendered({}, None)
+    code, sentence = outcome(caught.value, "report")
+    assert (code, sentence.endswith(FAULT)) == (1, True)
+    assert sentence.startswith("error: cpo-fast report: UndefinedError: 'runs' is undefined; ")
+
+
+def test_an_interrupt_says_what_is_kept() -> None:
+    def search() -> None:
+        with stopped_by_signals("nothing yet") as kept, stage("search"):
+            kept.say = lambda: "3 of 8 questions are kept"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        search()
+    assert outcome(caught.value, "collect") == (130, "interrupted at search; 3 of 8 questions are kept")
 
 
 def test_debug_adds_the_traceback_and_keeps_the_code(tmp_path: Path) -> None:

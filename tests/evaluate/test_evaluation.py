@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpo_fast.adapters import adapter_hash
-from cpo_fast.config import Config, validate_config
+from cpo_fast.config import Config, load_config, validate_config
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from cpo_fast.evaluate import Evaluation, evaluate, evaluate_methods, read_evaluation
 from cpo_fast.models import load_model, model_hash
@@ -256,6 +256,20 @@ def test_failed_question_is_recorded_and_the_others_go_on(
             make_engine=lambda *_: scripted,
         )
     assert not (tmp_path / "bad/eval-base.json").exists()
+
+
+def test_equal_failures_are_three_lines_and_a_count_and_the_configuration_is_kept(
+    tmp_path: Path, folder: Path, scripted: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [f"Please raise {number}?" for number in range(7)]
+    questions = write_questions(tmp_path / "q.jsonl", ["How many apples?", *bad], ["5"] * 8)
+    config = config_for(folder, tmp_path / "run", questions, method="cot", latency_questions=3)
+    evaluation = evaluate(config, silent_model(), scripted.tokenizer, make_engine=lambda *_: scripted)
+    assert evaluation.num_failed == 7
+    said = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert len(said) == 4
+    assert said[-1] == "4 more questions failed for the same reason: ValueError: the question does not fit"
+    assert load_config(tmp_path / "run" / "eval.yaml") == config
 
 
 def test_question_too_long_for_the_model_fails_alone(tmp_path: Path, folder: Path) -> None:

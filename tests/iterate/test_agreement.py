@@ -12,6 +12,7 @@ from cpo_fast.errors import CheckpointError, ConfigError, CpoFastError, DataErro
 from cpo_fast.evaluate import evaluate
 from cpo_fast.iterate import Rounds, Watch, iterate
 from cpo_fast.search.collect import collect
+from cpo_fast.train.dev_questions import voted_trees
 from cpo_fast.tree import read_trees
 from tests.golden.tiny_models import save_talker
 from tests.iterate.rounds import QUESTIONS, results, values, write_questions
@@ -119,6 +120,23 @@ def test_the_best_agreement_is_chosen_and_ends_the_rounds_whatever_the_accuracy(
     assert rounds.best() == 2
     said = "round 2 does not help: dev agreement 0.780, not better than 0.750 by more than 0.05"
     assert rounds._reason_to_stop(2) == said
+
+
+def test_questions_without_a_vote_are_warned_of_once_a_run(
+    inputs: Path, voted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dev = write_questions(tmp_path / "dev.jsonl", [*DEV, ("What else?", "1")])
+    config = by_votes(inputs, tmp_path / "run", voted, train={"dev_path": str(dev)})
+
+    def round_by_round(command: str, its: Config) -> None:
+        for _ in range(3):
+            voted_trees(its, ())
+        raise CpoFastError("enough")
+
+    for number_of_runs in (1, 2):
+        with pytest.raises(CpoFastError, match="enough"):
+            iterate(config, Watch(), round_by_round)
+        assert sum("have no vote in" in each.getMessage() for each in caplog.records) == number_of_runs
 
 
 def test_votes_that_are_missing_damaged_or_of_another_task_are_refused_before_the_first_search(

@@ -18,6 +18,7 @@ from cpo_fast.report.page import json_text, write_report
 from cpo_fast.report.runs import read_runs
 from cpo_fast.report.summary import summary
 from cpo_fast.report.text import visible
+from tests.data.hand_made import random_tree
 from tests.report.chromium import Chromium, Page
 from tests.report.made_runs import (
     HOSTILE,
@@ -101,13 +102,25 @@ def test_several_runs_stand_side_by_side_and_are_tested_against_each_other(tmp_p
     assert len(curves(read_runs([one, other]))) == 2
 
 
+def configuration_below(path: Path) -> None:
+    """A folder of examples, whose configurations nobody has run."""
+    (path / "reasoner").mkdir(parents=True)
+    (path / "reasoner" / "config.yaml").write_text("seed: 3\n")
+
+
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (lambda path: None, ConfigError, "does not exist"),
-        (lambda path: path.write_text("a"), ConfigError, "is a file"),
-        (lambda path: path.mkdir(), DataError, "is no run: it has no metrics.jsonl"),
-        (lambda path: write_run(path / "inner"), DataError, "did you mean {path}/inner?"),
+        (lambda path: None, ConfigError, "{path} does not exist; {holds}"),
+        (lambda path: path.write_text("a"), ConfigError, "{path} is a file, and {holds}"),
+        (lambda path: path.mkdir(), DataError, "{path} is no run: {holds}"),
+        (lambda path: write_run(path / "inner"), DataError, "{path} is no run: {holds}; below it are {path}/inner"),
+        (
+            lambda path: [write_run(path / "a" / name) for name in "654321"],
+            DataError,
+            "{path} is no run: {holds}; below it are {path}/a/1, {path}/a/2, {path}/a/3, {path}/a/4, {path}/a/5 and 1 more",
+        ),
+        (configuration_below, DataError, "{path} is no run: {holds}"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_sentence(
@@ -115,8 +128,19 @@ def test_what_is_no_run_is_refused_in_one_sentence(
 ) -> None:
     path = tmp_path / "given"
     make(path)
-    with pytest.raises(error, match=re.escape(sentence.format(path=path))):
+    with pytest.raises(error) as caught:
         report(path)
+    holds = (
+        "a run is a folder that collect, train, eval or iterate wrote, with trees.jsonl, metrics.jsonl, eval-*.jsonl, "
+        "iterate.json or config.yaml in it"
+    )
+    assert str(caught.value) == sentence.format(path=path, holds=holds)
+
+
+def test_a_file_of_a_run_is_refused_by_the_name_of_its_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match=re.escape(f"config.yaml in it; {run} is one")):
+        report(run / "metrics.jsonl")
 
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
@@ -174,6 +198,32 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "loss is no finite number at 1 of 21 steps" in text
     assert "new/measure: 2.5 at step 21" in text
     assert "3 lines of metrics.jsonl name no step of their own" in text
+
+
+def test_a_damaged_tree_is_said_and_the_others_are_browsed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_lines(run / "trees.jsonl", [random_tree(0, "t0").to_dict(), {"id": "t"}, random_tree(1, "t1").to_dict()])
+    said = report(run).stderr
+    assert "run: trees.jsonl has a line that is no whole tree and not shown; line 2: not a search tree" in said
+    shown = json.loads(re.search('id="trees-data">(.*?)</script>', (run / "report.html").read_text())[1])
+    assert [one["id"] for one in shown["runs"][0]["trees"]["trees"]] == ["t0", "t1"]
+
+
+def test_a_run_of_collect_or_eval_alone_shows_its_configuration(tmp_path: Path) -> None:
+    for name in ("collect.yaml", "eval.yaml"):
+        run = tmp_path / name
+        write_trees(run, [tree("t")])
+        (run / name).write_text("seed: 3\n")
+        assert report(run).exit_code == 0
+        assert f"key {name}, {name} default seed 3 0" in text_of(run / "report.html")
+
+
+def test_rounds_show_the_configuration_of_a_training_and_not_of_the_first_questions(tmp_path: Path) -> None:
+    (tmp_path / "iterate.json").write_text('{"rounds": []}')
+    for name, kept in (("round-0", "eval.yaml"), ("round-1", "collect.yaml"), ("round-2", "config.yaml")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / kept).write_text("seed: 3\n")
+    assert read_runs([tmp_path])[0].config_file == "round-2/config.yaml"
 
 
 def test_an_unfinished_training_and_one_without_evaluation_say_so(tmp_path: Path) -> None:

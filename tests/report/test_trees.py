@@ -14,7 +14,7 @@ import pytest
 from cpo_fast.config import PairsConfig
 from cpo_fast.data.pair_files import NO_LOSER, REPEATED, TreeFileReader
 from cpo_fast.data.pair_rules import OUTSIDE_FRACTION, SAME_TOKENS
-from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.errors import ConfigError
 from cpo_fast.report.page import write_report
 from cpo_fast.report.trees import COLUMNS, KEPT, embedded_bytes, take_pairs, trees_payload
 from tests.data.hand_made import node, random_tree, tree, write_trees
@@ -185,17 +185,44 @@ def test_texts_of_a_tree_that_would_fill_the_page_are_cut_and_say_so(tmp_path: P
 
 def test_a_half_written_last_line_is_left_out_and_said(tmp_path: Path) -> None:
     path = write_trees(tmp_path / "trees.jsonl", [random_tree(seed, f"q{seed}") for seed in range(3)])
-    assert payload_of(tmp_path)["torn"] is False
+    assert payload_of(tmp_path)["damaged"] == []
     path.write_bytes(path.read_bytes()[:-40])
     payload = payload_of(tmp_path)
-    assert (payload["torn"], payload["total"]) == (True, 2)
+    assert payload["damaged"] == ["line 3: half-written, as by a search that is running or was stopped"]
+    assert payload["total"] == 2
+
+
+def test_a_damaged_line_hides_no_other_tree_and_is_said(tmp_path: Path) -> None:
+    whole = [random_tree(seed, f"q{seed}") for seed in range(4)]
+    path = write_trees(tmp_path / "trees.jsonl", whole)
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = [b'{"id": 3}\n', lines[0], b"\xff\n", lines[1][:50] + b"\n", b"[]\n"]
+    path.write_bytes(b"".join([lines[0], bad[0], lines[1], *bad[1:], b"\n", *lines[2:]]))
+    payload = payload_of(tmp_path)
+    assert [one["id"] for one in payload["trees"]] == [one.id for one in whole]
+    assert payload["num_damaged"] == 5
+    numbers_and_reasons = [
+        (2, "not a search tree (schema_version is None"),
+        (4, "tree 'q0' is already on line 1"),
+        (5, "the line is not UTF-8"),
+        (6, "the line is not valid JSON"),
+        (7, "expected a JSON object, got list"),
+    ]
+    for said, (number, reason) in zip(payload["damaged"], numbers_and_reasons, strict=True):
+        assert said.startswith(f"line {number}: {reason}"), said
+
+
+def test_page_takes_the_rule_of_the_search_where_nothing_was_trained(tmp_path: Path) -> None:
+    write_trees(tmp_path / "trees.jsonl", [random_tree(1, "q1")])
+    (tmp_path / "collect.yaml").write_text("pairs: {rule: lower}\n")
+    assert payload_of(tmp_path)["settings"]["rule"] == "lower"
+    (tmp_path / "config.yaml").write_text("pairs: {rule: lowest}\n")
+    settings = payload_of(tmp_path)["settings"]
+    assert (settings["rule"], settings["source"]) == ("lowest", "config.yaml")
 
 
 def test_damage_is_one_sentence(tmp_path: Path) -> None:
-    path = write_trees(tmp_path / "trees.jsonl", [random_tree(seed, f"q{seed}") for seed in range(2)])
-    path.write_text(path.read_text() + '{"id": 3}\n')
-    with pytest.raises(DataError, match=r"trees\.jsonl:3: not a search tree"):
-        trees_payload(tmp_path, PLENTY)
+    path = write_trees(tmp_path / "trees.jsonl", [])
     (tmp_path / "config.yaml").write_text("pairs: {rule: best}\n")
     path.write_text("")
     with pytest.raises(ConfigError, match=r"config\.yaml: pairs\.rule"):

@@ -1,5 +1,6 @@
 """The arena engine gives what Hugging Face's own loop gives, whatever runs beside it, and what it stores is bounded."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import GraniteConfig, NanoChatConfig, Phi3Config
 
 from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
-from cpo_fast.search.engine import Requests, ScoreRequest
+from cpo_fast.search.engine import Requests, ScoreRequest, Search
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.decode_batch import DecodeBatch
 from cpo_fast.search.engine.forward_plans import decode_plan
@@ -288,6 +289,31 @@ def test_reads_that_are_not_shared_stay_apart() -> None:
         plan, num_keys = decode_plan([[(node, 40)]] * 6, range(100, 160, 10), [1] * 6, 2, 999, share)
         assert len(set(row_keys(plan, "native").node.tolist())) == num_reads
         assert num_keys == 40 * num_reads
+
+
+def test_what_existed_is_left_to_itself_by_the_garbage_collector_while_searches_run_and_no_longer() -> None:
+    _, prompts = forked_prompts(31)
+    engine = arena_engine()
+
+    def search() -> Search[int]:
+        yield Requests(tuple(sampled(prompts[:1])), keep=False)
+        return gc.get_freeze_count()
+
+    for abandoned in (False, True):
+        running = engine.run([("one", search()), ("two", search())])
+        assert next(running)[1] > 10_000
+        if abandoned:
+            running.close()
+        else:
+            list(running)
+        assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        list(engine.run([("one", search())]))
+        assert gc.get_freeze_count() > before // 2  # the caller's own; some of them have gone since
+    finally:
+        gc.unfreeze()
 
 
 def test_refill_fills_slots_sooner_and_changes_no_answer() -> None:

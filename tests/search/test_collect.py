@@ -1,6 +1,9 @@
 """`collect` on a tiny random model: equal bytes for any batch size and restart, recorded failures, refusals."""
 
 import json
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cpo_fast.config import Config
-from cpo_fast.errors import ConfigError, DataError
+from cpo_fast.config import Config, load_config
+from cpo_fast.errors import ConfigError, DataError, Interrupted
 from cpo_fast.files import canonical_json
 from cpo_fast.search.collect import collect, configured_engine
 from cpo_fast.search.engine import Requests, SampleRequest, ScoreRequest
@@ -109,6 +112,28 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(make_config, mod
     result = collect(config, model, tokenizer, progress=lambda number, total, tree, seconds: searched.append(tree.id))
     assert searched == ["second", "third"]
     assert result.num_resumed == 1
+    assert _bytes(config) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_says_what_is_kept_and_records_no_failure(make_config, model, tokenizer, undisturbed, number):
+    config = make_config("stopped")
+    before = signal.getsignal(number)
+
+    def stop_in_second(ask):
+        if any(isinstance(item, SampleRequest) and "/second/" in item.uid for item in ask.items):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as caught:
+        collect(config, model, tokenizer, make_engine=_listening(stop_in_second))
+    assert caught.value.exit_code == 143
+    assert str(caught.value) == (
+        f"{number.name}: 1 of 3 questions are finished and kept in {config.run}, with the answers to those under way; the "
+        "same command goes on from there"
+    )
+    assert signal.getsignal(number) is before
+    assert _bytes(config).splitlines() == undisturbed.splitlines()[:1]
+    collect(config, model, tokenizer)
     assert _bytes(config) == undisturbed
 
 
@@ -343,6 +368,48 @@ def test_trees_of_another_search_are_refused_by_name(make_config, model, tokeniz
         collect(make_config("shared", seed=3), model, tokenizer)
     with pytest.raises(DataError, match="another model"):
         collect(make_config("shared"), build_model(len(tokenizer), {3: 1.0}), tokenizer)
+
+
+def test_a_refusal_names_the_settings_that_differ_and_their_values(make_config, model, tokenizer):
+    collect(make_config("kept", temperature=0.7), model, tokenizer)
+    kept = Path(make_config("kept").run) / "collect.yaml"
+    content = kept.read_bytes()
+    with pytest.raises(DataError, match=r"\(search\.temperature was 0\.7, is 0\.5\); set it as it was"):
+        collect(make_config("kept", temperature=0.5), model, tokenizer)
+    others = {"temperature": 0.5, "num_kept": 1, "max_steps": 2, "num_candidates": 3, "max_thought_tokens": 8}
+    with pytest.raises(DataError) as caught:
+        collect(make_config("kept", **others), model, tokenizer)
+    named = re.search(r"dtype \((.*)\); set it", str(caught.value))[1].split("; ")
+    assert len(named) == 4
+    assert named[3] == "and 2 more"
+    assert all(re.fullmatch(r"search\.(\w+) was \S+, is \S+", one) for one in named[:3])
+    assert kept.read_bytes() == content  # what is refused does not take its place
+
+
+def test_a_refusal_takes_no_word_of_a_configuration_that_is_not_the_trees(make_config, model, tokenizer):
+    collect(make_config("kept", temperature=0.7), model, tokenizer)
+    folder = Path(make_config("kept").run)
+    for content in ("search: {temperature: 0.9}\n", "search: [\n"):
+        (folder / "collect.yaml").write_text(content)
+        with pytest.raises(DataError, match=r"dtype \([0-9a-f]{16}, this run has [0-9a-f]{16}\)"):
+            collect(make_config("kept", temperature=0.5), model, tokenizer)
+    (folder / "collect.yaml").unlink()
+    with pytest.raises(DataError, match=r"dtype \([0-9a-f]{16}, this run has"):
+        collect(make_config("kept", temperature=0.5), model, tokenizer)
+
+
+def test_the_configuration_is_kept_and_a_file_that_says_the_same_is_left_alone(make_config, model, tokenizer):
+    config = make_config()
+    collect(config, model, tokenizer)
+    kept = Path(config.run) / "collect.yaml"
+    assert load_config(kept) == config
+    kept.write_text("# mine\n" + kept.read_text())
+    before = kept.read_bytes()
+    collect(config, model, tokenizer)
+    assert kept.read_bytes() == before
+    faster = make_config(batch_size=3)
+    collect(faster, model, tokenizer)
+    assert load_config(kept) == faster
 
 
 def test_an_id_that_now_names_another_question_is_refused(make_config, model, tokenizer, tmp_path):

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-from cpo_fast.cli.collect import collect_command
+from cpo_fast.cli.collect import QuestionLines, collect_command
 from cpo_fast.errors import ConfigError, CpoFastError, DataError
 from tests.search.tiny_llama import build_model
 
@@ -56,6 +57,34 @@ def test_text_of_a_model_cannot_drive_the_terminal():
     assert _shown("7\x1b[2J\n\u202e\ud800") == "7\\x1b[2J\\n\\u202e\\ud800"
     assert _shown("caf\u00e9 \u6570\u5b66") == "caf\u00e9 \u6570\u5b66"
     assert _shown("x" * 100_000) == "x" * 80 + "..."
+
+
+def failed(number, detail, status="failed"):
+    return SimpleNamespace(id=f"q{number}", status=status, detail=detail, nodes=(), winning_nodes=(), answer=None)
+
+
+def test_equal_reasons_of_failures_are_three_lines_and_a_count(capsys):
+    with QuestionLines() as lines:
+        for number in range(1, 301):
+            lines(number, 302, failed(number, "ValueError: too long"), 1.0)
+        lines(301, 302, failed(301, "OSError: gone"), 1.0)
+        lines(302, 302, failed(302, "", status="ok"), 1.0)
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(":")[0] for line in said] == [
+            "1/302 q1",
+            "2/302 q2",
+            "3/302 q3",
+            "301/302 q301",
+            "302/302 q302",
+            "297 more questions failed for the same reason",
+        ]
+        assert said[0].startswith("1/302 q1: failed (ValueError: too long), 0 thoughts")
+        assert said[-1].endswith(": ValueError: too long")
+        for number in range(1, 5):  # the next round of the same command, which is stopped
+            lines(number, 9, failed(number, "ValueError: too long"), 1.0)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in said] == ["1/9", "2/9", "3/9", "1"]
+    assert said[-1] == "1 more question failed for the same reason: ValueError: too long"
 
 
 def test_every_question_failing_is_an_error(workspace, tokenizer):

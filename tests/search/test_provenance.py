@@ -61,8 +61,8 @@ def test_trees_of_another_dtype_are_refused_and_those_of_the_same_are_kept(run_i
     with pytest.raises(DataError) as caught:
         collect(run_in("auto", 40.0))  # the same settings on a CPU that is slow in bfloat16
     sentence = str(caught.value)
-    assert "another search configuration or dtype" in sentence
-    assert "set both as they were (model.dtype=auto follows the device), set another folder in 'run'" in sentence
+    assert "another search configuration or dtype (model.dtype was bfloat16, is float32)" in sentence
+    assert "set it as it was (model.dtype=auto follows the device), set another folder in 'run'" in sentence
     assert collect(run_in("bfloat16", 40.0)).num_resumed == 3
 
 

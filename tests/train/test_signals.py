@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from cpo_fast.adapters import copy_adapter
 from cpo_fast.errors import Interrupted
+from cpo_fast.interrupts import exit_code_of
 from cpo_fast.train.loop import train
-from cpo_fast.train.signals import EndSignals, exit_code_of
+from cpo_fast.train.signals import EndSignals
 from tests.train.runs import MakeConfig
 
 

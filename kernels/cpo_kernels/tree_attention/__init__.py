@@ -14,7 +14,7 @@ from cpo_kernels.implementation import available_implementations, resolve_implem
 from cpo_kernels.tree_attention.check import check_tree_attention
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
-from cpo_kernels.tree_attention.native import NativeTreeAttention
+from cpo_kernels.tree_attention.native import NativeTreeAttention, check_depths
 from cpo_kernels.tree_attention.reference import tree_attention_reference
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, window_schedule
 from cpo_kernels.tree_attention.window import Window
@@ -111,6 +111,8 @@ def attention_layer(
     if impl == "triton":
         return _triton(q, k, v, schedule, scale, window, softcap, sinks)
     if impl == "native":
+        if window is not None:
+            check_depths(window, schedule)
         return _apply(NativeTreeAttention, q, k, v, schedule, scale, window, softcap, sinks)
     assert impl == "eager", impl
     runs = key_runs(schedule, q.shape[1], q.device)
@@ -133,8 +135,6 @@ def _triton(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"tree_attention: expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if schedule.subtree_end.device != q.device:
         raise ValueError(
             f"tree_attention: expected a schedule on {q.device} like q, got one on {schedule.subtree_end.device}; "
@@ -158,7 +158,9 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end
             "tree_attention: expected q [T, H, D] and k, v [T, Hkv, D], "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[1] % k.shape[1] != 0:
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"tree_attention: expected q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"tree_attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if subtree_end.shape != (q.shape[0],):
         raise ValueError(f"tree_attention: expected subtree_end [{q.shape[0]}], got {tuple(subtree_end.shape)}")

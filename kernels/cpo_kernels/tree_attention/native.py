@@ -83,6 +83,23 @@ class NativeTreeAttention(torch.autograd.Function):
         return (*grads, None, None, None, None, grad_sinks)
 
 
+def check_depths(window: Window, schedule: TreeSchedule) -> None:
+    """A row's depth is found on the way here, so that the window's must be the same.
+
+    Raises:
+        ValueError: it is not.
+    """
+    key = ("native", "depths")
+    if key not in schedule.host_derived:
+        lengths = schedule.host_segment_stop - schedule.host_segment_start
+        ends = torch.repeat_interleave(schedule.host_segment_end, lengths)
+        ended = torch.bincount(ends, minlength=len(ends) + 1)[: len(ends)].cumsum(0)  # subtrees, up to each row
+        schedule.host_derived[key] = torch.arange(len(ends)) - ended
+    depths: torch.Tensor = schedule.host_derived[key]
+    if not torch.equal(window.depths.to(depths), depths):
+        raise ValueError("tree_attention: expected window.depths to be each row's place on its own path")
+
+
 class _Options(NamedTuple):
     scale: float
     window: int  # 0: none

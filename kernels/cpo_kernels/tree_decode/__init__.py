@@ -105,8 +105,8 @@ def decode_layer(
 def _check_options(q: torch.Tensor, window: int | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"tree_decode: expected a window of at least one token, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"tree_decode: expected a soft-cap above 0, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"tree_decode: expected a soft-cap above 0 and below infinity, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(
             f"tree_decode: expected sinks [{q.shape[1]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
@@ -144,7 +144,7 @@ def _check(
         )
     if k_arena.stride(2) != 1 or v_arena.stride(2) != 1:
         raise ValueError("tree_decode: expected an arena whose last dimension is contiguous")
-    if q.shape[1] % k_arena.shape[1] != 0:
+    if not q.shape[1] or not k_arena.shape[1] or q.shape[1] % k_arena.shape[1] != 0:
         raise ValueError(f"tree_decode: {q.shape[1]} query heads are not a multiple of {k_arena.shape[1]} key heads")
     if {tensor.dtype for tensor in (k_new, v_new, k_arena, v_arena)} != {q.dtype}:
         raise ValueError(

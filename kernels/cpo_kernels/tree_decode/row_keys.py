@@ -17,7 +17,6 @@ class RowKeys(NamedTuple):
     offsets: np.ndarray  # [N + 1] int64, of each row's items
     own_start: np.ndarray  # [N] int64
     own_count: np.ndarray  # [N] int64
-    longest: tuple[int, int, int]  # most keys of a row in items, most of its own, most items
 
     def gathered(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Arena rows [N, L] int64 that rows read, the last `window` of each, and how many they are [N]; 0 past them."""
@@ -32,7 +31,7 @@ class RowKeys(NamedTuple):
         stops = ends[own] if num_rows else ends
         total = np.diff(stops, prepend=0)
         seen = np.minimum(total, window) if window else total
-        column = np.arange(int(seen.max(initial=0)))
+        column = np.arange(int(seen.max(initial=1)))  # a maximum is taken over them
         table = np.zeros((num_rows, len(column)), np.int64)
         visible = column < seen[:, None]
         table[visible] = keys[((stops - seen)[:, None] + column)[visible]]
@@ -79,7 +78,4 @@ def _row_keys(plan: DecodePlan) -> RowKeys:
     some = seen > 0
     item, seen = item[some], seen[some]
     offsets = np.concatenate([[0], np.cumsum(some)])[offsets]
-    ends = np.concatenate([[0], np.cumsum(seen)])[offsets]
-    longest = [int(values.max(initial=0)) for values in (np.diff(ends), own_count, np.diff(offsets))]
-    lengths = (longest[0], longest[1], longest[2])
-    return RowKeys(key_start[item], seen, node[item], offsets, own_start, own_count, lengths)
+    return RowKeys(key_start[item], seen, node[item], offsets, own_start, own_count)
