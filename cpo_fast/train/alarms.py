@@ -128,9 +128,10 @@ class ChainAlarm:
         self.raised_at = step
         self.text = (
             f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
-            f"expected before ({num_back} others came back); the model may be beginning to collapse, whatever the loss says. "
-            f"Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was {self._best / num_questions:.1%} after step "
-            f"{self._best_step}; use the best adapter, which the run keeps, or train again with fewer steps, a lower "
+            f"expected before ({num_back} others came back); the model may be beginning to collapse, whatever the loss "
+            f"says. Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was "
+            f"{self._best / num_questions:.1%} after step {self._best_step}; use the best adapter, which the run keeps, or "
+            "train again with fewer steps, a lower "
             "train.lr or, on pairs, train.nll_weight"
         )
         return self.text
