@@ -1,4 +1,4 @@
-"""Adapters off for the reference: what PEFT's own switch gives, for every kind, and without asking layers for their status."""
+"""Adapters off for the reference: what PEFT's own switch gives, for every kind, without asking layers for their status."""
 
 from typing import Any
 
