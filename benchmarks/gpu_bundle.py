@@ -165,6 +165,7 @@ def compile_extension(installed: Path) -> None:
     files = [*sorted((ROOT / "csrc").glob("*.cpp")), nanobind.parent / "src" / "nb_combined.cpp"]
     output = EXTENSION_FOLDER / f"_csrc{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-DNDEBUG"]
+    flags += ["-DCPO_SET=baseline", "-pthread"]  # attention on a CPU for one instruction set: here it only has to work
     command = [compiler, *flags, *(f"-I{path}" for path in includes), *map(str, files), "-o", str(output)]
     status = subprocess.run(command).returncode
     sys.stdout.write(f"compiled the extension: {'done' if status == 0 else f'exit code {status}'}\n")

@@ -72,7 +72,8 @@ def test_a_wheel_of_other_sources_is_not_used_and_the_extension_is_compiled(
     install(bundle, tmp_path / "target")
     asked = (tmp_path / "asked").read_text().splitlines()
     assert [Path(word).name for word in asked if word.endswith(".cpp")] == [
-        "bindings.cpp", "forest.cpp", "schedule.cpp", "nb_combined.cpp",
+        "attention.cpp", "bindings.cpp", "forest.cpp", "schedule.cpp", "tree_attention.cpp", "tree_decode.cpp",
+        "nb_combined.cpp",
     ]  # fmt: skip
     assert all(Path(word.removeprefix("-I")).is_dir() for word in asked if word.startswith("-I"))
     assert f"-I{sysconfig.get_path('include')}" in asked
