@@ -4,9 +4,10 @@
     ChainAlarm   after every validation by chains: they answer fewer questions as expected than they did
 
 A preference loss sees the margin alone, which can widen by pushing both responses down, until the model has forgotten how
-to write either. `DriftAlarm` sees it where it begins, but comes late: as measured in docs/derivations.md, section 7,
-answers are lost while means of log-probs, margins and entropy look as they do in a healthy run. What chains forget tells
-it first, and votes of a search in place of reference answers are enough.
+to write either. Means of log-probs, margins and entropy then look as they do in a healthy run. `DriftAlarm` reads a
+lowest tenth and comes late or not at all, and in some healthy runs too. What chains forget mostly tells before answers
+are lost, with votes of a search in place of reference answers, and seldom where nothing is lost: docs/derivations.md,
+section 7, has the counts.
 """
 
 from collections import deque
@@ -127,9 +128,10 @@ class ChainAlarm:
         self.raised_at = step
         self.text = (
             f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
-            f"expected before ({num_back} others came back); the model begins to collapse, whatever the loss says. Their "
-            f"{self.metric} is {sum(as_expected) / num_questions:.1%} and was {self._best / num_questions:.1%} after step "
-            f"{self._best_step}; use the best adapter, which the run keeps, or train again with fewer steps, a lower "
+            f"expected before ({num_back} others came back); the model may be beginning to collapse, whatever the loss "
+            f"says. Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was "
+            f"{self._best / num_questions:.1%} after step {self._best_step}; use the best adapter, which the run keeps, or "
+            "train again with fewer steps, a lower "
             "train.lr or, on pairs, train.nll_weight"
         )
         return self.text

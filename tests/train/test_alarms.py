@@ -13,6 +13,7 @@ from benchmarks.collapse import (
     chain_alarm,
     collapsed_at,
     drift_alarm,
+    kept_step,
     kind,
     most_lost,
     recorded,
@@ -162,27 +163,27 @@ RAISED_FOR_NOTHING = "cpo 3e-3, 20 steps, seed 15"
 
 
 def test_the_chains_alarm_is_raised_before_five_points_are_lost_in_most_collapses_and_in_one_healthy_run() -> None:
-    raised = [(chain_alarm(run).raised_at, collapsed_at(run), run["run"]) for run in runs()]
-    assert [(step, name) for step, collapsed, name in raised if collapsed is None and step is not None] == [
-        (10, ON_THE_WAY),
-        (11, RAISED_FOR_NOTHING),
-    ]
-    steps = [(step, collapsed) for step, collapsed, _ in raised if collapsed is not None]
-    num_before = sum(step is not None and step < collapsed for step, collapsed in steps)
-    assert num_before >= 0.75 * len(steps)  # 0.8 are wanted
-    assert all(step is not None and step <= collapsed for step, collapsed in steps)
+    found = [(run["half"], kind(run), timing(run), run["run"]) for run in runs()]
+    assert [name for _, _, when, name in found if when == "raised"] == [ON_THE_WAY, RAISED_FOR_NOTHING]
+    assert [named for _, named, when, _ in found if when == "raised"] == ["neither", "healthy"]
+    assert sum(named == "healthy" for _, named, _, _ in found) == 18
+    for halves, counts in (((0, 1, 2), (9, 3)), ((3,), (5, 0)), ((0, 1, 2, 3), (14, 3))):
+        collapses = [when for half, named, when, _ in found if half in halves and named == "collapsed"]
+        assert (collapses.count("before"), collapses.count("at")) == counts
+        assert sum(counts) == len(collapses)  # none is missed, and none told after the loss
+    assert 14 >= 0.8 * 17 > 9 / 12 * 17  # 0.8 are wanted; halves 0 to 2 alone fall short of it
 
 
 def test_the_adapter_with_the_best_agreement_is_near_the_best_of_a_collapse() -> None:
-    losses = []
+    losses = {}
     for run in runs():
         if collapsed_at(run) is not None:
-            gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
-            votes = {validation["step"]: validation["votes"].count("+") for validation in run["validations"]}
-            kept = max(votes, key=lambda step: (votes[step], -step))  # by stop_on=agreement
-            losses.append(max(gold.values()) - gold[kept])
-    assert sum(loss < 0.03 for loss in losses) >= len(losses) - 2
-    assert max(losses) < 0.07
+            best, kept, _ = accuracies(run)
+            assert kept == {v["step"]: v["gold"] for v in run["validations"]}[kept_step(run)]
+            losses[run["run"]] = best - kept
+    assert len(losses) == 17
+    far = {name: round(loss, 3) for name, loss in losses.items() if loss > 0.03}
+    assert far == {"cpo 7e-3, 12 steps, seed 9": 0.067, "cpo 5e-3, 14 steps, seed 11": 0.067}
 
 
 def test_no_gold_answer_reaches_an_alarm() -> None:
@@ -192,24 +193,55 @@ def test_no_gold_answer_reaches_an_alarm() -> None:
         assert drift_alarm(blind).state() == drift_alarm(run).state()
 
 
-def test_drift_tells_most_recorded_collapses_too_but_later() -> None:
-    raised = [drift_alarm(run).raised_at is not None for run in runs() if collapsed_at(run) is not None]
-    assert sum(raised) >= 11 / 14 * len(raised)
-    healthy = [run["run"] for run in runs() if collapsed_at(run) is None and drift_alarm(run).raised_at is not None]
-    assert healthy == [ON_THE_WAY, "cpo 1e-3, 24 steps, seed 12", RAISED_FOR_NOTHING]
+def test_drift_tells_most_collapses_on_which_it_was_chosen_but_few_of_half_3_where_it_rings_in_healthy_runs() -> None:
+    counts = {}
+    for halves in ((0, 1, 2), (3,)):
+        found = [(drift_alarm(run).raised_at, collapsed_at(run)) for run in runs() if run["half"] in halves]
+        collapses = [(raised, step) for raised, step in found if step is not None]
+        told = [(raised, step) for raised, step in collapses if raised is not None]
+        counts[halves] = (len(collapses), len(told), sum(raised < step for raised, step in told))
+    assert counts == {(0, 1, 2): (12, 10, 5), (3,): (5, 2, 0)}
+    others = [run["run"] for run in runs() if collapsed_at(run) is None and drift_alarm(run).raised_at is not None]
+    assert others == [ON_THE_WAY, "cpo 1e-3, 24 steps, seed 12", "cpo 1e-3, 24 steps, seed 20", RAISED_FOR_NOTHING]
 
 
 def test_only_what_was_declared_before_is_counted_in_half_3() -> None:
-    """Validated at every step, with the limits that halves 0 to 2 were played to."""
-    found = {run["run"]: (kind(run), timing(run)) for run in runs() if run["half"] == 3}
-    assert all(RUNS[name][1]["eval_every"] == 1 for name in found)
-    assert found == {
+    """Validated at every step, with the limits that halves 0 to 2 were played to; every declared run is recorded."""
+    half = [run for run in runs() if run["half"] == 3]
+    declared = {name: options for name, (number, options) in RUNS.items() if number == 3}
+    assert sorted(run["run"] for run in half) == sorted(declared)
+    for run in half:
+        steps = [validation["step"] for validation in run["validations"]]
+        assert run["options"] == declared[run["run"]]
+        assert steps == list(range(declared[run["run"]]["max_steps"] + 1))
+    silent = ("healthy", "silent")
+    assert {run["run"]: (kind(run), timing(run)) for run in half} == {
         "cpo 5e-3, 14 steps, seed 11": ("collapsed", "before"),
-        "cpo 1e-3, 24 steps, seed 12": ("healthy", "silent"),
+        "cpo 1e-3, 24 steps, seed 12": silent,
         "cpo 1e-2, 10 steps, seed 13": ("collapsed", "before"),
-        "sft 1e-3, 24 steps, seed 14": ("healthy", "silent"),
+        "sft 1e-3, 24 steps, seed 14": silent,
         RAISED_FOR_NOTHING: ("healthy", "raised"),
+        "cpo 7e-4, 24 steps, seed 16": silent,
+        "cpo 7e-3, 12 steps, seed 17": ("collapsed", "before"),
+        "sft 5e-4, 24 steps, seed 18": silent,
+        "fpo 3e-3, 14 steps, seed 19": ("collapsed", "before"),
+        "cpo 1e-3, 24 steps, seed 20": silent,
+        "fpo 5e-3, 10 steps, seed 21": ("collapsed", "before"),
+        "sft 3e-3, 14 steps, seed 22": silent,
     }
+
+
+def test_in_half_3_the_alarm_is_one_to_three_steps_before_five_points_and_less_than_three_are_lost_by_then() -> None:
+    leads, lost = [], []
+    for run in runs():
+        raised, step = chain_alarm(run).raised_at, collapsed_at(run)
+        if run["half"] == 3 and step is not None:
+            assert raised is not None
+            gold = {validation["step"]: validation["gold"] for validation in run["validations"]}
+            leads.append(step - raised)
+            lost.append(max(share for at, share in gold.items() if at <= raised) - gold[raised])
+    assert sorted(leads) == [1, 1, 1, 2, 3]
+    assert [round(share, 3) for share in sorted(lost)] == [0, 0, 0, 0.027, 0.027]
 
 
 def test_validations_of_a_recorded_run_are_in_order() -> None:

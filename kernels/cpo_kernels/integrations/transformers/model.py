@@ -9,7 +9,7 @@ adapter on the head that is still zero, dropout in evaluation mode, a window or 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,10 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
 
     PEFT's own switches also turn `requires_grad` on and off. The flags are put back exactly.
     """
+    if name is None and (layers := _plain_adapter_layers(model)):
+        with _switched_off(model, layers):
+            yield
+        return
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if name is None:
@@ -123,6 +127,31 @@ def reference_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _plain_adapter_layers(model: torch.nn.Module) -> list[Any]:
+    """Layers whose adapters are off where their own flag says so. Empty where some layer does more than that."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    is_plain = all(getattr(type(layer), "enable_adapters", None) is BaseTunerLayer.enable_adapters for layer in layers)
+    return layers if is_plain else []
+
+
+@contextmanager
+def _switched_off(model: Any, layers: Sequence[Any]) -> Iterator[None]:
+    """As `PeftModel.disable_adapter`, which asks for the status of every layer: a tenth of a second for 32 layers."""
+    before = [layer._disable_adapters for layer in layers]
+    was_off = model._adapters_disabled
+    try:
+        model._adapters_disabled = True
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        model._adapters_disabled = was_off
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
 
 
 def check_adapters(model: torch.nn.Module) -> None:
