@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import cpo_kernels._csrc as _csrc
 from cpo_kernels.tree_attention import Window, attention_layer, tree_attention, tree_schedule
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
+from cpo_kernels.tree_decode.row_keys import row_keys
 from tests.cpo_kernels.attention_oracle import featured_results, parent_mask, random_parents, subtree_ends
 from tests.cpo_kernels.decode_oracle import Frontier, dense_attention, random_frontier, random_inputs
 
@@ -211,6 +212,18 @@ def test_shorter_and_longer_paths_follow_one_another() -> None:
         plan = frontier.decode_plan(rows)
         got = tree_decode(some.q, some.k_new, some.v_new, *some.arena, plan, 0.3, impl="native")
         torch.testing.assert_close(got, want[rows], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_that_end_elsewhere_in_an_earlier_node_share_no_scores() -> None:
+    """Equal nodes, of which the second row sees one more key of the first: its positions are not the other row's."""
+    plan = DecodePlan.build([40, 41], [(0, 2, 0, 10, 5), (0, 1, 20, 4, 4), (1, 1, 20, 4, 4)], [40, 41], [1, 1])
+    assert len(set(row_keys(plan, "native").node)) == 2
+    generator = torch.Generator().manual_seed(2)
+    q, k_new, v_new = torch.randn(3, 2, 2, 24, generator=generator, dtype=torch.float64)
+    arena = torch.randn(2, 42, 2, 24, generator=generator, dtype=torch.float64)
+    got = tree_decode(q, k_new, v_new, *arena.clone(), plan, impl="native")
+    want = tree_decode(q, k_new, v_new, *arena.clone(), plan, impl="reference")
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_memory_that_is_not_there_is_an_error_of_the_call() -> None:
