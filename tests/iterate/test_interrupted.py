@@ -95,7 +95,7 @@ iterate(load_config(sys.argv[1]), Watch(on_question=lambda *_: os.kill(os.getpid
 def test_a_signal_in_the_search_keeps_its_trees(rounds_of_cpo: Config, inputs: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.yaml", values(inputs, tmp_path / "run"))
     done = python("-c", SIGNAL, str(path))
-    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert "Interrupted: round 1, collect: SIGTERM: 1 of 2 questions are finished and kept in" in done.stderr
     trees = tmp_path / "run/round-1/trees.jsonl"
     assert len(trees.read_text().splitlines()) == 1
     iterate(validate_config(values(inputs, tmp_path / "run")))
@@ -130,4 +130,5 @@ def test_on_two_ranks_they_are_the_same_rounds(rounds_of_cpo: Config, inputs: Pa
         load_file(Path(folder, "round-1/adapter/adapter_model.safetensors"))
         for folder in (rounds_of_cpo.run, tmp_path / "run")
     )
-    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-5
+    # two ranks add up a gradient in another order, and Adam makes a step of the rounding where it is all there is
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 5e-5
