@@ -158,6 +158,45 @@ int64_t visible_products(const Runs& runs, int64_t head_dim) {
     return pairs * head_dim;
 }
 
+// Where the trees of a forest begin, in runs, and the number of runs at the end.
+std::vector<int64_t> tree_starts(const Runs& runs) {
+    std::vector<int64_t> starts;
+    int64_t covered = 0;
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+        if (runs.start[run] >= covered) {
+            starts.push_back(run);
+            covered = runs.end[run];
+        }
+    }
+    starts.push_back(runs.num_runs);
+    return starts;
+}
+
+// In tokens.
+int64_t longest_path(const Runs& runs) {
+    std::vector<std::pair<int64_t, int64_t>> open;  // where a subtree ends, and the depth below the run
+    int64_t longest = 0;
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+        while (!open.empty() && open.back().first <= runs.start[run]) {
+            open.pop_back();
+        }
+        const int64_t depth = (open.empty() ? 0 : open.back().second) + runs.stop[run] - runs.start[run];
+        open.emplace_back(runs.end[run], depth);
+        longest = std::max(longest, depth);
+    }
+    return longest;
+}
+
+// Numbers of scratch that one thread needs.
+template <typename T>
+int64_t tree_attention_scratch(const TreeAttention<T>& of, bool backward) {
+    const int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
+    const int64_t dim = of.head_dim + width, longest = of.longest_path + 3 * width;
+    const int64_t block = std::max<int64_t>(64, of.num_heads / of.num_kv_heads);
+    return backward ? 6 * longest * dim + 3 * block * dim + 2 * block * longest
+                    : 3 * longest * dim + 2 * block * dim + block * (longest + 1);
+}
+
 void check_runs(const Runs& runs, int64_t num_rows) {
     int64_t covered = 0;
     for (int64_t run = 0; run < runs.num_runs; ++run) {
@@ -228,42 +267,6 @@ void use_instruction_set(const std::string& name) {
         }
     }
     throw std::invalid_argument("this machine has no instruction set " + name);
-}
-
-std::vector<int64_t> tree_starts(const Runs& runs) {
-    std::vector<int64_t> starts;
-    int64_t covered = 0;
-    for (int64_t run = 0; run < runs.num_runs; ++run) {
-        if (runs.start[run] >= covered) {
-            starts.push_back(run);
-            covered = runs.end[run];
-        }
-    }
-    starts.push_back(runs.num_runs);
-    return starts;
-}
-
-int64_t longest_path(const Runs& runs) {
-    std::vector<std::pair<int64_t, int64_t>> open;  // where a subtree ends, and the depth below the run
-    int64_t longest = 0;
-    for (int64_t run = 0; run < runs.num_runs; ++run) {
-        while (!open.empty() && open.back().first <= runs.start[run]) {
-            open.pop_back();
-        }
-        const int64_t depth = (open.empty() ? 0 : open.back().second) + runs.stop[run] - runs.start[run];
-        open.emplace_back(runs.end[run], depth);
-        longest = std::max(longest, depth);
-    }
-    return longest;
-}
-
-template <typename T>
-int64_t tree_attention_scratch(const TreeAttention<T>& of, bool backward) {
-    const int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
-    const int64_t dim = of.head_dim + width, longest = of.longest_path + 3 * width;
-    const int64_t block = std::max<int64_t>(64, of.num_heads / of.num_kv_heads);
-    return backward ? 6 * longest * dim + 3 * block * dim + 2 * block * longest
-                    : 3 * longest * dim + 2 * block * dim + block * (longest + 1);
 }
 
 template <typename T>

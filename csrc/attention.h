@@ -44,14 +44,6 @@ struct TreeAttention {
     int64_t longest_path;
 };
 
-// Numbers of scratch that one thread needs.
-template <typename T>
-int64_t tree_attention_scratch(const TreeAttention<T>& of, bool backward);
-
-// Where the trees of a forest begin, in runs, and the number of runs at the end; and the longest path in tokens.
-std::vector<int64_t> tree_starts(const Runs& runs);
-int64_t longest_path(const Runs& runs);
-
 // Both throw std::invalid_argument where runs do not cover the rows one after another.
 template <typename T>
 void tree_attention_forward(TreeAttention<T> of, int num_threads);

@@ -3,6 +3,8 @@
 // computed by the same operations in the same order whichever rows stand beside it, so its bits are its own. Compiled once
 // for each instruction set (`CPO_SET`).
 
+#include <type_traits>
+
 #include "attention.h"
 #include "vectors.h"
 
@@ -141,18 +143,6 @@ CPO_INLINE void some_dots(const T* queries, int64_t dim, const T* keys, int64_t 
     }
 }
 
-template <typename T>
-void dots(const T* queries, int64_t num_queries, int64_t dim, const T* keys, int64_t stride, int64_t count, T* scores,
-          int64_t longest) {
-    int64_t m = 0;
-    for (; m + tile_queries <= num_queries; m += tile_queries) {
-        some_dots<tile_queries>(queries + m * dim, dim, keys, stride, count, scores + m * longest, longest);
-    }
-    for (; m < num_queries; ++m) {
-        some_dots<1>(queries + m * dim, dim, keys, stride, count, scores + m * longest, longest);
-    }
-}
-
 // out[m] += sum over j of weights[m][j] * values[j], in order
 template <int Rows, typename T>
 CPO_INLINE void weigh_some(const T* weights, int64_t longest, const T* values, int64_t stride, int64_t count, T* out,
@@ -178,15 +168,15 @@ CPO_INLINE void weigh_some(const T* weights, int64_t longest, const T* values, i
     }
 }
 
-template <typename T>
-void weigh(const T* weights, int64_t longest, int64_t num_queries, const T* values, int64_t stride, int64_t count, T* out,
-           int64_t dim) {
+// visit(m, std::integral_constant of how many) for tiles of queries, and for those that fill none one by one
+template <typename Visit>
+CPO_INLINE void each_tile(int64_t num_queries, Visit visit) {
     int64_t m = 0;
     for (; m + tile_queries <= num_queries; m += tile_queries) {
-        weigh_some<tile_queries>(weights + m * longest, longest, values, stride, count, out + m * dim, dim);
+        visit(m, std::integral_constant<int, tile_queries>{});
     }
     for (; m < num_queries; ++m) {
-        weigh_some<1>(weights + m * longest, longest, values, stride, count, out + m * dim, dim);
+        visit(m, std::integral_constant<int, 1>{});
     }
 }
 
@@ -342,7 +332,9 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
             const OwnKeys own = seen_of_own(of, first + m / group);
             arena_keys.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
                 T* to = scores + m * longest + own_place + own.place + at;
-                dots(queries + m * dim, group, dim, some, stride, count, to, longest);
+                each_tile(group, [&](int64_t g, auto rows) {
+                    some_dots<rows>(queries + (m + g) * dim, dim, some, stride, count, to + g * longest, longest);
+                });
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {
@@ -357,7 +349,9 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
             const OwnKeys own = seen_of_own(of, first + m / group);
             arena_values.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
                 const T* weights = scores + m * longest + own_place + own.place + at;
-                weigh(weights, longest, group, some, stride, count, out + m * dim, dim);
+                each_tile(group, [&](int64_t g, auto rows) {
+                    weigh_some<rows>(weights + g * longest, longest, some, stride, count, out + (m + g) * dim, dim);
+                });
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {

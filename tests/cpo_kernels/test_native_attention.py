@@ -70,25 +70,27 @@ def test_many_threads_share_the_work_of_a_large_forest() -> None:
     assert all(map(torch.equal, trained(subtree_end, (8, 4, 64), torch.float32), expected))
 
 
+@pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("heads", HEAD_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_of_a_search_has_the_same_bits_alone(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_a_row_of_a_search_has_the_same_bits_alone(
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
+) -> None:
     """Whatever is beside it, however its keys are cut into items, and with a window that ends inside them."""
     frontier = random_frontier(5, 4, num_prefilled=20)
     num_rows = len(frontier.paths)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for window in (None, 37):
-        inputs = random_inputs(frontier, *heads, dtype)
+    inputs = random_inputs(frontier, *heads, dtype)
 
-        def run(rows: slice | list[int], plan: DecodePlan) -> torch.Tensor:
-            given = (x[rows] for x in (inputs.q, inputs.k_new, inputs.v_new))  # noqa: B023 - called in this turn
-            return tree_decode(*given, *inputs.arena, plan, window=window, impl="native")  # noqa: B023
+    def run(rows: slice | list[int], plan: DecodePlan) -> torch.Tensor:
+        given = (x[rows] for x in (inputs.q, inputs.k_new, inputs.v_new))
+        return tree_decode(*given, *inputs.arena, plan, window=window, impl="native")
 
-        among = run(slice(None), frontier.plan(split=16))
-        exact = dense_attention(frontier, inputs, heads[2] ** -0.5, torch.float64, window=window)
-        torch.testing.assert_close(among.double(), exact, rtol=tolerance, atol=tolerance)
-        for rows in ([0], [num_rows - 1], list(range(num_rows))[::-1]):
-            assert torch.equal(run(rows, frontier.decode_plan(rows)), among[rows]), rows
+    among = run(slice(None), frontier.plan(split=16))
+    exact = dense_attention(frontier, inputs, heads[2] ** -0.5, torch.float64, window=window)
+    torch.testing.assert_close(among.double(), exact, rtol=tolerance, atol=tolerance)
+    for rows in ([0], [num_rows - 1], list(range(num_rows))[::-1]):
+        assert torch.equal(run(rows, frontier.decode_plan(rows)), among[rows]), rows
 
 
 def test_a_search_has_the_same_bits_with_any_number_of_threads_and_on_any_set() -> None:
