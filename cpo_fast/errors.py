@@ -95,12 +95,12 @@ def failure_detail(error: BaseException) -> str:
 
 
 def require_library(name: str) -> Any:
-    """Import an optional library. Raises EnvironmentProblem with the line that installs it when it is missing."""
+    """Import a large library. Raises EnvironmentProblem with the line that installs it when it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise EnvironmentProblem(
-            f"cannot import {name} ({first_line(error)}); install it with: pip install 'cpo-fast[train]'"
+            f"cannot import {name} ({first_line(error)}); install it with: pip install {name}"
         ) from None
 
 

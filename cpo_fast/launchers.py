@@ -219,7 +219,7 @@ def with_deepspeed(
     """One `deepspeed`, which reaches other hosts by pdsh."""
     program = Path(sys.executable).with_name("deepspeed")
     if not program.exists():
-        raise EnvironmentProblem("--launch deepspeed: deepspeed is not installed; pip install 'cpo-fast[train]'")
+        raise EnvironmentProblem("--launch deepspeed: deepspeed is not installed; pip install deepspeed")
     if hosts_path is None:
         where = ["--num_gpus", str(hosts[0].num_ranks)]
     else:

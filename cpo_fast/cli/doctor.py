@@ -19,7 +19,6 @@ from cpo_fast.errors import CpoFastError, EnvironmentProblem, first_line
 from cpo_fast.ranks import find_ranks
 
 GIB = 1 << 30
-NEEDED_EXTRAS = ("", "train")
 OPTIONAL_EXTRAS = {"data": "for parquet files and the hub", "demo": "for `cpo-fast demo --model smollm2`"}
 
 
@@ -53,7 +52,7 @@ def doctor_command(as_json: bool) -> None:
         for finding in findings:
             table.add_row(
                 finding.what, finding.found, escape(finding.wrong or finding.optional)
-            )  # `[train]` is no markup
+            )  # `[demo]` is no markup
         Console().print(table)
     if wrong:
         raise EnvironmentProblem(f"{len(wrong)} thing(s) to mend: {', '.join(finding.what for finding in wrong)}")
@@ -84,7 +83,7 @@ def _libraries() -> list[Finding]:
     for text in metadata.requires("cpo-fast") or []:
         requirement = Requirement(text)
         extra = _extra(text)
-        if (extra not in NEEDED_EXTRAS and extra not in OPTIONAL_EXTRAS) or requirement.name == "cpo-fast":
+        if extra and extra not in OPTIONAL_EXTRAS:
             continue
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
@@ -105,7 +104,7 @@ def _libraries() -> list[Finding]:
 
 
 def _extra(requirement: str) -> str:
-    """The extra that brings a requirement, from its marker `extra == 'train'`."""
+    """The extra that brings a requirement, from its marker `extra == 'demo'`."""
     _, found, name = requirement.partition("extra ==")
     return name.strip(" '\"") if found else ""
 

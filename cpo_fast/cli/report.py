@@ -34,6 +34,6 @@ def written_report(run: str | Path) -> str:
 
         return f"report: {write_report([run])[0]}"
     except ModuleNotFoundError as error:
-        return f"no report: {error.name} is missing; install it: pip install 'cpo-fast[train]'"
+        return f"no report: {error.name} is missing; install it: pip install {error.name}"
     except Exception as error:  # what has been made and said is not lost for it
         return f"no report: {first_line(error)}; `cpo-fast report {run}` writes it"

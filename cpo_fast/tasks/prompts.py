@@ -124,7 +124,7 @@ class Prompts:
             import jinja2
         except ImportError:
             raise EnvironmentProblem(
-                "task.chat: chat templates need jinja2; install it with: pip install 'cpo-fast[train]'"
+                "task.chat: chat templates need jinja2; install it with: pip install jinja2"
             ) from None
         content = content.rstrip()  # a template may or may not strip it; the turn must not depend on that
         try:

@@ -278,9 +278,7 @@ def _import_deepspeed(device_type: str) -> Any:
         with _quiet():
             import deepspeed
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"training needs DeepSpeed ({error}); install it: pip install 'cpo-fast[train]'"
-        ) from None
+        raise EnvironmentProblem(f"training needs DeepSpeed ({error}); install it: pip install deepspeed") from None
     if Version(deepspeed.__version__) < Version(OLDEST):
         raise EnvironmentProblem(
             f"DeepSpeed {deepspeed.__version__} is too old for training, which needs {OLDEST} or newer; install it: "

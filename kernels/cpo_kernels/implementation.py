@@ -3,8 +3,8 @@
 Names: `reference` (plain torch, the specification), `eager` (plain torch, any device, no T x T matrix and no head in
 backward), `native` (C++ on a CPU: attention and decode; where an op has none, a CPU runs `eager`), `triton` (GPU kernels),
 `flash` (flash-attn where an op says so). `CPO_KERNELS_IMPL` overrides the choice by device, an explicit `impl=` argument
-overrides both. An implementation that cannot run raises. Where only the device's default asks for `triton`, the op's check
-of its kernels runs there first, once a process.
+overrides both. An implementation that cannot run raises. Where only the device's default asks for `triton` or `native`,
+the op's check of those kernels runs there first, once a process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ def available_implementations(device_type: str) -> tuple[str, ...]:
 
 
 def resolve_implementation(
-    op: str, impl: str | None, device_type: str, available: Sequence[str], check: Check | None = None
+    op: str,
+    impl: str | None,
+    device_type: str,
+    available: Sequence[str],
+    check: Check | None = None,
+    native_check: Check | None = None,
 ) -> str:
     """Return the implementation name that `op` runs on a device.
 
@@ -58,11 +63,11 @@ def resolve_implementation(
         impl: the caller's choice, or None.
         device_type: `torch.device.type` of the inputs.
         available: names that this op implements on this device.
-        check: of the op's Triton kernels, run before they are the default.
+        check: of the op's Triton kernels, run before they are the default. native_check: of its C++ kernels, likewise.
 
     Raises:
         ValueError: the chosen implementation is unknown to the op or cannot run on the device.
-        KernelCheckError: the device's default is `triton` and the op's kernels do not pass their check there.
+        KernelCheckError: nobody chose, and the kernels that are the device's default do not pass their check there.
     """
     default = default_implementation(device_type)
     chosen = impl or default or os.environ[ENVIRONMENT_VARIABLE]
@@ -74,8 +79,9 @@ def resolve_implementation(
         )
     if torch.compiler.is_compiling():  # a traced graph holds neither checks nor log lines
         return chosen
-    if impl is None and default == "triton" and check is not None:
-        check_once(op, check, device_type)
+    needed = {"triton": check, "native": native_check}.get(chosen) if impl is None and default else None
+    if needed is not None:
+        check_once(op, needed, device_type, chosen)
     _log_choice(op, chosen, device_type)
     return chosen
 

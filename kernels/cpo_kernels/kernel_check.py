@@ -1,7 +1,7 @@
-"""How an op's Triton kernels are checked on a device: what the ops' `check.py` share, and the runner and its memory.
+"""How an op's kernels are checked on a device: what the ops' `check.py` share, and the runner and its memory.
 
-A check puts random inputs, ragged at every tile, through an op's Triton kernels and through its eager implementation in
-one dtype, and compares both with the eager one in float64. A kernel may err as `cpo_kernels.tolerances.kernel_bound`
+A check puts random inputs, ragged at every tile, through an op's kernels and through its eager implementation in one
+dtype, and compares both with the eager one in float64. A kernel may err as `cpo_kernels.tolerances.kernel_bound`
 says: twice the eager error, plus rounding. What a compiler, a driver or a card gets wrong shows here in seconds instead
 of in a run's results. An implementation that somebody asked for by name is not checked.
 """
@@ -42,17 +42,20 @@ class ModelShape:
 Results = dict[str, torch.Tensor]
 Check = Callable[[torch.device, ModelShape], dict[str, float]]  # error over bound of each result, by its name
 
-passed: set[tuple[str, str, ModelShape]] = set()  # op, device, shape; what is taken out is checked again
+KERNELS = {"triton": "Triton", "native": "C++"}  # what is checked, by the name of the implementation
+
+# op, implementation, device, shape; what is taken out is checked again
+passed: set[tuple[str, str, str, ModelShape]] = set()
 
 
-def run_check(op: str, check: Check, device: torch.device, shape: ModelShape) -> None:
+def run_check(op: str, check: Check, device: torch.device, shape: ModelShape, impl: str = "triton") -> None:
     """Run the check of an op on `device` in the shapes of a model, unless it has passed there in this process.
 
     Raises:
         KernelCheckError: a kernel did not compile or launch, or its result lies outside the bound. The sentence names the
             op and says how to go on without its kernels.
     """
-    if (op, str(device), shape) in passed:
+    if (op, impl, str(device), shape) in passed:
         return
     started = time.perf_counter()
     try:
@@ -62,25 +65,26 @@ def run_check(op: str, check: Check, device: torch.device, shape: ModelShape) ->
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise KernelCheckError(
-            f"{op}: its Triton kernels do not run on {device} for {shape} ({type(error).__name__}: {reason}); set "
+            f"{op}: its {KERNELS[impl]} kernels do not run on {device} for {shape} ({type(error).__name__}: {reason}); set "
             "CPO_KERNELS_IMPL=eager to run without them"
         ) from error
     wrong = {name: value for name, value in excess.items() if not value <= 1}  # NaN too
     if wrong:
         name = max(wrong, key=lambda key: float("inf") if wrong[key] != wrong[key] else wrong[key])
         raise KernelCheckError(
-            f"{op}: its Triton kernels are wrong on {device} for {shape}: the error of {name} is {wrong[name]:.3g} "
-            "times what rounding explains; set CPO_KERNELS_IMPL=eager to run without them"
+            f"{op}: its {KERNELS[impl]} kernels are wrong on {device} for {shape}: the error of {name} is "
+            f"{wrong[name]:.3g} times what rounding explains; set CPO_KERNELS_IMPL=eager to run without them"
         )
-    passed.add((op, str(device), shape))
+    passed.add((op, impl, str(device), shape))
     seconds = time.perf_counter() - started
-    logger.info("self-check: the Triton kernels of %s are right on %s (%.1f s)", op, device, seconds)
+    logger.info("self-check: the %s kernels of %s are right on %s (%.1f s)", KERNELS[impl], op, device, seconds)
 
 
-def check_once(op: str, check: Check, device_type: str) -> None:
+def check_once(op: str, check: Check, device_type: str, impl: str = "triton") -> None:
     """Run an op's check on the current device of a type unless it has passed there before, in any shape."""
-    if not any(name == op and torch.device(device).type == device_type for name, device, _ in passed):
-        run_check(op, check, torch.device(device_type), ModelShape())
+    done = ((name, kernels, torch.device(device).type) for name, kernels, device, _ in passed)
+    if (op, impl, device_type) not in done:
+        run_check(op, check, torch.device(device_type), ModelShape(), impl)
 
 
 def error_ratios(

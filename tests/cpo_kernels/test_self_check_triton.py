@@ -260,7 +260,7 @@ def test_prepare_checks_kernels_by_default_in_the_shapes_of_the_model(
 ) -> None:
     prepare(tiny_llama(hidden_size=64))
     expected = ModelShape(torch.float32, num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=64)
-    assert kernel_check.passed == {(op, "cpu", expected) for op in TRAINING_OPS}
+    assert kernel_check.passed == {(op, "triton", "cpu", expected) for op in TRAINING_OPS}
     kernel_check.passed.clear()
     prepare(tiny_llama(hidden_size=64), impl="eager")
     assert checked_ops() == set()

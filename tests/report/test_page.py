@@ -155,7 +155,7 @@ def test_other_commands_end_with_it_and_never_fail_for_it(tmp_path: Path, monkey
     assert written_report(tmp_path / "none").startswith("no report: ")
     monkeypatch.delitem(sys.modules, "cpo_fast.report.page")
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert written_report(run) == "no report: jinja2 is missing; install it: pip install 'cpo-fast[train]'"
+    assert written_report(run) == "no report: jinja2 is missing; install it: pip install jinja2"
 
 
 # runs that are not whole

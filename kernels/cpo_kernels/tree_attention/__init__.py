@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
-from cpo_kernels.tree_attention.check import check_tree_attention
+from cpo_kernels.tree_attention.check import check_native_tree_attention, check_tree_attention
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
 from cpo_kernels.tree_attention.flash import flash_tree_attention, load_varlen
 from cpo_kernels.tree_attention.native import NativeTreeAttention, check_depths
@@ -67,7 +67,7 @@ def tree_attention(
 
     Raises:
         ValueError: shapes do not fit, the schedule is of another forest, or `impl` cannot run on these inputs.
-        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
+        KernelCheckError: `impl` is None, and the kernels that are this device's default are wrong on it.
     """
     impl = resolve_tree_attention(impl, q.device.type)
     return attention_layer(q, k, v, subtree_end, schedule, scale, impl, window, softcap, sinks)
@@ -77,7 +77,8 @@ def resolve_tree_attention(impl: str | None, device_type: str) -> str:
     """The name of the implementation that runs on a device, for `attention_layer`. See `resolve_implementation`."""
     available = available_implementations(device_type)
     available += {"cuda": ("flash",), "cpu": ("native",)}.get(device_type, ())
-    return resolve_implementation("tree_attention", impl, device_type, available, check_tree_attention)
+    checks = check_tree_attention, check_native_tree_attention
+    return resolve_implementation("tree_attention", impl, device_type, available, *checks)
 
 
 def attention_layer(

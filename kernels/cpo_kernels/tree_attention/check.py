@@ -1,4 +1,4 @@
-"""The check of tree attention's Triton kernels: query ranges in one piece and in parts, forward and backward."""
+"""The check of tree attention's kernels: query ranges in one piece and in parts, forward and backward."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +9,7 @@ import torch
 from cpo_kernels.kernel_check import FLOAT32_EPS, SEED, ModelShape, Results, error_ratios, random_tensor
 from cpo_kernels.tolerances import random_subtree_end
 from cpo_kernels.tree_attention.eager import EagerTreeAttention, key_runs
+from cpo_kernels.tree_attention.native import NativeTreeAttention
 from cpo_kernels.tree_attention.schedule import TreeSchedule, tree_schedule, window_schedule
 
 NUM_ROWS = 331  # prime: several tiles of rows, none of them whole at the end
@@ -58,6 +59,11 @@ def check_tree_attention(device: torch.device, shape: ModelShape, kernels: Atten
     sizes = {"out": v, "dq": product * k, "dk": product * q, "dv": upstream, "dsinks": upstream * v}
     bands = {f"{case}{name}": 8 * FLOAT32_EPS * size for case in cases for name, size in sizes.items()}
     return error_ratios(run(_eager, torch.float64), run(_eager, shape.dtype), run(kernels, shape.dtype), bands)
+
+
+def check_native_tree_attention(device: torch.device, shape: ModelShape) -> dict[str, float]:
+    """`check_tree_attention` of the C++ kernels, on the CPU."""
+    return check_tree_attention(device, shape, NativeTreeAttention.apply)
 
 
 def check_cases(shape: ModelShape, device: torch.device) -> dict[str, tuple[TreeSchedule, tuple[Any, ...]]]:

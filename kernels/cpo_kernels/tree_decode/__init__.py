@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from cpo_kernels.implementation import available_implementations, resolve_implementation
-from cpo_kernels.tree_decode.check import check_tree_decode
+from cpo_kernels.tree_decode.check import check_native_tree_decode, check_tree_decode
 from cpo_kernels.tree_decode.eager import tree_decode_eager
 from cpo_kernels.tree_decode.native import tree_decode_native
 from cpo_kernels.tree_decode.plan import DecodePlan
@@ -56,7 +56,7 @@ def tree_decode(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, the plan names slots past the arena, or `impl` cannot run here.
-        KernelCheckError: `impl` is None, and the Triton kernels are wrong on this device, whose default they are.
+        KernelCheckError: `impl` is None, and the kernels that are this device's default are wrong on it.
     """
     impl = resolve_tree_decode(impl, q.device.type)
     return decode_layer(q, k_new, v_new, k_arena, v_arena, plan, scale, impl, rotary, window, softcap, sinks)
@@ -67,7 +67,8 @@ def resolve_tree_decode(impl: str | None, device_type: str) -> str:
     available = available_implementations(device_type)
     if device_type == "cpu":
         available += ("native",)
-    return resolve_implementation("tree_decode", impl, device_type, available, check_tree_decode)
+    checks = check_tree_decode, check_native_tree_decode
+    return resolve_implementation("tree_decode", impl, device_type, available, *checks)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The check of tree decode's Triton kernels: rows that decode and rows that are prefilled in one forward."""
+"""The check of tree decode's kernels: rows that decode and rows that are prefilled in one forward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 
 from cpo_kernels.kernel_check import FLOAT32_EPS, ModelShape, Results, error_ratios, random_tensor
 from cpo_kernels.tree_decode.eager import tree_decode_eager
+from cpo_kernels.tree_decode.native import tree_decode_native
 from cpo_kernels.tree_decode.plan import DecodePlan
 
 ROOT_KEYS = 291  # of the node under all rows that decode: more than the 256 keys of one item
@@ -70,6 +71,11 @@ def check_tree_decode(device: torch.device, shape: ModelShape, kernels: Forward 
     bands |= dict.fromkeys(optioned, 16 * FLOAT32_EPS * largest)
     exact, eager = run(tree_decode_eager, torch.float64), run(tree_decode_eager, shape.dtype)
     return error_ratios(exact, eager, run(kernels, shape.dtype), bands)
+
+
+def check_native_tree_decode(device: torch.device, shape: ModelShape) -> dict[str, float]:
+    """`check_tree_decode` of the C++ kernels, on the CPU."""
+    return check_tree_decode(device, shape, tree_decode_native)
 
 
 def _frontier() -> tuple[DecodePlan, int, torch.Tensor]:

@@ -40,7 +40,7 @@ from cpo_kernels.integrations.transformers.model import (
 )
 from cpo_kernels.integrations.transformers.packed import forest_forward
 from cpo_kernels.integrations.transformers.proof import drop_proof, keep_proof, shortest
-from cpo_kernels.kernel_check import KernelCheckError
+from cpo_kernels.kernel_check import KERNELS, KernelCheckError
 from cpo_kernels.linear_logprob import linear_logprob
 from cpo_kernels.self_check import TRAINING_OPS, ModelShape, self_check
 from cpo_kernels.tolerances import end_to_end_bound
@@ -66,7 +66,7 @@ def prepare(model: Any, impl: str | Implementations | None = None) -> Any:
         TypeError: not a transformers model (a wrapper, say).
         ValueError: the model cannot be computed exactly on a forest. The sentence names why, or the first layer that
             differs.
-        KernelCheckError: nobody chose an implementation, and the Triton kernels are not right on the model's device.
+        KernelCheckError: nobody chose an implementation, and the kernels are not right on the model's device.
     """
     parts, impl = model_parts(model), Implementations.of(impl)
     with _stage(parts, "a look at its modules"):
@@ -120,7 +120,7 @@ def _evaluating(parts: ModelParts) -> Iterator[None]:
 def check_kernels(
     parts: ModelParts, ops: Sequence[str] = TRAINING_OPS, attention: LayerAttention | None = None
 ) -> None:
-    """Run the self-check of some ops in a model's own shapes, where Triton is its device's default.
+    """Run the self-check of some ops in a model's own shapes, of the kernels that are its device's default.
 
     Args:
         parts: of the model.
@@ -131,7 +131,8 @@ def check_kernels(
         KernelCheckError: a kernel does not run or is wrong there.
     """
     device, config = next(parts.causal_lm.parameters()).device, parts.config
-    if default_implementation(device.type) != "triton":
+    impl = default_implementation(device.type)
+    if impl not in KERNELS:
         return
     if attention is None:
         heads, options = {(config.num_attention_heads, *kv_shape(config))}, {}
@@ -148,7 +149,7 @@ def check_kernels(
             hidden_size=config.hidden_size,
             **options,
         )
-        self_check(device, shape, ops)
+        self_check(device, shape, ops, impl)
 
 
 def _probe(model: Any, parts: ModelParts, impl: Implementations, attention: LayerAttention) -> None:
