@@ -35,11 +35,11 @@ COMMANDS = {
     "demo": "collect, pairs, train and eval on a tiny model that is shipped, in a minute",
 }
 
-# library -> the extra that brings it
-OPTIONAL_LIBRARIES = {
-    **dict.fromkeys(("torch", "transformers", "peft", "safetensors", "deepspeed", "jinja2"), "train"),
-    **dict.fromkeys(("datasets", "pyarrow"), "data"),
-    "gguf": "demo",
+# library -> what installs it; a missing module of ours is a bug
+INSTALLS = {
+    **{name: name for name in ("torch", "transformers", "peft", "safetensors", "deepspeed", "jinja2")},
+    **dict.fromkeys(("datasets", "pyarrow"), "'cpo-fast[data]'"),
+    "gguf": "'cpo-fast[demo]'",
 }
 
 
@@ -165,9 +165,8 @@ def _ended(error: BaseException) -> int:
     exit_code, sentence = outcome(error, next((each for each in sys.argv[1:] if each in COMMANDS), ""))
     if isinstance(error, ModuleNotFoundError):
         library = (error.name or "").partition(".")[0]
-        if library in OPTIONAL_LIBRARIES:  # a missing module of ours is a bug
-            extra = OPTIONAL_LIBRARIES[library]
-            sentence = f"error: this command needs {library}; install it: pip install 'cpo-fast[{extra}]'"
+        if library in INSTALLS:
+            sentence = f"error: this command needs {library}; install it: pip install {INSTALLS[library]}"
     note_failure(exit_code, sentence.removeprefix("error: "))
     if exit_code == OUTPUT_CLOSED:
         _discard_output()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cpo_fast.config import dump_config
+from cpo_fast.interrupts import stopped_by_signals
 from cpo_fast.progress import say, shown, stage
 
 if TYPE_CHECKING:
@@ -60,7 +61,13 @@ def demo_command(model: str, out: str | None, seed: int, quick: bool) -> None:
     from cpo_fast.environment import environment_kept
 
     # the outer stage: so that there is no moment without one
-    with shown(LIFE_SECONDS, err=False), stage("demo"), environment_kept(folder, "demo"):
+    kept = "the same command keeps the trees that it has, and trains anew"
+    with (
+        shown(LIFE_SECONDS, err=False),
+        stage("demo"),
+        environment_kept(folder, "demo"),
+        stopped_by_signals(kept),
+    ):
         started = time.perf_counter()
         found = _demonstrate(model, folder, seed, quick)
     _report(found, time.perf_counter() - started)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cpo_fast.config import Config, load_config
+from cpo_fast.interrupts import stopped_by_signals
 from cpo_fast.progress import stage
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def _evaluate(settings: Config, as_json: bool) -> None:
     from cpo_fast.environment import environment_kept
     from cpo_fast.evaluate import evaluate_methods, run_overview
 
-    with environment_kept(settings.run, "eval"), stage("evaluation") as shown:
+    kept = "evaluations that were finished are kept; the same command asks again"
+    with environment_kept(settings.run, "eval"), stopped_by_signals(kept), stage("evaluation") as shown:
         evaluations = evaluate_methods(settings, on_question=partial(shown.at, unit="questions"))
     run = Path(settings.run)
     overview = run_overview(run, settings.seed)

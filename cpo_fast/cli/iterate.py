@@ -14,6 +14,7 @@ import click
 from cpo_fast.cli.report import written_report
 from cpo_fast.config import Config, dump_config, load_config
 from cpo_fast.files import write_atomic
+from cpo_fast.interrupts import stopped_by_signals
 from cpo_fast.progress import say
 from cpo_fast.report.rounds import round_cells
 
@@ -60,7 +61,13 @@ def iterate_command(
     if num_ranks is not None and num_ranks > 1:
         flags = [f"--{name}" for name, is_on in (ctx.obj or {}).items() if is_on]
         run_command = partial(run_on_ranks, num_ranks=num_ranks, flags=flags, as_json=as_json)
-    with environment_kept(config.run, "iterate"), TrainingScreen(quiet=as_json) as screen, QuestionLines() as lines:
+    kept = "the same command goes on from there"
+    with (
+        environment_kept(config.run, "iterate"),
+        stopped_by_signals(kept),
+        TrainingScreen(quiet=as_json) as screen,
+        QuestionLines() as lines,
+    ):
         watch = Watch(partial(say, err=as_json), lines, screen.update)
         summary = iterate(config, watch, run_command)
     if as_json:

@@ -13,6 +13,7 @@ import click
 import jinja2
 import pytest
 import yaml
+from click.testing import CliRunner
 from safetensors import SafetensorError
 
 from cpo_fast import cli
@@ -111,6 +112,35 @@ def test_an_interrupt_says_what_is_kept() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         search()
     assert outcome(caught.value, "collect") == (130, "interrupted at search; 3 of 8 questions are kept")
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "said"),
+    [
+        (["eval", "CONFIG"], "cpo_fast.evaluate.evaluate_methods", "evaluations that were finished are kept"),
+        (["demo"], "cpo_fast.cli.demo._demonstrate", "the same command keeps the trees that it has"),
+        (["iterate", "CONFIG"], "cpo_fast.iterate.iterate", "the same command goes on from there"),
+    ],
+)
+def test_a_signal_ends_long_work_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], place: str, said: str
+) -> None:
+    """Whatever is at work then, and as soon as Python sees it."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("run: runs/x\nmodel: {path: nowhere}\n")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def works(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(place, works)
+    words = ["config.yaml" if word == "CONFIG" else word for word in command]
+    result = CliRunner().invoke(cli.cli, words)
+    assert isinstance(result.exception, Interrupted), result.exception
+    assert result.exception.exit_code == 143
+    assert str(result.exception).startswith(f"SIGTERM: {said}")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_debug_adds_the_traceback_and_keeps_the_code(tmp_path: Path) -> None:
