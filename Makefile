@@ -45,6 +45,9 @@ GPU_PARTS := gpu-test gpu-linear-logprob gpu-tree-attention gpu-train-step gpu-c
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= 2
+# the tests of a file stay together, and every worker computes with one thread
+WORKERS ?= 2
+test: export OMP_NUM_THREADS := 1
 # beside other work a thread that spins for its partner wastes whole time slices: tests took ten times as long
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -56,7 +59,7 @@ quickstart: $(STAMP)
 	$(BIN)/cpo-fast demo
 
 test: $(STAMP) chromium
-	$(BIN)/python -m pytest -m "not gpu and not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not soak"
 
 # the browser of the report's tests; where none can be installed they are skipped, by the file that says so
 chromium:
