@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from cpo_fast.cli.collect import collect_command
-from cpo_fast.config import validate_config
+from cpo_fast.config import load_config, validate_config
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.official.importer import import_official
 from cpo_fast.search.collect import collect
@@ -82,6 +82,16 @@ def test_the_same_import_twice_gives_the_same_bytes_and_another_file_is_refused(
     with pytest.raises(DataError, match="another search configuration"):
         import_official(config, raw)
     assert (Path(config.run) / "trees.jsonl").read_bytes() == first
+
+
+def test_the_settings_of_an_import_stay_with_its_trees(setup):
+    config, raw = setup(written({QUESTION: SEARCH}))
+    import_official(config, raw)
+    assert load_config(Path(config.run) / "collect.yaml") == config
+    raw.write_text(written({"another?": SEARCH}))
+    with pytest.raises(DataError):
+        import_official(setup(written({"another?": SEARCH}), shuffle_demonstrations=True)[0], raw)
+    assert load_config(Path(config.run) / "collect.yaml") == config  # of what was refused nothing is kept
 
 
 def test_a_search_does_not_continue_an_imported_file(setup, tmp_path):
