@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_head, reason_against_tied_tokens
-from cpo_fast.adapters import adapter_hash, check_adapter, load_adapter
+from cpo_fast.adapters import adapter_folder, adapter_hash, adapter_settings, check_adapter, load_adapter
+from cpo_fast.base_sample import FOLDER, check_base
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
@@ -155,6 +156,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which PEFT imports, warns that it guesses
     with stage("loading the model"):
         return _loaded(config, device)
 
@@ -168,6 +171,8 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
     folder = model_folder(config.path)
     if config.adapter is not None:
         check_adapter(config.adapter)  # before weights are read
+        named = adapter_settings(config.adapter).get("base_model_name_or_path")
+        check_base(adapter_folder(config.adapter), named, folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
         load = partial(
@@ -185,6 +190,7 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
                 raise
             model, loaded = load(attn_implementation="eager")  # scores with a soft-cap, for instance
         model.to(device)
+        setattr(model, FOLDER, folder)
     except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
     except ImportError as error:

@@ -28,7 +28,7 @@ from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
 from cpo_fast.evaluate.statistics import wilson_interval
-from cpo_fast.files import append_line, write_atomic
+from cpo_fast.files import append_line, canonical_json, write_atomic
 from cpo_fast.interrupts import exit_code_of
 from cpo_fast.model_card import Training, adapter_card
 from cpo_fast.models import num_embeddings, resolve_device
@@ -63,6 +63,7 @@ from cpo_fast.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 
+HARDLY = 0.01  # a margin of rewards, or a share of the loss, below which a training has done next to nothing
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
 
 
@@ -248,6 +249,7 @@ def _set_up(
         trainer.restore(saved)
     trainer.probe()
     if communicator.writes:
+        (run / "remarks.json").unlink(missing_ok=True)
         if saved is None:
             (run / "metrics.jsonl").unlink(missing_ok=True)
         else:
@@ -370,9 +372,11 @@ def _take_steps(
     if validator.best is not None and validator.best_step == 0:
         remarks.append(
             f"no step was better than the starting point, which {run / 'adapter'} holds, so that its answers are those of "
-            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; try a lower train.lr, "
-            "fewer steps or more questions"
+            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; "
+            f"{_what_to_try(trainer.first, last)}"
         )
+    if remarks and communicator.writes:
+        write_atomic(run / "remarks.json", canonical_json({"remarks": remarks}) + "\n")
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
@@ -390,6 +394,14 @@ def _take_steps(
         profile=() if profiler is None else profiler.ranges,
         profile_path=profiler.folder if profiler is not None and profiler.ranges else None,
     )
+
+
+def _what_to_try(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Advice after a training whose starting point was its best, by whether it has moved the model at all."""
+    moved = abs(last.get("rewards/margins", 0.0)), abs(last["loss"] - first["loss"]) / abs(first["loss"] or 1)
+    if max(moved) < HARDLY:
+        return "the steps have hardly moved the model, so raise train.lr or train.max_steps"
+    return "try a lower train.lr, fewer steps or more questions"
 
 
 @contextmanager
