@@ -10,6 +10,7 @@ prompts, and refused above a limit.
 """
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 # what is read of a hub repository: weights and tables, from its top folder, never a pickle or a Python file
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -74,6 +77,8 @@ def resolve_device(name: str) -> "torch.device":
         # Slurm may show each task one device only, whatever its place on the host
         local = ranks.local_rank % max(1, num_devices) if ranks.launcher == "slurm" else ranks.local_rank
         name = f"cuda:{local}" if num_devices else "cpu"
+        if not num_devices and ranks.world_size > 1 and ranks.rank == 0:
+            _say_cpu_ranks(ranks.world_size)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -87,6 +92,14 @@ def resolve_device(name: str) -> "torch.device":
             f"model.device: '{name}' does not exist; torch sees {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
     return device
+
+
+@cache
+def _say_cpu_ranks(num_ranks: int) -> None:
+    logger.warning(
+        "there is no GPU here, so that the %d ranks compute on the CPU; model.device=cpu says that this is meant",
+        num_ranks,
+    )
 
 
 def free_device_bytes(device: "torch.device") -> int:
