@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_loading
+from cpo_fast.base_sample import keep_sample
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
 from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
 
@@ -187,7 +188,7 @@ def _no_dropout() -> Any:
 
 
 def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True, card: str | None = None) -> None:
-    """Write `adapter_model.safetensors`, `adapter_config.json` and README.md beside `folder`, check them, then rename.
+    """Write PEFT's two files, README.md and `base_sample.json` beside `folder`, check them, then rename.
 
     `card` is what the README.md says (see `cpo_fast.model_card`); None leaves PEFT's.
 
@@ -220,6 +221,7 @@ def save_adapter(model: Any, folder: Path, zero_stage: int, writes: bool = True,
             )
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
+        keep_sample(aside, model.get_base_model())
         _replace(aside, folder)
 
 

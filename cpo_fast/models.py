@@ -10,6 +10,7 @@ prompts, and refused above a limit.
 """
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -17,12 +18,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpo_fast.adapter_kinds import reason_against_head, reason_against_tied_tokens
-from cpo_fast.adapters import adapter_hash, check_adapter, load_adapter
+from cpo_fast.adapters import adapter_folder, adapter_hash, adapter_settings, check_adapter, load_adapter
+from cpo_fast.base_sample import FOLDER, check_base
 from cpo_fast.config import Config, ModelConfig
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import CheckpointError, ConfigError, EnvironmentProblem, first_line, require_library
@@ -33,6 +35,8 @@ from cpo_fast.ranks import find_ranks
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 # what is read of a hub repository: weights and tables, from its top folder, never a pickle or a Python file
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -73,6 +77,8 @@ def resolve_device(name: str) -> "torch.device":
         # Slurm may show each task one device only, whatever its place on the host
         local = ranks.local_rank % max(1, num_devices) if ranks.launcher == "slurm" else ranks.local_rank
         name = f"cuda:{local}" if num_devices else "cpu"
+        if not num_devices and ranks.world_size > 1 and ranks.rank == 0:
+            _say_cpu_ranks(ranks.world_size)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -86,6 +92,14 @@ def resolve_device(name: str) -> "torch.device":
             f"model.device: '{name}' does not exist; torch sees {torch.cuda.device_count()} CUDA device(s), from cuda:0"
         )
     return device
+
+
+@cache
+def _say_cpu_ranks(num_ranks: int) -> None:
+    logger.warning(
+        "there is no GPU here, so that the %d ranks compute on the CPU; model.device=cpu says that this is meant",
+        num_ranks,
+    )
 
 
 def free_device_bytes(device: "torch.device") -> int:
@@ -155,6 +169,8 @@ def load_model(config: ModelConfig) -> tuple[Any, Any]:
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where Triton launches, and graphs are recorded
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which PEFT imports, warns that it guesses
     with stage("loading the model"):
         return _loaded(config, device)
 
@@ -168,6 +184,8 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
     folder = model_folder(config.path)
     if config.adapter is not None:
         check_adapter(config.adapter)  # before weights are read
+        named = adapter_settings(config.adapter).get("base_model_name_or_path")
+        check_base(adapter_folder(config.adapter), named, folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_remote_code_allowed)
         load = partial(
@@ -185,6 +203,7 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
                 raise
             model, loaded = load(attn_implementation="eager")  # scores with a soft-cap, for instance
         model.to(device)
+        setattr(model, FOLDER, folder)
     except torch.OutOfMemoryError:  # a RuntimeError, but the folder is not to blame
         raise
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Presets and what wins over them, and that a value is what the file or the shell says, typed by its field."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpo_fast.config import dump_config, load_config, validate_config
+from cpo_fast.config import Config, dump_config, load_config, validate_config
+from cpo_fast.config.load import _known_keys
+from cpo_fast.config.other_names import NAMES, NOTES
 from cpo_fast.config.presets import PRESETS
 from cpo_fast.errors import ConfigError
 from tests.config_fields import fields, is_what_was_passed, value_of
@@ -67,8 +70,35 @@ def test_a_smallest_value_that_no_verdict_can_miss_or_reach_is_refused(least: st
 
 
 def test_patience_without_held_out_questions_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"set data\.held_out"):
+    with pytest.raises(ConfigError, match=r"set data\.held_out=0\.1, say, or train\.patience=null"):
         load_config(None, ["train.patience=2"])
+    load_config(None, ["train.patience=2", "train.patience=null"])
+
+
+def test_the_names_of_other_trainers_are_answered_with_ours(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {learning_rate: 1.0e-5, per_device_train_batch_size: 4}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml", ["output_dir=runs/x", "lora.lora_alpha=3", "search.batch=3"])
+    said = str(caught.value)
+    for name, ours in (("train.learning_rate", "train.lr"), ("output_dir", "run"), ("lora.lora_alpha", "lora.alpha")):
+        assert f"unknown key '{name}'; it is '{ours}' here" in said
+    assert "unknown key 'train.per_device_train_batch_size'; train.batch_pairs says how many pairs" in said
+    assert "unknown key 'search.batch'; did you mean 'search.batch_size'?" in said
+
+
+def test_every_key_that_stands_for_another_trainers_name_exists() -> None:
+    known = set(_known_keys(Config))
+    assert {ours.format(name) for name, ours in NAMES.items()} <= known
+    for note in NOTES.values():
+        assert set(re.findall(r"(?:train|data|model|lora)\.[a-z_]+", note)) <= known
+    assert NAMES.keys().isdisjoint(NOTES)
+
+
+def test_an_override_in_the_place_of_the_file_is_told_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the file comes first: CONFIG\.yaml train\.beta=0\.2$"):
+        load_config("train.beta=0.2")
+    with pytest.raises(ConfigError, match=r"; check the path$"):
+        load_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,18 @@ def test_devices_resolve_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("no_launcher")
+def test_ranks_without_a_gpu_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = []
+    for world_size, rank, name in ((1, 0, "auto"), (3, 1, "auto"), (3, 0, "cpu"), (3, 0, "auto"), (3, 0, "auto")):
+        for key, value in {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(key, str(value))
+        assert resolve_device(name) == torch.device("cpu")
+        said.append(caplog.text.count("there is no GPU here, so that the 3 ranks compute on the CPU"))
+    assert said == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.usefixtures("no_launcher")
 def test_slurm_tasks_take_turns_on_the_devices_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}.items():
         monkeypatch.setenv(name, value)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,8 @@ def cli(ctx: click.Context, debug: bool, trust_remote_code: bool, trust_task_cod
 
     Long work shows what it is at in one line on a terminal, and elsewhere on stderr, after 30 seconds without a word.
     """
+    # PEFT asks every model for an attribute that transformers has renamed
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     ctx.obj = {"debug": debug, "trust-remote-code": trust_remote_code, "trust-task-code": trust_task_code}
     if debug:
         logging.basicConfig()
@@ -151,13 +154,28 @@ def guarded(run: Callable[[], Any]) -> int:
     except click.exceptions.Abort as abort:
         return _ended(abort.__cause__ or KeyboardInterrupt())
     except click.ClickException as error:
-        note_failure(error.exit_code, error.format_message())
-        error.show()
-        return error.exit_code
+        shown = _of_setting(error)
+        note_failure(shown.exit_code, shown.format_message())
+        shown.show()
+        return shown.exit_code
     except Escaped as escaped:
         return _ended(escaped.error)
     except BaseException as error:
         return _ended(error)
+
+
+def _of_setting(error: click.ClickException) -> click.ClickException:
+    """The error, with how to write a setting where one was written as an option."""
+    from cpo_fast.config.other_names import hint
+
+    if not isinstance(error, click.NoSuchOption):
+        return error
+    name = error.option_name.lstrip("-")
+    known = hint(name)
+    if "." not in name and not known:
+        return error
+    how = f"Settings have no dashes and come after the file: CONFIG.yaml {name}=VALUE{known}"
+    return click.UsageError(f"No such option '{error.option_name}'. {how}", error.ctx)
 
 
 def _ended(error: BaseException) -> int:

@@ -185,10 +185,12 @@ def _collect_line(number: int, total: int, tree: Any, seconds: float) -> None:
 
 
 def _train_line(values: dict[str, Any], num_steps: int) -> None:
+    from cpo_fast.cli.train import figure
+
     if _is_said(values["step"], num_steps):
         say(
             f"  step {values['step']}/{num_steps}: loss {values['loss']:.4f}, "
-            f"pairs ranked right {values['rewards/accuracies']:.0%}, {values['seconds']:.1f} s"
+            f"pairs ranked right {figure(values, 'rewards/accuracies', '.0%')}, {values['seconds']:.1f} s"
         )
 
 

@@ -68,11 +68,13 @@ def _counts(plan: "Plan") -> Table:
 
 
 def _memory(plan: "Plan") -> Table:
-    table = Table(title=f"predicted memory of a GPU, ZeRO stage {plan.stage}")
+    where = "of a GPU" if plan.device == "cuda" else "on the CPU"
+    table = Table(title=f"predicted memory {where}, ZeRO stage {plan.stage}")
     table.add_column("")
     table.add_column("GiB", justify="right")
     for name, size in plan.memory.items():
-        table.add_row(name, f"{size / GIB:.2f}")
+        if f"{size / GIB:.2f}" != "0.00":
+            table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("all", f"{sum(plan.memory.values()) / GIB:.2f}")
     if plan.loading_bytes > sum(plan.memory.values()):
         table.add_row("while the base is loaded", f"{plan.loading_bytes / GIB:.2f}")

@@ -42,7 +42,9 @@ IN_TABLE = (
     "grad_norm",
     "tokens/saved",
 )
-LOGGERS = tuple(map(logging.getLogger, ("cpo_fast.train", "cpo_fast.data")))
+LOGGERS = tuple(
+    logging.getLogger(f"cpo_fast.{name}") for name in ("train", "data", "models", "adapters", "base_sample")
+)
 
 
 @click.command("train")
@@ -170,6 +172,12 @@ class _LogToConsole(logging.Handler):
         say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
+def figure(values: dict[str, Any], name: str, form: str) -> str:
+    """A metric of a step. Where no reward has moved yet, no pair is ranked right or wrong."""
+    is_tied = name == "rewards/accuracies" and values[name] == values.get("rewards/margins") == 0
+    return "ties" if is_tied else format(values[name], form)
+
+
 class TrainingScreen:
     """A context that prints the sentences that training logs, and the figures of each step."""
 
@@ -196,7 +204,7 @@ class TrainingScreen:
     def update(self, values: dict[str, Any], num_steps: int) -> None:
         """On a terminal the line that moves shows a step's figures, elsewhere a line of their own."""
         text = "  ".join(
-            f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None
+            f"{label} {figure(values, name, form)}" for name, label, form in SHOWN if values.get(name) is not None
         )
         figures(text)
         if not self.quiet and not self.console.is_terminal:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cpo_fast.config.other_names import hint
 from cpo_fast.config.presets import PRESETS
 from cpo_fast.config.sections import Config
 from cpo_fast.errors import ConfigError
@@ -129,7 +130,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); check the path") from None
+        is_override = "=" in path.name and not path.exists()
+        remedy = f"the file comes first: CONFIG.yaml {path}" if is_override else "check the path"
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the configuration is not UTF-8 text; save it as UTF-8") from None
     except ValueError as error:  # a path with a null character
@@ -329,8 +332,8 @@ def _sentence(item: Any, source: str, given: Mapping[str, str]) -> str:
             message = "expected a list, such as [a, b]"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
         return f"{source}: {key or 'configuration'}: {message}{got}{_nearest(str(item['input']), choices)}"
-    hint = _nearest(key, ["preset", *_known_keys(Config)])
-    return f"{source}: unknown key '{_SHOWN.repr(key)[1:-1]}'{hint}"
+    nearest = hint(key) or _nearest(key, ["preset", *_known_keys(Config)])
+    return f"{source}: unknown key '{_SHOWN.repr(key)[1:-1]}'{nearest}"
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -567,7 +567,9 @@ class Config(Section):
             raise ValueError("data.path and data.mixture exclude each other; put the path into the mixture")
         # accuracy is measured on task.path, which needs nothing held out
         if self.train.patience is not None and not self.data.held_out and self.train.stop_on == "held_out_loss":
-            raise ValueError("train.patience needs held-out questions: set data.held_out, such as 0.1")
+            raise ValueError(
+                "train.patience needs held-out questions: set data.held_out=0.1, say, or train.patience=null"
+            )
         return self
 
     @model_validator(mode="after")

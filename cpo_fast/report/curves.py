@@ -81,7 +81,8 @@ CHARTS = (
     Chart(
         "accuracies",
         "Pairs ranked right",
-        "Share of pairs whose chosen response has the higher reward. Half is chance.",
+        "Share of pairs whose chosen response has the higher reward. Half is chance. Where no reward has moved yet, all "
+        "pairs are ties, and nothing is drawn.",
         _measures(rewards__accuracies="training", eval_rewards__accuracies="held out"),
         "share",
     ),
@@ -184,7 +185,7 @@ def _curve(run: Run, max_steps: int) -> Curve:
     measures = sorted({key for step in steps for key, value in lines[step].items() if _is_measure(value)})
     values: dict[str, list[float | None]] = {}
     for key in measures:
-        column = [number(lines[step].get(key)) for step in kept]
+        column = [math.nan if _is_tied(key, lines[step]) else number(lines[step].get(key)) for step in kept]
         num_bad = sum(key in lines[step] and not math.isfinite(number(lines[step][key])) for step in steps)
         if num_bad:
             notes.append(
@@ -208,6 +209,12 @@ def _curve(run: Run, max_steps: int) -> Curve:
         best_step=best[-1] if best and math.isfinite(best[-1]) else None,
         notes=tuple(notes),
     )
+
+
+def _is_tied(key: str, line: dict[str, Any]) -> bool:
+    """Whether a share of pairs ranked right says nothing, because no reward has moved yet."""
+    before, name, _ = key.partition("rewards/accuracies")
+    return bool(name) and number(line.get(key)) == number(line.get(f"{before}rewards/margins")) == 0
 
 
 def _is_measure(value: Any) -> bool:

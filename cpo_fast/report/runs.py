@@ -60,6 +60,7 @@ class Run:
         evaluations: chains before trees and the base before adapters. agreements: from `eval.json`.
         rounds: what `iterate.json` holds, None in other runs. parts: the folders of its rounds.
         identity: what decides a training, from its newest checkpoint. alarms: sentences of those that rang.
+        remarks: what its training said at its end.
         environment: by command, what it ran with.
         files: (name, bytes, SHA-256 or a reason without one). notes: sentences on what was left out, and why.
     """
@@ -79,6 +80,7 @@ class Run:
     rounds: dict[str, Any] | None
     identity: dict[str, Any]
     alarms: tuple[str, ...]
+    remarks: tuple[str, ...]
     environment: dict[str, Any]
     files: tuple[tuple[str, int, str], ...]
     notes: tuple[str, ...]
@@ -171,6 +173,7 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
     state = _newest_state(path)
     identity, validator = state.get("identity"), state.get("validator")
     alarms = [state.get("alarm"), validator.get("alarm") if isinstance(validator, dict) else None]
+    remarks = (_json(path / "remarks.json", notes) or {}).get("remarks")
     return Run(
         name=name,
         path=path,
@@ -189,6 +192,7 @@ def read_run(path: Path, name: str, before: str = "") -> Run:
         rounds=rounds,
         identity=identity if isinstance(identity, dict) else {},
         alarms=tuple(str(each["text"]) for each in alarms if isinstance(each, dict) and each.get("text")),
+        remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
         environment=_json(path / "environment.json", notes) or {},
         files=tuple(_files(path)),
         notes=tuple(f"{name}: {note}" for note in [*notes, *of_evaluations]),

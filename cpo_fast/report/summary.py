@@ -44,13 +44,16 @@ class Summary:
 
 def summary(run: Run) -> Summary:
     """The head of one run."""
-    alarms = [each if part is run else f"{part.name}: {each}" for part in run.all for each in part.alarms]
+    said = [("Alarm. ", part, each) for part in run.all for each in part.alarms]
+    said += [("", part, each) for part in run.all for each in part.remarks]
     return Summary(
         kind=kind(run),
         facts=tuple(_facts(run)),
         figures=tuple(_figures(run)),
         sentences=tuple(_sentences(run)),
-        warnings=tuple(f"Alarm. {each[:1].upper()}{each[1:]}." for each in alarms),
+        warnings=tuple(
+            f"{before}{_start(text if part is run else f'{part.name}: {text}')}." for before, part, text in said
+        ),
     )
 
 

@@ -28,7 +28,7 @@ from cpo_fast.data.load import load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
 from cpo_fast.evaluate.statistics import wilson_interval
-from cpo_fast.files import append_line, write_atomic
+from cpo_fast.files import append_line, canonical_json, write_atomic
 from cpo_fast.interrupts import exit_code_of
 from cpo_fast.model_card import Training, adapter_card
 from cpo_fast.models import num_embeddings, resolve_device
@@ -55,7 +55,7 @@ from cpo_fast.train.policy import (
 from cpo_fast.train.preflight import check_hosts
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
-from cpo_fast.train.resume import check_same_training, training_identity
+from cpo_fast.train.resume import check_same_training, data_words, training_identity
 from cpo_fast.train.signals import EndSignals
 from cpo_fast.train.trackers import check_trackers, tracking
 from cpo_fast.train.trainer import MakeOptimizer, Trainer
@@ -63,6 +63,7 @@ from cpo_fast.train.validation import Validator
 
 logger = logging.getLogger(__name__)
 
+HARDLY = 0.01  # a margin of rewards, or a share of the loss, below which a training has done next to nothing
 Progress = Callable[[dict[str, Any], int], None]  # (metrics of the step, total steps)
 
 
@@ -161,6 +162,7 @@ class _Ready:
     trainer: Trainer
     checkpoints: CheckpointStore
     identity: dict[str, Any]
+    data: str
     num_items: int
     num_held_out: int
 
@@ -203,7 +205,8 @@ def _set_up(
     communicator.from_first(lambda: _check_sampler(config, base, loaded.samplers))
     checkpoints = CheckpointStore(run / "checkpoints", config.train.keep_last)
     identity = training_identity(config, base, dtype_name(dtype), everything)
-    saved = communicator.from_first(lambda: _saved(checkpoints, identity, allow_mismatch, run))
+    data = data_words(config, len(everything))
+    saved = communicator.from_first(lambda: _saved(checkpoints, identity, data, allow_mismatch, run))
     if saved is not None:
         put_adapter(policy.model, saved.adapter)
     if communicator.writes:
@@ -248,11 +251,12 @@ def _set_up(
         trainer.restore(saved)
     trainer.probe()
     if communicator.writes:
+        (run / "remarks.json").unlink(missing_ok=True)
         if saved is None:
             (run / "metrics.jsonl").unlink(missing_ok=True)
         else:
             _cut(run / "metrics.jsonl", saved.state["metrics_bytes"])
-    return _Ready(trainer, checkpoints, identity, len(examples), len(held_out))
+    return _Ready(trainer, checkpoints, identity, data, len(examples), len(held_out))
 
 
 def _card(training: Training, trainer: Trainer, step: int, measured: Mapping[str, Any]) -> str:
@@ -283,7 +287,7 @@ def _take_steps(
         checkpoint, is_saved = trainer.checkpoint(), False
         if communicator.writes:
             size = metrics_path.stat().st_size if metrics_path.exists() else 0
-            state = {**checkpoint.state, "identity": ready.identity, "metrics_bytes": size}
+            state = {**checkpoint.state, "identity": ready.identity, "data": ready.data, "metrics_bytes": size}
             is_saved = ready.checkpoints.save(replace(checkpoint, state=state), validator.best_step)
         return is_saved
 
@@ -370,9 +374,11 @@ def _take_steps(
     if validator.best is not None and validator.best_step == 0:
         remarks.append(
             f"no step was better than the starting point, which {run / 'adapter'} holds, so that its answers are those of "
-            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; try a lower train.lr, "
-            "fewer steps or more questions"
+            f"{config.model.adapter or 'the base'}; that of the last step is {run / 'adapter-last'}; "
+            f"{_what_to_try(trainer.first, last)}"
         )
+    if remarks and communicator.writes:
+        write_atomic(run / "remarks.json", canonical_json({"remarks": remarks}) + "\n")
     return TrainResult(
         adapter_path=run / "adapter",
         metrics_path=metrics_path,
@@ -390,6 +396,14 @@ def _take_steps(
         profile=() if profiler is None else profiler.ranges,
         profile_path=profiler.folder if profiler is not None and profiler.ranges else None,
     )
+
+
+def _what_to_try(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Advice after a training whose starting point was its best, by whether it has moved the model at all."""
+    moved = abs(last.get("rewards/margins", 0.0)), abs(last["loss"] - first["loss"]) / abs(first["loss"] or 1)
+    if max(moved) < HARDLY:
+        return "the steps have hardly moved the model, so raise train.lr or train.max_steps"
+    return "try a lower train.lr, fewer steps or more questions"
 
 
 @contextmanager
@@ -441,12 +455,14 @@ def _check_sampler(config: Config, base: str, samplers: Collection[tuple[str, st
 
 
 def _saved(
-    store: CheckpointStore, identity: dict[str, Any], allow_mismatch: Collection[str], run: Path
+    store: CheckpointStore, identity: dict[str, Any], data: str, allow_mismatch: Collection[str], run: Path
 ) -> Checkpoint | None:
     """The checkpoint to go on from, which has to be one of this training."""
     store.clean()
     saved = store.newest()
-    check_same_training(identity if saved is None else saved.state["identity"], identity, allow_mismatch, str(run))
+    state: Mapping[str, Any] = {"identity": identity} if saved is None else saved.state
+    was = state.get("data", "")  # which older checkpoints lack
+    check_same_training(state["identity"], identity, allow_mismatch, str(run), (was, data))
     if saved is not None:
         logger.info("going on after step %d, from %s", saved.step, store.folder / saved.name)
     return saved

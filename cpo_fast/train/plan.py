@@ -50,7 +50,7 @@ class Plan:
         efficiency: tokens of one process over ranks times those of the busiest, mean over the steps of an epoch.
         wanted_pairs: `train.batch_pairs` from which on the ranks are busy.
         recomputes: whether training will checkpoint gradients, where `auto` goes by the memory that is free here and now.
-        memory: predicted bytes by component, as training will have them in its largest micro-batch.
+        device: cuda or cpu. memory: predicted bytes by component, as training will have them in its largest micro-batch.
         loading_bytes: while the base is loaded, where that is more than it takes afterwards.
         kept_bytes, checkpointed_bytes: of a step without gradient checkpointing, and with.
         room: bytes that a training may use of a GPU.
@@ -73,6 +73,7 @@ class Plan:
     efficiency: float
     wanted_pairs: int
     recomputes: bool
+    device: str
     memory: dict[str, float]
     loading_bytes: float
     kept_bytes: float
@@ -163,6 +164,7 @@ def make_plan(config: Config, num_ranks: int) -> Plan:
         efficiency=sum(efficiencies) / len(efficiencies),
         wanted_pairs=PAIRS_A_RANK[train.batch_order] * num_ranks if num_ranks > 1 else 1,
         recomputes=recomputes,
+        device=device.type,
         memory=weights | memory.peak_parts(recomputes, device.type),
         loading_bytes=_loading_bytes(base, file_bytes, is_cast, cut_over) if on_cpu else 0,
         kept_bytes=kept,

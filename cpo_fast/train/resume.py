@@ -39,6 +39,8 @@ FREE = frozenset(
     }
 )
 
+DECISIVE = frozenset({"data", "model", "model.adapter"})  # keys that no message offers to let differ
+
 
 def training_identity(config: Config, base: str, dtype: str, examples: Sequence[Example]) -> dict[str, Any]:
     """Everything that decides a training's results, by key.
@@ -81,21 +83,34 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """The keys in which two identities differ, each with what it was and what it is, in words."""
+def data_words(config: Config, num_rows: int) -> str:
+    """Where the data came from and how much it is."""
+    paths = [config.data.path] if config.data.path else [item.path for item in config.data.mixture]
+    return f"{', '.join(paths)}, {num_rows:,} rows,"
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], data: tuple[str, str] = ("", "")) -> dict[str, str]:
+    """The keys in which two identities differ, each with what it was and what it is, in words. `data`: more on the data."""
     # an older version may have saved a key that is free today
     keys = sorted({*saved, *now} - {f"train.{name}" for name in FREE})
     words = {key: f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys}
+    was, is_now = (f"{text} hash {each.get('data')}".strip() for text, each in zip(data, (saved, now), strict=True))
+    words["data"] = f"data was {was}, is {is_now}"
     return {key: words[key] for key in keys if saved.get(key) != now.get(key)}
 
 
 def check_same_training(
-    saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], folder: str
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allowed: Collection[str],
+    folder: str,
+    data: tuple[str, str] = ("", ""),
 ) -> None:
     """Refuse to go on with another training than the one that was saved.
 
     Args:
         saved, now: identities. allowed: keys that may differ. folder: of the run, for the message.
+        data: what there was and is, in `data_words`.
 
     Raises:
         CheckpointError: other keys differ. ConfigError: an allowed key does not exist.
@@ -106,10 +121,13 @@ def check_same_training(
         raise ConfigError(
             f"--allow-mismatch {unknown[0]}: there is no such key; the keys are {', '.join(sorted(keys))}"
         )
-    differing = {key: words for key, words in differences(saved, now).items() if key not in allowed}
+    differing = {key: words for key, words in differences(saved, now, data).items() if key not in allowed}
     if differing:
+        options = " ".join(f"--allow-mismatch {key}" for key in differing)
+        going_on = f", or go on all the same with {options}"
+        if any(key in DECISIVE or key.startswith("lora.") for key in differing):
+            going_on = ""  # what would be gone on with is not what was begun
         raise CheckpointError(
-            f"{folder} holds checkpoints of another training ({'; '.join(differing.values())}); choose another run folder, "
-            f"delete {folder}/checkpoints to train anew, or go on all the same with "
-            f"{' '.join(f'--allow-mismatch {key}' for key in differing)}"
+            f"{folder} holds checkpoints of another training ({'; '.join(differing.values())}); choose another run folder "
+            f"(run=...), or delete {folder}/checkpoints to train anew{going_on}"
         )

@@ -46,6 +46,20 @@ def test_bad_configuration_is_one_sentence(tmp_path: Path, text: str, message: s
         load_config(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--train.beta=0.2", "no dashes and come after the file: CONFIG.yaml train.beta=VALUE"),
+        ("--learning_rate", "CONFIG.yaml learning_rate=VALUE; it is 'train.lr' here"),
+        ("--jsn", "No such option '--jsn'"),
+    ],
+)
+def test_a_setting_with_dashes_is_told_how_it_is_written(config_path: Path, option: str, said: str) -> None:
+    result = run("train", str(config_path), option)
+    assert (result.returncode, said in result.stderr) == (2, True), result.stderr
+    assert ("CONFIG.yaml" in result.stderr.splitlines()[-1]) == (option != "--jsn")
+
+
 def test_missing_configuration_names_the_path(tmp_path: Path) -> None:
     result = run("train", str(tmp_path / "none.yaml"))
     assert result.returncode == 2

@@ -300,6 +300,18 @@ def test_the_alarm_is_said_first_and_drawn(tmp_path: Path) -> None:
     assert "Alarm. Step 12: a tenth of &lt;b&gt;them&lt;/b&gt; fell." in file.read_text(encoding="utf-8")
 
 
+def test_pairs_that_are_ties_are_not_drawn_as_ranked_wrong(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = metrics_lines(4)
+    lines[0] |= {"rewards/margins": 0.0, "rewards/accuracies": 0.0, "rewards/accuracies/step_1": 0.0}
+    lines[1] |= {"rewards/accuracies": 0.0}
+    write_lines(run / "metrics.jsonl", lines)
+    (curve,) = curves(read_runs([run]))
+    assert curve.values["rewards/accuracies"][:3] == [None, 0.0, pytest.approx(0.8)]
+    assert curve.values["rewards/accuracies/step_1"][0] is None
+    assert curve.values["rewards/margins"][0] == 0.0
+
+
 def test_a_figure_says_in_words_and_in_a_table_what_it_draws(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     shown, _ = figures(curves(read_runs([run])))

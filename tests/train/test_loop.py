@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
+from cpo_fast.cli.train import TrainingScreen
 from cpo_fast.config import TrainConfig
 from cpo_fast.errors import ConfigError, CpoFastError, DataError, EnvironmentProblem, NonFiniteError
 from cpo_fast.train.loop import train
@@ -323,3 +324,15 @@ def test_dropout_of_an_adapter_is_set_to_zero_and_that_of_another_module_is_refu
     mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Dropout(0.1))
     with pytest.raises(ConfigError, match=r"cannot be trained on forests: dropout.*layers\.1\.mlp\.act_fn\.1.*p=0\.1"):
         train(config, policy.model, policy.tokenizer)
+
+
+def test_a_step_before_any_reward_has_moved_shows_ties(capsys: pytest.CaptureFixture[str]) -> None:
+    """And not that no pair is ranked right."""
+    for margin, accuracy, said in (
+        (0.0, 0.0, "accuracy ties"),
+        (-0.1, 0.0, "accuracy 0.00"),
+        (0.1, 0.5, "accuracy 0.50"),
+    ):
+        values = {"step": 1, "loss": 0.7, "seconds": 0.1, "rewards/margins": margin, "rewards/accuracies": accuracy}
+        TrainingScreen().update(values, 4)
+        assert said in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cpo_fast.config import Config
+from cpo_fast.config import Config, dump_config
 from cpo_fast.errors import CheckpointError, ConfigError
 from cpo_fast.models import _cast, _dtype_of_files, load_model, merge
 from cpo_fast.train.loop import train
@@ -34,6 +34,21 @@ def test_merged_model_gives_the_logits_of_base_plus_adapter(trained: Config, tmp
     torch.testing.assert_close(merged(ids).logits, with_adapter(ids).logits, rtol=1e-5, atol=1e-5)
     untrained, _ = load_model(trained.model.model_copy(update={"adapter": None}))
     assert float((merged(ids).logits - untrained(ids).logits).abs().max()) > 1e-3
+
+
+def test_the_command_says_nothing_but_what_it_made(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No library warns: PEFT asks by an old name, and DeepSpeed guesses its device."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(trained))
+    shown = run("merge", str(path), "-o", str(tmp_path / "merged"))
+    assert shown.stderr == ""
+    assert [line.partition(":")[0] for line in shown.stdout.splitlines()] == [
+        "merged model",
+        "KL from base plus adapter",
+    ]
 
 
 def test_merge_that_drifts_is_refused_and_writes_nothing(trained: Config, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,8 +167,15 @@ def test_changed_data_is_refused(whole: Config, tmp_path: Path) -> None:
     other = tmp_path / "pairs.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changed = config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})})
-    with pytest.raises(CheckpointError, match=r"another training \(data was '[0-9a-f]{16}', is '[0-9a-f]{16}'\)"):
+    with pytest.raises(CheckpointError, match=r"another training \(data was ") as caught:
         train(changed)
+    number, named = f"{len(rows)} rows, hash [0-9a-f]{{16}}", re.escape(str(config.data.path))
+    assert re.search(f"data was {named}, {number}, is {re.escape(str(other))}, {number}\\)", str(caught.value))
+    assert "--allow-mismatch" not in str(caught.value)  # other data is another training, whatever is allowed
+    (newest,) = (Path(config.run) / "checkpoints").glob("step-*6")
+    state = json.loads((newest / "state.json").read_text())
+    with pytest.raises(CheckpointError, match=r"data was hash [0-9a-f]{16}, is x, 3 rows, hash y\)"):
+        check_same_training(state["identity"], {**state["identity"], "data": "y"}, (), "run", ("", "x, 3 rows,"))
 
 
 def test_what_says_how_to_compute_may_change(whole: Config, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError, NonFiniteError
 from cpo_fast.evaluate.chain import Chain
 from cpo_fast.models import load_model
+from cpo_fast.report.runs import read_runs
+from cpo_fast.report.summary import summary
 from cpo_fast.tasks import Prompts, get_task
 from cpo_fast.train.loop import train
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -126,6 +128,8 @@ def test_an_adapter_that_is_worse_than_its_start_is_never_the_best(
     (remark,) = result.remarks
     assert remark.startswith("no step was better than the starting point")
     assert str(start) in remark if start else "the base;" in remark
+    assert remark.endswith("try a lower train.lr, fewer steps or more questions")
+    assert summary(read_runs([run])[0]).warnings[-1] == f"N{remark[1:]}."  # at the head of the report
     shipped, last = (load_file(run / name / "adapter_model.safetensors") for name in ("adapter", "adapter-last"))
     assert largest_difference(shipped, last) > 0.01
     if start is not None:
@@ -137,6 +141,9 @@ def test_an_adapter_that_is_worse_than_its_start_is_never_the_best(
     before, metrics = (run / "adapter" / "adapter_model.safetensors").read_bytes(), lines(result.metrics_path)
     again = train(config)
     assert (again.best_step, again.remarks) == (0, result.remarks)
+    hardly = train(make_config(data=data, model=model, num_epochs=1, lr=1e-7, **STEADY))
+    assert hardly.best_step == 0
+    assert hardly.remarks[0].endswith("hardly moved the model, so raise train.lr or train.max_steps")
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert [{**line, "seconds": 0} for line in lines(again.metrics_path)] == [
         {**each, "seconds": 0} for each in metrics
