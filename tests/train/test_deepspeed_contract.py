@@ -272,7 +272,7 @@ def test_an_older_deepspeed_is_refused_by_name(
 
 def test_the_oldest_deepspeed_is_the_one_that_the_package_asks_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert f"deepspeed>={OLDEST}" in project["optional-dependencies"]["train"]
+    assert f"deepspeed>={OLDEST}" in project["dependencies"]
 
 
 def test_store_of_one_process_answers_all_that_nccl_asks_a_store() -> None:
