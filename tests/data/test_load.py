@@ -267,6 +267,12 @@ BAD = {"prompt": "Q?", "chosen": "yes"}
         (ROWS[:2], {"method": "full_step"}, "holds no trees but rows"),
         ([BAD, *ROWS[:1]], {"max_drop": 0.6}, None),
         ([{**ROWS[0], "prompt": None, "ask": "Q?"}, ROWS[0]], {"columns": {"prompt": "ask"}, "max_drop": 0.6}, None),
+        # no row is good and has both columns
+        (
+            [{**ROWS[0], "prompt": None, "ask": "Q?"}, {"system": "S", "chosen": "a"}],
+            {"columns": {"prompt": "ask", "system": "system"}, "max_drop": 0.6},
+            None,
+        ),
     ],
 )
 def test_what_no_row_of_can_be_used_is_refused_without_a_model(

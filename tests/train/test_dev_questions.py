@@ -17,9 +17,11 @@ from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.evaluate import evaluate
 from cpo_fast.models import load_model
 from cpo_fast.search.collect import collect
+from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.loop import train
 from cpo_fast.tree import SearchTree, read_trees
 from tests.golden.tiny_models import save_talker
+from tests.tiny import tiny_tokenizer
 
 SEARCHED = [f"How many are {first} + {second}?" for first in (1, 2, 3) for second in (4, 7)]
 DEV = [f"How many are {first} less {second}?" for first in (7, 12) for second in (1, 2, 3)]
@@ -250,3 +252,12 @@ def test_agreement_without_votes_is_refused_with_what_to_set(folder: Path, tmp_p
         train(config.model_copy(update={"task": config.task.model_copy(update={"name": "fever"})}))
     with pytest.raises(ConfigError, match=r"stop_on=agreement .* ZeRO stage 3"):
         train(by_votes(folder, tmp_path / "f", zero_stage=3))
+
+
+def test_reference_answers_that_cannot_be_read_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dev = write_questions(tmp_path / "dev.jsonl", DEV[:2], ["57", "7"])
+    task = {"file": str(Path(__file__).resolve().parents[2] / "examples/reasoner/plain.yaml")}
+    config = config_for(tmp_path, tmp_path / "run", task=task, train={"stop_on": "accuracy", "dev_path": str(dev)})
+    assert load_dev_questions(config, tiny_tokenizer(), (), (), 10**6) is not None
+    assert "1 of 2 reference answers cannot be read by answer.kind=regex" in caplog.text
+    assert f"the first is {dev}:2, '7'" in caplog.text
