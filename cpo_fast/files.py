@@ -30,6 +30,13 @@ def canonical_json(value: Any) -> str:
     return text
 
 
+def unreadable(path: str | Path, error: OSError) -> DataError:
+    """What a reader raises for a file that the system does not give."""
+    is_due = isinstance(error, FileNotFoundError) and Path(path).name == "trees.jsonl"
+    remedy = "run cpo-fast collect first, or check the path" if is_due else "check the path"
+    return DataError(f"{path}: cannot read ({error.strerror or error}); {remedy}")
+
+
 def read_jsonl(
     path: str | Path,
     drop_torn_tail: bool = False,
@@ -48,7 +55,7 @@ def read_jsonl(
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+        raise unreadable(path, error) from None
     if drop_torn_tail:
         lines = lines[:-1]
     for number, raw in enumerate(lines, start=1):

@@ -80,7 +80,7 @@ def iterate(config: Config, watch: Watch | None = None, run_command: RunCommand 
             before the sentence.
     """
     watch = watch or Watch()
-    with _warned_once("cpo_fast.train.dev_questions"):
+    with _warned_once("cpo_fast.train.dev_questions"), _warned_once("cpo_fast.evaluate.evaluation"):
         identity = checked(config, watch)
         with _lock(Path(config.run)):
             rounds = Rounds(config, identity, watch, run_command or partial(run_here, watch=watch))
@@ -422,7 +422,7 @@ def _search_numbers(config: Config) -> dict[str, Any]:
     trees = read_trees(path)
     task, questions = load_questions(config)
     found = summarise(path, trees, [tree_statistics(tree) for tree in trees], task, len(questions), 0, 0.0).to_dict()
-    left_out = ("trees_path", "num_missing", "num_resumed", "first_failure", "seconds")
+    left_out = ("trees_path", "num_missing", "num_resumed", "num_other", "first_failure", "seconds")
     return {key: value for key, value in found.items() if key not in left_out} | asdict(diversity(trees))
 
 

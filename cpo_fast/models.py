@@ -32,6 +32,7 @@ from cpo_fast.files import aside_of, file_digest, files_hash, removed_on_error
 from cpo_fast.model_card import merged_card
 from cpo_fast.progress import is_shown, stage
 from cpo_fast.ranks import find_ranks
+from cpo_fast.threads import choose_threads
 
 if TYPE_CHECKING:
     import torch
@@ -232,6 +233,7 @@ def _loaded(config: ModelConfig, device: "torch.device") -> tuple[Any, Any]:
     )
     if config.adapter is not None:
         model = load_adapter(model, config.adapter)
+    choose_threads(model)
     return model.eval(), tokenizer
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import DataError, EnvironmentProblem, first_line
-from cpo_fast.files import read_jsonl, replacing, short_hash
+from cpo_fast.files import read_jsonl, replacing, short_hash, unreadable
 
 Row = dict[str, Any]
 
@@ -82,7 +82,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+        raise unreadable(path, error) from None
     _check_content(path, content)
     opens_list = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if path.lower().endswith(".csv"):
@@ -91,6 +91,7 @@ def _read(path: str, strict: bool) -> Iterator[tuple[str, Row | BadRow]]:
     elif opens_list and (strict or not path.endswith(".jsonl")):
         yield from _list_rows(path, content, strict)
     elif strict:
+        _refuse_objects_over_lines(path, content)
         yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path, members=_unique_or_error))
     else:
         yield from _line_rows(path, content)
@@ -112,6 +113,16 @@ def _line_rows(path: str, content: bytes) -> Iterator[tuple[str, Row | BadRow]]:
             except BadRow as bad:
                 bad.text = raw.decode("utf-8", "backslashreplace")
                 yield f"{path}:{number}", bad
+
+
+def _refuse_objects_over_lines(path: str, content: bytes) -> None:
+    """Raise DataError for JSON objects over several lines each, of which only the first line would be blamed."""
+    values = _values_over_lines(content)
+    if values:
+        line, first = values[0]
+        wrapped = _rows_under(first) if len(values) == 1 else ""
+        remedy = wrapped or "write each object on a line of its own, or all of them as one list"
+        raise DataError(f"{path}:{line}: a JSON object over several lines; {remedy}")
 
 
 def _values_over_lines(content: bytes) -> list[tuple[int, Any]] | None:
@@ -242,7 +253,7 @@ def read_parquet(path: str | Path) -> list[Row]:
     try:
         rows: list[Row] = pyarrow.parquet.read_table(str(path)).to_pylist()
     except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror or error}); check the path") from None
+        raise unreadable(path, error) from None
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         with open(path, "rb") as file:
             begin = file.read(64)
@@ -335,6 +346,18 @@ def first_value(row: Row, fields: Sequence[str]) -> Any:
     return next((row[field] for field in fields if row.get(field) is not None), None)
 
 
+def columns_hint(row: Row, key: str) -> str:
+    """What a row has where a column is missing, and what to do. `key` is the setting that names the column."""
+    found = ", ".join(f"'{column}'" for column in list(row)[:8])
+    return _rows_under(row) or (f"the row has {found}; name the column by {key}" if row else "the row is empty")
+
+
+def _rows_under(row: Row) -> str:
+    """What to do about an object that holds nothing but lists of rows, or ""."""
+    is_wrapper = all(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values())
+    return f"the rows stand under '{next(iter(row))}': save that list alone" if row and is_wrapper else ""
+
+
 def row_id(row: Row, text: str, place: str) -> str:
     """The id a row carries, or 16 hex digits of the SHA-256 of its text. Raises DataError for an id of another kind."""
     identity = first_value(row, ID_FIELDS)
@@ -345,11 +368,17 @@ def row_id(row: Row, text: str, place: str) -> str:
     return str(identity)
 
 
-def row_text(row: Row, fields: Sequence[str], place: str) -> str:
-    """The text of the first of `fields`, without surrounding whitespace. Raises DataError if missing or empty."""
-    value = first_value(row, fields)
+def row_text(row: Row, fields: Sequence[str], place: str, key: str) -> str:
+    """The text of the first of `fields`, without surrounding whitespace. `key` is the setting that names them.
+
+    Raises:
+        DataError: it is missing, no text, or empty.
+    """
+    value, names = first_value(row, fields), " or ".join(map(repr, fields))
+    if value is None:
+        raise DataError(f"{place}: expected text in {names} ({columns_hint(row, key)})")
     if not isinstance(value, str):
-        raise DataError(f"{place}: expected text in {' or '.join(repr(field) for field in fields)}")
+        raise DataError(f"{place}: expected text in {names}, got {type(value).__name__}; a row is one question")
     if not value.strip():
         raise DataError(f"{place}: the {fields[0].lower()} is empty; delete the row")
     return value.strip()

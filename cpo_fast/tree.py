@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from cpo_fast.errors import DataError
-from cpo_fast.files import canonical_json, parsed_line, read_jsonl, short_hash, write_atomic
+from cpo_fast.files import canonical_json, parsed_line, read_jsonl, short_hash, unreadable, write_atomic
 
 SCHEMA_VERSION = 2
 ROOT = -1  # the id of the root state, as a parent
@@ -171,9 +171,10 @@ class SearchTree:
         """
         version = row.get("schema_version")
         if version != SCHEMA_VERSION:
+            origin = "another version of cpo_fast wrote it; collect again into another folder"
             raise ValueError(
-                f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: another version of cpo_fast wrote "
-                "it; collect again into another folder"
+                f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}: "
+                f"{'no search wrote it' if version is None else origin}"
             )
         # names first: pydantic fills in defaults and drops what it does not know, and an older or a cut line must not pass
         # for a whole one
@@ -271,7 +272,7 @@ def whole_trees(path: str | Path) -> tuple[list[SearchTree], list[str]]:
     try:
         *lines, rest = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror}); check the path") from None
+        raise unreadable(path, error) from None
     trees: list[SearchTree] = []
     damaged: list[str] = []
     first_line: dict[str, int] = {}
@@ -291,6 +292,11 @@ def _tree_of_line(path: str | Path, number: int, row: Any, first_line: dict[str,
     try:
         tree = SearchTree.from_dict(row)
     except ValueError as error:
+        if "nodes" not in row and not _TRAINED.isdisjoint(row):
+            raise DataError(
+                f"{path}:{number}: not a search tree but a row to train on, such as preferences; train takes this file as "
+                "data.path, and here the trees.jsonl of cpo-fast collect is due"
+            ) from None
         raise DataError(f"{path}:{number}: not a search tree ({error}); mend or delete the line") from None
     if tree.id in first_line:
         raise DataError(f"{path}:{number}: tree '{tree.id}' is already on line {first_line[tree.id]}; delete one")
@@ -299,6 +305,7 @@ def _tree_of_line(path: str | Path, number: int, row: Any, first_line: dict[str,
 
 
 _TREE = TypeAdapter(SearchTree)
+_TRAINED = {"chosen", "rejected", "completion"}  # columns of rows that hold a response
 # of trees and nodes, what is not written where it has this value: lines of earlier versions lack it too
 _ABSENT = {"equal_for": "", "visits": None}
 _LISTS = {  # what a list holds, for its sentence

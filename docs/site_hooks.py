@@ -5,6 +5,9 @@
     <!-- generated: exit_codes -->      what a command returns, from cpo_fast/errors.py
     <!-- generated: train_step -->      figures of the newest record in benchmarks/results
 
+    python docs/site_hooks.py           write anew what stands between such a mark and its end in the pages
+
+A page that is read in a checkout too holds the text, up to <!-- end of configuration -->; the tests compare it.
 Nothing here imports torch.
 """
 
@@ -29,6 +32,8 @@ from cpo_fast.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+MARK = re.compile(r"<!-- generated: (\w+) -->(?:.*?<!-- end of \1 -->)?", re.DOTALL)
+
 # files of the repository that are pages or pictures of the site, by their place there
 OUTSIDE = {
     "benchmarks/results/scaling.png": "pictures/scaling.png",
@@ -46,7 +51,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fill in what is generated, and lead links that leave docs/ to where the file is in the site."""
-    markdown = re.sub(r"<!-- generated: (\w+) -->", lambda found: GENERATED[found[1]](), markdown)
+    markdown = MARK.sub(lambda found: GENERATED[found[1]](), markdown)
     folder = posixpath.dirname(page.file.src_uri)
     for source, target in OUTSIDE.items():
         written = posixpath.relpath(posixpath.join("..", source), folder or ".")
@@ -247,3 +252,21 @@ GENERATED: dict[str, Callable[[], str]] = {
     "train_step": train_step,
     "collect": collect,
 }
+
+
+def written_anew(markdown: str) -> str:
+    """A page of the checkout with what is generated between a mark and its end as it is now."""
+
+    def block(found: re.Match[str]) -> str:
+        name, is_kept = found[1], found[0].endswith(f"<!-- end of {found[1]} -->")
+        text = f"<!-- generated: {name} -->"
+        return f"{text}\n\n{GENERATED[name]()}\n\n<!-- end of {name} -->" if is_kept else text
+
+    return MARK.sub(block, markdown)
+
+
+if __name__ == "__main__":
+    for path in (ROOT / "docs").rglob("*.md"):
+        before = path.read_text(encoding="utf-8")
+        if before != (after := written_anew(before)):
+            path.write_text(after, encoding="utf-8")

@@ -245,3 +245,13 @@ def test_config_error_loads_nothing_heavy(command: str, tmp_path: Path, library_
     loaded, code, seconds = light_run(RUN, [command, str(config)])
     assert (loaded, code) == ("", 2)
     assert seconds < MAX_STARTUP_RATIO * library_seconds
+
+
+@pytest.mark.parametrize("command", ["collect", "train", "eval", "plan", "pairs"])
+def test_a_fault_of_the_data_is_found_before_anything_heavy_is_loaded(command: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"ask": "a", "good": "b"}\n')
+    config = tmp_path / "config.yaml"
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    config.write_text(f"{{run: {run}, model: {{path: {tmp_path}}}, task: {{path: {rows}}}, data: {{path: {rows}}}}}\n")
+    loaded, code, _ = light_run(RUN, [command, str(config)])
+    assert (loaded, code) == ("", 3)

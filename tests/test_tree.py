@@ -137,6 +137,9 @@ def test_visits_are_written_where_a_search_counted_them_and_nowhere_else():
     ("row", "message"),
     [
         (_edit(schema_version=1), "schema_version is 1, this version reads 2: another version"),
+        ({"question": "How many?"}, "schema_version is None, this version reads 2: no search wrote it"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "but a row to train on.* train takes this file as data.path"),
+        ({"prompt": "a", "completion": "b"}, "but a row to train on"),
         ({"schema_version": 2}, "missing"),
         (_edit(extra=1), r"unknown \['extra'\]"),
         (_edit(question=3), "'question' has type int"),

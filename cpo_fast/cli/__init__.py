@@ -21,6 +21,7 @@ from cpo_fast import __version__
 from cpo_fast.errors import OUTPUT_CLOSED, ConfigError, note_failure, outcome
 from cpo_fast.progress import shown
 from cpo_fast.ranks import find_ranks
+from cpo_fast.threads import one_for_tiny_models
 
 # name -> one line of help; the module cpo_fast.cli.<name> is loaded only when the command is used
 COMMANDS = {
@@ -84,6 +85,7 @@ class LazyGroup(click.Group):
         with contextlib.suppress(ConfigError):  # the command will say what is wrong with its launcher
             if find_ranks().rank == 0:
                 ctx.with_resource(shown())
+        ctx.with_resource(one_for_tiny_models())
         try:
             return super().invoke(ctx)
         except (OSError, EOFError, KeyboardInterrupt) as error:
@@ -135,6 +137,9 @@ def _who() -> str:
 
 def main() -> None:
     """Entry point of the console script: run the group, and end with a line and an exit code whatever happens."""
+    # read by OpenMP when torch loads. By default a thread that waits for another spins, and where other work wants the
+    # cores it spins away the time slice in which that one could have come
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(guarded(lambda: cli.main(standalone_mode=False)))
 
 

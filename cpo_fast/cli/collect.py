@@ -155,6 +155,8 @@ def _print_summary(result: Any) -> None:
         ("tokens generated", f"{result.num_generated_tokens} ({result.num_useful_tokens} on winning paths)"),
         ("seconds", f"{result.seconds:.1f}"),
     ]
+    if result.num_other:
+        rows.append(("trees of other questions", f"{result.num_other} (in the same file, trained on too)"))
     if result.num_verdicts:
         rows.append(("unparseable verdicts", f"{result.num_unparseable} of {result.num_verdicts}"))
     if result.vote_accuracy is not None:

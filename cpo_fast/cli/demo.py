@@ -9,8 +9,6 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,18 +112,17 @@ def _demonstrate(name: str, out: str, seed: int, quick: bool) -> _Found:
     if settings.exists():  # of a demonstration before: its checkpoints may be of more or fewer steps
         shutil.rmtree(settings.with_name("checkpoints"), ignore_errors=True)
     write_atomic(settings, dump_config(config))
-    with _threads(name):
-        _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
-        collected = collect(config, progress=_collect_line)
-        _stage(3, "pairs: every winning thought against its losing siblings")
-        with stage("pairs"):
-            pairs = write_rows(collected.trees_path, config.data.path)
-        say(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
-        _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
-        trained = train(config, progress=_train_line)
-        _stage(5, "eval: greedy chain of thought, base and adapter")
-        base = _evaluate(recipe, None)
-        adapter = _evaluate(recipe, trained.adapter_path)
+    _stage(2, f"collect: {config.search.num_candidates} thoughts per state, {config.search.num_kept} states kept")
+    collected = collect(config, progress=_collect_line)
+    _stage(3, "pairs: every winning thought against its losing siblings")
+    with stage("pairs"):
+        pairs = write_rows(collected.trees_path, config.data.path)
+    say(f"  {len(pairs.rows)} pairs from {pairs.num_trees} trees")
+    _stage(4, f"train: LoRA of rank {config.lora.r}, at most {config.train.max_steps} optimizer steps")
+    trained = train(config, progress=_train_line)
+    _stage(5, "eval: greedy chain of thought, base and adapter")
+    base = _evaluate(recipe, None)
+    adapter = _evaluate(recipe, trained.adapter_path)
     return _Found(recipe, collected, pairs, trained, base, adapter)
 
 
@@ -140,19 +137,6 @@ def _evaluate(recipe: "Recipe", adapter: Path | None) -> "Evaluation":
         found = evaluate(config.model_copy(update=changes), on_question=partial(place.at, unit="questions"))
     say(f"  {'before' if adapter is None else 'after'}: {found.num_correct} of {found.num_graded} right")
     return found
-
-
-@contextmanager
-def _threads(name: str) -> Iterator[None]:
-    """One thread for the reasoner. In products so small several wait for each other, on a busy CPU for minutes."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if name == "reasoner" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stage(number: int, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cpo_fast.config import Config, load_config
+from cpo_fast.errors import DataError
 from cpo_fast.interrupts import stopped_by_signals
 from cpo_fast.progress import stage
 
@@ -45,7 +46,17 @@ def eval_command(config: str | None, overrides: tuple[str, ...], compares: bool,
     elif config is None:
         raise click.UsageError("give a CONFIG, or --compare with result files or run folders")
     else:
-        _evaluate(load_config(config, overrides), as_json)
+        settings = load_config(config, overrides)
+        _say_what_eval_path_overrides(settings, overrides)
+        _evaluate(settings, as_json)
+
+
+def _say_what_eval_path_overrides(settings: Config, overrides: "Sequence[str]") -> None:
+    of_task = ("task.path=", "task.num_questions=", "task.skip_questions=")
+    without_effect = [each for each in overrides if each.startswith(of_task)]
+    if settings.eval.path and without_effect:
+        asked = f"all questions of eval.path ({settings.eval.path}) are asked"
+        click.echo(f"{asked}: no effect of {', '.join(without_effect)} without eval.path=null", err=True)
 
 
 def _evaluate(settings: Config, as_json: bool) -> None:
@@ -72,11 +83,14 @@ def _compare(paths: "Sequence[str]", as_json: bool) -> None:
     from dataclasses import asdict
 
     from cpo_fast.evaluate import compare, folder_evaluations, read_evaluation
+    from cpo_fast.evaluate.result import GIVE
 
     found: list[tuple[str, Evaluation]] = []
     for path in paths:
         if Path(path).is_dir():
             evaluations, notes = folder_evaluations(Path(path))
+            if not evaluations and not notes:
+                raise DataError(f"{path}: the folder holds no evaluation; {GIVE}")
             found += [(str(Path(path) / each.label), each) for each in evaluations]
             for note in notes:
                 click.echo(_printable(f"{path}: {note}"), err=True)

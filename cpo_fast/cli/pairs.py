@@ -84,7 +84,7 @@ def _report_pairs(made: "TreeRows", target: Path, rule: str, as_json: bool) -> N
     from rich.console import Console
 
     title = f"{len(made.rows)} pairs from {made.num_trees} trees"
-    caption = f"{dropped.get(REPEATED, 0)} more stand under another question already"
+    caption = f"{dropped[REPEATED]} more stand under another question already" if REPEATED in dropped else None
     Console().print(_step_table(steps, title, caption))
     _print_trees_without(made)
     if warning := made.warning(f"pairs.rule={rule}"):
@@ -101,7 +101,7 @@ def _print_trees_without(made: "TreeRows") -> None:
         click.echo(f"{count} trees without any: {reason}")
 
 
-def _step_table(steps: "dict[int, StepAudit]", title: str, caption: str) -> "Table":
+def _step_table(steps: "dict[int, StepAudit]", title: str, caption: str | None) -> "Table":
     from rich.table import Table
 
     table = Table("step", title=title, caption=caption)

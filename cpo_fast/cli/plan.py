@@ -31,6 +31,10 @@ def plan_command(
     """Count rows, tokens and steps exactly, and predict memory, disk and how busy the GPUs will be."""
     config = load_config(config_path, overrides)
 
+    from cpo_fast.data.load import check_data
+
+    check_data(config)  # before the libraries load
+
     from cpo_fast.train.plan import make_plan
 
     plan = make_plan(config, num_ranks)

@@ -10,7 +10,11 @@ from cpo_fast.errors import first_line
 @click.command("report")
 @click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "-o", "--output", "output_path", type=click.Path(), help="File to write; default RUN/report.html, of the first."
+    "-o",
+    "--output",
+    "output_path",
+    type=click.Path(),
+    help="File to write; default RUN/report.html, of several runs report-compared.html in the first.",
 )
 def report_command(runs: tuple[str, ...], output_path: str | None) -> None:
     """Write one HTML file about run folders: curves, evaluations, rounds, search trees, configuration and hashes.

@@ -127,7 +127,11 @@ def train_command(
         sys.exit(launch(arguments, launcher or "auto", hosts, Path(config.run), config.train.grace, hosts_path))
     is_first = find_ranks().rank == 0
 
+    from cpo_fast.data.load import check_data
     from cpo_fast.environment import environment_kept
+
+    check_data(config)  # before the libraries load
+
     from cpo_fast.train.loop import train
 
     with environment_kept(config.run, "train"), TrainingScreen(quiet=as_json or not is_first) as screen:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cpo_fast.errors import DataError
-from cpo_fast.rows import ID_FIELDS, BadRow, Row
+from cpo_fast.rows import ID_FIELDS, BadRow, Row, columns_hint
 
 logger = logging.getLogger(__name__)
 
@@ -243,11 +243,7 @@ class Layout:
             )
         if "instruction" in names and "output" in row:
             return "'instruction' and 'output' are Alpaca's, one answer a row: train.method=sft learns it"
-        inner = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(row) == len(inner):
-            return f"the rows stand under '{inner[0]}': save that list alone" if inner else "the row is empty"
-        found = ", ".join(f"'{key}'" for key in list(row)[:8])
-        return f"the row has {found}; name the column by data.columns.{self.responses[0]}=..."
+        return columns_hint(row, f"data.columns.{self.responses[0]}=...")
 
 
 def _is_ours(key: str) -> bool:

@@ -5,6 +5,7 @@ section `pairs`, any other file holds its rows already, and `train.method` says 
 are counted by reason and written to `dropped.jsonl` with file:line. Above `data.max_drop` they end the run.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from cpo_fast.data.layouts import Layout
 from cpo_fast.data.pair_files import TreeFileReader, write_dropped
 from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError
-from cpo_fast.files import canonical_json, short_hash
+from cpo_fast.files import canonical_json, short_hash, unreadable
 from cpo_fast.rows import BadRow, Row, is_hub, read_rows
 
 logger = logging.getLogger(__name__)
@@ -238,14 +239,7 @@ def open_sources(config: Config, chat: bool) -> list[tuple[RowSource | TreeSourc
         DataError: a file is not usable.
     """
     mixture = config.data.mixture
-    if not mixture and not config.data.path:
-        raise ConfigError("data.path is empty; set it to trees, pairs or a preference set")
-    listed = [(item.path, {**config.data.columns, **item.columns}) for item in mixture]
-    names = RESPONSES.get(config.train.method, ())
-    sources = [
-        _open(path, config, Layout(names, {str(name): key for name, key in columns.items()}, chat))
-        for path, columns in listed or [(config.data.path, config.data.columns)]
-    ]
+    sources = [_open(path, config, layout) for path, layout in _listed(config, chat)]
     total = config.pairs.num_questions
     if not mixture and total is None:
         return [(sources[0], set(sources[0].questions))]
@@ -266,8 +260,61 @@ def open_sources(config: Config, chat: bool) -> list[tuple[RowSource | TreeSourc
     ]
 
 
-def _open(path: str, config: Config, layout: Layout) -> RowSource | TreeSource:
-    """Read one data set. It holds trees if its first readable row has nodes."""
+def check_data(config: Config) -> None:
+    """Refuse in moments what `load_examples` would refuse once a model is there: a data set of which no row can be used.
+
+    A file is read up to the first row that can be. Of parquet and of a hub data set nothing is read.
+
+    Raises:
+        ConfigError: no data is configured.
+        DataError: a file is not there, empty or of another kind, or no row of it has the columns that are needed.
+    """
+    for path, layout in _listed(config, chat=False):
+        if path.endswith(".parquet"):
+            try:
+                Path(path).stat()
+            except OSError as error:
+                raise unreadable(path, error) from None
+        elif not is_hub(path):
+            _check_rows(path, layout, config)
+
+
+def _check_rows(path: str, layout: Layout, config: Config) -> None:
+    begin, rows = _begun(path)
+    if _holds_trees(path, begin):
+        return
+    _refuse_rows_for_trees(path, config)
+    objects: list[Row] = []
+    bad, num_good = LoadedExamples(), 0
+    for place, row in itertools.chain(begin, rows):
+        read = _read(row, layout)
+        if not isinstance(row, BadRow):
+            objects.append(row)
+            if not isinstance(read, BadRow):
+                num_good += 1
+                if all(column in row for column in layout.columns.values()):
+                    return
+        if isinstance(read, BadRow):
+            bad.dropped.append(_record(place, read, None))
+    layout.check_columns(path, objects)
+    if not num_good:
+        _check_drop_rate(config, bad)
+
+
+def _listed(config: Config, chat: bool) -> list[tuple[str, Layout]]:
+    """Every data set of the configuration and how its rows are read. Raises ConfigError without any."""
+    data, names = config.data, RESPONSES.get(config.train.method, ())
+    if not data.mixture and not data.path:
+        raise ConfigError("data.path is empty; set it to trees, pairs or a preference set")
+    listed = [(item.path, {**data.columns, **item.columns}) for item in data.mixture] or [(data.path, data.columns)]
+    return [(path, Layout(names, {str(name): key for name, key in columns.items()}, chat)) for path, columns in listed]
+
+
+_Rows = Iterator[tuple[str, Row | BadRow]]
+
+
+def _begun(path: str) -> tuple[list[tuple[str, Row | BadRow]], _Rows]:
+    """The rows of one data set up to the first readable one, and those that follow."""
     rows = read_rows(path)
     begin: list[tuple[str, Row | BadRow]] = []
     for entry in rows:
@@ -276,19 +323,33 @@ def _open(path: str, config: Config, layout: Layout) -> RowSource | TreeSource:
             break
     if not begin:
         raise DataError(f"{path}: the file has no rows; check data.path")
+    return begin, rows
+
+
+def _holds_trees(path: str, begin: Sequence[tuple[str, Row | BadRow]]) -> bool:
     first = begin[-1][1]
     # prompts stand in files beside the trees, which a hub data set has not
-    if not isinstance(first, BadRow) and "nodes" in first and not is_hub(path):
+    return not isinstance(first, BadRow) and "nodes" in first and not is_hub(path)
+
+
+def _open(path: str, config: Config, layout: Layout) -> RowSource | TreeSource:
+    """Read one data set. It holds trees if its first readable row has nodes."""
+    begin, rows = _begun(path)
+    if _holds_trees(path, begin):
         return TreeSource(path, config)  # its lines are parsed there, the ones after the first only there
+    _refuse_rows_for_trees(path, config)
+    ignored = _ignored(config, ("rule", "rejected_fraction"))
+    if ignored:
+        logger.warning("%s holds no trees but rows, which are used as they are: no effect of %s", path, ignored)
+    return RowSource(path, [*begin, *rows], layout)
+
+
+def _refuse_rows_for_trees(path: str, config: Config) -> None:
     if config.train.method in TREE_METHODS:
         raise DataError(
             f"{path} holds no trees but rows, and train.method={config.train.method} reads whole trees; set data.path to "
             "the trees.jsonl of cpo-fast collect"
         )
-    ignored = _ignored(config, ("rule", "rejected_fraction"))
-    if ignored:
-        logger.warning("%s holds no trees but rows, which are used as they are: no effect of %s", path, ignored)
-    return RowSource(path, [*begin, *rows], layout)
 
 
 def _ignored(config: Config, names: Sequence[str]) -> str:

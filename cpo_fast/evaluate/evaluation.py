@@ -78,6 +78,8 @@ def evaluate_methods(
     # what is recorded names the questions that were asked, by whichever key
     config = config.model_copy(update={"task": config.task.asking(config.eval.path)})
     task, questions = load_questions(config)
+    if sentence := task.unreadable_gold(questions):
+        logger.warning("%s", sentence)
     methods: tuple[Method, ...] = ("cot", "tot") if config.eval.method == "both" else (config.eval.method,)
     if "tot" in methods:
         check_evaluator(config.search, task)

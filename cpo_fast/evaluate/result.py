@@ -21,6 +21,7 @@ from cpo_fast.evaluate.statistics import Spread, spread, wilson_interval
 from cpo_fast.files import canonical_json, read_jsonl, replacing
 
 SCHEMA_VERSION = 3  # of both files; another one is refused
+GIVE = "give eval-*.jsonl files or run folders"  # to whoever named something else
 
 Method = Literal["cot", "tot"]
 
@@ -220,10 +221,15 @@ def _mean(values: Sequence[float]) -> float:
 def read_evaluation(path: str | Path) -> Evaluation:
     """The evaluation whose questions stand in `path`, an `eval-<label>.jsonl` with its summary beside it.
 
+    Either of the two names both.
+
     Raises:
         DataError: a file is missing, of another schema version, or the two do not belong together.
     """
     path = Path(path)
+    path = path.with_suffix(".jsonl") if path.suffix == ".json" else path
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; {GIVE}")
     summary = _read_summary(path.with_suffix(".json"))
     results: dict[str, QuestionResult] = {}
     for number, row in read_jsonl(path):
@@ -247,7 +253,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the summary ({error.strerror}); it is written beside the .jsonl"
+            f"{path}: cannot read the summary ({error.strerror}), which stands beside an evaluation; {GIVE}"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: not a summary of an evaluation ({error}); evaluate again") from None

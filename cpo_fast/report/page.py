@@ -38,7 +38,7 @@ from cpo_fast.report.tables import (
 from cpo_fast.report.text import visible
 from cpo_fast.report.trees import trees_payload
 
-REPORT = "report.html"
+REPORT, REPORT_OF_SEVERAL = "report.html", "report-compared.html"  # in the folder of the first run
 MAX_BYTES = 4_800_000  # of the page, below the 5 MB that mail and reviews take; trees have what the rest leaves
 MIN_TREES_BYTES = 200_000  # a few trees, whatever the rest takes
 
@@ -52,7 +52,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def write_report(paths: Sequence[str | Path], target: str | Path | None = None) -> tuple[Path, list[str]]:
-    """Write the report of the run folders `paths` to `target`, or to `report.html` in the first of them.
+    """Write the report of the run folders `paths` to `target`, or into the first of them: `report.html`, and
+    `report-compared.html` where there are several, so that its own report stays.
 
     Returns:
         Where it is, and sentences on what of the runs was left out.
@@ -61,7 +62,8 @@ def write_report(paths: Sequence[str | Path], target: str | Path | None = None) 
         ConfigError: a path is no folder, or the target is one. DataError: a folder is no run.
     """
     runs = read_runs(paths)
-    file = runs[0].path / REPORT if target is None else Path(target)
+    name = REPORT if len(runs) == 1 else REPORT_OF_SEVERAL
+    file = runs[0].path / name if target is None else Path(target)
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give a file to write, such as {file / REPORT}")
     text, notes = page(runs)

@@ -210,7 +210,8 @@ def _collect(
     if is_whole:
         write_jsonl(run / "statistics.jsonl", (one.to_dict() for one in counted))
     path = store.path if is_whole else store.own_path
-    return summarise(path, trees, counted, task, len(questions), num_resumed, seconds)
+    num_other = len(store.trees) - len(trees)
+    return summarise(path, trees, counted, task, len(questions), num_resumed, seconds, num_other)
 
 
 def _remains(store: TreeStore, own: Sequence[str]) -> str:

@@ -148,6 +148,7 @@ class CollectResult:
         trees_path: the file, or this worker's part of it while other workers' questions are missing.
         num_questions: how many were asked, of which num_resumed were found finished.
         num_missing: of them not finished yet: other workers'. 0 in the file that all are in.
+        num_other: trees of other questions in the same file, which training takes too.
         statuses: how many trees per status.
         num_thoughts: nodes, duplicates merged. num_samples: generated thoughts, duplicates and empty ones counted.
         num_empty: samples dropped because they were only whitespace. num_cut: nodes cut at the token cap.
@@ -177,6 +178,7 @@ class CollectResult:
     num_correct: int
     first_failure: str
     seconds: float
+    num_other: int = 0
 
     @property
     def vote_accuracy(self) -> float | None:
@@ -195,6 +197,7 @@ def summarise(
     num_questions: int,
     num_resumed: int,
     seconds: float,
+    num_other: int = 0,
 ) -> CollectResult:
     """Sum up `trees` and their statistics `counted`. Other arguments as the fields of `CollectResult`."""
     nodes = [node for tree in trees for node in tree.nodes]
@@ -219,4 +222,5 @@ def summarise(
         num_correct=sum(task.is_correct(tree.answer, gold) for tree, gold in with_gold),
         first_failure=next((f"{tree.id}: {tree.detail}" for tree in trees if tree.status == "failed"), ""),
         seconds=round(seconds, 3),
+        num_other=num_other,
     )

@@ -20,6 +20,7 @@ class AnswerReader(ABC):
     """Reads and scores answers. `main_metric` is the score that decides whether an answer is right."""
 
     main_metric = "exact"
+    finds_parts = False  # references may be the part that is read of an answer, and then none can be read as an answer
 
     @abstractmethod
     def read(self, text: str) -> str | None:
@@ -138,6 +139,7 @@ class PatternReader(AnswerReader):
             self._pattern = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"pattern: not a regular expression ({error})") from None
+        self.finds_parts = self._pattern.groups > 0
 
     def read(self, text: str) -> str | None:
         matches = self._pattern.finditer(fold(text))

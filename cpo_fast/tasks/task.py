@@ -8,12 +8,12 @@ overrides `read_row`, `parse_answer`, `score_answer` or another method.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cpo_fast.errors import DataError
-from cpo_fast.rows import first_value, is_hub, read_question_rows, row_id, row_text
+from cpo_fast.rows import columns_hint, first_value, is_hub, read_question_rows, row_id, row_text
 from cpo_fast.tasks.folding import fold
 from cpo_fast.tasks.task_file import IMPOSSIBLE, LIKELY, Judged, TaskFile, Verdicts, begins
 
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # what a model runs on into, whatever its task: the marks of the data sets that ship
 _QUESTION_MARKS = ("Question:", "Claim:")
+QUESTION_KEY = "rows.question of task.file"  # what names the columns of a question
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class Question:
-    """One question or claim: `id` is unique in its file, `gold` is the reference answer if the file has one."""
+    """One question or claim: `id` is unique in its file, `gold` is the reference answer if the file has one.
+
+    `place` is where it stands, as a message names it.
+    """
 
     id: str
     text: str
     gold: str | None = None
+    place: str = field(default="", compare=False)
 
 
 class Task:
@@ -117,12 +122,16 @@ class Task:
             if isinstance(joined, tuple) and row.get(joined[0]) is not None:
                 parts = [row.get(column) for column in joined]
                 if not all(isinstance(part, str) for part in parts):
-                    raise DataError(f"{place}: expected text in {' and '.join(map(repr, joined))}")
+                    raise DataError(
+                        f"{place}: expected text in {' and '.join(map(repr, joined))} ({columns_hint(row, QUESTION_KEY)})"
+                    )
                 text = " ".join(str(part).strip() for part in parts).strip()
                 if not text:
                     raise DataError(f"{place}: the question is empty; delete the row")
                 return text
-        return row_text(row, [column for column in columns if isinstance(column, str)] or columns[0], place)
+        return row_text(
+            row, [column for column in columns if isinstance(column, str)] or columns[0], place, QUESTION_KEY
+        )
 
     def _gold(self, row: dict[str, Any], place: str) -> str | None:
         rows = self.file.rows
@@ -170,6 +179,7 @@ class Task:
             question = self.read_row(row, place)
             if question is None:
                 continue
+            question = replace(question, place=place)
             if questions.get(question.id) == question and (is_hub(path) or self.may_repeat(row)):
                 num_merged += 1
             elif question.id in questions:
@@ -186,6 +196,23 @@ class Task:
         # cut last, so that the whole file is checked, whatever part is used
         end = None if limit is None else skip + limit
         return list(questions.values())[skip:end]
+
+    def unreadable_gold(self, questions: Sequence[Question]) -> str:
+        """A sentence on reference answers that a chain cannot give, because it would not be understood; "" without any."""
+        graded = [(each, each.gold) for each in questions if each.gold is not None]
+        bad = [
+            (each.place, gold)
+            for each, gold in graded
+            if not self.is_correct(self.parse_answer(f"{self.answer_mark} {gold}"), gold)
+        ]
+        if not bad or (len(bad) == len(graded) and self.reader.finds_parts):
+            return ""
+        (place, gold), kind = bad[0], self.file.answer.kind
+        remedy = "mend them, or answer.pattern" if kind == "regex" else "mend them"
+        return (
+            f"{len(bad)} of {len(graded)} reference answers cannot be read by answer.kind={kind}, so that whatever is "
+            f"answered counts as wrong: the first is {place}, {gold!r}; {remedy}"
+        )
 
     def is_correct(self, answer: str | None, gold: str) -> bool:
         """Whether an answer is right by the main metric, which None never is."""

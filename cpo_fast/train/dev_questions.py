@@ -166,6 +166,8 @@ def load_dev_questions(
 def _with_answers(config: Config, tokenizer: Any, held_out: Sequence[Example]) -> DevQuestions:
     section = config.task.asking(config.train.dev_path)
     task, questions = load_questions(config.model_copy(update={"task": section}))
+    if sentence := task.unreadable_gold(questions):
+        logger.warning("%s", sentence)
     prompts = Prompts(task, tokenizer, section.chat)
     asked = [
         DevQuestion(question.id, tuple(prompts.encode(question)), question.gold)

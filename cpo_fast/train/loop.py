@@ -24,7 +24,7 @@ from cpo_fast.adapters import ADAPTER, adapter_hash, copy_adapter, save_adapter
 from cpo_fast.config import Config, config_hash, dump_config
 from cpo_fast.data.batches import split_by_question, weigh
 from cpo_fast.data.examples import Example
-from cpo_fast.data.load import load_examples
+from cpo_fast.data.load import check_data, load_examples
 from cpo_fast.dtype import dtype_name, resolve_dtype
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem, Interrupted, first_line
 from cpo_fast.evaluate.statistics import wilson_interval
@@ -33,7 +33,6 @@ from cpo_fast.interrupts import exit_code_of
 from cpo_fast.model_card import Training, adapter_card
 from cpo_fast.models import num_embeddings, resolve_device
 from cpo_fast.ranks import find_ranks
-from cpo_fast.rows import is_hub
 from cpo_fast.train.checkpoint import Checkpoint, CheckpointStore
 from cpo_fast.train.communication import Communicator, connect, disconnect_at_exit, is_lost_connection, meet
 from cpo_fast.train.deepspeed_engine import (
@@ -181,7 +180,7 @@ def _set_up(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a model that ZeRO 3 will cut up is loaded elsewhere
     stage = choose_stage(config, device, ranks)
-    _check_readable(config)
+    check_data(config)
     policy = load_policy(_on_cpu(config, device) if stage == 3 else config, model, tokenizer)
     # before the ranks are connected, which may then take long (see `connect`)
     loaded = load_examples(config, policy.tokenizer, run / "dropped.jsonl" if ranks.rank == 0 else None)
@@ -476,16 +475,6 @@ def _cut(path: Path, size: int) -> None:
     """Take back the lines of steps that will be taken again."""
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
-
-
-def _check_readable(config: Config) -> None:
-    """Find a wrong path before a large model is loaded."""
-    for path in (config.data.path, *(item.path for item in config.data.mixture)):
-        if path and not is_hub(path):
-            try:
-                open(path, "rb").close()
-            except OSError as error:
-                raise DataError(f"{path}: cannot read ({error.strerror}); check data.path") from None
 
 
 def _check_vocabulary(examples: Sequence[Example], policy: Policy) -> None:

@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from cpo_fast.config import Config, validate_config
 from cpo_fast.data.batches import split_by_question, weigh
 from cpo_fast.data.examples import Example
-from cpo_fast.data.load import apportion, load_examples
+from cpo_fast.data.load import apportion, check_data, load_examples
 from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import ConfigError, DataError, EnvironmentProblem
 from cpo_fast.files import write_jsonl
@@ -248,3 +249,49 @@ def test_mixtures_never_take_more_than_there_is_or_was_asked_for() -> None:
         largest = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         if total is not None and total <= largest * sum(weights):
             assert sum(counts) == total
+
+
+BAD = {"prompt": "Q?", "chosen": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([], {}, "the file has no rows; check data.path"),
+        (
+            [BAD, BAD],
+            {},
+            "2 of 2 rows are bad, more than data.max_drop=0.05 allows: 2 like .*:1: missing key 'rejected'",
+        ),
+        (ROWS[:2], {"columns": {"prompt": "aks"}}, "no row has the column 'aks' that data.columns.prompt names"),
+        (ROWS[:2], {"method": "full_step"}, "holds no trees but rows"),
+        ([BAD, *ROWS[:1]], {"max_drop": 0.6}, None),
+        ([{**ROWS[0], "prompt": None, "ask": "Q?"}, ROWS[0]], {"columns": {"prompt": "ask"}, "max_drop": 0.6}, None),
+    ],
+)
+def test_what_no_row_of_can_be_used_is_refused_without_a_model(
+    tmp_path: Path, rows: list[Any], settings: dict[str, Any], message: str | None
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    if message is None:
+        check_data(config(path, **settings))
+        load_examples(config(path, **settings), tiny_tokenizer())
+        return
+    for check in (check_data, partial(load_examples, tokenizer=tiny_tokenizer())):
+        with pytest.raises(DataError, match=message):
+            check(config(path, **settings))
+
+
+def test_a_run_without_trees_says_what_makes_them(tmp_path: Path) -> None:
+    for name, hint in (("trees", "run cpo-fast collect first, or check the path"), ("pairs", "check the path")):
+        path = tmp_path / f"{name}.jsonl"
+        with pytest.raises(DataError, match=rf"{name}\.jsonl: cannot read \(No such file or directory\); {hint}"):
+            check_data(config(path))
+        with pytest.raises(DataError, match=rf"cannot read \(No such file or directory\); {hint}"):
+            write_rows(path, tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match=r"pairs\.parquet: cannot read"):
+        check_data(config(tmp_path / "pairs.parquet"))
+    check_data(config(trees(tmp_path)))
+    with pytest.raises(ConfigError, match=r"data\.path is empty"):
+        check_data(config(""))

@@ -40,6 +40,7 @@ def test_tables_and_json_say_the_same(many: Path) -> None:
     for reason, count in values["trees_without_pairs"].items():
         assert f"{count} trees without any: {reason}" in shown
     assert shown.rstrip().endswith(f"pairs: {many.with_name('pairs.jsonl')}")
+    assert "under another question already" not in shown  # none does
 
 
 def test_a_rule_that_few_trees_give_pairs_to_says_how_few_and_why(

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md")]
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+_GENERATED = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 _COMMAND = re.compile(r"(?:^|\s)((?:cpo-fast|(?:torchrun|srun|deepspeed|python3?)\b.*? cpo_fast)(?: .*|$))")
 _SECTIONS = "|".join(name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields"))
 _SETTING = re.compile(rf"(?:{_SECTIONS})\.[a-z_][\w.]*")
@@ -44,6 +45,11 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def text_of(path: Path) -> str:
+    """A page without what is generated from the program's own help."""
+    return _GENERATED.sub("", path.read_text("utf-8"))
+
+
 def fences(text: str) -> Iterator[tuple[str, str]]:
     """(language, content) of every fenced block, dedented."""
     for indent, language, content in _FENCE.findall(text):
@@ -52,12 +58,12 @@ def fences(text: str) -> Iterator[tuple[str, str]]:
 
 def blocks(path: Path, language: str) -> list[Snippet]:
     """The fenced blocks of a language."""
-    return [Snippet(name_of(path), content) for kind, content in fences(path.read_text("utf-8")) if kind == language]
+    return [Snippet(name_of(path), content) for kind, content in fences(text_of(path)) if kind == language]
 
 
 def typed_commands(path: Path) -> list[Snippet]:
     """The command lines in blocks, fenced and indented, without comments."""
-    text = path.read_text("utf-8")
+    text = text_of(path)
     kept = [content for language, content in fences(text) if language not in ("python", "yaml", "json")]
     kept += re.findall(r"(?:^ {4}.*\n)+", _FENCE.sub("", text), re.MULTILINE)
     return [Snippet(name_of(path), line) for block in kept for line in command_lines(block)]
@@ -72,7 +78,7 @@ def command_lines(block: str) -> Iterator[str]:
 
 def mentions(path: Path) -> list[Snippet]:
     """The pieces of code inside sentences."""
-    prose = re.sub(r"^ {4}.*$", "", _FENCE.sub("", path.read_text("utf-8")), flags=re.MULTILINE)
+    prose = re.sub(r"^ {4}.*$", "", _FENCE.sub("", text_of(path)), flags=re.MULTILINE)
     return [Snippet(name_of(path), text) for text in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose)]
 
 

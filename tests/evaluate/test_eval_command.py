@@ -195,8 +195,31 @@ def test_compare_refuses_other_questions_and_missing_files(tmp_path: Path) -> No
     made_evaluation("adapter", SECOND[:5]).write(tmp_path / "b")
     with pytest.raises(DataError, match="not about the same questions: 'q5' is in"):
         invoke("--compare", *paths)
-    with pytest.raises(DataError, match=r"none\.json: cannot read the summary"):
-        invoke("--compare", paths[0], tmp_path / "none.jsonl")
+    for other in (tmp_path / "base", tmp_path / "none.json"):
+        with pytest.raises(DataError, match=r"there is no such file; give eval-\*\.jsonl files or run folders"):
+            invoke("--compare", paths[0], other)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: the folder holds no evaluation; give eval-"):
+        invoke("--compare", paths[0], tmp_path / "empty")
+    (tmp_path / "q.jsonl").touch()
+    with pytest.raises(DataError, match=r"q\.json: cannot read the summary .*; give eval-"):
+        invoke("--compare", paths[0], tmp_path / "q.jsonl")
+
+
+def test_compare_takes_the_summary_for_the_questions_beside_it(tmp_path: Path) -> None:
+    paths = two_files(tmp_path)
+    summaries = [str(Path(path).with_suffix(".json")) for path in paths]
+    printed = [json.loads(invoke("--compare", *each, "--json").stdout) for each in (paths, summaries)]
+    assert printed[0]["metrics"] == printed[1]["metrics"]
+    assert printed[1]["first"] == summaries[0]
+
+
+def test_says_what_eval_path_takes_the_effect_from(config: Path) -> None:
+    path = json.loads(config.read_text())["task"]["path"]
+    said = f"all questions of eval.path ({path}) are asked: no effect of task.num_questions=1 without eval.path=null\n"
+    assert said in invoke(config, f"eval.path={path}", "task.num_questions=1").stderr
+    assert "no effect" not in invoke(config, "task.num_questions=1").stderr
+    assert "no effect" not in invoke(config, f"eval.path={path}").stderr
 
 
 @pytest.mark.parametrize(

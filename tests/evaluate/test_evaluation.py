@@ -17,6 +17,7 @@ from cpo_fast.tasks import get_task
 from tests.evaluate.scripted import ScriptedEngine, silent_model
 from tests.tiny import save_tiny_model, with_lora
 
+ROOT = Path(__file__).resolve().parents[2]
 TASK = get_task("svamp")
 
 
@@ -119,6 +120,20 @@ def test_questions_of_eval_path_are_asked_and_recorded_in_place_of_the_task_s(tm
     assert own.task_hash == other.task_hash != evaluation("searched", searched).task_hash
     with pytest.raises(DataError, match=r"none\.jsonl: cannot read .*; check the path"):
         evaluation("none", asked, path=str(tmp_path / "none.jsonl"))
+
+
+def test_a_reference_answer_that_cannot_be_read_is_said(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = numbered(tmp_path / "q.jsonl", ["57", "seven"])
+    config = config_for(folder, tmp_path / "run", questions)
+    task = config.task.model_copy(update={"file": str(ROOT / "examples/reasoner/plain.yaml")})
+    config = config.model_copy(update={"task": task})
+    engine = ScriptedEngine({"number": "Answer: 57\n"})
+    evaluation = evaluate(config, silent_model(), engine.tokenizer, make_engine=lambda *_: engine)
+    assert evaluation.num_correct == 1
+    assert "1 of 2 reference answers cannot be read by answer.kind=regex" in caplog.text
+    assert f"the first is {questions}:2, 'seven'" in caplog.text
 
 
 def test_evaluation_without_reference_answers_has_no_accuracy(tmp_path: Path, folder: Path) -> None:

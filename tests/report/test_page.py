@@ -149,6 +149,14 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
         report(run, output=tmp_path)
 
 
+def test_a_report_of_several_runs_leaves_that_of_the_first_alone(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    own = write_report([one])[0].read_bytes()
+    compared, _ = write_report([one, other])
+    assert (compared.parent, compared.name) == (one, "report-compared.html")
+    assert (one / "report.html").read_bytes() == own != compared.read_bytes()
+
+
 def test_other_commands_end_with_it_and_never_fail_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     assert written_report(run) == f"report: {run / 'report.html'}"

@@ -146,6 +146,16 @@ def test_a_finished_run_searches_nothing_and_keeps_its_bytes(make_config, model,
     assert _bytes(config) == before
 
 
+def test_trees_of_other_questions_in_the_file_are_counted(make_config, model, tokenizer, tmp_path):
+    config = make_config("other")
+    assert collect(config, model, tokenizer).num_other == 0
+    (tmp_path / "more.jsonl").write_text('{"id": "fourth", "question": "and how many"}\n')
+    more = config.model_copy(update={"task": config.task.model_copy(update={"path": str(tmp_path / "more.jsonl")})})
+    result = collect(more, model, tokenizer)
+    assert (result.num_questions, result.num_other, len(_bytes(config).splitlines())) == (1, 3, 4)
+    assert result.to_dict()["num_other"] == 3
+
+
 def test_the_file_ends_in_question_order(make_config, model, tokenizer, undisturbed):
     config = make_config("order")
     path = Path(config.run) / "trees.jsonl"

@@ -49,6 +49,11 @@ def test_json_summary_is_one_object_and_the_trees_are_written(workspace):
     assert "unique thoughts" in table
     assert "1 finished before" in table
     assert "on winning paths)" in table
+    assert "trees of other questions" not in table
+    (workspace / "more.jsonl").write_text('{"question": "how many more"}\n')
+    more = _invoke(workspace / "config.yaml", f"task.path={workspace}/more.jsonl").stdout
+    assert "trees of other questions" in more
+    assert "1 (in the same file, trained on too)" in more
 
 
 def test_text_of_a_model_cannot_drive_the_terminal():

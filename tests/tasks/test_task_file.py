@@ -314,3 +314,30 @@ def test_the_documentation_has_every_key_with_its_meaning():
         r"\| key \| meaning \| default \|\n\|---\|---\|---\|\n((?:\|.*\n)*)", DOCS.read_text(encoding="utf-8")
     )
     assert table[1].splitlines() == list(rows())
+
+
+@pytest.mark.parametrize(
+    ("answer", "golds", "said"),
+    [
+        ({"kind": "regex", "pattern": r"^\d\d$"}, ["57", "7", None, "forty-two"], "2 of 3 .*kind=regex.*:2, '7'; mend"),
+        (
+            {"kind": "regex", "pattern": r"^\d\d$"},
+            ["forty-two"],
+            "1 of 1 .*:1, 'forty-two'; mend them, or answer.pattern",
+        ),
+        ({"kind": "regex", "pattern": r"\((\w)\)"}, ["B", "C"], None),  # answers are written (B)
+        ({"kind": "regex", "pattern": r"(\d\d)"}, ["57", "7"], "1 of 2 .*:2, '7'"),
+        ({"kind": "number"}, ["7", "1,200"], None),
+        ({"kind": "choice", "choices": {"yes": [], "no": []}}, ["yes", "NO"], None),
+        ({"kind": "text"}, ["Mount Everest", "!!!"], None),
+        ({"kind": "exact"}, ["f(x)"], None),
+    ],
+)
+def test_reference_answers_that_no_chain_can_give_are_named(tmp_path, answer, golds, said):
+    demonstrations = {"demonstrations": [], "step_verdicts": {"instruction": "Judge.", "demonstrations": []}}
+    content = values(answer=answer, conclusion_verdicts=demonstrations["step_verdicts"], **demonstrations)
+    task = load_task(load_config(None, [f"task.file={written(tmp_path, content)}"]))
+    rows = [{"question": f"{n}?"} | ({} if gold is None else {"answer": gold}) for n, gold in enumerate(golds)]
+    path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "q.jsonl")
+    found = task.unreadable_gold(task.load(path))
+    assert found == "" if said is None else re.match(said.replace(":", rf".*{re.escape(path.name)}:", 1), found), found
