@@ -64,6 +64,7 @@ _SECTIONS = ("", "train", "data", "model", "lora")  # where one would write them
 def hint(key: str) -> str:
     """What an unknown key is here, as the end of a sentence, or nothing."""
     section, _, name = key.rpartition(".")
-    if section in _SECTIONS and name in NAMES:
-        return f"; it is '{NAMES[name].format(name)}' here"
+    ours = NAMES.get(name, "").format(name)
+    if section in _SECTIONS and ours not in ("", key):
+        return f"; it is '{ours}' here"
     return f"; {NOTES[name]}" if section in _SECTIONS and name in NOTES else ""

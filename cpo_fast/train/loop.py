@@ -54,7 +54,7 @@ from cpo_fast.train.policy import (
 from cpo_fast.train.preflight import check_hosts
 from cpo_fast.train.profiler import RangeTotal, StepProfiler
 from cpo_fast.train.reference import ReferenceCache, is_cached
-from cpo_fast.train.resume import check_same_training, data_words, training_identity
+from cpo_fast.train.resume import check_same_training, training_identity, training_sources
 from cpo_fast.train.signals import EndSignals
 from cpo_fast.train.trackers import check_trackers, tracking
 from cpo_fast.train.trainer import MakeOptimizer, Trainer
@@ -161,7 +161,7 @@ class _Ready:
     trainer: Trainer
     checkpoints: CheckpointStore
     identity: dict[str, Any]
-    data: str
+    sources: dict[str, str]
     num_items: int
     num_held_out: int
 
@@ -204,8 +204,8 @@ def _set_up(
     communicator.from_first(lambda: _check_sampler(config, base, loaded.samplers))
     checkpoints = CheckpointStore(run / "checkpoints", config.train.keep_last)
     identity = training_identity(config, base, dtype_name(dtype), everything)
-    data = data_words(config, len(everything))
-    saved = communicator.from_first(lambda: _saved(checkpoints, identity, data, allow_mismatch, run))
+    sources = training_sources(config, len(everything))
+    saved = communicator.from_first(lambda: _saved(checkpoints, identity, sources, allow_mismatch, run))
     if saved is not None:
         put_adapter(policy.model, saved.adapter)
     if communicator.writes:
@@ -255,7 +255,7 @@ def _set_up(
             (run / "metrics.jsonl").unlink(missing_ok=True)
         else:
             _cut(run / "metrics.jsonl", saved.state["metrics_bytes"])
-    return _Ready(trainer, checkpoints, identity, data, len(examples), len(held_out))
+    return _Ready(trainer, checkpoints, identity, sources, len(examples), len(held_out))
 
 
 def _card(training: Training, trainer: Trainer, step: int, measured: Mapping[str, Any]) -> str:
@@ -286,7 +286,7 @@ def _take_steps(
         checkpoint, is_saved = trainer.checkpoint(), False
         if communicator.writes:
             size = metrics_path.stat().st_size if metrics_path.exists() else 0
-            state = {**checkpoint.state, "identity": ready.identity, "data": ready.data, "metrics_bytes": size}
+            state = {**checkpoint.state, "identity": ready.identity, "sources": ready.sources, "metrics_bytes": size}
             is_saved = ready.checkpoints.save(replace(checkpoint, state=state), validator.best_step)
         return is_saved
 
@@ -454,14 +454,18 @@ def _check_sampler(config: Config, base: str, samplers: Collection[tuple[str, st
 
 
 def _saved(
-    store: CheckpointStore, identity: dict[str, Any], data: str, allow_mismatch: Collection[str], run: Path
+    store: CheckpointStore,
+    identity: dict[str, Any],
+    sources: dict[str, str],
+    allow_mismatch: Collection[str],
+    run: Path,
 ) -> Checkpoint | None:
     """The checkpoint to go on from, which has to be one of this training."""
     store.clean()
     saved = store.newest()
     state: Mapping[str, Any] = {"identity": identity} if saved is None else saved.state
-    was = state.get("data", "")  # which older checkpoints lack
-    check_same_training(state["identity"], identity, allow_mismatch, str(run), (was, data))
+    was = state.get("sources", {})  # which older checkpoints lack
+    check_same_training(state["identity"], identity, allow_mismatch, str(run), (was, sources))
     if saved is not None:
         logger.info("going on after step %d, from %s", saved.step, store.folder / saved.name)
     return saved

@@ -83,20 +83,38 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_words(config: Config, num_rows: int) -> str:
-    """Where the data came from and how much it is."""
-    paths = [config.data.path] if config.data.path else [item.path for item in config.data.mixture]
-    return f"{', '.join(paths)}, {num_rows:,} rows,"
+def training_sources(config: Config, num_rows: int) -> dict[str, str]:
+    """Where what an identity has hashes of came from, by key, and how much data it is."""
+    data = [config.data.path] if config.data.path else [item.path for item in config.data.mixture]
+    return {
+        "model": config.model.path,
+        "model.adapter": config.model.adapter or "",
+        "data": f"{', '.join(data)}, {num_rows:,} rows",
+    }
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any], data: tuple[str, str] = ("", "")) -> dict[str, str]:
-    """The keys in which two identities differ, each with what it was and what it is, in words. `data`: more on the data."""
+Sources = Mapping[str, str]
+
+
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], sources: tuple[Sources, Sources] = ({}, {})
+) -> dict[str, str]:
+    """The keys in which two identities differ, each with what it was and what it is, in words.
+
+    `sources`: of both, as far as they are known.
+    """
+
+    def word(key: str, values: Mapping[str, Any], known: Sources) -> str:
+        return f"{known[key]} (hash {values.get(key)})" if known.get(key) else repr(values.get(key))
+
     # an older version may have saved a key that is free today
     keys = sorted({*saved, *now} - {f"train.{name}" for name in FREE})
-    words = {key: f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys}
-    was, is_now = (f"{text} hash {each.get('data')}".strip() for text, each in zip(data, (saved, now), strict=True))
-    words["data"] = f"data was {was}, is {is_now}"
-    return {key: words[key] for key in keys if saved.get(key) != now.get(key)}
+    was, is_now = sources
+    return {
+        key: f"{key} was {word(key, saved, was)}, is {word(key, now, is_now)}"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    }
 
 
 def check_same_training(
@@ -104,13 +122,13 @@ def check_same_training(
     now: Mapping[str, Any],
     allowed: Collection[str],
     folder: str,
-    data: tuple[str, str] = ("", ""),
+    sources: tuple[Sources, Sources] = ({}, {}),
 ) -> None:
     """Refuse to go on with another training than the one that was saved.
 
     Args:
         saved, now: identities. allowed: keys that may differ. folder: of the run, for the message.
-        data: what there was and is, in `data_words`.
+        sources: where both came from, as `training_sources` says.
 
     Raises:
         CheckpointError: other keys differ. ConfigError: an allowed key does not exist.
@@ -121,7 +139,7 @@ def check_same_training(
         raise ConfigError(
             f"--allow-mismatch {unknown[0]}: there is no such key; the keys are {', '.join(sorted(keys))}"
         )
-    differing = {key: words for key, words in differences(saved, now, data).items() if key not in allowed}
+    differing = {key: words for key, words in differences(saved, now, sources).items() if key not in allowed}
     if differing:
         options = " ".join(f"--allow-mismatch {key}" for key in differing)
         going_on = f", or go on all the same with {options}"

@@ -49,7 +49,7 @@ def test_bad_configuration_is_one_sentence(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--train.beta=0.2", "no dashes and come after the file: CONFIG.yaml train.beta=VALUE"),
+        ("--train.beta=0.2", "no dashes and come after the file: CONFIG.yaml train.beta=VALUE\n"),
         ("--learning_rate", "CONFIG.yaml learning_rate=VALUE; it is 'train.lr' here"),
         ("--jsn", "No such option '--jsn'"),
     ],
