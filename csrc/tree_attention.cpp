@@ -85,7 +85,7 @@ void forward_block(const TreeAttention<T>& of, const Block& block, const Sizes& 
         Values<T> largest = load(row);
         for (int64_t n = 1; n < num_vectors; ++n) {
             const Values<T> next = load(row + n * width);
-            largest = next > largest ? next : largest;
+            largest = larger(next, largest);
         }
         T maximum = largest_of<T>(largest);
         Values<T> total = {};
@@ -145,10 +145,10 @@ void backward_block(const TreeAttention<T>& of, const Block& block, const Sizes&
             Values<T> result = weight * (load(grad + n) - delta);
             if (of.softcap > 0) {
                 const Values<T> bent = score / static_cast<T>(of.softcap);
-                result *= 1 - bent * bent;
+                result = result * (broadcast(T{1}) - bent * bent);
             }
             store(weights + n, weight);
-            store(grad + n, weight == 0 ? Values<T>{} : result);  // a hidden key's score is -inf
+            store(grad + n, weighed(weight, result));  // a hidden key's score is -inf
         }
         if (of.sinks == nullptr && block.oldest(m, of.window) == block.depth(m)) {
             grad[block.depth(m) - block.start] = 0;  // the softmax of one score is one, and dp - delta a rounding error

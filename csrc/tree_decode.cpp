@@ -20,18 +20,37 @@ constexpr int tile_queries = 1;
 
 // The sums over lanes of four vectors, each by the same halving.
 CPO_INLINE void four_sums(const Values<float>* of, float* sums, int64_t count) {
-    const auto halves = [](Values<float> a, Values<float> b) {
+#if CPO_PART == 64
+    using Part = Values<float>::Part;
+    const auto halves = [](Part a, Part b) {
         return CPO_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                CPO_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     };
-    const Values<float> a = halves(of[0], of[1]), b = halves(of[2], of[3]);
-    Values<float> four = CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                         CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    const Part a = halves(of[0].part, of[1].part), b = halves(of[2].part, of[3].part);
+    Part four = CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     four += CPO_SHUFFLE(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     four += CPO_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     for (int64_t j = 0; j < count; ++j) {
         sums[j] = four[4 * j];
     }
+#elif CPO_PART == 32
+    using Part = Lanes<float, 32>::Part;
+    const auto halved = [&](int i) { return of[i].low.part + of[i].high.part; };
+    const auto halves = [](Part a, Part b) {
+        return CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    };
+    const Part a = halves(halved(0), halved(1)), b = halves(halved(2), halved(3));
+    Part four = CPO_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + CPO_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+    four += CPO_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6);
+    for (int64_t j = 0; j < count; ++j) {
+        sums[j] = four[2 * j];
+    }
+#else
+    for (int64_t j = 0; j < count; ++j) {
+        sums[j] = sum_of<float>(of[j]);
+    }
+#endif
 }
 
 CPO_INLINE void four_sums(const Values<double>* of, double* sums, int64_t count) {
@@ -265,7 +284,7 @@ struct Softmax {
         Values<T> largest = load(scores + start);
         for (int64_t j = start + width; j < stop; j += width) {
             const Values<T> next = load(scores + j);
-            largest = next > largest ? next : largest;
+            largest = larger(next, largest);
         }
         T maximum = largest_of<T>(largest), sink = 0;
         if (of.sinks != nullptr) {

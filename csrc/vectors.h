@@ -9,11 +9,23 @@
 #include <cstring>
 #include <limits>
 
+// 64 bytes are parts of as many bytes as a register has: GCC keeps a vector that is wider in memory, Clang cuts it up
+#if defined(__AVX512F__) || defined(__clang__)
+#define CPO_PART 64
+#elif defined(__AVX__)
+#define CPO_PART 32
+#else
+#define CPO_PART 16
+#endif
+
 #ifdef __AVX512F__
 #define CPO_TILE_ROWS 8
 #define CPO_TILE_VECTORS 2
-#else  // 16 registers of half a vector
+#elif defined(__AVX__) || defined(__aarch64__)  // 16 registers of half a vector, or 32 of a quarter
 #define CPO_TILE_ROWS 4
+#define CPO_TILE_VECTORS 1
+#else
+#define CPO_TILE_ROWS 2
 #define CPO_TILE_VECTORS 1
 #endif
 
@@ -22,75 +34,143 @@
 #if defined(__clang__) || __GNUC__ >= 12
 #define CPO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int32_t CpoLanes __attribute__((vector_size(64)));
+typedef int32_t CpoLanes __attribute__((vector_size(CPO_PART)));
 #define CPO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, CpoLanes{__VA_ARGS__})
 #endif
 
 namespace {
 
-template <typename T>
-struct Vector;
-
-template <>
-struct Vector<float> {
-    typedef float Values __attribute__((vector_size(64)));
-    typedef uint32_t Integers __attribute__((vector_size(64)));  // unsigned: they may overflow
-    static constexpr int64_t width = 16;
-};
-
-template <>
-struct Vector<double> {
-    typedef double Values __attribute__((vector_size(64)));
-    static constexpr int64_t width = 8;
+template <typename T, int Bytes>
+struct Lanes {
+    Lanes<T, Bytes / 2> low, high;
 };
 
 template <typename T>
-using Values = typename Vector<T>::Values;
+struct Lanes<T, CPO_PART> {
+    typedef T Part __attribute__((vector_size(CPO_PART)));
+    Part part;
+};
 
 template <typename T>
-CPO_INLINE Values<T> load(const T* from) {
-    Values<T> values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
+using Values = Lanes<T, 64>;
+
+template <typename T>
+struct Vector {
+    static constexpr int64_t width = 64 / sizeof(T);
+};
+
+template <int Bytes = 64, typename T>
+CPO_INLINE Lanes<T, Bytes> load(const T* from) {
+    if constexpr (Bytes == CPO_PART) {
+        Lanes<T, Bytes> values;
+        std::memcpy(&values.part, from, sizeof values.part);
+        return values;
+    } else {
+        return {load<Bytes / 2>(from), load<Bytes / 2>(from + Bytes / 2 / sizeof(T))};
+    }
 }
 
-template <typename T>
-CPO_INLINE void store(T* to, Values<T> values) {
-    std::memcpy(to, &values, sizeof values);
+template <typename T, int Bytes>
+CPO_INLINE void store(T* to, Lanes<T, Bytes> values) {
+    if constexpr (Bytes == CPO_PART) {
+        std::memcpy(to, &values.part, sizeof values.part);
+    } else {
+        store(to, values.low);
+        store(to + Bytes / 2 / sizeof(T), values.high);
+    }
 }
 
+template <int Bytes = 64, typename T>
+CPO_INLINE Lanes<T, Bytes> broadcast(T value) {
+    if constexpr (Bytes == CPO_PART) {
+        return {value - typename Lanes<T, Bytes>::Part{}};
+    } else {
+        return {broadcast<Bytes / 2>(value), broadcast<Bytes / 2>(value)};
+    }
+}
+
+// `function` of the parts of two.
+template <typename T, int Bytes, typename Function>
+CPO_INLINE Lanes<T, Bytes> each_part(Lanes<T, Bytes> a, Lanes<T, Bytes> b, Function function) {
+    if constexpr (Bytes == CPO_PART) {
+        return {function(a.part, b.part)};
+    } else {
+        return {each_part(a.low, b.low, function), each_part(a.high, b.high, function)};
+    }
+}
+
+#define CPO_OPERATOR(sign)                                                                                               \
+    template <typename T, int Bytes>                                                                                     \
+    CPO_INLINE Lanes<T, Bytes> operator sign(Lanes<T, Bytes> a, Lanes<T, Bytes> b) {                                     \
+        return each_part(a, b, [](auto x, auto y) __attribute__((always_inline)) { return x sign y; });                 \
+    }                                                                                                                    \
+    template <typename T, int Bytes>                                                                                     \
+    CPO_INLINE Lanes<T, Bytes> operator sign(Lanes<T, Bytes> a, T b) {                                                   \
+        return a sign broadcast<Bytes>(b);                                                                               \
+    }
+CPO_OPERATOR(+)
+CPO_OPERATOR(-)
+CPO_OPERATOR(*)
+CPO_OPERATOR(/)
+#undef CPO_OPERATOR
+
+template <typename T, int Bytes>
+CPO_INLINE void operator+=(Lanes<T, Bytes>& sum, Lanes<T, Bytes> value) {
+    sum = sum + value;
+}
+
+// a where it is larger, else b, which also stands for what a NaN is compared with
 template <typename T>
-CPO_INLINE Values<T> broadcast(T value) {
-    return value - Values<T>{};
+CPO_INLINE Values<T> larger(Values<T> a, Values<T> b) {
+    return each_part(a, b, [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
+}
+
+// `values` where `weights` are not 0, else 0
+template <typename T>
+CPO_INLINE Values<T> weighed(Values<T> weights, Values<T> values) {
+    return each_part(weights, values, [](auto x, auto y) __attribute__((always_inline)) {
+        return x == 0 ? decltype(y){} : y;
+    });
 }
 
 CPO_INLINE int64_t rounded_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // exp of numbers that are not much above 0; NaN stays, -inf gives 0
-CPO_INLINE Values<float> exponential(Values<float> x) {
-    using Integers = Vector<float>::Integers;
-    constexpr float shifter = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-    const Values<float> shifted = x * 1.44269504088896341F + shifter;
-    const Values<float> exponent = shifted - shifter;
-    // ln 2 in two parts, the first exact in few bits; coefficients of Cephes' expf (Moshier)
-    const Values<float> rest = x - exponent * 0.693359375F - exponent * -2.12194440e-4F;
-    Values<float> series = rest * 1.9875691500e-4F + 1.3981999507e-3F;
-    series = series * rest + 8.3334519073e-3F;
-    series = series * rest + 4.1665795894e-2F;
-    series = series * rest + 1.6666665459e-1F;
-    series = series * rest + 5.0000001201e-1F;
-    series = series * (rest * rest) + rest + 1.0F;
-    const Integers bits = (Integers)series + ((Integers)shifted << 23);
-    Values<float> result = (Values<float>)bits;
-    result = x < -87.0F ? Values<float>{} : result;  // the smallest would be subnormal
-    return x <= 88.0F ? result : x * std::numeric_limits<float>::infinity();
+template <int Bytes>
+CPO_INLINE Lanes<float, Bytes> exponential(Lanes<float, Bytes> of) {
+    if constexpr (Bytes != CPO_PART) {
+        return {exponential(of.low), exponential(of.high)};
+    } else {
+        using Part = typename Lanes<float, Bytes>::Part;
+        typedef uint32_t Integers __attribute__((vector_size(CPO_PART)));  // unsigned: they may overflow
+        constexpr float shifter = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+        const Part x = of.part, shifted = x * 1.44269504088896341F + shifter;
+        const Part exponent = shifted - shifter;
+        // ln 2 in two parts, the first exact in few bits; coefficients of Cephes' expf (Moshier)
+        const Part rest = x - exponent * 0.693359375F - exponent * -2.12194440e-4F;
+        Part series = rest * 1.9875691500e-4F + 1.3981999507e-3F;
+        series = series * rest + 8.3334519073e-3F;
+        series = series * rest + 4.1665795894e-2F;
+        series = series * rest + 1.6666665459e-1F;
+        series = series * rest + 5.0000001201e-1F;
+        series = series * (rest * rest) + rest + 1.0F;
+        const Integers bits = (Integers)series + ((Integers)shifted << 23);
+        Part result = (Part)bits;
+        result = x < -87.0F ? Part{} : result;  // the smallest would be subnormal
+        return {x <= 88.0F ? result : x * std::numeric_limits<float>::infinity()};
+    }
 }
 
-CPO_INLINE Values<double> exponential(Values<double> x) {
-    for (int64_t lane = 0; lane < Vector<double>::width; ++lane) {
-        x[lane] = std::exp(x[lane]);
+template <int Bytes>
+CPO_INLINE Lanes<double, Bytes> exponential(Lanes<double, Bytes> of) {
+    if constexpr (Bytes != CPO_PART) {
+        return {exponential(of.low), exponential(of.high)};
+    } else {
+        for (int lane = 0; lane < Bytes / 8; ++lane) {
+            of.part[lane] = std::exp(of.part[lane]);
+        }
+        return of;
     }
-    return x;
 }
 
 template <typename T>
@@ -107,38 +187,51 @@ CPO_INLINE T sum_of(Values<T> values) {
 
 template <typename T>
 CPO_INLINE T largest_of(Values<T> values) {
-    T largest = values[0];
+    T lanes[Vector<T>::width];
+    store(lanes, values);
+    T largest = lanes[0];
     for (int64_t lane = 1; lane < Vector<T>::width; ++lane) {
-        largest = values[lane] > largest ? values[lane] : largest;
+        largest = lanes[lane] > largest ? lanes[lane] : largest;
     }
     return largest;
 }
 
-// A square of vectors, rows for columns: four times row i and row i + 8, number by number in turn.
-CPO_INLINE void transpose(Values<float>* rows) {
-    Values<float> other[16];
-    const auto interleave = [](const Values<float>* from, Values<float>* to) __attribute__((always_inline)) {
+// A square of numbers, rows for columns, from rows `stride` apart to rows of one vector.
+template <typename T>
+CPO_INLINE void transpose(const T* from, int64_t stride, T* to) {
+    constexpr int64_t width = Vector<T>::width;
+    for (int64_t i = 0; i < width; ++i) {
+        for (int64_t lane = 0; lane < width; ++lane) {
+            to[i * width + lane] = from[lane * stride + i];
+        }
+    }
+}
+
+#if CPO_PART == 64
+// Four times row i and row i + 8, number by number in turn.
+template <>
+CPO_INLINE void transpose<float>(const float* from, int64_t stride, float* to) {
+    using Part = Values<float>::Part;
+    Part rows[16], other[16];
+    for (int64_t i = 0; i < 16; ++i) {
+        rows[i] = load(from + i * stride).part;
+    }
+    const auto interleave = [](const Part* a, Part* b) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            to[2 * i] = CPO_SHUFFLE(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            to[2 * i + 1] = CPO_SHUFFLE(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            b[2 * i] = CPO_SHUFFLE(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            b[2 * i + 1] = CPO_SHUFFLE(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
     };
     interleave(rows, other);
     interleave(other, rows);
     interleave(rows, other);
     interleave(other, rows);
-}
-
-CPO_INLINE void transpose(Values<double>* rows) {
-    for (int64_t i = 0; i < Vector<double>::width; ++i) {
-        for (int64_t j = 0; j < i; ++j) {
-            const double kept = rows[i][j];
-            rows[i][j] = rows[j][i];
-            rows[j][i] = kept;
-        }
+    for (int64_t i = 0; i < 16; ++i) {
+        store(to + i * 16, Values<float>{rows[i]});
     }
 }
+#endif
 
 // Rows [position, d], d padded to whole vectors, and the same numbers as panels of one vector's positions, [panel, d, lane].
 template <typename T>
@@ -153,14 +246,7 @@ struct Path {
         constexpr int64_t width = Vector<T>::width;
         for (int64_t position = first / width * width; position < last; position += width) {
             for (int64_t d = 0; d < dim; d += width) {
-                Values<T> square[width];
-                for (int64_t i = 0; i < width; ++i) {
-                    square[i] = load(row(position + i) + d);
-                }
-                transpose(square);
-                for (int64_t i = 0; i < width; ++i) {
-                    store(panels + position * dim + (d + i) * width, square[i]);
-                }
+                transpose(row(position) + d, dim, panels + position * dim + d * width);
             }
         }
     }
