@@ -1,5 +1,6 @@
 """Attention in C++: the same bits with any number of threads, beside any rows, and on every set with fused products."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -141,3 +142,23 @@ def test_what_is_not_finite_stays_in_the_rows_that_see_it(value: float) -> None:
     others = torch.ones(6, 2, dtype=torch.bool)
     others[2, 0] = False
     assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("name", _csrc.instruction_sets()[:-1])
+def test_no_set_with_fused_products_is_slower_than_plain_torch(name: str) -> None:
+    """Twice as fast is usual. A vector wider than a register, which GCC keeps in memory, made AVX2 three times slower."""
+    trunk = random_subtree_end(7, 1500, 0)
+    trunk[:400] = 1500
+    shapes = [(1500, count, 64) for count in (9, 3, 3)]
+    generator = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    torch.set_num_threads(1)
+    _csrc.use_instruction_set(name)
+
+    def seconds(impl: str) -> float:
+        began = time.process_time()
+        torch.autograd.grad(tree_attention(*leaves, trunk, impl=impl).sum(), leaves)
+        return time.process_time() - began
+
+    taken = {impl: min(seconds(impl) for _ in range(4)) for impl in ("native", "eager")}
+    assert taken["native"] < 1.3 * taken["eager"], taken
