@@ -35,6 +35,13 @@ _OPENING = re.compile(r"\s*[\"'*(]*(yes|no)[\"'*)]*(?:\s*(?:[,;:!?]|\.(?!\s?#?\d
 
 def normalise_words(text: str) -> str:
     """The normal form: words separated by single spaces. Applying it twice is once. "" for nothing but whitespace."""
+    form, again = text, _normal_form(text)
+    while again != form:  # punctuation that has gone may have kept a number from its unit: "0-K" is "0k", and that is 0
+        form, again = again, _normal_form(again)
+    return form
+
+
+def _normal_form(text: str) -> str:
     # "İ" in lower case has an accent of its own, which is folded again
     text = fold(fold(text).casefold())
     words = [word for raw in _NUMBER_PHRASE.sub(_number_phrase, text).split() for word in _words(raw)]
