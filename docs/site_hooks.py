@@ -166,8 +166,8 @@ def commands() -> str:
         command = cli.get_command(context, name)
         assert command is not None
         own = click.Context(command, info_name=name, parent=context)
-        shown = (each for each in command.get_params(own) if each.name != "help")  # whose names click keeps from other uses
-        rows = [option for each in shown if (option := each.get_help_record(own))]
+        found = [option for each in command.get_params(own) if (option := each.get_help_record(own))]
+        rows = [row for row in found if "--help" not in row[0]]  # its names depend on earlier uses
         parts += [f"## {name}", "", _help(command), "", f"    {_usage(own, command)}", ""]
         parts += ["| option | |", "|---|---|", *(f"| `{flags}` | {_cell(words)} |" for flags, words in rows), ""]
     return "\n".join(parts)
