@@ -74,7 +74,7 @@ def _sample(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(each, framework="pt")) for each in folder.glob("*.safetensors")]
-            pieces = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  (no mapping)
+            pieces = {name: file.get_slice(name) for file in files for name in sorted(file.keys())}
             found = {name: piece for name, piece in pieces.items() if len(piece.get_shape()) == 2}
             if names is None:
                 names = random.Random(0).sample(sorted(found), min(_MATRICES, len(found)))
