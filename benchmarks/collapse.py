@@ -6,7 +6,8 @@
 Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
 compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every
 validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150
-others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
+others whether its chain agrees with the vote (`+`), does not (`-`), does not though the base calls every line of it
+likely (`~`), or comes to no answer (`0`). Gold answers
 say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
 `--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults, and counts by half.
@@ -27,8 +28,10 @@ import torch
 from benchmarks.harness import record, results_folder, show
 from cpo_fast.config import Config, TrainConfig, load_config
 from cpo_fast.models import load_model
+from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
 from cpo_fast.train.alarms import ChainAlarm, DriftAlarm
+from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dev_questions import DevQuestions, load_dev_questions
 from cpo_fast.train.loop import train
 
@@ -37,9 +40,8 @@ NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
 COLLAPSE = 0.05  # of accuracy
 HEALTHY = 0.025  # a run is healthy that never lost so much of its best accuracy; what lies between is neither
 
-# half 0: the rules were chosen on these; half 1: they were tried on these, changed, and tried again; half 2: made after
-# that. In two of half 1 ten points go in two steps. Half 3: declared before they were run, rules and limits as they stood
-# for half 2, a validation after every step
+# Halves 0 to 3: what a chain alarm without verdicts was made with, on an earlier base, and what showed that wrong votes
+# raise it; made again. Half 4: written down before it or the others were run with verdicts, a validation after every step
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
     "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
@@ -77,6 +79,20 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "cpo 1e-3, 24 steps, seed 20": (3, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
     "fpo 5e-3, 10 steps, seed 21": (3, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
     "sft 3e-3, 14 steps, seed 22": (3, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
+    "cpo 5e-3, 14 steps, seed 23": (4, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 24": (4, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "cpo 1e-2, 10 steps, seed 25": (4, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
+    "sft 1e-3, 24 steps, seed 26": (4, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 27": (4, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-4, 24 steps, seed 28": (4, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 29": (4, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
+    "sft 5e-4, 24 steps, seed 30": (4, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "fpo 3e-3, 14 steps, seed 31": (4, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 32": (4, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "fpo 5e-3, 10 steps, seed 33": (4, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
+    "sft 3e-3, 14 steps, seed 34": (4, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 35": (4, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 36": (4, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
 }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
         "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
@@ -110,13 +126,11 @@ def search(folder: Path, part: str, number: int, num_questions: int) -> Path:
 
 
 def flags(asked: DevQuestions, model: Any) -> str:
-    """A character for each question: answered as expected, otherwise, or not at all."""
-    answers = asked.answers(model, asked.questions)
-
-    def flag(answer: str | None, expected: str) -> str:
-        return "0" if answer is None else "+" if asked.is_as_expected(answer, expected) else "-"
-
-    return "".join(flag(answers[question.id], question.expected) for question in asked.questions)
+    """A character for each question: answered as expected, otherwise, otherwise and defended, or not at all."""
+    alone = Communicator(Ranks(), torch.device("cpu"))
+    found = asked.ask(model, alone, None, [asked.metric == "agreement"] * len(asked.questions))
+    columns = zip(found.as_expected, found.defended, found.answered, strict=True)
+    return "".join("+" if right else "~" if spared else "-" if any_ else "0" for right, spared, any_ in columns)
 
 
 def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
@@ -181,7 +195,8 @@ def chain_alarm(run: Mapping[str, Any], num_questions: int = NUM_VOTED) -> Chain
     """The alarm after all validations of a run by the votes on so many questions."""
     alarm = ChainAlarm("agreement")
     for validation in run["validations"]:
-        alarm.update(validation["step"], [flag == "+" for flag in validation["votes"][:num_questions]])
+        votes = validation["votes"][:num_questions]
+        alarm.update(validation["step"], [flag == "+" for flag in votes], [flag == "~" for flag in votes])
     return alarm
 
 

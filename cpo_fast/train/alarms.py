@@ -92,8 +92,12 @@ class ChainAlarm:
     falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves.
     Some answers change back and forth all the time: of b questions forgotten now, the c that once were and came back are
     taken off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c.
-    The alarm is given truth values and no answers. A model that learns past wrong votes forgets these, so where votes are
-    what is expected, the share of those that the model once shared and that are wrong must stay below `MAX_FORGOTTEN`.
+    The alarm is given truth values and no answers. Where votes are what is expected some are wrong, and a model that learns
+    past them has forgotten nothing: a chain that the model at step 0 defends by its own verdicts does not count.
+
+    Attributes:
+        known: for each question whether a chain answered as expected at some validation. Empty before the first.
+        raised_at: the step after which the alarm was raised. text: what it said.
     """
 
     def __init__(self, metric: str) -> None:
@@ -101,23 +105,26 @@ class ChainAlarm:
         self.metric = metric
         self.raised_at: int | None = None
         self.text = ""
-        self._known: list[bool] = []  # was answered as expected
+        self.known: list[bool] = []  # was answered as expected
         self._lost: list[bool] = []  # and, later, was not
         self._best, self._best_step = 0, 0
 
-    def update(self, step: int, as_expected: Sequence[bool]) -> str | None:
+    def update(self, step: int, as_expected: Sequence[bool], defended: Sequence[bool] = ()) -> str | None:
         """Add one validation. Returns the sentence to show when the alarm is raised, once.
 
         Args:
             step: optimizer step after which it was made.
             as_expected: for each question, in the same order every time, whether its chain answered as expected.
+            defended: whether it did not and counts as no loss all the same. Empty: none.
         """
         num_questions = len(as_expected)
-        if not self._known:
-            self._known, self._lost = [False] * num_questions, [False] * num_questions
-        forgotten = [known and not now for known, now in zip(self._known, as_expected, strict=True)]
+        defended = defended or [False] * num_questions
+        if not self.known:
+            self.known, self._lost = [False] * num_questions, [False] * num_questions
+        kept = [now or spared for now, spared in zip(as_expected, defended, strict=True)]
+        forgotten = [known and not now for known, now in zip(self.known, kept, strict=True)]
         num_back = sum(lost and now for lost, now in zip(self._lost, as_expected, strict=True))
-        self._known = [known or now for known, now in zip(self._known, as_expected, strict=True)]
+        self.known = [known or now for known, now in zip(self.known, as_expected, strict=True)]
         self._lost = [lost or gone for lost, gone in zip(self._lost, forgotten, strict=True)]
         if sum(as_expected) > self._best:
             self._best, self._best_step = sum(as_expected), step
@@ -128,17 +135,16 @@ class ChainAlarm:
         self.raised_at = step
         self.text = (
             f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
-            f"expected before ({num_back} others came back); the model may be beginning to collapse, whatever the loss "
-            f"says. Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was "
+            f"expected before ({num_back} others came back{_spared(defended)}); the model may be beginning to collapse, "
+            f"whatever the loss says. Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was "
             f"{self._best / num_questions:.1%} after step {self._best_step}; use the best adapter, which the run keeps, or "
-            "train again with fewer steps, a lower "
-            "train.lr or, on pairs, train.nll_weight"
+            "train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
         )
         return self.text
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
-        flags = {"known": [int(value) for value in self._known], "lost": [int(value) for value in self._lost]}
+        flags = {"known": [int(value) for value in self.known], "lost": [int(value) for value in self._lost]}
         return {
             "raised_at": self.raised_at,
             "text": self.text,
@@ -154,4 +160,9 @@ class ChainAlarm:
         if isinstance(best, list):  # an older version's: the truth values themselves
             state, best = {"known": best, "lost": [0] * len(best)}, sum(best)
         self._best = best
-        self._known, self._lost = ([bool(value) for value in state[name]] for name in ("known", "lost"))
+        self.known, self._lost = ([bool(value) for value in state[name]] for name in ("known", "lost"))
+
+
+def _spared(defended: Sequence[bool]) -> str:
+    count = sum(defended)
+    return f", {count} are answered otherwise, which the model at step 0 calls right" if count else ""

@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2752)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain"])
     parser.add_argument("--start", type=Path, help="the folder of a model of the first variants, to go on from")
     settings = parser.parse_args()

@@ -79,6 +79,25 @@ def test_more_must_be_forgotten_than_five_points_and_than_comes_by_chance(
     assert (alarm.update(1, answers(num_questions - num_lost, num_questions)) is not None) is is_raised
 
 
+def test_a_chain_that_is_defended_is_not_forgotten_and_the_message_counts_it() -> None:
+    """Ten votes are left: six defended ones leave four, five leave five, and four leave six, more than 5 of 100."""
+    for num_defended, is_raised in ((6, False), (5, False), (4, True)):
+        alarm = ChainAlarm("agreement")
+        assert alarm.update(0, answers(90)) is None
+        text = alarm.update(1, answers(80), [80 <= place < 80 + num_defended for place in range(100)])
+        assert (text is not None) is is_raised
+    assert "have forgotten 6 that" in str(text)
+    assert "0 others came back, 4 are answered otherwise, which the model at step 0 calls right)" in str(text)
+    assert alarm.known == answers(90)  # a defended question may still be forgotten later
+
+
+def test_a_defended_answer_that_gets_lost_is_forgotten_then() -> None:
+    alarm = ChainAlarm("agreement")
+    alarm.update(0, answers(90))
+    assert alarm.update(1, answers(80), [80 <= place < 90 for place in range(100)]) is None
+    assert "have forgotten 10 that" in str(alarm.update(2, answers(80)))
+
+
 def test_answers_that_come_and_go_do_not_raise_the_alarm_and_those_that_stay_away_do() -> None:
     """Up to 8 of 100 questions are not answered as expected, but other ones in every validation."""
     alarm = ChainAlarm("agreement")
