@@ -141,6 +141,21 @@ def model_folder(path: str) -> Path:
     return folder
 
 
+def check_model_path(path: str) -> None:
+    """Refuse in moments, before libraries load, what `model_folder` refuses of a path. A hub id is left to it.
+
+    Raises:
+        ConfigError: as `model_folder`.
+    """
+    if not path or _is_local(path):
+        model_folder(path)
+
+
+def _is_local(path: str) -> bool:
+    # what no hub id looks like is a mistyped folder
+    return Path(path).expanduser().exists() or path.startswith((".", "~", os.sep)) or path.count("/") > 1
+
+
 def numbers_by_dtype(folder: Path) -> Counter[str]:
     """How many numbers a model's files hold of each dtype, as safetensors names it (F32, BF16), read from their headers."""
     from safetensors import safe_open
@@ -386,8 +401,7 @@ def _merged(model: Any, path: str) -> Any:
 
 
 def _download(path: str) -> Path:
-    # what no hub id looks like is a mistyped folder
-    if path.startswith((".", "~", os.sep)) or path.count("/") > 1:
+    if _is_local(path):
         raise ConfigError(f"model.path: there is no folder {path}; check the path")
     hub = require_library("huggingface_hub")
     try:

@@ -56,7 +56,9 @@ def iterate_command(
     from cpo_fast.cli.train import TrainingScreen
     from cpo_fast.environment import environment_kept
     from cpo_fast.iterate import Watch, iterate
+    from cpo_fast.models import check_model_path
 
+    check_model_path(config.model.path)  # before the libraries load
     run_command = None
     if num_ranks is not None and num_ranks > 1:
         flags = [f"--{name}" for name, is_on in (ctx.obj or {}).items() if is_on]

@@ -32,8 +32,10 @@ def plan_command(
     config = load_config(config_path, overrides)
 
     from cpo_fast.data.load import check_data
+    from cpo_fast.models import check_model_path
 
     check_data(config)  # before the libraries load
+    check_model_path(config.model.path)
 
     from cpo_fast.train.plan import make_plan
 

@@ -129,8 +129,10 @@ def train_command(
 
     from cpo_fast.data.load import check_data
     from cpo_fast.environment import environment_kept
+    from cpo_fast.models import check_model_path
 
     check_data(config)  # before the libraries load
+    check_model_path(config.model.path)
 
     from cpo_fast.train.loop import train
 

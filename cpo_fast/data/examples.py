@@ -21,6 +21,7 @@ from cpo_fast.data.layouts import NOT_A_RESPONSE
 from cpo_fast.errors import DataError, first_line
 from cpo_fast.rows import BadRow, Row
 from cpo_fast.tasks import common_prefix_length, encode_prompt, with_clock
+from cpo_fast.tasks.unknown_text import unknown_piece, unknown_token
 
 Ids = tuple[int, ...]
 Scored = tuple[Ids, int]  # a sequence and its first scored position
@@ -98,6 +99,8 @@ class RowParser:
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self.config, self.tokenizer, self.train, self.search = config.data, tokenizer, config.train, config.search
         self.names = RESPONSES.get(config.train.method, ())
+        token = unknown_token(tokenizer)
+        self._unknown = None if token is None else tokenizer.convert_tokens_to_ids(token)
 
     def parse(self, row: Row, source: str, group: str, implicit_prompt: bool = False) -> tuple[Example, bool]:
         """The example, and whether its prompt's last token merged with a response.
@@ -141,6 +144,20 @@ class RowParser:
         step = row.get("step")  # data of others may hold no number there
         example = Example(prompt, tuple(responses), group, step if type(step) is int else 0, source)
         return (replace(example, visits=_visits(row, source)) if self.train.visit_smoothing else example), merged
+
+    def unknown_piece(self, row: Row, example: Example) -> str | None:
+        """What the tokenizer does not know of the texts that became this example, the first piece of it."""
+        if self._unknown is None or not any(self._unknown in ids for ids in (example.prompt_ids, *example.responses)):
+            return None
+        for name in ("prompt", *self.names):
+            value = row.get(name)
+            messages = value if isinstance(value, list) else [{"content": value}]
+            for text in (message.get("content") for message in messages if isinstance(message, dict)):
+                if isinstance(text, str) and (
+                    piece := unknown_piece(self.tokenizer, text, self.tokenizer(text)["input_ids"])
+                ):
+                    return piece
+        return None
 
     def _of_tree(self, row: Row, source: str, group: str) -> Example:
         """An example of an objective that reads whole trees, from `cpo_fast.data.pair_files.valued_row`."""

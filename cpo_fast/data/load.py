@@ -24,6 +24,7 @@ from cpo_fast.data.pair_rules import draw
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.files import canonical_json, short_hash, unreadable
 from cpo_fast.rows import BadRow, Row, is_hub, read_rows
+from cpo_fast.tasks.unknown_text import unknown_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,14 @@ class LoadedExamples:
         examples: in file order, each with weight 1.
         dropped: a record of every row that became none, as `dropped.jsonl` has them.
         num_merged_boundaries: rows whose prompt merged its last token with a response.
+        unknown: place and first piece of rows with text that the tokenizer does not know.
         samplers: hashes of model and adapter that the trees read were searched with.
     """
 
     examples: list[Example] = field(default_factory=list)
     dropped: list[Row] = field(default_factory=list)
     num_merged_boundaries: int = 0
+    unknown: list[tuple[str, str]] = field(default_factory=list)
     samplers: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -96,6 +99,11 @@ def load_examples(config: Config, tokenizer: Any, dropped_path: str | Path | Non
                 first_place[ids] = place
                 loaded.examples.append(example)
                 loaded.num_merged_boundaries += merged
+                if (piece := parser.unknown_piece(read, example)) is not None:
+                    loaded.unknown.append((place, piece))
+    if loaded.unknown:
+        where = f"{len(loaded.unknown)} of {len(loaded.examples)} rows"
+        logger.warning("%s", unknown_sentence(tokenizer, where, *loaded.unknown[0]))
     if dropped_path is not None:
         write_dropped(dropped_path, loaded.dropped)
     _check_drop_rate(config, loaded)

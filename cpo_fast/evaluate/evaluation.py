@@ -27,6 +27,7 @@ from cpo_fast.search.state_evaluator import check_evaluator
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, Question, Task, load_questions
 from cpo_fast.tasks.prompts import ANY_QUESTION
+from cpo_fast.tasks.unknown_text import unknown_questions
 from cpo_fast.tree import ROOT, comparable
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def evaluate_methods(
     if model is None:
         # after the questions, whose mistakes then show before a model is loaded
         model, tokenizer = load_searched_model(config)
+    if unknown := unknown_questions(tokenizer, ((one.id, one.text) for one in questions)):
+        logger.warning("%s", unknown)
     asker = _Asker(config, questions, model, Prompts(task, tokenizer, config.task.chat), make_engine)
     evaluations = []
     with searched_weights(model, config.search):

@@ -11,6 +11,7 @@ with status `failed` and its reason, and the run goes on. Questions already in t
 delete a line to search its question again.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -32,7 +33,10 @@ from cpo_fast.search.statistics import CollectResult, summarise, tree_statistics
 from cpo_fast.search.tree_search import search_question
 from cpo_fast.search.tree_store import ALONE, TreeStore, Worker, open_trees, provenance_of
 from cpo_fast.tasks import Prompts, load_questions
+from cpo_fast.tasks.unknown_text import unknown_questions
 from cpo_fast.tree import SearchTree
+
+logger = logging.getLogger(__name__)
 
 # (how many of this worker's questions are finished, how many it has, the newest tree, seconds from its start to its end)
 Progress = Callable[[int, int, SearchTree, float], None]
@@ -168,6 +172,8 @@ def _collect(
     if model is None:
         model, tokenizer = load_searched_model(config)
     prompts = Prompts(task, tokenizer, config.task.chat)
+    if sentence := unknown_questions(tokenizer, ((one.id, one.text) for one in questions)):
+        logger.warning("%s", sentence)
     provenance = provenance_of(config, prompts, model)
     run = Path(config.run)
     settings = search_settings(config, task, dtype_name(model.dtype))

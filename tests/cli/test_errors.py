@@ -147,3 +147,25 @@ def test_missing_library_exits_5_with_the_line_that_installs_it(
     assert result.returncode == 5, result.stderr
     assert f"pip install {library}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_model_folder_that_is_not_there_is_named_before_libraries_load(config_path: Path) -> None:
+    """By every command that loads one: here importing torch fails, which would be said first otherwise."""
+    rows, questions = config_path.with_name("rows.jsonl"), config_path.with_name("questions.jsonl")
+    rows.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    questions.write_text(json.dumps({"id": "a", "question": "1+1?", "answer": "2"}) + "\n")
+    arguments = ["model.path=./no/such/model", f"data.path={rows}", f"run={config_path.parent}/run"]
+    arguments += [f"task.path={questions}", f"train.dev_path={questions}"]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from click.testing import CliRunner\nfrom cpo_fast.cli import cli\nfrom cpo_fast.errors import ConfigError\n"
+        "for name in ('collect', 'train', 'plan', 'eval', 'iterate'):\n"
+        "    found = CliRunner().invoke(cli, [name, *sys.argv[1:]]).exception\n"
+        "    print(name, isinstance(found, ConfigError), found)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(config_path), *arguments], capture_output=True, text=True, timeout=3000
+    )
+    said = "True model.path: there is no folder ./no/such/model; check the path"
+    names = ("collect", "train", "plan", "eval", "iterate")
+    assert result.stdout.splitlines() == [f"{name} {said}" for name in names], result.stderr
