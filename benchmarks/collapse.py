@@ -6,11 +6,10 @@
 Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
 compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every
 validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150
-others whether its chain agrees with the vote (`+`), does not (`-`), does not though the base calls every line of it
-likely (`~`), or comes to no answer (`0`). Gold answers
+others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
 say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
 
-`--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults, and counts by half.
+`--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults, and counts by part.
 """
 
 import argparse
@@ -28,25 +27,23 @@ import torch
 from benchmarks.harness import record, results_folder, show
 from cpo_fast.config import Config, TrainConfig, load_config
 from cpo_fast.models import load_model
-from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
 from cpo_fast.train.alarms import ChainAlarm, DriftAlarm
-from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dev_questions import DevQuestions, load_dev_questions
 from cpo_fast.train.loop import train
 
-EXAMPLE = Path("examples/reasoner")
+EXAMPLE, BASE = Path("examples/reasoner"), "base-0"
 NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
 COLLAPSE = 0.05  # of accuracy
 HEALTHY = 0.025  # a run is healthy that never lost so much of its best accuracy; what lies between is neither
 
-# Halves 0 to 3: what a chain alarm without verdicts was made with, on an earlier base, and what showed that wrong votes
-# raise it; made again. Half 4: written down before it or the others were run with verdicts, a validation after every step
+# Part 1: on these, and on others of an earlier base, the rule of the chain alarm was chosen. Parts 2 and 3, on two bases:
+# written down with the rule and its limits before the first of them was made, a validation after every step
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "cpo 3e-3, 30 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 30}),
-    "cpo 1e-2, 12 steps, seed 0": (0, {"lr": 1e-2, "max_steps": 12}),
-    "cpo 1e-3, 30 steps, seed 0": (0, {"lr": 1e-3, "max_steps": 30}),
-    "sft 1e-3, 30 steps, seed 0": (0, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
+    "cpo 3e-3, 30 steps, seed 0": (1, {"lr": 3e-3, "max_steps": 30}),
+    "cpo 1e-2, 12 steps, seed 0": (1, {"lr": 1e-2, "max_steps": 12}),
+    "cpo 1e-3, 30 steps, seed 0": (1, {"lr": 1e-3, "max_steps": 30}),
+    "sft 1e-3, 30 steps, seed 0": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
     "fpo 3e-3, 24 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
     "cpo 3e-3, 30 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 30, "eval_every": 1}),
     "cpo 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30}),
@@ -54,46 +51,65 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "sft 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
     "cpo 1e-3, 30 steps, seed 2": (1, {"lr": 1e-3, "max_steps": 30}),
     "cpo 3e-3, 30 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 30}),
-    "fpo 3e-3, 24 steps, seed 0": (0, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
-    "fpo 3e-3, 14 steps, seed 2": (2, {"lr": 3e-3, "max_steps": 14, "rule": "fpo"}),
-    "sft 3e-3, 14 steps, seed 3": (2, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
-    "cpo 5e-3, 14 steps, seed 3": (2, {"lr": 5e-3, "max_steps": 14}),
-    "cpo 1e-3, 24 steps, seed 3": (2, {"lr": 1e-3, "max_steps": 24}),
-    "cpo 1e-2, 10 steps, seed 4": (2, {"lr": 1e-2, "max_steps": 10}),
-    "sft 1e-3, 24 steps, seed 4": (2, {"lr": 1e-3, "max_steps": 24, "method": "sft"}),
-    "cpo 3e-3, 20 steps, seed 5": (2, {"lr": 3e-3, "max_steps": 20}),
-    "cpo 2e-3, 16 steps, seed 6": (2, {"lr": 2e-3, "max_steps": 16}),
-    "fpo 5e-3, 10 steps, seed 7": (2, {"lr": 5e-3, "max_steps": 10, "rule": "fpo"}),
-    "sft 3e-3, 14 steps, seed 8": (2, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
-    "cpo 7e-3, 12 steps, seed 9": (2, {"lr": 7e-3, "max_steps": 12}),
-    "cpo 1e-3, 24 steps, seed 10": (2, {"lr": 1e-3, "max_steps": 24}),
-    "cpo 5e-3, 14 steps, seed 11": (3, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 12": (3, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "cpo 1e-2, 10 steps, seed 13": (3, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
-    "sft 1e-3, 24 steps, seed 14": (3, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "cpo 3e-3, 20 steps, seed 15": (3, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-4, 24 steps, seed 16": (3, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 17": (3, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
-    "sft 5e-4, 24 steps, seed 18": (3, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "fpo 3e-3, 14 steps, seed 19": (3, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 20": (3, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "fpo 5e-3, 10 steps, seed 21": (3, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
-    "sft 3e-3, 14 steps, seed 22": (3, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
-    "cpo 5e-3, 14 steps, seed 23": (4, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 24": (4, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "cpo 1e-2, 10 steps, seed 25": (4, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
-    "sft 1e-3, 24 steps, seed 26": (4, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "cpo 3e-3, 20 steps, seed 27": (4, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-4, 24 steps, seed 28": (4, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 29": (4, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
-    "sft 5e-4, 24 steps, seed 30": (4, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "fpo 3e-3, 14 steps, seed 31": (4, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 32": (4, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "fpo 5e-3, 10 steps, seed 33": (4, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
-    "sft 3e-3, 14 steps, seed 34": (4, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
-    "cpo 3e-3, 20 steps, seed 35": (4, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 36": (4, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
+    "fpo 3e-3, 24 steps, seed 0": (1, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
+    "fpo 3e-3, 14 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo"}),
+    "sft 3e-3, 14 steps, seed 3": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
+    "cpo 5e-3, 14 steps, seed 3": (1, {"lr": 5e-3, "max_steps": 14}),
+    "cpo 1e-3, 24 steps, seed 3": (1, {"lr": 1e-3, "max_steps": 24}),
+    "cpo 1e-2, 10 steps, seed 4": (1, {"lr": 1e-2, "max_steps": 10}),
+    "sft 1e-3, 24 steps, seed 4": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft"}),
+    "cpo 3e-3, 20 steps, seed 5": (1, {"lr": 3e-3, "max_steps": 20}),
+    "cpo 2e-3, 16 steps, seed 6": (1, {"lr": 2e-3, "max_steps": 16}),
+    "fpo 5e-3, 10 steps, seed 7": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo"}),
+    "sft 3e-3, 14 steps, seed 8": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
+    "cpo 7e-3, 12 steps, seed 9": (1, {"lr": 7e-3, "max_steps": 12}),
+    "cpo 1e-3, 24 steps, seed 10": (1, {"lr": 1e-3, "max_steps": 24}),
+    "cpo 5e-3, 14 steps, seed 11": (1, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 12": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "cpo 1e-2, 10 steps, seed 13": (1, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
+    "sft 1e-3, 24 steps, seed 14": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 15": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-4, 24 steps, seed 16": (1, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 17": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
+    "sft 5e-4, 24 steps, seed 18": (1, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "fpo 3e-3, 14 steps, seed 19": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 20": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "fpo 5e-3, 10 steps, seed 21": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
+    "sft 3e-3, 14 steps, seed 22": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
+    "cpo 5e-3, 14 steps, seed 23": (1, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 24": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "cpo 1e-2, 10 steps, seed 25": (1, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
+    "sft 1e-3, 24 steps, seed 26": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 27": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-4, 24 steps, seed 28": (1, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 29": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
+    "sft 5e-4, 24 steps, seed 30": (1, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
+    "fpo 3e-3, 14 steps, seed 31": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
+    "cpo 1e-3, 24 steps, seed 32": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
+    "fpo 5e-3, 10 steps, seed 33": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
+    "sft 3e-3, 14 steps, seed 34": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
+    "cpo 3e-3, 20 steps, seed 35": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
+    "cpo 7e-3, 12 steps, seed 36": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
 }
+DECLARED: dict[str, dict[str, Any]] = {
+    "cpo 5e-3, 14 steps": {"lr": 5e-3, "max_steps": 14},
+    "cpo 1e-3, 24 steps": {"lr": 1e-3, "max_steps": 24},
+    "cpo 1e-2, 10 steps": {"lr": 1e-2, "max_steps": 10},
+    "sft 1e-3, 24 steps": {"lr": 1e-3, "max_steps": 24, "method": "sft"},
+    "cpo 3e-3, 20 steps": {"lr": 3e-3, "max_steps": 20},
+    "cpo 7e-4, 24 steps": {"lr": 7e-4, "max_steps": 24},
+    "cpo 7e-3, 12 steps": {"lr": 7e-3, "max_steps": 12},
+    "sft 5e-4, 24 steps": {"lr": 5e-4, "max_steps": 24, "method": "sft"},
+    "fpo 3e-3, 14 steps": {"lr": 3e-3, "max_steps": 14, "rule": "fpo"},
+    "sft 2e-3, 20 steps": {"lr": 2e-3, "max_steps": 20, "method": "sft"},
+    "fpo 5e-3, 10 steps": {"lr": 5e-3, "max_steps": 10, "rule": "fpo"},
+    "sft 3e-3, 14 steps": {"lr": 3e-3, "max_steps": 14, "method": "sft"},
+}
+for part, base, first_seed in ((2, "base-0", 37), (3, "base-1", 49)):
+    RUNS |= {
+        f"{name}, {base}, seed {seed}": (part, options | {"eval_every": 1, "base": base})
+        for seed, (name, options) in enumerate(DECLARED.items(), first_seed)
+    }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
         "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
 
@@ -101,11 +117,13 @@ KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards
 def config_of(folder: Path, name: str) -> Config:
     """The example's settings, with those of one run."""
     options = dict(RUNS[name][1])
+    base = options.pop("base", BASE)
     seed, rule = int(name.rsplit(" ", 1)[1]), options.pop("rule", "all")
     overrides = [
         f"run={folder / 'runs' / name.replace(',', '').replace(' ', '-')}",
         f"seed={seed}",
-        f"data.path={folder / 'trained' / 'trees.jsonl'}",
+        f"model.path={EXAMPLE / base}",
+        f"data.path={search(folder, base, 'trained', 0, NUM_TRAINED)}",
         "data.held_out=0.1",
         f"pairs.rule={rule}",
         "train.batch_order=questions",  # a third of the tokens
@@ -117,20 +135,22 @@ def config_of(folder: Path, name: str) -> Config:
     return load_config(EXAMPLE / "config.yaml", overrides)
 
 
-def search(folder: Path, part: str, number: int, num_questions: int) -> Path:
-    """Collect the trees of the first so many questions of search-`number`, or find them collected."""
-    questions = EXAMPLE / "questions" / "plain" / f"search-{number}.jsonl"
-    overrides = [f"run={folder / part}", f"task.path={questions}", f"task.num_questions={num_questions}"]
-    collect(load_config(EXAMPLE / "config.yaml", overrides))
-    return folder / part / "trees.jsonl"
+def search(folder: Path, base: str, use: str, number: int, num_questions: int) -> Path:
+    """Collect a base's trees of the first so many questions of search-`number`, or find them collected."""
+    questions, run = EXAMPLE / "questions" / "plain" / f"search-{number}.jsonl", folder / base / use
+    overrides = [f"run={run}", f"task.path={questions}", f"task.num_questions={num_questions}"]
+    collect(load_config(EXAMPLE / "config.yaml", [*overrides, f"model.path={EXAMPLE / base}"]))
+    return run / "trees.jsonl"
 
 
 def flags(asked: DevQuestions, model: Any) -> str:
-    """A character for each question: answered as expected, otherwise, otherwise and defended, or not at all."""
-    alone = Communicator(Ranks(), torch.device("cpu"))
-    found = asked.ask(model, alone, None, [asked.metric == "agreement"] * len(asked.questions))
-    columns = zip(found.as_expected, found.defended, found.answered, strict=True)
-    return "".join("+" if right else "~" if spared else "-" if any_ else "0" for right, spared, any_ in columns)
+    """A character for each question: answered as expected, otherwise, or not at all."""
+    answers = asked.answers(model, asked.questions)
+
+    def flag(answer: str | None, expected: str) -> str:
+        return "0" if answer is None else "+" if asked.is_as_expected(answer, expected) else "-"
+
+    return "".join(flag(answers[question.id], question.expected) for question in asked.questions)
 
 
 def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
@@ -195,8 +215,7 @@ def chain_alarm(run: Mapping[str, Any], num_questions: int = NUM_VOTED) -> Chain
     """The alarm after all validations of a run by the votes on so many questions."""
     alarm = ChainAlarm("agreement")
     for validation in run["validations"]:
-        votes = validation["votes"][:num_questions]
-        alarm.update(validation["step"], [flag == "+" for flag in votes], [flag == "~" for flag in votes])
+        alarm.update(validation["step"], [flag == "+" for flag in validation["votes"][:num_questions]])
     return alarm
 
 
@@ -248,11 +267,11 @@ def recorded(path: Path | None = None) -> list[dict[str, Any]]:
     """The runs of a file, by default of `results/collapse.jsonl`: those that collapsed first."""
     lines = (path or results_folder() / "collapse.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [json.loads(line)["results"] for line in lines]
-    return sorted(runs, key=lambda run: (collapsed_at(run) is None, run["half"], run["run"]))
+    return sorted(runs, key=lambda run: (collapsed_at(run) is None, run["part"], run["run"]))
 
 
 def show_table() -> None:
-    """For every recorded run: its accuracy, when it collapsed, when each alarm was raised; then counts by half."""
+    """For every recorded run: its accuracy, when it collapsed, when each alarm was raised; then counts by part."""
     runs = recorded()
     rows = []
     for run in runs:
@@ -264,8 +283,8 @@ def show_table() -> None:
         ]
         numbers = ["-" if step is None else str(step) for step in steps]
         shares = map("{:.3f}".format, [*accuracies(run), most_lost(run)])
-        rows.append([f"{run['run']} ({run['half']})", kind(run), *shares, *numbers])
-    columns = ["run (half)", "", "best", "kept", "last", "lost", "5 points lost", "chains", "of 60 q.", "drift"]
+        rows.append([f"{run['run']} ({run['part']})", kind(run), *shares, *numbers])
+    columns = ["run (part)", "", "best", "kept", "last", "lost", "5 points lost", "chains", "of 60 q.", "drift"]
     caption = (
         "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; the most that was lost of the best "
         "before; steps of collapse and alarms"
@@ -281,18 +300,18 @@ COUNTED = [
 
 
 def show_counts(runs: Sequence[Mapping[str, Any]]) -> None:
-    """For every half: how many runs of each kind, and when the alarm of chains was raised in them."""
+    """For every part: how many runs of each kind, and when the alarm of chains was raised in them."""
     rows = []
-    for half in sorted({run["half"] for run in runs}):
-        found = [run for run in runs if run["half"] == half]
+    for part in sorted({run["part"] for run in runs}):
+        found = [run for run in runs if run["part"] == part]
         pairs = [(kind(run), timing(run)) for run in found]
         short = [accuracies(run)[0] - accuracies(run)[1] for run in found if kind(run) == "collapsed"]
-        rows.append([str(half), *(str(pairs.count(pair)) for pair in COUNTED), f"{max(short, default=0.0):.3f}"])
-    columns = ["half", *(f"{kind} {timing}" for kind, timing in COUNTED), "kept below best"]
+        rows.append([str(part), *(str(pairs.count(pair)) for pair in COUNTED), f"{max(short, default=0.0):.3f}"])
+    columns = ["part", *(f"{kind} {timing}" for kind, timing in COUNTED), "kept below best"]
     caption = (
         "runs by when the alarm of chains was raised; of collapses, the most that the kept adapter is below the best"
     )
-    show("alarm of chains by half", columns, rows, caption)
+    show("alarm of chains by part", columns, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,17 +327,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)
     folder = arguments.folder
-    search(folder, "trained", 0, NUM_TRAINED)
-    votes = search(folder, "voted", 1, NUM_VOTED)
     command = "python -m benchmarks.collapse " + " ".join(argv if argv is not None else sys.argv[1:])
     for name in arguments.only:
+        votes = search(folder, RUNS[name][1].get("base", BASE), "voted", 1, NUM_VOTED)
         started = time.process_time()
         found = follow(config_of(folder, name), EXAMPLE / "questions" / "plain" / "dev.jsonl", votes)
         sys.stdout.write(f"{name}: {[v['gold'] for v in found['validations']]} {time.process_time() - started:.0f} s\n")
         sys.stdout.flush()
         if not arguments.no_record:
-            half, options = RUNS[name]
-            record("collapse", command.strip(), [], {"run": name, "half": half, "options": options, **found})
+            part, options = RUNS[name]
+            record("collapse", command.strip(), [], {"run": name, "part": part, "options": options, **found})
     return 0
 
 

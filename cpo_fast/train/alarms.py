@@ -81,7 +81,7 @@ class DriftAlarm:
         self._margins.extend(state["margins"])
 
 
-MAX_FORGOTTEN = 0.05  # share of the questions, those that came back taken off
+MAX_FORGOTTEN = 0.08  # share of the questions, those that came back taken off
 MAX_CHANCE = 0.1  # that questions which come and go at random are so many more gone than back
 
 
@@ -89,15 +89,13 @@ class ChainAlarm:
     """Says once that chains have forgotten more than `MAX_FORGOTTEN` of the questions that they are asked.
 
     A question is forgotten where its chain answered as expected at some validation before and does not now. Before accuracy
-    falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves.
+    falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves:
+    of those that were answered as expected at the first validation, before training, and of all. It is enough that either
+    share is too large. Where votes are what is expected some are wrong, and a model that learns past them has lost
+    nothing; votes that the model's own chain shared before training are seldom among them.
     Some answers change back and forth all the time: of b questions forgotten now, the c that once were and came back are
     taken off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c.
-    The alarm is given truth values and no answers. Where votes are what is expected some are wrong, and a model that learns
-    past them has forgotten nothing: a chain that the model at step 0 defends by its own verdicts does not count.
-
-    Attributes:
-        known: for each question whether a chain answered as expected at some validation. Empty before the first.
-        raised_at: the step after which the alarm was raised. text: what it said.
+    The alarm is given truth values and no answers.
     """
 
     def __init__(self, metric: str) -> None:
@@ -105,46 +103,50 @@ class ChainAlarm:
         self.metric = metric
         self.raised_at: int | None = None
         self.text = ""
-        self.known: list[bool] = []  # was answered as expected
+        self._start: list[bool] = []  # was answered as expected at the first validation
+        self._known: list[bool] = []  # at any
         self._lost: list[bool] = []  # and, later, was not
         self._best, self._best_step = 0, 0
 
-    def update(self, step: int, as_expected: Sequence[bool], defended: Sequence[bool] = ()) -> str | None:
+    def update(self, step: int, as_expected: Sequence[bool]) -> str | None:
         """Add one validation. Returns the sentence to show when the alarm is raised, once.
 
         Args:
             step: optimizer step after which it was made.
             as_expected: for each question, in the same order every time, whether its chain answered as expected.
-            defended: whether it did not and counts as no loss all the same. Empty: none.
         """
-        num_questions = len(as_expected)
-        defended = defended or [False] * num_questions
-        if not self.known:
-            self.known, self._lost = [False] * num_questions, [False] * num_questions
-        kept = [now or spared for now, spared in zip(as_expected, defended, strict=True)]
-        forgotten = [known and not now for known, now in zip(self.known, kept, strict=True)]
-        num_back = sum(lost and now for lost, now in zip(self._lost, as_expected, strict=True))
-        self.known = [known or now for known, now in zip(self.known, as_expected, strict=True)]
+        if not self._known:
+            self._start = list(as_expected)
+            self._known, self._lost = [False] * len(as_expected), [False] * len(as_expected)
+        forgotten = [known and not now for known, now in zip(self._known, as_expected, strict=True)]
+        back = [lost and now for lost, now in zip(self._lost, as_expected, strict=True)]
+        self._known = [known or now for known, now in zip(self._known, as_expected, strict=True)]
         self._lost = [lost or gone for lost, gone in zip(self._lost, forgotten, strict=True)]
         if sum(as_expected) > self._best:
             self._best, self._best_step = sum(as_expected), step
-        chance = mcnemar_exact(sum(forgotten), num_back) / 2  # one side of two
-        is_more = sum(forgotten) - num_back > MAX_FORGOTTEN * num_questions
-        if self.raised_at is not None or not is_more or chance > MAX_CHANCE:
+        if self.raised_at is not None:
             return None
+        num_forgotten, num_back = _count(forgotten, self._start), _count(back, self._start)
+        which = f"the {sum(self._start)} questions that they answered as expected before training"
+        if not _is_too_much(num_forgotten, num_back, sum(self._start)):
+            num_forgotten, num_back = sum(forgotten), sum(back)
+            which = f"{len(as_expected)} questions"
+            if not _is_too_much(num_forgotten, num_back, len(as_expected)):
+                return None
         self.raised_at = step
+        now, best = (count / len(as_expected) for count in (sum(as_expected), self._best))
         self.text = (
-            f"step {step}: of {num_questions} questions chains have forgotten {sum(forgotten)} that they answered as "
-            f"expected before ({num_back} others came back{_spared(defended)}); the model may be beginning to collapse, "
-            f"whatever the loss says. Their {self.metric} is {sum(as_expected) / num_questions:.1%} and was "
-            f"{self._best / num_questions:.1%} after step {self._best_step}; use the best adapter, which the run keeps, or "
-            "train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
+            f"step {step}: of {which} chains have forgotten {num_forgotten} that they answered as expected once "
+            f"({num_back} others came back); the model may be beginning to collapse, whatever the loss says. Their "
+            f"{self.metric} is {now:.1%} and was {best:.1%} after step {self._best_step}; use the best adapter, which the "
+            "run keeps, or train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
         )
         return self.text
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
-        flags = {"known": [int(value) for value in self.known], "lost": [int(value) for value in self._lost]}
+        kept = {"start": self._start, "known": self._known, "lost": self._lost}
+        flags = {name: [int(value) for value in values] for name, values in kept.items()}
         return {
             "raised_at": self.raised_at,
             "text": self.text,
@@ -160,9 +162,16 @@ class ChainAlarm:
         if isinstance(best, list):  # an older version's: the truth values themselves
             state, best = {"known": best, "lost": [0] * len(best)}, sum(best)
         self._best = best
-        self.known, self._lost = ([bool(value) for value in state[name]] for name in ("known", "lost"))
+        state = {"start": state["known"]} | state  # which older versions did not keep
+        self._start, self._known, self._lost = (
+            [bool(value) for value in state[name]] for name in ("start", "known", "lost")
+        )
 
 
-def _spared(defended: Sequence[bool]) -> str:
-    count = sum(defended)
-    return f", {count} are answered otherwise, which the model at step 0 calls right" if count else ""
+def _count(flags: Sequence[bool], among: Sequence[bool]) -> int:
+    return sum(flag and counted for flag, counted in zip(flags, among, strict=True))
+
+
+def _is_too_much(num_forgotten: int, num_back: int, num_questions: int) -> bool:
+    chance = mcnemar_exact(num_forgotten, num_back) / 2  # one side of two
+    return num_forgotten - num_back > MAX_FORGOTTEN * num_questions and chance <= MAX_CHANCE

@@ -5,13 +5,11 @@
                                data.path. No reference answer is read, of a tree neither
 
 Either chooses among adapters and touches neither search nor pairs. A preference loss can fall while a model collapses. What
-a chain answers shows that, and the model's own votes on unlabelled questions need no gold to compare with. Some votes are
-wrong, and a model may learn past them: of a chain that left its vote the reference, the model at step 0, is asked for its
-verdicts, by `search.evaluator` as in a search.
+a chain answers shows that, and the model's own votes on unlabelled questions need no gold to compare with.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,42 +21,23 @@ from cpo_fast.config import Config
 from cpo_fast.data.examples import Example, Ids
 from cpo_fast.data.pair_files import TreeFileReader
 from cpo_fast.errors import ConfigError, DataError, failure_detail
-from cpo_fast.evaluate.chain import Chain, chain_search
+from cpo_fast.evaluate.chain import chain_search
 from cpo_fast.evaluate.evaluation import chains_side_by_side
 from cpo_fast.search.collect import build_engine, configured_engine
-from cpo_fast.search.engine import Engine, Search
-from cpo_fast.search.state_evaluator import Evaluator
-from cpo_fast.tasks import Prompts, Question, load_questions, load_task
+from cpo_fast.tasks import Prompts, load_questions, load_task
 from cpo_fast.train.communication import Communicator
 from cpo_fast.tree import SearchTree
-from cpo_kernels.integrations.transformers.model import reference_adapter
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DevQuestion:
-    """A question, its whole prompt in ids, and the normalised answer that a chain should give."""
+    """A question's whole prompt in ids, and the normalised answer that a chain should give."""
 
     id: str
-    text: str
     prompt_ids: Ids
     expected: str
-
-
-@dataclass(frozen=True)
-class DevAnswers:
-    """What chains answered, a flag for each question.
-
-    Attributes:
-        as_expected: the answer is the expected one. answered: the chain comes to an answer at all.
-        defended: the answer is another one, and the reference calls every line of the chain likely rather than impossible.
-            Asked only of doubted questions.
-    """
-
-    as_expected: list[bool]
-    answered: list[bool]
-    defended: list[bool]
 
 
 class DevQuestions:
@@ -87,73 +66,25 @@ class DevQuestions:
             trained |= {ids[:length] for ids in first.values()}
         return sum(question.prompt_ids in trained for question in self.questions)
 
-    def ask(
-        self, model: Any, communicator: Communicator, reference: str | None = None, doubted: Sequence[bool] = ()
-    ) -> DevAnswers:
+    def ask(self, model: Any, communicator: Communicator) -> tuple[list[bool], list[bool]]:
         """Ask every question, which the ranks take in turn.
 
-        Args:
-            reference: name of the adapter whose verdicts defend a chain, None for the base without one.
-            doubted: for each question whether a chain that answers otherwise than expected may be defended. Reference
-                answers need no defence, so it must be empty unless the metric is agreement.
+        Returns:
+            For each question whether it is answered as expected, and whether its chain comes to an answer at all.
 
         Raises:
             ConfigError: a rank could ask none of its questions.
         """
         rank, num_ranks = communicator.rank, communicator.world_size
         asked = self.questions[rank::num_ranks]
-        chains = self.chains(model, asked)
-        answers = {name: None if chain is None else chain.answer(self.prompts.task) for name, chain in chains.items()}
-        right = {question.id: self.is_as_expected(answers[question.id], question.expected) for question in asked}
-        accused = {}
-        for question, is_doubted in zip(asked, doubted[rank::num_ranks], strict=False):
-            chain = chains[question.id]
-            if is_doubted and chain is not None and answers[question.id] is not None and not right[question.id]:
-                accused[question] = chain
-        with reference_adapter(model, reference):
-            defended = self.defended(model, accused)
-        flags = torch.zeros(3, -(-len(self.questions) // num_ranks), dtype=torch.int64)
+        answers = self.answers(model, asked)
+        flags = torch.zeros(2, -(-len(self.questions) // num_ranks), dtype=torch.int64)
         for place, question in enumerate(asked):
-            name = question.id
-            flags[:, place] = torch.tensor([right[name], answers[name] is not None, name in defended])
-        gathered = communicator.gather(flags.reshape(-1).to(communicator.device)).cpu().view(num_ranks, 3, -1)
-        return DevAnswers(*gathered.permute(1, 2, 0).reshape(3, -1)[:, : len(self.questions)].bool().tolist())
-
-    def defended(self, model: Any, chains: Mapping[DevQuestion, Chain]) -> set[str]:
-        """Ids of the questions of whose chains the model, as it is, calls every line likely rather than impossible."""
-        if not chains:
-            return set()
-        search = self.config.search
-        middle = (search.value_likely + search.value_impossible) / 2
-
-        def judged(question: DevQuestion, chain: Chain) -> Search[bool]:
-            asked = Question(question.id, question.text)
-            evaluator = Evaluator(search, self.prompts, asked, f"{self.config.seed}/{question.id}")
-            lines = [line for line in chain.text.split("\n") if line.strip()]
-            for end in range(1, len(lines) + 1):
-                (verdict,) = yield from evaluator.evaluate([lines[:end]])
-                if verdict.value is None or verdict.value <= middle:
-                    return False
-            return True
-
-        longest = max(len(question.prompt_ids) + len(chain.token_ids) for question, chain in chains.items())
-        engine = self._engine(model, len(chains), longest + search.num_verdicts * search.max_verdict_tokens)
-        found: set[str] = set()
-        unjudged = []
-        searches = ((question.id, judged(question, chain)) for question, chain in chains.items())
-        for name, verdict, _ in engine.run(searches):
-            if isinstance(verdict, Exception):
-                unjudged.append(f"'{name}': {failure_detail(verdict)}")
-            elif verdict:
-                found.add(name)
-        if unjudged:
-            logger.warning(
-                "%d of %d chains that left their votes could not be judged and count as forgotten; the first, %s",
-                len(unjudged),
-                len(chains),
-                unjudged[0],
-            )
-        return found
+            answer = answers[question.id]
+            flags[0, place], flags[1, place] = self.is_as_expected(answer, question.expected), answer is not None
+        gathered = communicator.gather(flags.reshape(-1).to(communicator.device)).cpu().view(num_ranks, 2, -1)
+        as_expected, answered = gathered.permute(1, 2, 0).reshape(2, -1)[:, : len(self.questions)].bool().tolist()
+        return as_expected, answered
 
     def answers(self, model: Any, questions: Sequence[DevQuestion]) -> dict[str, str | None]:
         """What a greedy chain of the model answers to each of these questions, by its id; None where it comes to no answer.
@@ -161,32 +92,27 @@ class DevQuestions:
         Raises:
             ConfigError: none could be asked.
         """
-        chains = self.chains(model, questions).items()
-        return {name: None if chain is None else chain.answer(self.prompts.task) for name, chain in chains}
-
-    def chains(self, model: Any, questions: Sequence[DevQuestion]) -> dict[str, Chain | None]:
-        """A greedy chain of the model for each of these questions, by its id; None where it could not be asked.
-
-        Raises:
-            ConfigError: none could be asked.
-        """
         config, prompts = self.config, self.prompts
         caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
-        found: dict[str, Chain | None] = {question.id: None for question in questions}
+        found: dict[str, str | None] = {question.id: None for question in questions}
         if not found:
             return found
         searches = (
             (question.id, chain_search(prompts.tokenizer, question.prompt_ids, prompts.task, **caps))
             for question in questions
         )
+        # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
+        num_side_by_side = min(len(found), config.eval.batch_size)
         longest = max(len(question.prompt_ids) for question in questions) + config.eval.max_new_tokens
-        engine = self._engine(model, len(found), longest)
+        max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
+        make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
+        engine = build_engine(chains_side_by_side(config), prompts, model, make_engine)
         refused = []
         for name, chain, _ in engine.run(searches):
             if isinstance(chain, Exception):
                 refused.append(f"'{name}': {failure_detail(chain)}")
             else:
-                found[name] = chain
+                found[name] = chain.answer(prompts.task)
         if len(refused) == len(found):
             raise ConfigError(
                 f"train.stop_on={self.metric}: no question of {self.source} could be asked; the first, {refused[0]}"
@@ -199,13 +125,6 @@ class DevQuestions:
                 refused[0],
             )
         return found
-
-    def _engine(self, model: Any, num_asked: int, longest: int) -> Engine:
-        """An engine of its own each time, no larger than it must be: its memory is training's again afterwards."""
-        num_side_by_side = min(num_asked, self.config.eval.batch_size)
-        max_tokens = sum(map(len, self.prompts.prefixes)) + num_side_by_side * longest
-        make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
-        return build_engine(chains_side_by_side(self.config), self.prompts, model, make_engine)
 
 
 def load_dev_questions(
@@ -251,7 +170,7 @@ def _with_answers(config: Config, tokenizer: Any, held_out: Sequence[Example]) -
         logger.warning("%s", sentence)
     prompts = Prompts(task, tokenizer, section.chat)
     asked = [
-        DevQuestion(question.id, question.text, tuple(prompts.encode(question)), question.gold)
+        DevQuestion(question.id, tuple(prompts.encode(question)), question.gold)
         for question in questions
         if question.gold is not None
     ]
@@ -265,7 +184,7 @@ def _with_votes(config: Config, tokenizer: Any, held_out: Sequence[Example]) -> 
     trees, reader = voted_trees(config, held_out)
     prompts = Prompts(load_task(config), tokenizer, config.task.chat)
     asked = [
-        DevQuestion(tree.id, tree.question, tuple(tree.root_ids(reader.prompts[tree.prompt_hash])), tree.answer or "")
+        DevQuestion(tree.id, tuple(tree.root_ids(reader.prompts[tree.prompt_hash])), tree.answer or "")
         for tree in trees
     ]
     return DevQuestions(config, prompts, "agreement", config.train.dev_trees or config.data.path, asked)

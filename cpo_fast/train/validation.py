@@ -25,7 +25,6 @@ from cpo_fast.train.dev_questions import DevQuestions
 from cpo_fast.train.metrics import Metrics
 from cpo_fast.train.objective import Objective
 from cpo_fast.train.policy import Policy
-from cpo_kernels.integrations.transformers.packed import ADAPTER_OFF
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +132,10 @@ class Validator:
             summary = self._held_out_metrics(engine).summary().items()
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self.dev is not None:
+            as_expected, answered = self.dev.ask(self.policy.model, self.communicator)
+            values |= {f"eval_{self.dev.metric}": fmean(as_expected), "eval_answered": fmean(answered)}
             assert self.alarm is not None
-            reference = None if self.policy.reference == ADAPTER_OFF else self.policy.reference
-            doubted = self.alarm.known if self.dev.metric == "agreement" else ()
-            found = self.dev.ask(self.policy.model, self.communicator, reference, doubted)
-            values |= {f"eval_{self.dev.metric}": fmean(found.as_expected), "eval_answered": fmean(found.answered)}
-            text = self.alarm.update(step, found.as_expected, found.defended)
+            text = self.alarm.update(step, as_expected)
             if text is not None:
                 logger.warning("%s", text)
         return values

@@ -6,30 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from peft import LoraConfig, get_peft_model
 
-import cpo_fast
 from cpo_fast.cli.train import train_command
-from cpo_fast.config import Config, dump_config, load_config, validate_config
+from cpo_fast.config import Config, dump_config, validate_config
 from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
 from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.evaluate import evaluate
 from cpo_fast.models import load_model
-from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
-from cpo_fast.tasks import Prompts, Question, load_task
-from cpo_fast.train.communication import Communicator
-from cpo_fast.train.dev_questions import DevQuestion, DevQuestions, load_dev_questions
+from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.loop import train
 from cpo_fast.tree import SearchTree, read_trees
 from tests.golden.tiny_models import save_talker
 from tests.tiny import tiny_tokenizer
 
-DEMONSTRATION = Path(cpo_fast.__file__).parent / "demo" / "reasoner"
 SEARCHED = [f"How many are {first} + {second}?" for first in (1, 2, 3) for second in (4, 7)]
 DEV = [f"How many are {first} less {second}?" for first in (7, 12) for second in (1, 2, 3)]
 
@@ -268,60 +261,3 @@ def test_reference_answers_that_cannot_be_read_are_said(tmp_path: Path, caplog: 
     assert load_dev_questions(config, tiny_tokenizer(), (), (), 10**6) is not None
     assert "1 of 2 reference answers cannot be read by answer.kind=regex" in caplog.text
     assert f"the first is {dev}:2, '7'" in caplog.text
-
-
-def reasoner_under_an_adapter() -> tuple[Any, DevQuestions]:
-    """The demonstration's model with a drawn adapter, and 40 of its questions with a vote that no chain answers."""
-    paths = [f"model.path={DEMONSTRATION / 'base-0'}", f"task.file={DEMONSTRATION / 'plain.yaml'}"]
-    config = load_config(None, [*paths, "model.device=cpu", "search.evaluator=logits", "eval.max_new_tokens=96"])
-    base, tokenizer = load_model(config.model)
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.normal_(0, 0.13)
-    rows = [json.loads(line) for line in (DEMONSTRATION / "asked.jsonl").read_text().splitlines()[:40]]
-    prompts = Prompts(load_task(config), tokenizer, config.task.chat)
-    questions = [Question(str(row["id"]), row["question"]) for row in rows]
-    asked = [DevQuestion(one.id, one.text, tuple(prompts.encode(one)), "no number") for one in questions]
-    return model.eval(), DevQuestions(config, prompts, "agreement", "asked.jsonl", asked)
-
-
-@torch.no_grad()
-def calls_likely(model: Any, asked: DevQuestions, question: DevQuestion, lines: list[str]) -> bool:
-    """Whether a plain forward makes `likely` likelier than `impossible` after every line."""
-    for end in range(1, len(lines) + 1):
-        text = asked.prompts.verdict_text(Question(question.id, question.text), lines[:end])
-        ((ids, labels),) = asked.prompts.labels([text])
-        logps = []
-        for label in labels:
-            logits = model(torch.tensor([[*ids, *label]])).logits[0].double().log_softmax(-1)
-            logps.append(sum(logits[len(ids) + place - 1, token].item() for place, token in enumerate(label)))
-        if logps[0] <= logps[1]:
-            return False
-    return True
-
-
-def test_a_chain_that_leaves_its_vote_is_defended_where_the_base_calls_every_line_of_it_likely() -> None:
-    """And only there, of doubted questions alone: by plain forwards with the adapter off."""
-    alone = Communicator(Ranks(), torch.device("cpu"))
-    model, asked = reasoner_under_an_adapter()
-    chains = asked.chains(model, asked.questions)
-    found = asked.ask(model, alone, None, [True] * len(asked.questions))
-    assert not any(found.as_expected)
-    by_policy = 0
-    for question, answered, spared in zip(asked.questions, found.answered, found.defended, strict=True):
-        chain = chains[question.id]
-        assert chain is not None
-        assert answered is (chain.answer(asked.prompts.task) is not None)
-        lines = [line for line in chain.text.split("\n") if line]
-        with model.disable_adapter():
-            assert spared is (answered and calls_likely(model, asked, question, lines)), (question.id, lines)
-        by_policy += spared is not (answered and calls_likely(model, asked, question, lines))
-    assert 5 < sum(found.defended) < sum(found.answered) - 5
-    assert by_policy > 0  # with the adapter on some verdicts are others, so that this test sees whose they are
-    doubted = [place % 2 == 0 for place in range(len(asked.questions))]
-    half = asked.ask(model, alone, None, doubted).defended
-    assert half == [spared and of_these for spared, of_these in zip(found.defended, doubted, strict=True)]
-    assert not any(asked.ask(model, alone).defended)
