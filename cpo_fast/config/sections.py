@@ -456,7 +456,7 @@ class TrainConfig(Section):
         description="stop early after so many validations past the warm-up without a better one; null: train to the end",
     )
     alarm_nats: float = Field(
-        0.1,
+        0.5,
         gt=0,
         description="warn of a collapse when a tenth of the chosen responses lost so many nats a token since the start",
     )
