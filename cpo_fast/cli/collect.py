@@ -47,15 +47,13 @@ def collect_command(
         _import(config, official_path, as_json)
         return
     from cpo_fast.environment import environment_kept
-    from cpo_fast.models import check_model_path
     from cpo_fast.search.collect import collect
     from cpo_fast.search.state_evaluator import check_evaluator
     from cpo_fast.search.tree_store import find_worker
     from cpo_fast.tasks import load_questions
 
     worker = find_worker(worker_option, os.environ)
-    task, _ = load_questions(config)  # a bad question file or model is reported before torch is loaded
-    check_model_path(config.model.path)
+    task, _ = load_questions(config)  # a bad question file is reported before torch is loaded
     check_evaluator(config.search, task)
     with environment_kept(config.run, "collect"), QuestionLines() as lines:
         result = collect(config, progress=lines, worker=worker)

@@ -64,9 +64,7 @@ def _evaluate(settings: Config, as_json: bool) -> None:
 
     from cpo_fast.environment import environment_kept
     from cpo_fast.evaluate import evaluate_methods, run_overview
-    from cpo_fast.models import check_model_path
 
-    check_model_path(settings.model.path)  # before the libraries load
     kept = "evaluations that were finished are kept; the same command asks again"
     with environment_kept(settings.run, "eval"), stopped_by_signals(kept), stage("evaluation") as shown:
         evaluations = evaluate_methods(settings, on_question=partial(shown.at, unit="questions"))

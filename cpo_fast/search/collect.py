@@ -54,8 +54,9 @@ def load_searched_model(config: Config) -> tuple[Any, Any]:
             "search.merge_adapter: there is no adapter to merge; set model.adapter to its folder, or "
             "search.merge_adapter=false"
         )
-    from cpo_fast.models import check_forest_adapter, load_model
+    from cpo_fast.models import check_forest_adapter, check_model_path, load_model
 
+    check_model_path(config.model.path)  # before libraries load
     if config.model.adapter is not None and config.search.engine == "arena" and not config.search.merge_adapter:
         check_forest_adapter(config.model)
     return load_model(config.model)

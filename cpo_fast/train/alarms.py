@@ -125,20 +125,19 @@ class ChainAlarm:
             self._best, self._best_step = sum(as_expected), step
         if self.raised_at is not None:
             return None
-        num_forgotten, num_back = _count(forgotten, self._start), _count(back, self._start)
-        which = f"the {sum(self._start)} questions that they answered as expected before training"
-        if not self._is_too_much(num_forgotten, num_back, sum(self._start)):
-            num_forgotten, num_back = sum(forgotten), sum(back)
-            which = f"{len(as_expected)} questions"
-            if not self._is_too_much(num_forgotten, num_back, len(as_expected)):
+        num_gone, num_back, num_known = _count(forgotten, self._start), _count(back, self._start), sum(self._start)
+        said = f"of the {num_known} questions that chains answered as expected before training {num_gone} are forgotten"
+        if not self._is_too_much(num_gone, num_back, num_known):
+            num_gone, num_back, num_known = sum(forgotten), sum(back), len(as_expected)
+            said = f"of {num_known} questions {num_gone} are forgotten that chains answered as expected before"
+            if not self._is_too_much(num_gone, num_back, num_known):
                 return None
         self.raised_at = step
         now, best = (count / len(as_expected) for count in (sum(as_expected), self._best))
         self.text = (
-            f"step {step}: of {which} chains have forgotten {num_forgotten} that they answered as expected once "
-            f"({num_back} others came back); the model may be beginning to collapse, whatever the loss says. Their "
-            f"{self.metric} is {now:.1%} and was {best:.1%} after step {self._best_step}; use the best adapter, which the "
-            "run keeps, or train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
+            f"step {step}: {said} ({num_back} others came back); the model may be beginning to collapse, whatever the loss "
+            f"says. Their {self.metric} is {now:.1%} and was {best:.1%} after step {self._best_step}; use the best "
+            "adapter, which the run keeps, or train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
         )
         return self.text
 
