@@ -14,6 +14,7 @@ from cpo_fast.config import SearchConfig
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.cuda_graph_batch import CudaGraphBatch
 from cpo_fast.search.engine.decode_batch import DecodeBatch
+from cpo_fast.search.engine.requests import SampleRequest
 from cpo_fast.search.engine.stopping import StopChecker
 
 OURS = "ours"
@@ -27,10 +28,10 @@ class FixedLength(StopChecker):
     def __init__(self) -> None:
         pass
 
-    def append(self, token: int, generated: list[int], max_new_tokens: int) -> Any:
+    def append(self, token: int, generated: list[int], request: SampleRequest) -> Any:
         """Append the token; the line ends when it is full."""
         generated.append(token)
-        return "length" if len(generated) >= max_new_tokens else None
+        return "length" if len(generated) >= request.max_new_tokens else None
 
     def text(self, ids: list[int]) -> str:
         """Nothing reads it."""

@@ -1,4 +1,4 @@
-"""A greedy chain: generated line by line through the search engine, and read token by token.
+"""A greedy chain: generated through the search engine, and read token by token.
 
 A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
 
@@ -108,15 +108,24 @@ def chain_search(
     if min(max_new_tokens, max_steps) < 1:
         raise ValueError(f"expected caps >= 1, got {max_new_tokens=}, {max_steps=}")
     reader = ChainReader(tokenizer, task, max_steps, max_new_tokens)
-    # line by line, because a request to an engine ends at a newline
-    while reader.stop is None:
-        state = (*prompt, *reader.token_ids)
-        num_left = max_new_tokens - len(reader.token_ids)
-        # greedy: no random number is drawn, so the name does not matter; kept, because the next line continues it
-        (line,) = yield Requests((SampleRequest(state, "greedy", 0.0, 1.0, num_left),), keep=True)
-        assert isinstance(line, Sample), "a request is answered by a sample"
-        for token in line.token_ids:
+    num_read = 0  # before the request under way
+
+    def goes_on(generated: Sequence[int]) -> bool:
+        for token in generated[len(reader.token_ids) - num_read :]:
             reader.add(token)
-        if line.stop == "eos":
+        return reader.stop is None
+
+    # one request for all lines, so that none is read a second time; an engine that ends at a newline is asked again
+    while reader.stop is None:
+        num_read = len(reader.token_ids)
+        # greedy: no random number is drawn, so the name does not matter; kept, because a next request continues it
+        request = SampleRequest(
+            (*prompt, *reader.token_ids), "greedy", 0.0, 1.0, max_new_tokens - num_read, goes_on=goes_on
+        )
+        (lines,) = yield Requests((request,), keep=True)
+        assert isinstance(lines, Sample), "a request is answered by a sample"
+        for token in lines.token_ids[len(reader.token_ids) - num_read :]:
+            reader.add(token)
+        if lines.stop == "eos":
             reader.end_sequence()
     return reader.chain()

@@ -96,6 +96,7 @@ def item_digest(item: SampleRequest | ScoreRequest) -> str:
     """32 hex digits that name everything an answer follows from."""
     digest = hashlib.sha256(array("q", item.token_ids).tobytes())
     if isinstance(item, SampleRequest):
+        assert item.goes_on is None, "when it ends depends on more than the request says"
         sampling = (item.temperature, item.top_p, item.max_new_tokens, item.top_k, item.repetition_penalty)
         # ids come from files, which may hold half a surrogate pair
         digest.update(repr(("request", item.uid, *sampling)).encode("utf-8", "backslashreplace"))

@@ -103,6 +103,8 @@ def test_chains_alone_side_by_side_and_of_plain_generate_are_the_same(model_and_
         ids = single[name].token_ids
         plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
         assert tuple(plain[0, len(prompt) : len(prompt) + len(ids)].tolist()) == ids
+    begin = tuple(prompts[PROMPTS[0]][:2])
+    num_shared = sum(2 for prompt in prompts.values() if tuple(prompt[:2]) == begin)
     for at_once in (1, 2, 5):
         config = SearchConfig(arena_tokens=2000, questions_in_flight=at_once)
         engine = ArenaEngine(model, tokenizer, config)
@@ -111,6 +113,8 @@ def test_chains_alone_side_by_side_and_of_plain_generate_are_the_same(model_and_
         # keys of one shared node are read once for all that run, so fewer steps than tokens show that they ran together
         counts = engine.scheduler.batch.counts
         assert (counts.num_steps == counts.num_tokens) == (at_once == 1)
+        # every prompt once, but for its last token, which the first step reads, and what is kept for all; no line again
+        assert engine.scheduler.num_prefilled == sum(len(prompt) - 1 for prompt in prompts.values()) - num_shared
     assert len({chain.token_ids for chain in single.values()}) == len(prompts), "the same to all would prove nothing"
     assert any(chain.text.count("\n") > 1 for chain in single.values()), "chains of one line would prove nothing"
     assert {chain.stop for chain in single.values()} == {"eos", "max_steps", "max_new_tokens"}

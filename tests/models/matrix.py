@@ -147,10 +147,10 @@ def with_lora(model: nn.Module, model_type: str, seed: int = 1) -> nn.Module:
 class CapOnly:
     """Ends a line at the cap alone."""
 
-    def append(self, token: int, generated: list[int], max_new_tokens: int) -> str | None:
+    def append(self, token: int, generated: list[int], request: SampleRequest) -> str | None:
         """As `StopChecker.append`."""
         generated.append(token)
-        return "length" if len(generated) >= max_new_tokens else None
+        return "length" if len(generated) >= request.max_new_tokens else None
 
     def text(self, ids: list[int]) -> str:
         """The ids as words."""

@@ -39,9 +39,9 @@ class IdleRunner(ModelRunner):
 class RandomEnds(StopChecker):
     """A line ends with one token in ten."""
 
-    def append(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
+    def append(self, token: int, generated: list[int], request: SampleRequest) -> Stop | None:
         generated.append(token)
-        return "newline" if token % 10 == 0 else "length" if len(generated) == max_new_tokens else None
+        return "newline" if token % 10 == 0 else "length" if len(generated) == request.max_new_tokens else None
 
 
 def searches(few_shot: Ids, evaluator: Ids, **sampling: Any) -> list[tuple[str, Search[int]]]:

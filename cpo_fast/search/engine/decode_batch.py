@@ -190,7 +190,7 @@ class DecodeBatch:
             one.failed = token == NOT_FINITE
             if not one.failed:
                 one.logps.append(logp)
-                one.stop = self._stop_checker.append(token, one.generated, one.request.max_new_tokens)
+                one.stop = self._stop_checker.append(token, one.generated, one.request)
         ended = [one for one in requests if one.failed or one.stop is not None]
         if ended:
             self.drop(ended)

@@ -204,7 +204,7 @@ class _Line:
             logits, uniform, request.temperature, request.top_p, request.top_k, request.repetition_penalty, seen
         )
         self.logps.append(float(log_probs(logits)[token]))
-        self.stop = stop_checker.append(token, self.generated, request.max_new_tokens)
+        self.stop = stop_checker.append(token, self.generated, request)
 
 
 def _select(cache: Any, rows: list[int]) -> Any:

@@ -6,7 +6,7 @@ engine, so one engine can keep many searches going and put what they ask into co
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -25,6 +25,8 @@ class SampleRequest:
         temperature: 0 is greedy. top_p: nucleus mass. max_new_tokens: the cap. With 0 the sample is empty.
         top_k: only so many of the likeliest tokens. 0 is all. repetition_penalty: of every token in the prompt or
             generated so far, as Hugging Face defines it. 1 is none.
+        goes_on: asked with the ids generated so far after each token that holds a newline, in order, whether more are to
+            come. None: generation ends at the first.
     """
 
     token_ids: tuple[int, ...]
@@ -34,6 +36,7 @@ class SampleRequest:
     max_new_tokens: int
     top_k: int = 0
     repetition_penalty: float = 1.0
+    goes_on: Callable[[Sequence[int]], bool] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled line.
+    """One sampled line, or as many as were asked for.
 
     Attributes:
         token_ids: the ids as generated, the newline's token kept whole, end-of-sequence left out.

@@ -1,13 +1,14 @@
-"""When a generated line ends, and what its ids are as text."""
+"""When what is generated ends, and what its ids are as text."""
 
 from functools import lru_cache
 from typing import Any
 
+from cpo_fast.search.engine.requests import SampleRequest
 from cpo_fast.tree import Stop
 
 
 class StopChecker:
-    """Ends lines for one model and tokenizer: at a newline, at end-of-sequence, at the cap.
+    """Ends requests for one model and tokenizer: at a newline, at end-of-sequence, at the cap.
 
     Args:
         model: gives the end-of-sequence ids of its configuration and its generation configuration.
@@ -20,16 +21,16 @@ class StopChecker:
         self._has_newline: dict[int, bool] = {}  # by token id, each decoded once
         self._text = lru_cache(maxsize=4096)(self._decoded)  # samples of a state often say the same
 
-    def append(self, token: int, generated: list[int], max_new_tokens: int) -> Stop | None:
-        """Append a token to a line, unless it is end-of-sequence. Why the line ends with it, or None."""
+    def append(self, token: int, generated: list[int], request: SampleRequest) -> Stop | None:
+        """Append a token to what a request has generated, unless it is end-of-sequence. Why that ends with it, or None."""
         if token in self._eos_ids:
             return "eos"
         generated.append(token)
         if token not in self._has_newline:
             self._has_newline[token] = "\n" in self.text([token])
-        if self._has_newline[token]:
+        if self._has_newline[token] and (request.goes_on is None or not request.goes_on(generated)):
             return "newline"  # before the cap: a line that ends with its last token is whole
-        return "length" if len(generated) >= max_new_tokens else None
+        return "length" if len(generated) >= request.max_new_tokens else None
 
     def text(self, ids: list[int]) -> str:
         """The ids as text, special tokens kept."""
