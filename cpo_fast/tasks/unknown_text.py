@@ -34,7 +34,7 @@ def unknown_piece(tokenizer: Any, text: str, token_ids: Sequence[int]) -> str | 
 
 def unknown_questions(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> str | None:
     """A sentence for the user where the tokenizer does not know the texts of questions, by `(name, text)`; else None."""
-    asked = list(asked)
+    asked = [(name, text) for name, text in asked if _is_unicode(text)]
     encoded = tokenizer([text for _, text in asked])["input_ids"] if asked else []
     found = [
         (name, piece)
@@ -42,6 +42,14 @@ def unknown_questions(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> str |
         if (piece := unknown_piece(tokenizer, text, ids)) is not None
     ]
     return unknown_sentence(tokenizer, f"{len(found)} of {len(asked)} questions", *found[0]) if found else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which no tokenizer reads: its question fails by itself
+        return False
+    return True
 
 
 def unknown_sentence(tokenizer: Any, where: str, name: str, piece: str) -> str:
