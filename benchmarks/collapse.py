@@ -64,52 +64,35 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "sft 3e-3, 14 steps, seed 8": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
     "cpo 7e-3, 12 steps, seed 9": (1, {"lr": 7e-3, "max_steps": 12}),
     "cpo 1e-3, 24 steps, seed 10": (1, {"lr": 1e-3, "max_steps": 24}),
-    "cpo 5e-3, 14 steps, seed 11": (1, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 12": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "cpo 1e-2, 10 steps, seed 13": (1, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
-    "sft 1e-3, 24 steps, seed 14": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "cpo 3e-3, 20 steps, seed 15": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-4, 24 steps, seed 16": (1, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 17": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
-    "sft 5e-4, 24 steps, seed 18": (1, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "fpo 3e-3, 14 steps, seed 19": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 20": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "fpo 5e-3, 10 steps, seed 21": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
-    "sft 3e-3, 14 steps, seed 22": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
-    "cpo 5e-3, 14 steps, seed 23": (1, {"lr": 5e-3, "max_steps": 14, "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 24": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "cpo 1e-2, 10 steps, seed 25": (1, {"lr": 1e-2, "max_steps": 10, "eval_every": 1}),
-    "sft 1e-3, 24 steps, seed 26": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "cpo 3e-3, 20 steps, seed 27": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-4, 24 steps, seed 28": (1, {"lr": 7e-4, "max_steps": 24, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 29": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
-    "sft 5e-4, 24 steps, seed 30": (1, {"lr": 5e-4, "max_steps": 24, "method": "sft", "eval_every": 1}),
-    "fpo 3e-3, 14 steps, seed 31": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo", "eval_every": 1}),
-    "cpo 1e-3, 24 steps, seed 32": (1, {"lr": 1e-3, "max_steps": 24, "eval_every": 1}),
-    "fpo 5e-3, 10 steps, seed 33": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo", "eval_every": 1}),
-    "sft 3e-3, 14 steps, seed 34": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft", "eval_every": 1}),
     "cpo 3e-3, 20 steps, seed 35": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
     "cpo 7e-3, 12 steps, seed 36": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
 }
-DECLARED: dict[str, dict[str, Any]] = {
-    "cpo 5e-3, 14 steps": {"lr": 5e-3, "max_steps": 14},
-    "cpo 1e-3, 24 steps": {"lr": 1e-3, "max_steps": 24},
-    "cpo 1e-2, 10 steps": {"lr": 1e-2, "max_steps": 10},
-    "sft 1e-3, 24 steps": {"lr": 1e-3, "max_steps": 24, "method": "sft"},
-    "cpo 3e-3, 20 steps": {"lr": 3e-3, "max_steps": 20},
-    "cpo 7e-4, 24 steps": {"lr": 7e-4, "max_steps": 24},
-    "cpo 7e-3, 12 steps": {"lr": 7e-3, "max_steps": 12},
-    "sft 5e-4, 24 steps": {"lr": 5e-4, "max_steps": 24, "method": "sft"},
-    "fpo 3e-3, 14 steps": {"lr": 3e-3, "max_steps": 14, "rule": "fpo"},
-    "sft 2e-3, 20 steps": {"lr": 2e-3, "max_steps": 20, "method": "sft"},
-    "fpo 5e-3, 10 steps": {"lr": 5e-3, "max_steps": 10, "rule": "fpo"},
-    "sft 3e-3, 14 steps": {"lr": 3e-3, "max_steps": 14, "method": "sft"},
+# each with the seeds from a first one on; the tenth was another one at first
+GRID: list[tuple[str, dict[str, Any]]] = [
+    ("cpo 5e-3, 14 steps", {"lr": 5e-3, "max_steps": 14}),
+    ("cpo 1e-3, 24 steps", {"lr": 1e-3, "max_steps": 24}),
+    ("cpo 1e-2, 10 steps", {"lr": 1e-2, "max_steps": 10}),
+    ("sft 1e-3, 24 steps", {"lr": 1e-3, "max_steps": 24, "method": "sft"}),
+    ("cpo 3e-3, 20 steps", {"lr": 3e-3, "max_steps": 20}),
+    ("cpo 7e-4, 24 steps", {"lr": 7e-4, "max_steps": 24}),
+    ("cpo 7e-3, 12 steps", {"lr": 7e-3, "max_steps": 12}),
+    ("sft 5e-4, 24 steps", {"lr": 5e-4, "max_steps": 24, "method": "sft"}),
+    ("fpo 3e-3, 14 steps", {"lr": 3e-3, "max_steps": 14, "rule": "fpo"}),
+    ("cpo 1e-3, 24 steps", {"lr": 1e-3, "max_steps": 24}),
+    ("fpo 5e-3, 10 steps", {"lr": 5e-3, "max_steps": 10, "rule": "fpo"}),
+    ("sft 3e-3, 14 steps", {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
+]
+LATER = [*GRID[:9], ("sft 2e-3, 20 steps", {"lr": 2e-3, "max_steps": 20, "method": "sft"}), *GRID[10:]]
+RUNS |= {
+    f"{name}, {base}seed {seed}": (part, options | {"eval_every": 1} | more)
+    for part, grid, first_seed, base, more in (
+        (1, GRID, 11, "", {}),
+        (1, GRID, 23, "", {}),
+        (2, LATER, 37, "base-0, ", {"base": "base-0"}),
+        (3, LATER, 49, "base-1, ", {"base": "base-1"}),
+    )
+    for seed, (name, options) in enumerate(grid, first_seed)
 }
-for part, base, first_seed in ((2, "base-0", 37), (3, "base-1", 49)):
-    RUNS |= {
-        f"{name}, {base}, seed {seed}": (part, options | {"eval_every": 1, "base": base})
-        for seed, (name, options) in enumerate(DECLARED.items(), first_seed)
-    }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
         "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
 

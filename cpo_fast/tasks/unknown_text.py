@@ -11,7 +11,7 @@ def unknown_token(tokenizer: Any) -> str | None:
     """What the tokenizer writes for text that it does not know, None where it has no such token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # a tokenizer that was made from a file need not say what its model falls back to
-    token = getattr(getattr(backend, "model", None), "unk_token", None) or tokenizer.unk_token
+    token = getattr(getattr(backend, "model", None), "unk_token", None) or getattr(tokenizer, "unk_token", None)
     return None if token is None else str(token)
 
 
@@ -22,9 +22,11 @@ def unknown_piece(tokenizer: Any, text: str, token_ids: Sequence[int]) -> str | 
         text: a plain text. token_ids: those that the tokenizer gives for it, special tokens included.
     """
     token = unknown_token(tokenizer)
-    if token is None or not tokenizer.is_fast or tokenizer.convert_tokens_to_ids(token) not in token_ids:
+    if token is None or not getattr(tokenizer, "is_fast", False):
         return None
     unknown = tokenizer.convert_tokens_to_ids(token)
+    if unknown not in token_ids:
+        return None
     encoded = tokenizer(text, return_offsets_mapping=True)
     pieces = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     # a special token that is put around a text spans none of it, and may be the same token
@@ -34,6 +36,8 @@ def unknown_piece(tokenizer: Any, text: str, token_ids: Sequence[int]) -> str | 
 
 def unknown_questions(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> str | None:
     """A sentence for the user where the tokenizer does not know the texts of questions, by `(name, text)`; else None."""
+    if unknown_token(tokenizer) is None:
+        return None
     asked = [(name, text) for name, text in asked if _is_unicode(text)]
     encoded = tokenizer([text for _, text in asked])["input_ids"] if asked else []
     found = [
