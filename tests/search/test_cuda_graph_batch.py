@@ -6,7 +6,8 @@ comes out wrong.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,31 @@ def test_searches_equal_those_of_the_plain_batch(changes: dict[str, int], record
     few_shot, prompts = forked_prompts(12)
     expected = run_searches_of(plain_engine(small_model()), few_shot, prompts)
     assert_same_searches(run_searches_of(graph_engine(small_model(), record, **changes), few_shot, prompts), expected)
+
+
+@pytest.mark.parametrize("make_engine", [plain_engine, graph_engine])
+def test_a_request_goes_on_past_newlines_as_long_as_it_is_told_to(make_engine: Callable[[Any], ArenaEngine]) -> None:
+    """To its third token with a newline; the tokens are those of lines that are asked for one after the other."""
+    newlines = {token for token in range(len(TOKENIZER)) if "\n" in TOKENIZER.decode([token])}
+
+    def two_more(generated: Sequence[int]) -> bool:
+        assert generated[-1] in newlines
+        return sum(token in newlines for token in generated) < 3
+
+    _, prompts = forked_prompts(5)
+    model, lengths = small_model(), []
+    for request in sampled(prompts, copies=1, temperature=0.0, max_new_tokens=400):
+        ids: tuple[int, ...] = ()
+        for _ in range(3):
+            cap = 400 - len(ids)
+            (line,) = ask(make_engine(model), [replace(request, token_ids=request.token_ids + ids, max_new_tokens=cap)])
+            ids += line.token_ids
+            if line.stop != "newline":
+                break
+        (lines,) = ask(make_engine(model), [replace(request, goes_on=two_more)])
+        assert (lines.token_ids, lines.stop) == (ids, line.stop)
+        lengths.append(sum(token in newlines for token in ids))
+    assert max(lengths) > 1, lengths  # else going on would not be seen
 
 
 @pytest.mark.parametrize(
