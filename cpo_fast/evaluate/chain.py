@@ -109,10 +109,16 @@ def chain_search(
         raise ValueError(f"expected caps >= 1, got {max_new_tokens=}, {max_steps=}")
     reader = ChainReader(tokenizer, task, max_steps, max_new_tokens)
     num_read = 0  # before the request under way
+    failure: Exception | None = None
 
     def goes_on(generated: Sequence[int]) -> bool:
-        for token in generated[len(reader.token_ids) - num_read :]:
-            reader.add(token)
+        nonlocal failure
+        try:
+            for token in generated[len(reader.token_ids) - num_read :]:
+                reader.add(token)
+        except Exception as error:  # of a task's own code, say: raised below, as here it would end every other search
+            failure = error
+            return False
         return reader.stop is None
 
     # one request for all lines, so that none is read a second time; an engine that ends at a newline is asked again
@@ -124,6 +130,8 @@ def chain_search(
         )
         (lines,) = yield Requests((request,), keep=True)
         assert isinstance(lines, Sample), "a request is answered by a sample"
+        if failure is not None:
+            raise failure
         for token in lines.token_ids[len(reader.token_ids) - num_read :]:
             reader.add(token)
         if lines.stop == "eos":

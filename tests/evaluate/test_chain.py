@@ -120,6 +120,27 @@ def test_chains_alone_side_by_side_and_of_plain_generate_are_the_same(model_and_
     assert {chain.stop for chain in single.values()} == {"eos", "max_steps", "max_new_tokens"}
 
 
+def test_a_task_that_fails_on_one_chain_ends_that_chain_alone(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks may be code of the user's own, which reads lines while other chains are under way."""
+    model, tokenizer = model_and_tokenizer
+    failing, caps = get_task("svamp"), {"max_new_tokens": 40, "max_steps": 4}
+
+    def fails(line: str) -> bool:
+        raise ZeroDivisionError("a fault of the task")
+
+    monkeypatch.setattr(failing, "is_answer_line", fails)
+    tasks = {PROMPTS[0]: failing} | dict.fromkeys(PROMPTS[1:], TASK)
+    engine = ArenaEngine(model, tokenizer, SearchConfig(arena_tokens=2000, questions_in_flight=len(tasks)))
+    searches = (
+        (text, chain_search(tokenizer, tokenizer(text).input_ids, task, **caps)) for text, task in tasks.items()
+    )
+    found = {name: chain for name, chain, _ in engine.run(searches)}
+    assert isinstance(found.pop(PROMPTS[0]), ZeroDivisionError)
+    assert all(isinstance(chain, Chain) for chain in found.values())
+
+
 @pytest.mark.parametrize("caps", [{"max_new_tokens": 0, "max_steps": 1}, {"max_new_tokens": 1, "max_steps": 0}])
 def test_caps_below_one_are_refused(caps: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected caps"):
