@@ -37,8 +37,12 @@ from cpo_fast.search.tree_search import search_question
 from cpo_fast.tasks import Prompts, load_questions
 from cpo_fast.tree import SearchTree, read_trees
 
-# difference over movement, both in Euclidean norm; measured on the reasoner: 5e-6 after 5 steps, 2e-6 after 30
+# Difference over movement, both in Euclidean norm, without the thousandth of weights that differ most: AdamW makes a whole
+# step of a gradient that is nothing but rounding. Measured: 4e-7 on the reasoner after 30 steps, 2e-5 on SmolLM2 after one.
 MAX_ADAPTER_DIFFERENCE = 1e-4
+LEFT_OUT = 1e-3
+# of all weights; measured: 2e-6 and 5e-4. TRL in float32 is 4e-3 from itself in float64
+MAX_WHOLE_DIFFERENCE = 5e-3
 
 
 class NamedNumbers(LogitsProcessor):
@@ -61,7 +65,7 @@ class NamedNumbers(LogitsProcessor):
 def check(folder: Path, num_trees: int) -> list[Check]:
     """All comparisons. `num_trees` of our trees are grown again in each of the two other ways."""
     collect, asked = (load_config(folder / f"{name}.yaml") for name in ("collect", "asked"))
-    return [*_trees(collect, folder, num_trees), _training(collect, folder), *_chains(asked, folder)]
+    return [*_trees(collect, folder, num_trees), *_training(collect, folder), *_chains(asked, folder)]
 
 
 def _trees(config: Config, folder: Path, count: int) -> list[Check]:
@@ -93,7 +97,7 @@ def _shape(tree: Any) -> Any:
     return nodes, tree.winning_nodes, tree.answer
 
 
-def _training(config: Config, folder: Path) -> Check:
+def _training(config: Config, folder: Path) -> list[Check]:
     """How far both adapters are from each other, over how far ours has moved from the start."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -104,15 +108,21 @@ def _training(config: Config, folder: Path) -> Check:
         LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"),
     ))  # fmt: skip
     ours, theirs = (load_file(adapter_of(folder, side) / "adapter_model.safetensors") for side in (OURS, THEIRS))
-    error = distance(ours, theirs) / distance(ours, start)
-    return Check("adapter unlike TRL's, over its movement", error, MAX_ADAPTER_DIFFERENCE)
+    movement, whole = distance(ours, start), distance(ours, theirs)
+    most = distance(ours, theirs, LEFT_OUT)
+    name = "adapter unlike TRL's, over its movement"
+    return [
+        Check(name, most / movement, MAX_ADAPTER_DIFFERENCE),
+        Check(f"{name}, with what rounding decides", whole / movement, MAX_WHOLE_DIFFERENCE),
+    ]
 
 
-def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """Euclidean, over all weights; infinite where names differ."""
+def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], left_out: float = 0.0) -> float:
+    """Euclidean, over all weights but the share that differs most; infinite where names differ."""
     if one.keys() != other.keys():
         return float("inf")
-    return float(torch.stack([(one[name] - other[name]).double().norm() for name in one]).norm())
+    gaps = torch.cat([(one[name] - other[name]).double().abs().flatten() for name in one]).sort().values
+    return float(gaps[: len(gaps) - int(left_out * len(gaps))].norm())
 
 
 def _chains(config: Config, folder: Path) -> list[Check]:

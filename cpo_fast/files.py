@@ -16,17 +16,23 @@ from typing import Any, BinaryIO
 
 from cpo_fast.errors import DataError
 
+# made once: `json.dumps` makes one for every value
+_READABLE, _ESCAPED = (
+    json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=False)
+    for ascii_only in (False, True)
+)
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal bytes. Raises ValueError on NaN or infinity.
 
     Text stays readable in any script. A value with a lone surrogate, which UTF-8 cannot hold, is escaped to ASCII.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = _READABLE.encode(value)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        text = _ESCAPED.encode(value)
     return text
 
 
@@ -168,11 +174,16 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     write_atomic(path, "".join(canonical_json(row) + "\n" for row in rows))
 
 
-def append_line(path: str | Path, value: Any) -> None:
-    """Append one canonical JSON line and fsync: after return it survives a crash."""
+def append_line(path: str | Path, value: Any, durable: bool = True) -> None:
+    """Append one canonical JSON line by one write, and fsync: after return it survives a crash of the machine.
+
+    Args:
+        durable: False leaves the fsync out: it survives the end of the process alone.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.write((canonical_json(value) + "\n").encode("utf-8"))
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())

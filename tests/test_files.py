@@ -1,6 +1,7 @@
 """JSON lines survive any text, any crash between lines, and name the line that does not."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_appended_lines_and_a_torn_tail(tmp_path: Path) -> None:
     assert [row["n"] for _, row in read_jsonl(path, drop_torn_tail=True)] == [1, 2]
     with pytest.raises(DataError, match=r"a\.jsonl:3: the line is not valid JSON"):
         list(read_jsonl(path))
+
+
+def test_a_line_waits_for_the_disk_unless_it_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    append_line(tmp_path / "a.jsonl", {"n": 1})
+    assert len(synced) == 1
+    append_line(tmp_path / "a.jsonl", {"n": 2}, durable=False)
+    assert len(synced) == 1
+    assert (tmp_path / "a.jsonl").read_text() == '{"n":1}\n{"n":2}\n'
 
 
 def test_byte_order_mark_and_blank_lines_are_read_over(tmp_path: Path) -> None:

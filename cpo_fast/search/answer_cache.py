@@ -37,7 +37,8 @@ class AnswerFiles:
         """The answer that an earlier run noted for an item of a question, or None."""
         if name not in self._known:
             self._known[name] = self._read(name)
-        return self._known[name].get(item_digest(item))
+        known = self._known[name]
+        return known.get(item_digest(item)) if known else None
 
     def put(self, name: str, item: SampleRequest | ScoreRequest, answer: Answer) -> None:
         value: Any = answer if isinstance(answer, list) else vars(answer)

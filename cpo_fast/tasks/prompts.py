@@ -111,8 +111,9 @@ class Prompts:
         """As `encode_text`, for many prompts and at least one, by one call of the tokenizer."""
         if self.chat:
             return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        encoded = self.tokenizer(list(texts))["input_ids"]
-        return [_without_end(self.tokenizer, list(ids), text) for ids, text in zip(encoded, texts, strict=True)]
+        encoded = self.tokenizer(list(texts), return_attention_mask=False)["input_ids"]
+        end = self.tokenizer.eos_token_id, self.tokenizer.eos_token
+        return [_without_end(list(ids), text, *end) for ids, text in zip(encoded, texts, strict=True)]
 
     def _user_turn(self, content: str) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -152,12 +153,12 @@ def with_clock(template: str) -> str:
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a plain text that something will continue, with the special tokens that its tokenizer puts in front."""
-    return _without_end(tokenizer, list(tokenizer(text)["input_ids"]), text)
+    return _without_end(list(tokenizer(text)["input_ids"]), text, tokenizer.eos_token_id, tokenizer.eos_token)
 
 
-def _without_end(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+def _without_end(ids: list[int], text: str, eos_token_id: int | None, eos_token: str) -> list[int]:
     # some tokenizers append an end-of-sequence, but the text goes on
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+    if ids and ids[-1] == eos_token_id and not text.endswith(eos_token):
         ids.pop()
     return ids
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import end_to_end
 from benchmarks.end_to_end import OURS, STAGES, THEIRS, in_process, main, table_rows, within_one_pass
-from benchmarks.end_to_end_check import check
+from benchmarks.end_to_end_check import check, distance
 from benchmarks.harness import Check, InexactError, gate
 from cpo_fast.config import load_config, validate_config
 
@@ -44,7 +45,7 @@ def test_every_stage_of_both_sides_is_recorded_with_its_tokens_and_accuracy(line
     assert by_stage["train"][THEIRS]["tokens"] > 2 * 8 * 2 * 2 * 10
     assert (results["steps"], results["num_asked"], results["separate_processes"]) == (2, 6, False)
     errors = {one["name"]: one["error"] for one in found["checks"]}
-    assert len(errors) == 7
+    assert len(errors) == 8
     assert {error for name, error in errors.items() if "TRL" not in name} == {0.0}
     assert found["environment"]["command"].startswith("python -m benchmarks.end_to_end --num-questions 5")
 
@@ -74,7 +75,7 @@ def test_each_check_fails_where_a_fault_is_planted(line: Path, capsys: pytest.Ca
     edit(folder / OURS / "eval-adapter.jsonl", r'"num_tokens":\d', '"num_tokens":9')
     adapter = folder / THEIRS / "adapter" / "adapter_model.safetensors"
     weights = load_file(adapter)
-    next(iter(weights.values()))[0, 0] += 1e-3
+    next(iter(weights.values())).add_(1e-3)
     save_file(weights, adapter)
     checks = check(folder, 2)
     failed = {one.name for one in checks if not one.error <= one.bound}
@@ -82,11 +83,22 @@ def test_each_check_fails_where_a_fault_is_planted(line: Path, capsys: pytest.Ca
         "trees unlike those of the reference engine",
         "trees unlike those of generate at the same numbers",
         "adapter unlike TRL's, over its movement",
+        "adapter unlike TRL's, over its movement, with what rounding decides",
         "chains of the base unlike generate's",
         "chains of the adapter unlike those measured",
     }
     with pytest.raises(InexactError, match="exactness check failed"):
         gate(checks)
+
+
+def test_rounding_may_decide_a_few_weights_and_no_more() -> None:
+    one = {"a": torch.zeros(40, 50), "b": torch.ones(3)}
+    few = {"a": one["a"].clone(), "b": one["b"]}
+    few["a"][7, 3] = few["a"][20, 4] = 3.0  # a thousandth of 2,003 weights
+    assert (distance(one, few, left_out=1e-3), distance(one, few)) == (0.0, 18**0.5)
+    few["a"][30, 5] = 2.0
+    assert distance(one, few, left_out=1e-3) == 2.0
+    assert distance(one, {"a": one["a"]}) == float("inf")
 
 
 def test_nothing_is_shown_or_recorded_where_a_check_fails(

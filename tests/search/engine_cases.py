@@ -115,14 +115,16 @@ def generated(model: PreTrainedModel, prompt: Ids, count: int = 12, **options: A
 
 
 def two_level_searches(prompts: Sequence[Ids]) -> list[tuple[str, Search[list[list[Answer]]]]]:
-    """A search a prompt: samples, then scores of what they wrote, then samples below them."""
+    """A search a prompt: samples, then scores of what they wrote, then samples below them, then scores of those."""
 
     def search(prompt: Ids) -> Search[list[list[Answer]]]:
         first = yield Requests(tuple(sampled([prompt])), keep=True)
         states = [prompt + sample.token_ids for sample in first if sample.token_ids]
         scores = yield Requests(tuple(ScoreRequest(state, ((5,), (6, 7))) for state in states), keep=False)
         last = yield Requests(tuple(sampled(states)), keep=True)
-        return [first, scores, last]
+        below = [states[place // 2] + sample.token_ids for place, sample in enumerate(last) if sample.token_ids]
+        last_scores = yield Requests(tuple(ScoreRequest(state, ((5,), (6, 7))) for state in below), keep=False)
+        return [first, scores, last, last_scores]
 
     return [(str(number), search(prompt)) for number, prompt in enumerate(prompts)]
 

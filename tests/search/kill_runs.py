@@ -183,7 +183,7 @@ def _listening(audit: Path, noted: Path) -> Callable[[SearchConfig, Prompts, Any
     return make_engine
 
 
-def _append_slowly(path: Path, value: object) -> None:
+def _append_slowly(path: Path, value: object, durable: bool = True) -> None:
     line = (canonical_json(value) + "\n").encode()
     with open(path, "ab", buffering=0) as file:
         file.write(line[: len(line) // 2])

@@ -267,8 +267,12 @@ def test_a_tiny_model_on_a_cpu_is_asked_more_at_once() -> None:
 def test_a_path_is_walked_again_where_a_later_prompt_changed_it() -> None:
     """Prompts that fork inside nodes, computed or not: as if every prompt were walked after all are in."""
     generator = np.random.default_rng(0)
-    for _ in range(30):
-        trie = KVTrie()
+    for repeat in range(60):
+        trie = KVTrie(base=KVTrie() if repeat % 2 else None)
+        if trie.base is not None:
+            trie.base.insert([tuple(generator.integers(0, 2, 40).tolist()) for _ in range(2)])
+            for node in trie.base.nodes:
+                node.fixed = True
         for _ in range(3):
             prompts = [tuple(generator.integers(0, 2, generator.integers(1, 60)).tolist()) for _ in range(6)]
             prompts += [prompt[: len(prompt) // 2] + prompts[0] for prompt in prompts]

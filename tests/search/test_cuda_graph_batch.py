@@ -77,13 +77,15 @@ class WatchedRunner(DenseRunner):
 def assert_same_searches(actual: Outcomes, expected: Outcomes) -> None:
     """Samples alike, and every number nearly: the two attentions sum in other orders, which weights of 0.4 magnify."""
     assert actual.keys() == expected.keys()
-    for name, (first, scores, last) in expected.items():
+    for name, (first, scores, last, last_scores) in expected.items():
         samples, expected_samples = [*actual[name][0], *actual[name][2]], [*first, *last]
         assert [(s.token_ids, s.stop, s.text) for s in samples] == [
             (s.token_ids, s.stop, s.text) for s in expected_samples
         ]
-        numbers = [logp for sample in samples for logp in sample.logps] + [v for pair in actual[name][1] for v in pair]
-        wanted = [logp for sample in expected_samples for logp in sample.logps] + [v for pair in scores for v in pair]
+        pairs = [*actual[name][1], *actual[name][3]]
+        numbers = [logp for sample in samples for logp in sample.logps] + [v for pair in pairs for v in pair]
+        wanted = [logp for sample in expected_samples for logp in sample.logps]
+        wanted += [v for pair in [*scores, *last_scores] for v in pair]
         torch.testing.assert_close(torch.tensor(numbers), torch.tensor(wanted), atol=1e-4, rtol=0)
 
 

@@ -57,12 +57,12 @@ def engine_of(model: Any, fewer: bool) -> ArenaEngine:
 def assert_same(actual: Outcomes, expected: Outcomes) -> None:
     """Tokens alike, log-probs and scores to rounding."""
     assert actual.keys() == expected.keys()
-    for name, (first, scores, last) in expected.items():
-        got_first, got_scores, got_last = actual[name]
+    for name, (first, scores, last, last_scores) in expected.items():
+        got_first, got_scores, got_last, got_last_scores = actual[name]
         for one, other in zip([*got_first, *got_last], [*first, *last], strict=True):
             assert one.token_ids == other.token_ids
             assert one.logps == pytest.approx(other.logps, abs=1e-4)
-        assert got_scores == [pytest.approx(pair, abs=1e-4) for pair in scores]
+        assert [*got_scores, *got_last_scores] == [pytest.approx(pair, abs=1e-4) for pair in [*scores, *last_scores]]
 
 
 @pytest.mark.parametrize("adapt", [False, True], ids=["base", "live adapter"])

@@ -5,7 +5,7 @@
 Layers may differ in key heads and head size. A slot is the same token's in all of them.
 
 Each node of the prefix tree, and each request that is being generated, owns one contiguous interval of the C slots.
-There are no pages and no block tables. Intervals are handed out first fit and merge with free neighbours when they are
+There are no pages and no block tables. Intervals are handed out best fit and merge with free neighbours when they are
 given back. The last slot is the padding slot: rows that only fill up a forward write there.
 
 What two prompts share, by longest common prefix of their tokens, is one node of the tree. A prompt is a path: for each
@@ -16,7 +16,7 @@ float rounding, depends only on this question's own prompts, in order.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -59,29 +59,40 @@ class KVArena:
             storage[:, self.padding_slot] = 0
             self.layers.append((storage[0], storage[1]))
         self.bytes_per_token = kv_bytes_per_token(shapes, dtype)
-        self._free: list[tuple[int, int]] = [(0, num_tokens)]  # (start, stop), ascending, never adjacent
+        # the free intervals, never adjacent: (start, stop) ascending, and (length, start) ascending
+        self._free = [(0, num_tokens)]
+        self._by_length = [(num_tokens, 0)]
 
     def allocate(self, count: int) -> int | None:
         """First slot of an interval of `count` >= 1 slots, now owned. None where no free interval is large enough."""
-        for index, (start, stop) in enumerate(self._free):  # first fit
-            if stop - start >= count:
-                if stop - start == count:
-                    del self._free[index]
-                else:
-                    self._free[index] = (start + count, stop)
-                return start
-        return None
+        fitting = bisect_left(self._by_length, (count,))
+        if fitting == len(self._by_length):
+            return None
+        length, start = self._by_length.pop(fitting)  # the shortest that fits, and of those the first
+        index = bisect_left(self._free, (start,))
+        if length == count:
+            del self._free[index]
+        else:
+            self._free[index] = (start + count, start + length)
+            insort(self._by_length, (length - count, start + count))
+        return start
 
     def release(self, start: int, count: int) -> None:
         stop = start + count
         # joined with free neighbours on either side, so that intervals never adjoin
         index = bisect_left(self._free, (stop,))  # the first interval behind it
         if index < len(self._free) and self._free[index][0] == stop:
-            stop = self._free.pop(index)[1]
+            stop = self._take(index)[1]
         if index > 0 and self._free[index - 1][1] == start:
-            start = self._free.pop(index - 1)[0]
             index -= 1
+            start = self._take(index)[0]
         self._free.insert(index, (start, stop))
+        insort(self._by_length, (stop - start, start))
+
+    def _take(self, index: int) -> tuple[int, int]:
+        start, stop = self._free.pop(index)
+        del self._by_length[bisect_left(self._by_length, (stop - start, start))]
+        return start, stop
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy keys and values of all layers from slots to others. No slot is both."""
@@ -136,7 +147,7 @@ class KVNode:
     num_users: int = 0
 
     def __len__(self) -> int:
-        return int(self.ids.size)
+        return len(self.ids)
 
 
 KVPath = list[tuple[KVNode, int]]  # root first. Each node with how many of its tokens are used
@@ -150,7 +161,9 @@ class KVTrie:
     nodes: list[KVNode] = field(default_factory=list)
     _children: dict[tuple[int, int], dict[int, list[KVNode]]] = field(default_factory=dict)  # and by their first token
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _num_changes: int = 0  # that may have changed the path of a prompt which was inserted before
+    # of the present `insert`: how many nodes were split, and which split was a node's last, counted from 1
+    _num_splits: int = 0
+    _last_split: dict[KVNode, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.base is not None:
@@ -167,15 +180,27 @@ class KVTrie:
         # the samples of a state, and the labels of a verdict, ask one after the other for the same prompt: one walk
         runs = [(key, len(list(same))) for key, same in itertools.groupby(zip(prompts, limits, strict=True))]
         arrays = [np.asarray(prompt, dtype=np.int64) for (prompt, _), _ in runs]
+        self._num_splits, self._last_split = 0, {}
         walks: list[tuple[KVPath, int]] = []
         for array, ((_, limit), _) in zip(arrays, runs, strict=True):
             path = self._walk(array, limit, add=True)
-            walks.append((path, self._num_changes))
+            walks.append((path, self._num_splits))
         paths: list[KVPath] = []
-        for array, ((_, limit), count), (path, num_changes) in zip(arrays, runs, walks, strict=True):
-            # a second walk where a later prompt may have split a node of this one, or brought a longer one
-            paths += [path if num_changes == self._num_changes else self._walk(array, limit, add=False)] * count
+        for array, ((_, limit), count), (path, num_splits) in zip(arrays, runs, walks, strict=True):
+            # a second walk where a later prompt has split a node of this one
+            is_same = all(self._last_split.get(node, 0) <= num_splits for node, _ in path)
+            paths += [path if is_same else self._walk(array, limit, add=False)] * count
         return paths
+
+    def remove_ends(self) -> list[KVNode]:
+        """Take out the nodes that no other follows, so that what is left is what several prompts share. Returns them."""
+        followed = {node.parent for node in self.nodes}
+        ends = [node for node in self.nodes if node not in followed]
+        self.nodes = [node for node in self.nodes if node in followed]
+        for node in ends:
+            key, token = _key(node.parent, node.parent_end), int(node.ids[0])
+            self._children[key][token].remove(node)
+        return ends
 
     def _walk(self, ids: Ids, limit: int, add: bool) -> KVPath:
         path: KVPath = []
@@ -186,8 +211,6 @@ class KVTrie:
             child, shared = self._best_child(parent, offset, ids[done:], limit - done)
             if child is None:
                 assert add, "a prompt was not inserted"
-                # beside a node of the same first token, which other prompts may have been laid into
-                self._num_changes += bool(self._children_of(parent, offset, int(ids[done])))
                 child = self._add(ids[done:], parent, offset, done)
                 shared = len(child)
             # of one that was computed the first tokens are used, and the prompt continues in a new child
@@ -200,7 +223,7 @@ class KVTrie:
     def _best_child(self, parent: KVNode | None, offset: int, ids: Ids, limit: int) -> tuple[KVNode | None, int]:
         best: KVNode | None = None
         longest = 0
-        for child in self._children_of(parent, offset, int(ids[0])):
+        for child in self._children_of(_key(parent, offset), int(ids[0])):
             length = _common_prefix(child.ids, ids)
             if child.fixed:
                 length = min(length, limit)
@@ -210,11 +233,13 @@ class KVTrie:
                 best, longest = child, length
         return best, longest
 
-    def _children_of(self, parent: KVNode | None, offset: int, token: int) -> list[KVNode]:
-        """Nodes below so many tokens of `parent` that begin with `token`."""
-        own = self._children.get(_key(parent, offset), {}).get(token, [])
+    def _children_of(self, key: tuple[int, int], token: int) -> Iterator[KVNode]:
+        """Nodes below so many tokens of a parent, as `_key` names them, that begin with `token`."""
         # the base first: of equally long nodes, the one that all questions have is taken
-        return own if self.base is None else [*self.base._children_of(parent, offset, token), *own]
+        for trie in (self,) if self.base is None else (self.base, self):
+            below = trie._children.get(key)
+            if below is not None:
+                yield from below.get(token, ())
 
     def _add(self, ids: Ids, parent: KVNode | None, offset: int, position: int) -> KVNode:
         node = KVNode(ids, parent, offset, position, next(self._numbers))
@@ -228,7 +253,8 @@ class KVTrie:
         top = KVNode(node.ids[:length], node.parent, node.parent_end, node.position, next(self._numbers))
         self.nodes.append(top)
         siblings[siblings.index(node)] = top
-        self._num_changes += 1
+        self._num_splits += 1
+        self._last_split[node] = self._num_splits
         # all children of a node that was never computed hang at its end, so only their key changes
         children = self._children.pop(_key(node, len(node)), {})
         node.ids, node.parent, node.parent_end = node.ids[length:], top, length

@@ -43,7 +43,8 @@ class ActiveSearch:
     """One search in flight.
 
     Attributes:
-        states: the trie of the prompts that it continues. trie: of the present requests, `states` or one of its own.
+        states: the trie of the prompts that it continues. verdicts: of prompts that nothing continues, of which what
+            several share is kept. trie: that of the present requests.
         paths: of each request, one. Of a score request, one for each continuation.
         pending: requests not yet admitted. num_open: requests without an answer.
     """
@@ -51,8 +52,9 @@ class ActiveSearch:
     name: str
     search: Search[Any]
     states: KVTrie
-    trie: KVTrie
+    verdicts: KVTrie
     started: float
+    trie: KVTrie = field(init=False)
     requests: Requests = field(init=False)
     paths: list[list[KVPath]] = field(default_factory=list)
     answers: Any = None  # `send(None)` starts a generator
@@ -61,6 +63,9 @@ class ActiveSearch:
     error: Exception | None = None
     result: Any = None
     done: bool = False
+
+    def __post_init__(self) -> None:
+        self.trie = self.states
 
 
 # a score request that is computed: whose it is, which of the owner's items, what is read for each continuation
@@ -116,7 +121,7 @@ class Scheduler:
                     self._resume(active)
                 for active in [active for active in self._active if active.done]:
                     self._active.remove(active)
-                    self._drop_unused(active.states)
+                    self._drop_all(active)
                     yield active.name, active.result, time.perf_counter() - active.started
                 self._start(waiting)
         finally:
@@ -137,17 +142,18 @@ class Scheduler:
     def _start(self, waiting: Iterator[tuple[str, Search[Any]]]) -> None:
         """Begin searches as long as there is room for them."""
         while len(self._active) < self._questions_in_flight and (entry := next(waiting, None)) is not None:
-            states = KVTrie(base=self._permanent)
-            active = ActiveSearch(*entry, states, states, time.perf_counter())
+            active = ActiveSearch(*entry, KVTrie(self._permanent), KVTrie(self._permanent), time.perf_counter())
             self._active.append(active)
             self._resume(active)
 
     def _resume(self, active: ActiveSearch) -> None:
         """Give a search its answers, or its error, until it asks for something that must be computed."""
-        if active.trie is not active.states:  # prompts that were not to be kept
-            self._drop_unused(active.trie)
         try:
             while not active.pending:  # all answered by the cache, or refused: it may go on at once
+                if active.trie is active.verdicts:
+                    for node in active.verdicts.remove_ends():
+                        if node.start is not None:
+                            self._arena.drop(node)
                 refused, active.error = active.error, None  # raised at the search's `yield`, once
                 search = active.search
                 self._accept(active, search.throw(refused) if refused else search.send(active.answers))
@@ -161,10 +167,11 @@ class Scheduler:
         cache = self._cache
         active.requests = requests
         active.answers = [None if cache is None else cache.get(active.name, item) for item in requests.items]
-        active.trie = active.states if requests.keep else KVTrie(base=self._permanent)
+        active.trie = active.states if requests.keep else active.verdicts
         try:
-            for num_tokens, num_new in dict.fromkeys((len(i.token_ids), i.max_new_tokens) for i in requests.items):
-                self._check(num_tokens, num_new)
+            lengths = dict.fromkeys((len(item.token_ids), item.max_new_tokens) for item in requests.items)
+            for num_tokens, num_new in (min(lengths), max(lengths, key=sum)) if lengths else ():
+                self._check(num_tokens, num_new)  # where these pass, all do
         except ValueError as error:
             active.error = error
             return
@@ -256,7 +263,7 @@ class Scheduler:
             return start
         # of the youngest search first, and there the newest
         for active in reversed(self._active):
-            for node in reversed(active.states.nodes):
+            for node in chain(reversed(active.verdicts.nodes), reversed(active.states.nodes)):
                 if node.start is not None and node.num_users == 0:
                     self._arena.drop(node)
                     start = self._arena.allocate(count)
@@ -276,7 +283,7 @@ class Scheduler:
         is_finite = not any(value != value or value == float("inf") for value in values)  # -inf is a log-prob
         self._finish(active, index, values, is_finite)
         _stop_using([node for path in active.paths[index] for node, _ in path])
-        if active.trie is not active.states and active.pending:
+        if active.trie is active.verdicts and active.pending:
             # a later score request of this search reads its own tokens, so they must be computed with it
             self._drop_unused(active.trie)
 
@@ -304,14 +311,17 @@ class Scheduler:
             if node.start is not None and node.num_users == 0:
                 self._arena.drop(node)
 
+    def _drop_all(self, active: ActiveSearch) -> None:
+        for trie in (active.states, active.verdicts):
+            self._drop_unused(trie)
+
     def _abandon(self) -> None:
         """Give everything back but the permanent nodes, also when the caller stops reading `run`."""
         for running in self.batch.running:
             self._release(running)
         self.batch.drop(self.batch.running)
         for active in self._active:
-            for trie in (active.trie, active.states):
-                self._drop_unused(trie)
+            self._drop_all(active)
             active.search.close()
         self._active = []
 

@@ -1,0 +1,131 @@
+"""Where keys and values are kept: no slot has two owners, and what several prompts share is computed once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpo_fast.search.engine import Requests, ScoreRequest, Search
+from cpo_fast.search.engine.arena_engine import ArenaEngine
+from cpo_fast.search.engine.kv_arena import KVArena, KVTrie
+from tests.search.engine_cases import TOKENIZER, ask, engine_config, greedy, num_free_slots, small_model
+
+NUM_TOKENS = 40
+
+
+def arena_engine(**changes: int) -> ArenaEngine:
+    return ArenaEngine(small_model(), TOKENIZER, engine_config(**changes))
+
+
+def scored(prompt: Sequence[int]) -> ScoreRequest:
+    return ScoreRequest(tuple(prompt), ((5,),))
+
+
+def asked_in_turn(engine: ArenaEngine, *turns: Requests) -> list[Any]:
+    """The answers to what one search asks, turn by turn."""
+
+    def search() -> Search[list[Any]]:
+        answers = []
+        for turn in turns:
+            answers.append((yield turn))
+        return answers
+
+    ((_, answers, _),) = engine.run([("", search())])
+    if isinstance(answers, Exception):
+        raise answers
+    assert isinstance(answers, list)
+    return answers
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 17)), max_size=60))
+def test_no_slot_has_two_owners_and_an_interval_is_given_wherever_one_fits(moves: list[tuple[bool, int]]) -> None:
+    arena = KVArena([(1, 2)], NUM_TOKENS, torch.float32, torch.device("cpu"))
+    owned: list[tuple[int, int]] = []
+    is_free = np.ones(NUM_TOKENS, dtype=bool)
+    for gives_back, number in moves:
+        if gives_back and owned:
+            start, count = owned.pop(number % len(owned))
+            arena.release(start, count)
+            is_free[start : start + count] = True
+            continue
+        start = arena.allocate(number)
+        runs = "".join(".#"[not free] for free in is_free).split("#")
+        fitting = [len(run) for run in runs if len(run) >= number]
+        assert (start is None) == (not fitting)
+        if start is not None:
+            assert is_free[start : start + number].all()
+            parts = is_free[:start][::-1], is_free[start:]
+            length = sum(len(part) if part.all() else int(part.argmin()) for part in parts)
+            assert length == min(fitting), "a longer interval was cut up"
+            is_free[start : start + number] = False
+            owned.append((start, number))
+    assert num_free_slots(arena) == is_free.sum()
+    for start, count in owned:
+        arena.release(start, count)
+    assert arena.allocate(NUM_TOKENS) == 0
+
+
+def test_nodes_that_no_other_follows_are_taken_out_and_found_no_more() -> None:
+    trie = KVTrie()
+    shared, left, right = tuple(range(30)), (40, 41), (50, 51)
+    paths = trie.insert([shared + left, shared + right, (99, 98)])
+    for node in trie.nodes:
+        node.fixed = True
+    top = paths[0][0][0]
+    assert {tuple(node.ids.tolist()) for node in trie.remove_ends()} == {left, right, (99, 98)}
+    assert trie.nodes == [top]
+    (again, lone) = trie.insert([shared + left, (99, 98)])
+    assert again[0] == (top, 30)
+    assert not {again[1][0], lone[0][0]} & {node for path in paths for node, _ in path}
+    assert [len(node) for node in trie.remove_ends()] == [2, 2]
+    assert [node is top for node in trie.remove_ends()] == [True]
+    assert trie.nodes == []
+
+
+def test_what_verdicts_of_a_question_share_is_computed_once() -> None:
+    """A question of 50 tokens, under it two lines of 20, each judged beside a third that differs, then lines below one."""
+    generator = np.random.default_rng(5)
+    few_shot, question, first, second, third = (
+        tuple(generator.integers(30, 60, count).tolist()) for count in (30, 50, 20, 20, 20)
+    )
+    few_shot, question = (60, *few_shot), (61, *question)
+    lines = [(62 + place, *line) for place, line in enumerate((first, second))]
+    below = [(*lines[0], 70, *third), (*lines[0], 71, *third)]
+    last = [(*below[0], 80, *third), (*below[0], 81, *third)]
+    levels = [[scored(few_shot + question + state) for state in level] for level in (lines, below, last)]
+    engine = arena_engine()
+    engine.cache_prefix(few_shot)
+    answers = asked_in_turn(engine, *(Requests(tuple(level), keep=False) for level in levels))
+    # the question once; each line once where it ends a prompt, and once where two prompts go on from it
+    assert engine.scheduler.num_prefilled == 51 + 2 * 21 + (21 + 2 * 21) + (21 + 2 * 21)
+    assert num_free_slots(engine.arena) == 4096 - len(few_shot)
+    alone = [ask(arena_engine(), [item], few_shot, keep=False) for level in levels for item in level]
+    assert [answer for level in answers for answer in level] == [answer for (answer,) in alone]
+
+
+def test_what_verdicts_share_makes_room_where_the_arena_is_full() -> None:
+    verdicts = [scored([*range(3, 53), *ending]) for ending in ((60, 61), (62, 63))]
+    engine = arena_engine(arena_tokens=75)
+    answers = asked_in_turn(
+        engine, Requests(tuple(verdicts), keep=False), Requests(tuple(greedy([tuple(range(20, 60))])), keep=True)
+    )
+    assert answers[1] == ask(arena_engine(), greedy([tuple(range(20, 60))]))
+
+
+def test_a_verdict_that_ends_inside_one_computed_before_it_is_computed_with_what_it_reads() -> None:
+    """What begins the first two is there when the last, which is nothing else, is admitted: it had to wait for room."""
+    start = [*range(3, 33)]
+    verdicts = tuple(map(scored, ([*start, *range(33, 53)], [*start, *range(20, 80)], [*range(20, 80)], start)))
+    (answers,) = asked_in_turn(arena_engine(arena_tokens=140), Requests(verdicts, keep=False))
+    assert answers == [answer for item in verdicts for answer in ask(arena_engine(), [item], keep=False)]
+
+
+def test_the_longest_of_many_requests_is_named() -> None:
+    longest = small_model().config.max_position_embeddings
+    requests = [greedy([tuple([5] * count)])[0] for count in (3, longest, 4)]
+    with pytest.raises(ValueError, match=f"prompt of {longest} tokens and up to 12 new ones exceed"):
+        ask(arena_engine(), requests)
