@@ -3,7 +3,7 @@
 #   make quickstart   collect, pairs, train and eval with a tiny model that is shipped, on the CPU, in a minute
 #   make soak         tests of several processes, which take longer or are less steady than `make test` may be
 #   make test         the whole test suite          make lint    formatter, linter, types
-#   make aot          compile the Triton kernels ahead of time, no GPU needed (part of make test)
+#   make aot          compile the Triton kernels ahead of time, no GPU needed (nearly all of it is part of make test)
 #   make docs         the documentation, in build/site: opens from disk, without a network (part of make test)
 #   make bench        benchmarks that fit a CPU
 #   make method       whether the method works: every cell of docs/method.md on a small reasoner, about forty minutes

@@ -1,5 +1,6 @@
 """Settings every test runs under: no network, quiet tokenizers, a fixed seed and no kernel override from the shell."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,13 @@ def _no_kernel_override(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable of the kernels left in the shell would silently change what every kernel test compares."""
     for name in ("IMPL", "LOGPROB_PATH", "MAX_CHUNK_LOGITS"):
         monkeypatch.delenv(f"CPO_KERNELS_{name}", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_what_is_old_to_itself() -> None:
+    """A pass of the garbage collector walks all that a process has imported and kept, a quarter of a second and more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -298,6 +298,7 @@ def test_reads_that_are_not_shared_stay_apart() -> None:
 def test_what_existed_is_left_to_itself_by_the_garbage_collector_while_searches_run_and_no_longer() -> None:
     _, prompts = forked_prompts(31)
     engine = arena_engine()
+    gc.unfreeze()
 
     def search() -> Search[int]:
         yield Requests(tuple(sampled(prompts[:1])), keep=False)

@@ -134,7 +134,7 @@ def test_a_signal_before_the_first_step_and_one_in_a_validation_end_all_at_once(
     assert all("eval_loss" in line for line in lines)  # of the interrupted one too
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_other_launchers_are_owned_too(make_config: MakeConfig, tmp_path: Path, launcher: str) -> None:
     config = make_config(**ENDLESS, save_every=1)
     run, path = Path(config.run), written(config, tmp_path)
