@@ -83,7 +83,7 @@ def variants(graphs: bool, num_candidates: int) -> dict[str, Variant]:
         OURS: Variant(full, {}),
         "ours without shared reads": Variant(partial(full, share=False), {}),
         "ours without cached prompts": Variant(full, {}, cached=False),
-        "ours without kept states": Variant(full, {}, keep=False),
+        "ours keeping only what prompts share": Variant(full, {}, keep=False),
         "ours with one question at a time": Variant(full, {"questions_in_flight": 1}),
         "ours with one state at a time": Variant(full, {"batch_size": num_candidates}),
         "ours without refill": Variant(partial(full, refill=False), {}),

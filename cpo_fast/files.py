@@ -1,7 +1,8 @@
 """Reading and writing JSON lines: every bad line is named by file:line, every file is whole or absent.
 
-`write_atomic` writes beside the target and renames. `append_line` is one `write` of one line followed by `fsync`, so a
-killed process leaves at most a last line without a newline, which `read_jsonl(drop_torn_tail=True)` recognises.
+`write_atomic` writes beside the target and renames. `append_line` is one `write` of one line, followed by `fsync` unless it
+may be lost, so a killed process leaves at most a last line without a newline, which `read_jsonl(drop_torn_tail=True)`
+recognises.
 """
 
 import hashlib

@@ -119,7 +119,7 @@ LEFT_OUT |= {(Case(kernel, 128, "fp16"), 80) for kernel in KERNELS}
 LEFT_OUT |= {(Case("_grad_kv_kernel", 256, "bf16"), 90)}  # dk and dv take a pass each there, and one on 8.0
 LEFT_OUT |= {(Case("_grad_kv_kernel", 256, "bf16", gradient), 80) for gradient in "kv"}
 BINARIES = [(case, arch) for case in CASES for arch in (80, 90) if (case, arch) not in LEFT_OUT]
-# In `make aot` and `make soak` alone: 96 has the tile of 128, and in float32 256 has it too, and 9.0 what 8.0 has.
+# In `make aot` and `make soak` alone: 96 takes the tile of 128; in float32 256 does too, and 9.0 takes those of 8.0.
 SELDOM = {(case, arch) for case, arch in BINARIES if case.head_dim == 96}
 SELDOM |= {(Case(kernel, size, "fp32"), arch) for kernel in KERNELS for size, arch in ((256, 80), (64, 90))}
 

@@ -17,7 +17,7 @@ from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.decode_batch import DecodeBatch
 from cpo_fast.search.engine.forward_plans import decode_plan
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.search.engine.kv_arena import KVNode, KVTrie
+from cpo_fast.search.engine.kv_arena import KVNode, KVTrie, path_to
 from cpo_kernels.tree_decode.row_keys import row_keys
 from tests.search.engine_cases import (
     CONFIG_CLASSES,
@@ -264,8 +264,8 @@ def test_a_tiny_model_on_a_cpu_is_asked_more_at_once() -> None:
     assert SearchConfig(batch_size=3).side_by_side(is_tiny=True) == (3, 64)
 
 
-def test_a_path_is_walked_again_where_a_later_prompt_changed_it() -> None:
-    """Prompts that fork inside nodes, computed or not: as if every prompt were walked after all are in."""
+def test_a_path_is_as_later_prompts_have_left_it() -> None:
+    """Prompts that fork inside nodes, computed or not: as if every prompt were laid in after all are."""
     generator = np.random.default_rng(0)
     for repeat in range(60):
         trie = KVTrie(base=KVTrie() if repeat % 2 else None)
@@ -273,15 +273,17 @@ def test_a_path_is_walked_again_where_a_later_prompt_changed_it() -> None:
             trie.base.insert([tuple(generator.integers(0, 2, 40).tolist()) for _ in range(2)])
             for node in trie.base.nodes:
                 node.fixed = True
+        prompts: list[tuple[int, ...]] = []
         for _ in range(3):
+            earlier = [prompt[:-2] for prompt in prompts if len(prompt) > 20]
             prompts = [tuple(generator.integers(0, 2, generator.integers(1, 60)).tolist()) for _ in range(6)]
-            prompts += [prompt[: len(prompt) // 2] + prompts[0] for prompt in prompts]
-            limits = [len(prompt) - 1 for prompt in prompts]
+            prompts += [*(prompt[: len(prompt) // 2] + prompts[0] for prompt in prompts), *earlier]
+            limits = [len(prompt) - int(generator.integers(2)) for prompt in prompts]  # of samples and of scores
             paths = trie.insert(prompts, limits)
-            expected = [
-                trie._walk(np.asarray(ids), limit, add=False) for ids, limit in zip(prompts, limits, strict=True)
-            ]
-            assert paths == expected
+            for prompt, path in zip(prompts, paths, strict=True):
+                assert np.concatenate([node.ids[:used] for node, used in path]).tolist() == list(prompt)
+                assert path == [*path_to(path[-1][0]), path[-1]]
+            assert trie.insert(prompts, limits) == paths
             for node in trie.nodes:
                 node.fixed = bool(generator.integers(2)) or node.fixed
 

@@ -1,6 +1,6 @@
 """Where keys and values are kept: no slot has two owners, and what several prompts share is computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,14 @@ def scored(prompt: Sequence[int]) -> ScoreRequest:
     return ScoreRequest(tuple(prompt), ((5,),))
 
 
-def asked_in_turn(engine: ArenaEngine, *turns: Requests) -> list[Any]:
-    """The answers to what one search asks, turn by turn."""
+def asked_in_turn(engine: ArenaEngine, *turns: Requests, after: Callable[[], None] = lambda: None) -> list[Any]:
+    """The answers to what one search asks, turn by turn; `after` each is called."""
 
     def search() -> Search[list[Any]]:
         answers = []
         for turn in turns:
             answers.append((yield turn))
+            after()
         return answers
 
     ((_, answers, _),) = engine.run([("", search())])
@@ -69,24 +70,22 @@ def test_no_slot_has_two_owners_and_an_interval_is_given_wherever_one_fits(moves
     assert arena.allocate(NUM_TOKENS) == 0
 
 
-def test_nodes_that_no_other_follows_are_taken_out_and_found_no_more() -> None:
+def test_nodes_that_are_taken_out_are_found_no_more() -> None:
     trie = KVTrie()
     shared, left, right = tuple(range(30)), (40, 41), (50, 51)
     paths = trie.insert([shared + left, shared + right, (99, 98)])
     for node in trie.nodes:
         node.fixed = True
     top = paths[0][0][0]
-    assert {tuple(node.ids.tolist()) for node in trie.remove_ends()} == {left, right, (99, 98)}
+    assert {tuple(node.ids.tolist()) for node in trie.keep_only({top})} == {left, right, (99, 98)}
     assert trie.nodes == [top]
     (again, lone) = trie.insert([shared + left, (99, 98)])
     assert again[0] == (top, 30)
     assert not {again[1][0], lone[0][0]} & {node for path in paths for node, _ in path}
-    assert [len(node) for node in trie.remove_ends()] == [2, 2]
-    assert [node is top for node in trie.remove_ends()] == [True]
-    assert trie.nodes == []
 
 
-def test_what_verdicts_of_a_question_share_is_computed_once() -> None:
+@pytest.mark.parametrize("labels", [((5,), (6,)), ((5, 8), (6, 7, 9))])
+def test_what_verdicts_of_a_question_share_is_computed_once(labels: tuple[tuple[int, ...], ...]) -> None:
     """A question of 50 tokens, under it two lines of 20, each judged beside a third that differs, then lines below one."""
     generator = np.random.default_rng(5)
     few_shot, question, first, second, third = (
@@ -96,12 +95,18 @@ def test_what_verdicts_of_a_question_share_is_computed_once() -> None:
     lines = [(62 + place, *line) for place, line in enumerate((first, second))]
     below = [(*lines[0], 70, *third), (*lines[0], 71, *third)]
     last = [(*below[0], 80, *third), (*below[0], 81, *third)]
-    levels = [[scored(few_shot + question + state) for state in level] for level in (lines, below, last)]
+    levels = [[ScoreRequest(few_shot + question + state, labels) for state in level] for level in (lines, below, last)]
     engine = arena_engine()
     engine.cache_prefix(few_shot)
-    answers = asked_in_turn(engine, *(Requests(tuple(level), keep=False) for level in levels))
+    num_kept: list[int] = []
+    turns = [Requests(tuple(level), keep=False) for level in levels]
+    answers = asked_in_turn(
+        engine, *turns, after=lambda: num_kept.append(4096 - len(few_shot) - num_free_slots(engine.arena))
+    )
+    own = sum(map(len, labels)) - len(labels)  # tokens of a label that something of it follows
     # the question once; each line once where it ends a prompt, and once where two prompts go on from it
-    assert engine.scheduler.num_prefilled == 51 + 2 * 21 + (21 + 2 * 21) + (21 + 2 * 21)
+    assert engine.scheduler.num_prefilled == 51 + 2 * (21 + own) + (21 + 2 * (21 + own)) + (21 + 2 * (21 + own))
+    assert num_kept == [51, 51 + 21, 51 + 21 + 21]
     assert num_free_slots(engine.arena) == 4096 - len(few_shot)
     alone = [ask(arena_engine(), [item], few_shot, keep=False) for level in levels for item in level]
     assert [answer for level in answers for answer in level] == [answer for (answer,) in alone]
@@ -124,8 +129,35 @@ def test_a_verdict_that_ends_inside_one_computed_before_it_is_computed_with_what
     assert answers == [answer for item in verdicts for answer in ask(arena_engine(), [item], keep=False)]
 
 
-def test_the_longest_of_many_requests_is_named() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_score_whose_prompt_something_else_holds_is_read_when_that_is_computed(keep: bool) -> None:
+    """Samples below the prompt go first and hold it, so that it is not computed again for the score, which waits."""
+    prompt = tuple(range(3, 40))
+    below = greedy([(*prompt, 41, 42), (*prompt, 41, 43)], max_new_tokens=6)
+    items = (*below, scored(prompt), scored((*prompt, 50)), scored(prompt))
+    alone = [answer for item in items for answer in ask(arena_engine(), [item], keep=False)]
+    for changes in ({"batch_size": 1}, {"arena_tokens": 60}):
+        (answers,) = asked_in_turn(arena_engine(**changes), Requests(items, keep=keep))
+        assert answers == alone
+
+
+def test_a_prompt_that_forks_from_a_computed_one_within_a_label_is_laid_in() -> None:
+    start = tuple(range(3, 43))
+    engine = arena_engine()
+    engine.cache_prefix(start)
+    one = ScoreRequest(start[:20], ((60, 61, 62, 63, 64, 65), (60, 61, 66, 67)))
+    other = ScoreRequest(start[:10], ((*start[10:30], 70),))
+    together = ask(engine, [one, other], keep=False)
+    apart = [answer for item in (one, other) for answer in ask(arena_engine(), [item], keep=False)]
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(apart), atol=1e-4)
+
+
+def test_no_request_among_others_is_too_long_or_empty() -> None:
     longest = small_model().config.max_position_embeddings
-    requests = [greedy([tuple([5] * count)])[0] for count in (3, longest, 4)]
-    with pytest.raises(ValueError, match=f"prompt of {longest} tokens and up to 12 new ones exceed"):
-        ask(arena_engine(), requests)
+    short, long = greedy([(5, 6), (5,) * (longest - 12)])
+    with_cap = greedy([(5,) * (longest - 20)], max_new_tokens=30)[0]
+    for items in ([short, long, with_cap], [with_cap, long, short]):
+        with pytest.raises(ValueError, match=f"prompt of {longest - 20} tokens and up to 30 new ones exceed"):
+            ask(arena_engine(), items)
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        ask(arena_engine(), [short, *greedy([()]), short])

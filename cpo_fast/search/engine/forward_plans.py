@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from cpo_fast.search.engine.kv_arena import KVArena, KVNode, KVPath
+from cpo_fast.search.engine.kv_arena import KVArena, KVNode, KVPath, path_to
 from cpo_kernels.device import to_device
 from cpo_kernels.integrations.transformers.decode import decode_forward, next_logits, row_multiple
 from cpo_kernels.integrations.transformers.model import ModelParts
@@ -135,18 +135,6 @@ def prefill_plan(pieces: Sequence[Piece], num_padding: int, padding_slot: int) -
     starts = np.full(row + num_padding, padding_slot)
     lengths = np.concatenate([np.zeros(row, np.int64), np.ones(num_padding, np.int64)])
     return DecodePlan.build(np.concatenate(slots), [*_shared_items(queries), *own], starts, lengths)
-
-
-def path_to(node: KVNode) -> KVPath:
-    """The nodes above `node`, root first, each with how many of its tokens precede it."""
-    path: KVPath = []
-    end = node.parent_end
-    above = node.parent
-    while above is not None:
-        path.append((above, end))
-        end, above = above.parent_end, above.parent
-    path.reverse()
-    return path
 
 
 def _shared_items(queries: Sequence[tuple[int, int, KVPath]], share: bool = True) -> list[Item]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -161,9 +161,6 @@ class KVTrie:
     nodes: list[KVNode] = field(default_factory=list)
     _children: dict[tuple[int, int], dict[int, list[KVNode]]] = field(default_factory=dict)  # and by their first token
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    # of the present `insert`: how many nodes were split, and which split was a node's last, counted from 1
-    _num_splits: int = 0
-    _last_split: dict[KVNode, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.base is not None:
@@ -179,46 +176,36 @@ class KVTrie:
         limits = max_shared if max_shared is not None else list(map(len, prompts))
         # the samples of a state, and the labels of a verdict, ask one after the other for the same prompt: one walk
         runs = [(key, len(list(same))) for key, same in itertools.groupby(zip(prompts, limits, strict=True))]
-        arrays = [np.asarray(prompt, dtype=np.int64) for (prompt, _), _ in runs]
-        self._num_splits, self._last_split = 0, {}
-        walks: list[tuple[KVPath, int]] = []
-        for array, ((_, limit), _) in zip(arrays, runs, strict=True):
-            path = self._walk(array, limit, add=True)
-            walks.append((path, self._num_splits))
+        ends = [self._walk(np.asarray(prompt, dtype=np.int64), limit) for (prompt, limit), _ in runs]
         paths: list[KVPath] = []
-        for array, ((_, limit), count), (path, num_splits) in zip(arrays, runs, walks, strict=True):
-            # a second walk where a later prompt has split a node of this one
-            is_same = all(self._last_split.get(node, 0) <= num_splits for node, _ in path)
-            paths += [path if is_same else self._walk(array, limit, add=False)] * count
+        # not before all are walked: a later prompt may split a node above an end
+        for end, (_, count) in zip(ends, runs, strict=True):
+            paths += [[] if end is None else _path_through(*end)] * count
         return paths
 
-    def remove_ends(self) -> list[KVNode]:
-        """Take out the nodes that no other follows, so that what is left is what several prompts share. Returns them."""
-        followed = {node.parent for node in self.nodes}
-        ends = [node for node in self.nodes if node not in followed]
-        self.nodes = [node for node in self.nodes if node in followed]
-        for node in ends:
-            key, token = _key(node.parent, node.parent_end), int(node.ids[0])
-            self._children[key][token].remove(node)
-        return ends
+    def keep_only(self, kept: Container[KVNode]) -> list[KVNode]:
+        """Take every other node out. What precedes a kept node must be kept. Returns what was taken out."""
+        gone = [node for node in self.nodes if node not in kept]
+        self.nodes = [node for node in self.nodes if node in kept]
+        for node in gone:
+            self._children[_key(node.parent, node.parent_end)][int(node.ids[0])].remove(node)
+        return gone
 
-    def _walk(self, ids: Ids, limit: int, add: bool) -> KVPath:
-        path: KVPath = []
+    def _walk(self, ids: Ids, limit: int) -> tuple[KVNode, int] | None:
+        """Lay a prompt into the tree. Returns its last node and how many tokens of that it uses. None: it is empty."""
         parent: KVNode | None = None
         offset = 0  # tokens of the parent that are used
         done = 0
         while done < ids.size:
             child, shared = self._best_child(parent, offset, ids[done:], limit - done)
             if child is None:
-                assert add, "a prompt was not inserted"
                 child = self._add(ids[done:], parent, offset, done)
                 shared = len(child)
             # of one that was computed the first tokens are used, and the prompt continues in a new child
             elif shared < len(child) and not child.fixed:
                 child = self._split(child, shared)
-            path.append((child, shared))
             parent, offset, done = child, shared, done + shared
-        return path
+        return None if parent is None else (parent, offset)
 
     def _best_child(self, parent: KVNode | None, offset: int, ids: Ids, limit: int) -> tuple[KVNode | None, int]:
         best: KVNode | None = None
@@ -248,13 +235,11 @@ class KVTrie:
         return node
 
     def _split(self, node: KVNode, length: int) -> KVNode:
-        """Split a node that was never computed. Returns the new node of its first `length` tokens."""
+        """Split a node that was never computed: it keeps its end. Returns the new node of its first `length` tokens."""
         siblings = self._children[_key(node.parent, node.parent_end)][int(node.ids[0])]
         top = KVNode(node.ids[:length], node.parent, node.parent_end, node.position, next(self._numbers))
         self.nodes.append(top)
         siblings[siblings.index(node)] = top
-        self._num_splits += 1
-        self._last_split[node] = self._num_splits
         # all children of a node that was never computed hang at its end, so only their key changes
         children = self._children.pop(_key(node, len(node)), {})
         node.ids, node.parent, node.parent_end = node.ids[length:], top, length
@@ -264,6 +249,23 @@ class KVTrie:
         self._children[_key(node, len(node))] = children
         self._children[_key(top, length)] = {int(node.ids[0]): [node]}
         return top
+
+
+def path_to(node: KVNode) -> KVPath:
+    """The nodes above `node`, root first, each with how many of its tokens precede it."""
+    path: KVPath = []
+    end = node.parent_end
+    above = node.parent
+    while above is not None:
+        path.append((above, end))
+        end, above = above.parent_end, above.parent
+    path.reverse()
+    return path
+
+
+def _path_through(last: KVNode, used: int) -> KVPath:
+    # of a node that may still be split everything is used, however much of it is left
+    return [*path_to(last), (last, used if last.fixed else len(last))]
 
 
 def _key(parent: KVNode | None, offset: int) -> tuple[int, int]:

@@ -90,7 +90,7 @@ class Requests:
     Attributes:
         items: in the order in which their answers are expected.
         keep: keep the KV of these prompts after the call: True for thoughts (later prompts extend them), False for
-            verdict prompts, of which at most what several share is kept.
+            verdict prompts, of which at most what several share is kept, until the next such call.
     """
 
     items: tuple[SampleRequest | ScoreRequest, ...]

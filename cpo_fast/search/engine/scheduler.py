@@ -4,12 +4,13 @@
 the score requests from it, and takes one decode step for every running request. A search that has all its answers goes
 on at once, and what it asks next fills the free batch slots.
 
-When the arena is full, stored states of searches that nothing reads are dropped, to be computed again as they were. When
-that is not enough, fewer requests run together.
+When the arena is full, stored nodes that nothing reads are dropped, to be computed again as they were. When that is not
+enough, fewer requests run together.
 """
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class ActiveSearch:
             several share is kept. trie: that of the present requests.
         paths: of each request, one. Of a score request, one for each continuation.
         pending: requests not yet admitted. num_open: requests without an answer.
+        reads: of the score requests without an answer, what is read for each continuation. logps: what was read so far.
     """
 
     name: str
@@ -60,16 +62,14 @@ class ActiveSearch:
     answers: Any = None  # `send(None)` starts a generator
     pending: list[int] = field(default_factory=list)
     num_open: int = 0
+    reads: dict[int, list[list[Read]]] = field(default_factory=dict)
+    logps: dict[Read, float] = field(default_factory=dict)
     error: Exception | None = None
     result: Any = None
     done: bool = False
 
     def __post_init__(self) -> None:
         self.trie = self.states
-
-
-# a score request that is computed: whose it is, which of the owner's items, what is read for each continuation
-Scored = tuple[ActiveSearch, int, list[list[Read]]]
 
 
 class Scheduler:
@@ -121,7 +121,7 @@ class Scheduler:
                     self._resume(active)
                 for active in [active for active in self._active if active.done]:
                     self._active.remove(active)
-                    self._drop_all(active)
+                    self._drop_unused([*active.states.nodes, *active.verdicts.nodes])
                     yield active.name, active.result, time.perf_counter() - active.started
                 self._start(waiting)
         finally:
@@ -130,11 +130,20 @@ class Scheduler:
     def step(self) -> None:
         """One round: admit, prefill, answer score requests, decode one token for each running request."""
         nodes, running, scored = self._admit()
-        reads = [read for _, _, continuations in scored for read in chain(*continuations)]
-        logps = compute_nodes(self._runner, nodes, self._config.prefill_tokens, reads)
+        computed = set(nodes)
+        # also for score requests that wait: what they read is not computed again for them while it is stored
+        reads = [
+            (active, [read for read in chain(*chain(*active.reads.values())) if read[0] in computed])
+            for active in self._active
+        ]
+        logps = compute_nodes(
+            self._runner, nodes, self._config.prefill_tokens, list(chain.from_iterable(some for _, some in reads))
+        )
+        for active, some in reads:
+            active.logps.update((read, logps[read]) for read in some)
         self.num_prefilled += sum(map(len, nodes))
-        for active, index, continuations in scored:
-            self._finish_scores(active, index, continuations, logps)
+        for active, index in scored:
+            self._finish_scores(active, index)
         self.batch.add(running)
         for ended in self.batch.step():
             self._finish_sample(ended)
@@ -151,9 +160,7 @@ class Scheduler:
         try:
             while not active.pending:  # all answered by the cache, or refused: it may go on at once
                 if active.trie is active.verdicts:
-                    for node in active.verdicts.remove_ends():
-                        if node.start is not None:
-                            self._arena.drop(node)
+                    self._drop_unused(active.verdicts.keep_only(_shared_nodes(active)))
                 refused, active.error = active.error, None  # raised at the search's `yield`, once
                 search = active.search
                 self._accept(active, search.throw(refused) if refused else search.send(active.answers))
@@ -165,9 +172,6 @@ class Scheduler:
     def _accept(self, active: ActiveSearch, requests: Requests) -> None:
         """Lay the prompts of new requests out in the trie. None is pending when all are known, or one is refused."""
         cache = self._cache
-        active.requests = requests
-        active.answers = [None if cache is None else cache.get(active.name, item) for item in requests.items]
-        active.trie = active.states if requests.keep else active.verdicts
         try:
             lengths = dict.fromkeys((len(item.token_ids), item.max_new_tokens) for item in requests.items)
             for num_tokens, num_new in (min(lengths), max(lengths, key=sum)) if lengths else ():
@@ -175,6 +179,9 @@ class Scheduler:
         except ValueError as error:
             active.error = error
             return
+        active.requests = requests
+        active.trie = active.states if requests.keep else active.verdicts
+        active.answers = [None if cache is None else cache.get(active.name, item) for item in requests.items]
         for index, item in enumerate(requests.items):
             if (answer := answer_to_nothing(item)) is not None:
                 active.answers[index] = answer
@@ -189,21 +196,28 @@ class Scheduler:
                     node.fixed = True
         active.pending = [index for index, answer in enumerate(active.answers) if answer is None]
         active.num_open = len(active.pending)
+        active.logps = {}
+        active.reads = {
+            index: _reads(item, active.paths[index])
+            for index, item in enumerate(requests.items)
+            if active.answers[index] is None and isinstance(item, ScoreRequest)
+        }
 
     def _check(self, num_tokens: int, num_new_tokens: int) -> None:
         parts = self._runner.parts
         check_length(num_tokens, num_new_tokens, getattr(parts.config, "max_position_embeddings", None))
         check_path(parts, num_tokens + num_new_tokens)
 
-    def _admit(self) -> tuple[list[KVNode], list[RunningRequest], list[Scored]]:
+    def _admit(self) -> tuple[list[KVNode], list[RunningRequest], list[tuple[ActiveSearch, int]]]:
         """Take pending requests, in the order of the searches, as far as KV slots and batch slots go.
 
         Returns:
-            Nodes to compute, sample requests that join the decode batch, and score requests.
+            Nodes to compute, sample requests that join the decode batch, and score requests: whose each is, and which of
+            the owner's items.
         """
         nodes: list[KVNode] = []
         running: list[RunningRequest] = []
-        scored: list[Scored] = []
+        scored: list[tuple[ActiveSearch, int]] = []
         num_free = self.batch.num_free(self._batch_size)
         for active in self._active:
             while active.pending:
@@ -220,7 +234,7 @@ class Scheduler:
                 if isinstance(item, SampleRequest):
                     running.append(RunningRequest(item, active, index, paths[0], first_slot))
                 else:
-                    scored.append((active, index, _reads(item, paths)))
+                    scored.append((active, index))
         # nothing runs that could end and make room
         is_stuck = not (running or scored or self.batch.running)
         if is_stuck and any(active.pending for active in self._active):
@@ -257,13 +271,14 @@ class Scheduler:
         return first_slot
 
     def _allocate(self, count: int) -> int | None:
-        """As `KVArena.allocate`, after dropping stored states that nothing reads where that makes room."""
+        """As `KVArena.allocate`, after dropping stored nodes that nothing reads where that makes room."""
         start = self._arena.allocate(count)
         if start is not None:
             return start
-        # of the youngest search first, and there the newest
-        for active in reversed(self._active):
-            for node in chain(reversed(active.verdicts.nodes), reversed(active.states.nodes)):
+        # verdicts' before states, of the youngest search first, and there the newest
+        youngest = self._active[::-1]
+        for trie in chain((active.verdicts for active in youngest), (active.states for active in youngest)):
+            for node in reversed(trie.nodes):
                 if node.start is not None and node.num_users == 0:
                     self._arena.drop(node)
                     start = self._arena.allocate(count)
@@ -271,21 +286,16 @@ class Scheduler:
                         return start
         return None
 
-    def _finish_scores(
-        self, active: ActiveSearch, index: int, continuations: list[list[Read]], logps: dict[Read, float]
-    ) -> None:
+    def _finish_scores(self, active: ActiveSearch, index: int) -> None:
         values: list[float] = []
-        for continuation in continuations:
+        for continuation in active.reads.pop(index):
             total = 0.0
             for read in continuation:
-                total += logps[read]
+                total += active.logps[read]
             values.append(total)
         is_finite = not any(value != value or value == float("inf") for value in values)  # -inf is a log-prob
         self._finish(active, index, values, is_finite)
         _stop_using([node for path in active.paths[index] for node, _ in path])
-        if active.trie is active.verdicts and active.pending:
-            # a later score request of this search reads its own tokens, so they must be computed with it
-            self._drop_unused(active.trie)
 
     def _finish_sample(self, running: RunningRequest) -> None:
         self._release(running)
@@ -306,14 +316,10 @@ class Scheduler:
         self._arena.release(running.first_slot, running.request.max_new_tokens)
         _stop_using([node for node, _ in running.path])
 
-    def _drop_unused(self, trie: KVTrie) -> None:
-        for node in trie.nodes:
+    def _drop_unused(self, nodes: Iterable[KVNode]) -> None:
+        for node in nodes:
             if node.start is not None and node.num_users == 0:
                 self._arena.drop(node)
-
-    def _drop_all(self, active: ActiveSearch) -> None:
-        for trie in (active.states, active.verdicts):
-            self._drop_unused(trie)
 
     def _abandon(self) -> None:
         """Give everything back but the permanent nodes, also when the caller stops reading `run`."""
@@ -321,7 +327,7 @@ class Scheduler:
             self._release(running)
         self.batch.drop(self.batch.running)
         for active in self._active:
-            self._drop_all(active)
+            self._drop_unused([*active.states.nodes, *active.verdicts.nodes])
             active.search.close()
         self._active = []
 
@@ -346,6 +352,13 @@ def _fewer_objects_to_collect() -> Iterator[None]:
 def _stop_using(nodes: Iterable[KVNode]) -> None:
     for node in nodes:
         node.num_users -= 1
+
+
+def _shared_nodes(active: ActiveSearch) -> set[KVNode]:
+    """The nodes that at least two of the present prompts have."""
+    paths_of = {item.token_ids: paths for item, paths in zip(active.requests.items, active.paths, strict=True)}
+    counts = Counter(chain(*({node for path in paths for node, _ in path} for paths in paths_of.values())))
+    return {node for node, count in counts.items() if count > 1}
 
 
 def _prompts(item: SampleRequest | ScoreRequest) -> list[tuple[int, ...]]:
