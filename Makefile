@@ -89,7 +89,7 @@ method: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.method $(METHOD)
 
 bench: $(BENCH_STAMP)
-	PYTHONPATH=. $(BIN)/python benchmarks/forest.py
+	PYTHONPATH=. $(BIN)/python -m benchmarks.forest
 	PYTHONPATH=. $(BIN)/python -m benchmarks.train_step
 	PYTHONPATH=. $(BIN)/python -m benchmarks.linear_logprob
 	PYTHONPATH=. $(BIN)/python -m benchmarks.tree_attention

@@ -5,7 +5,7 @@ The whole of `build_forest` is timed, from Python lists of ints to torch tensors
 Before anything is printed every array is compared with a trie of Python dictionaries that shares no code with the
 product.
 
-    python benchmarks/forest.py [--repeats 50]
+    python -m benchmarks.forest [--repeats 50]
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main() -> int:
     record = {
         "benchmark": "forest",
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/forest.py",
+        "command": "python -m benchmarks.forest",
         "machine": _processor(),
         "torch": torch.__version__,
         "exact": True,

@@ -244,7 +244,7 @@ CLAIMS = [
         "token trie to forest",
         "64 sequences of 700 tokens become a forest in {:.1f} ms on one core",
         Recorded("forest", lambda record: [here(record["results"]["shared"]["from_lists_ms"])]),
-        "python benchmarks/forest.py",
+        "python -m benchmarks.forest",
     ),
     Claim(
         "parameters beside TRL's trainer",
