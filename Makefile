@@ -1,7 +1,7 @@
 # Every target makes .venv if it is missing, installs the tested versions into it, and runs. A second run installs nothing.
 #
 #   make quickstart   collect, pairs, train and eval with a tiny model that is shipped, on the CPU, in a minute
-#   make soak         tests of several processes, which take longer or are less steady than `make test` may be
+#   make soak         tests that take longer or are less steady than `make test` may be, and tiles that it leaves out
 #   make test         the whole test suite          make lint    formatter, linter, types
 #   make aot          compile the Triton kernels ahead of time, no GPU needed (nearly all of it is part of make test)
 #   make docs         the documentation, in build/site: opens from disk, without a network (part of make test)

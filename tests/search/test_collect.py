@@ -146,6 +146,22 @@ def test_a_finished_run_searches_nothing_and_keeps_its_bytes(make_config, model,
     assert _bytes(config) == before
 
 
+def test_every_tree_waits_for_the_disk_and_its_seconds_do_not(make_config, model, tokenizer, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    config = make_config("run")
+    collect(config, model, tokenizer)
+    num_trees = (Path(config.run) / "trees.jsonl").read_bytes().count(b"\n")
+    assert num_trees == synced.count("trees.jsonl") > 1
+    assert (Path(config.run) / "timings.jsonl").read_bytes().count(b"\n") == num_trees
+    assert "timings.jsonl" not in synced
+
+
 def test_trees_of_other_questions_in_the_file_are_counted(make_config, model, tokenizer, tmp_path):
     config = make_config("other")
     assert collect(config, model, tokenizer).num_other == 0

@@ -188,7 +188,7 @@ class KVTrie:
         gone = [node for node in self.nodes if node not in kept]
         self.nodes = [node for node in self.nodes if node in kept]
         for node in gone:
-            self._children[_key(node.parent, node.parent_end)][int(node.ids[0])].remove(node)
+            self._siblings(node).remove(node)
         return gone
 
     def _walk(self, ids: Ids, limit: int) -> tuple[KVNode, int] | None:
@@ -228,6 +228,10 @@ class KVTrie:
             if below is not None:
                 yield from below.get(token, ())
 
+    def _siblings(self, node: KVNode) -> list[KVNode]:
+        """The nodes of this trie that begin where `node` does with the same token, itself among them."""
+        return self._children[_key(node.parent, node.parent_end)][int(node.ids[0])]
+
     def _add(self, ids: Ids, parent: KVNode | None, offset: int, position: int) -> KVNode:
         node = KVNode(ids, parent, offset, position, next(self._numbers))
         self.nodes.append(node)
@@ -236,7 +240,7 @@ class KVTrie:
 
     def _split(self, node: KVNode, length: int) -> KVNode:
         """Split a node that was never computed: it keeps its end. Returns the new node of its first `length` tokens."""
-        siblings = self._children[_key(node.parent, node.parent_end)][int(node.ids[0])]
+        siblings = self._siblings(node)
         top = KVNode(node.ids[:length], node.parent, node.parent_end, node.position, next(self._numbers))
         self.nodes.append(top)
         siblings[siblings.index(node)] = top

@@ -135,6 +135,7 @@ class Scheduler:
         reads = [
             (active, [read for read in chain(*chain(*active.reads.values())) if read[0] in computed])
             for active in self._active
+            if computed
         ]
         logps = compute_nodes(
             self._runner, nodes, self._config.prefill_tokens, list(chain.from_iterable(some for _, some in reads))
