@@ -305,7 +305,7 @@ void tree_decode(TreeDecode<T> of, int num_threads) {
     const int64_t num_parts = (of.rows.num_rows + step - 1) / step;
     const int64_t width = vector_bytes / static_cast<int64_t>(sizeof(T));
     const int64_t dim = (of.head_dim + width - 1) / width * width, longest = decode_longest(of, width);
-    const int64_t block = decode_block(of), num_scratch = 3 * longest * dim + block * (2 * dim + longest + 1) + decode_chunk * dim;
+    const int64_t block = decode_block(of), num_scratch = 3 * longest * dim + block * (2 * dim + longest + 1) + 2 * decode_chunk * dim;
     share_out<T>(num_parts * of.num_kv_heads, num_threads, num_scratch, [&](int64_t task, T* scratch) {
         const int64_t kv_head = task % of.num_kv_heads, first = task / of.num_kv_heads * step;
         const int64_t last = std::min(first + step, of.rows.num_rows);

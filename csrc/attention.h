@@ -78,7 +78,7 @@ struct TreeDecode {
 
 constexpr int64_t decode_chunk = 64;  // a row's own keys that are converted at once
 
-// Positions of a row of scores: a row's nodes, then its own keys, each from a whole vector on, and one vector to spare.
+// Positions of a row of scores: a row's nodes, its own keys behind them, and a vector to spare, as whole ones are written.
 template <typename T>
 static inline int64_t decode_longest(const TreeDecode<T>& of, int64_t width) {
     const int64_t longest = (of.rows.longest_nodes + width - 1) / width + (of.rows.longest_own + width - 1) / width + 1;

@@ -1,7 +1,7 @@
 // Tree decode for some rows and one key head. The keys and values of the nodes on a path lie in one range, as in
 // tree_attention.cpp, and what the next rows read alike stays there; a row's own keys are read where they are. Every row is
-// computed by the same operations in the same order whichever rows stand beside it, so its bits are its own. Compiled once
-// for each instruction set (`CPO_SET`).
+// computed by the same operations in the same order whichever rows stand beside it and wherever its path is cut into nodes
+// and keys of its own, so its bits are its own. Compiled once for each instruction set (`CPO_SET`).
 
 #include <type_traits>
 
@@ -13,51 +13,10 @@ namespace cpo::CPO_SET {
 namespace {
 
 #ifdef __AVX512F__
-constexpr int tile_queries = 4;  // with four keys, sixteen sums
+constexpr int tile_queries = 4;
 #else
 constexpr int tile_queries = 1;
 #endif
-
-// The sums over lanes of four vectors, each by the same halving.
-CPO_INLINE void four_sums(const Values<float>* of, float* sums, int64_t count) {
-#if CPO_PART == 64
-    using Part = Values<float>::Part;
-    const auto halves = [](Part a, Part b) {
-        return CPO_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               CPO_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    };
-    const Part a = halves(of[0].part, of[1].part), b = halves(of[2].part, of[3].part);
-    Part four = CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    four += CPO_SHUFFLE(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    four += CPO_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    for (int64_t j = 0; j < count; ++j) {
-        sums[j] = four[4 * j];
-    }
-#elif CPO_PART == 32
-    using Part = Lanes<float, 32>::Part;
-    const auto halved = [&](int i) { return of[i].low.part + of[i].high.part; };
-    const auto halves = [](Part a, Part b) {
-        return CPO_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + CPO_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-    };
-    const Part a = halves(halved(0), halved(1)), b = halves(halved(2), halved(3));
-    Part four = CPO_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + CPO_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
-    four += CPO_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6);
-    for (int64_t j = 0; j < count; ++j) {
-        sums[j] = four[2 * j];
-    }
-#else
-    for (int64_t j = 0; j < count; ++j) {
-        sums[j] = sum_of<float>(of[j]);
-    }
-#endif
-}
-
-CPO_INLINE void four_sums(const Values<double>* of, double* sums, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-        sums[j] = sum_of<double>(of[j]);
-    }
-}
 
 CPO_INLINE float from_bfloat16(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -117,8 +76,9 @@ struct Arena {
     template <typename Visit>
     void each_chunk(int64_t first, int64_t count, T* scratch, Visit visit) const {
         if (direct() && head_dim == dim) {
-            if (count > 0) {
-                visit(static_cast<const T*>(data) + first * row + offset, row, 0, count);
+            for (int64_t at = 0; at < count; at += decode_chunk) {
+                const int64_t some = count - at < decode_chunk ? count - at : decode_chunk;
+                visit(static_cast<const T*>(data) + (first + at) * row + offset, row, at, some);
             }
             return;
         }
@@ -131,36 +91,6 @@ struct Arena {
         }
     }
 };
-
-// scores[m][j] = queries[m] . keys[j]
-template <int Rows, typename T>
-CPO_INLINE void some_dots(const T* queries, int64_t dim, const T* keys, int64_t stride, int64_t count, T* scores,
-                          int64_t longest) {
-    constexpr int64_t width = Vector<T>::width;
-    for (int64_t j = 0; j < count; j += 4) {
-        const int64_t left = count - j < 4 ? count - j : 4;
-        const T* key[4];
-        for (int64_t i = 0; i < 4; ++i) {
-            key[i] = keys + (j + (i < left ? i : left - 1)) * stride;
-        }
-        Values<T> sums[Rows][4] = {};
-        for (int64_t d = 0; d < dim; d += width) {
-            const Values<T> four[4] = {load(key[0] + d), load(key[1] + d), load(key[2] + d), load(key[3] + d)};
-#pragma GCC unroll 4
-            for (int m = 0; m < Rows; ++m) {
-                const Values<T> query = load(queries + m * dim + d);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    sums[m][i] += query * four[i];
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < Rows; ++m) {
-            four_sums(sums[m], scores + m * longest + j, left);
-        }
-    }
-}
 
 // out[m] += sum over j of weights[m][j] * values[j], in order
 template <int Rows, typename T>
@@ -239,7 +169,7 @@ int64_t num_node_keys(const DecodeRows& rows, int64_t row) {
     return total;
 }
 
-// Whether two rows read the same nodes, the last perhaps not as far.
+// Whether two rows read the same nodes, the last perhaps not as far where nothing follows it.
 bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
     const int64_t first = rows.offsets[a], other = rows.offsets[b], count = rows.offsets[a + 1] - first;
     if (rows.offsets[b + 1] - other != count) {
@@ -247,7 +177,8 @@ bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
     }
     for (int64_t i = 0; i < count; ++i) {
         if (rows.node[first + i] != rows.node[other + i] ||
-            (i + 1 < count && rows.count[first + i] != rows.count[other + i])) {
+            ((i + 1 < count || rows.own_count[a] > 0 || rows.own_count[b] > 0) &&
+             rows.count[first + i] != rows.count[other + i])) {
             return false;
         }
     }
@@ -265,22 +196,18 @@ OwnKeys seen_of_own(const TreeDecode<T>& of, int64_t row) {
     return {of.rows.own_start[row] + place, own - place, place};
 }
 
-// One query: its scores at nodes, [0, nodes), and at its own keys, [own_place, own_place + own), of which it sees those from
-// `oldest` on, counted along the path, to weights; all else in [start, stop) to 0. Returns what their sum is.
+// One query: its scores at the `seen` keys of its path, of which it sees those from `oldest` on, to weights; all else in
+// [start, stop) to 0. Returns what their sum is.
 template <typename T>
 struct Softmax {
     const TreeDecode<T>& of;
-    int64_t start, nodes, own_place, own, oldest, head;
+    int64_t start, oldest, seen, stop, head;
 
     T operator()(T* scores) const {
         constexpr int64_t width = Vector<T>::width;
-        const int64_t stop = own_place + rounded_up(own, width);
-        const int64_t first = oldest < nodes ? oldest : nodes, first_own = oldest > nodes ? oldest - nodes : 0;
-        bend(scores + first, nodes - first);
-        bend(scores + own_place + first_own, own - first_own);
-        hide(scores, start, first);
-        hide(scores, nodes, own_place + first_own);
-        hide(scores, own_place + own, stop);
+        bend(scores + oldest, seen - oldest);
+        hide(scores, start, oldest);
+        hide(scores, seen, stop);
         Values<T> largest = load(scores + start);
         for (int64_t j = start + width; j < stop; j += width) {
             const Values<T> next = load(scores + j);
@@ -327,7 +254,7 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
     const Path<T> keys{key_rows, take(longest * dim), dim};
     T* const values = take(longest * dim);
     T *queries = take(block * dim), *out = take(block * dim), *scores = take(block * longest), *totals = take(block);
-    T* const own_rows = take(decode_chunk * dim);
+    T *const own_rows = take(decode_chunk * dim), *const own_panels = take(decode_chunk * dim);
     NodePath<T> path{keys, values};
     const Arena<T> arena_keys{of.keys, of.key_row, kv_head * of.key_head, of.head_dim, dim, of.stored};
     const Arena<T> arena_values{of.values, of.value_row, kv_head * of.value_head, of.head_dim, dim, of.stored};
@@ -337,8 +264,8 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
             furthest = num_node_keys(of.rows, last) > num_node_keys(of.rows, furthest) ? last : furthest;
         }
         const int64_t num_queries = (last - first) * group, num_nodes = path.load_of(of.rows, furthest, arena_keys, arena_values);
-        const int64_t own_place = rounded_up(num_nodes, width);
-        int64_t start = own_place;  // of what any row sees
+        const int64_t all_nodes = rounded_up(num_nodes, width);
+        int64_t start = all_nodes;  // of what any row sees
         for (int64_t m = 0; m < num_queries; ++m) {
             const int64_t row = first + m / group, seen = num_node_keys(of.rows, row) + of.rows.own_count[row];
             const int64_t oldest = of.window > 0 && seen > of.window ? seen - of.window : 0;
@@ -346,28 +273,30 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
             copy_padded(queries + m * dim, of.q.at(row, kv_head * group + m % group), of.head_dim, dim, static_cast<T>(of.scale));
         }
         multiply(Product<T>{queries, dim, 1, keys.panels + start * dim, width, width * dim, scores + start, longest, num_queries,
-                            (own_place - start) / width, of.head_dim, false});
+                            (all_nodes - start) / width, of.head_dim, false});
         for (int64_t m = 0; m < num_queries; m += group) {
             const OwnKeys own = seen_of_own(of, first + m / group);
             arena_keys.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                T* to = scores + m * longest + own_place + own.place + at;
-                each_tile(group, [&](int64_t g, auto rows) {
-                    some_dots<rows>(queries + (m + g) * dim, dim, some, stride, count, to + g * longest, longest);
-                });
+                make_panels(some, stride, count, dim, own_panels);
+                // over what the nodes' last vector holds past them
+                T* to = scores + m * longest + num_nodes + own.place + at;
+                multiply(Product<T>{queries + m * dim, dim, 1, own_panels, width, width * dim, to, longest, group,
+                                    rounded_up(count, width) / width, of.head_dim, false});
             });
         }
         for (int64_t m = 0; m < num_queries; ++m) {
-            const int64_t row = first + m / group, nodes = num_node_keys(of.rows, row), own = of.rows.own_count[row];
-            const int64_t oldest = of.window > 0 && nodes + own > of.window ? nodes + own - of.window : 0;
-            const Softmax<T> softmax{of, start, nodes, own_place, own, oldest, kv_head * group + m % group};
-            totals[m] = nodes + own == 0 ? T{0} : softmax(scores + m * longest);
+            const int64_t row = first + m / group, seen = num_node_keys(of.rows, row) + of.rows.own_count[row];
+            const int64_t oldest = of.window > 0 && seen > of.window ? seen - of.window : 0;
+            const int64_t stop = rounded_up(seen < num_nodes ? num_nodes : seen, width);
+            const Softmax<T> softmax{of, start, oldest, seen, stop, kv_head * group + m % group};
+            totals[m] = seen == 0 ? T{0} : softmax(scores + m * longest);
         }
         multiply(Product<T>{scores + start, longest, 1, values + start * dim, dim, width, out, dim, num_queries, dim / width,
                             num_nodes - start > 0 ? num_nodes - start : 0, false});
         for (int64_t m = 0; m < num_queries; m += group) {
             const OwnKeys own = seen_of_own(of, first + m / group);
             arena_values.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                const T* weights = scores + m * longest + own_place + own.place + at;
+                const T* weights = scores + m * longest + num_nodes + own.place + at;
                 each_tile(group, [&](int64_t g, auto rows) {
                     weigh_some<rows>(weights + g * longest, longest, some, stride, count, out + (m + g) * dim, dim);
                 });

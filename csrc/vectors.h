@@ -196,13 +196,14 @@ CPO_INLINE T largest_of(Values<T> values) {
     return largest;
 }
 
-// A square of numbers, rows for columns, from rows `stride` apart to rows of one vector.
+// A square of numbers, rows for columns, from `count` rows `stride` apart, the last of which stands for those that are missing,
+// to rows of one vector.
 template <typename T>
-CPO_INLINE void transpose(const T* from, int64_t stride, T* to) {
+CPO_INLINE void transpose(const T* from, int64_t stride, int64_t count, T* to) {
     constexpr int64_t width = Vector<T>::width;
     for (int64_t i = 0; i < width; ++i) {
         for (int64_t lane = 0; lane < width; ++lane) {
-            to[i * width + lane] = from[lane * stride + i];
+            to[i * width + lane] = from[(lane < count ? lane : count - 1) * stride + i];
         }
     }
 }
@@ -210,11 +211,11 @@ CPO_INLINE void transpose(const T* from, int64_t stride, T* to) {
 #if CPO_PART == 64
 // Four times row i and row i + 8, number by number in turn.
 template <>
-CPO_INLINE void transpose<float>(const float* from, int64_t stride, float* to) {
+CPO_INLINE void transpose<float>(const float* from, int64_t stride, int64_t count, float* to) {
     using Part = Values<float>::Part;
     Part rows[16], other[16];
     for (int64_t i = 0; i < 16; ++i) {
-        rows[i] = load(from + i * stride).part;
+        rows[i] = load(from + (i < count ? i : count - 1) * stride).part;
     }
     const auto interleave = [](const Part* a, Part* b) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -233,6 +234,18 @@ CPO_INLINE void transpose<float>(const float* from, int64_t stride, float* to) {
 }
 #endif
 
+// Panels, [panel, d, lane], of `count` rows `stride` apart.
+template <typename T>
+CPO_INLINE void make_panels(const T* rows, int64_t stride, int64_t count, int64_t dim, T* panels) {
+    constexpr int64_t width = Vector<T>::width;
+    for (int64_t position = 0; position < count; position += width) {
+        const int64_t some = count - position < width ? count - position : width;
+        for (int64_t d = 0; d < dim; d += width) {
+            transpose(rows + position * stride + d, stride, some, panels + position * dim + d * width);
+        }
+    }
+}
+
 // Rows [position, d], d padded to whole vectors, and the same numbers as panels of one vector's positions, [panel, d, lane].
 template <typename T>
 struct Path {
@@ -246,7 +259,7 @@ struct Path {
         constexpr int64_t width = Vector<T>::width;
         for (int64_t position = first / width * width; position < last; position += width) {
             for (int64_t d = 0; d < dim; d += width) {
-                transpose(row(position) + d, dim, panels + position * dim + d * width);
+                transpose(row(position) + d, dim, width, panels + position * dim + d * width);
             }
         }
     }

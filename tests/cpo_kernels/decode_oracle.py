@@ -59,12 +59,25 @@ class Frontier:
                     items.append((row, stop - row, *node, node[1]))
                 row = stop
         prefill_items, prefill_slots = self._prefill(0, self.prefill_node[1], len(self.paths))
-        return self._build(range(len(self.paths)), items + prefill_items, prefill_slots, split)
+        return self._build(self.suffixes, items + prefill_items, prefill_slots, split)
 
-    def decode_plan(self, rows: Sequence[int], split: int = 256) -> DecodePlan:
-        """Some decoding rows, in this order, nothing shared."""
-        items = [(place, 1, *node, node[1]) for place, row in enumerate(rows) for node in self.paths[row]]
-        return self._build(rows, items, [], split)
+    def decode_plan(self, rows: Sequence[int], split: int = 256, most_own: int | None = None) -> DecodePlan:
+        """Some decoding rows, in this order, nothing shared. Of a suffix all but the last `most_own` keys are a node."""
+        items: list[Item] = []
+        suffixes: list[tuple[int, int]] = []
+        for place, row in enumerate(rows):
+            start, length = self.suffixes[row]
+            own = min(length, most_own or length)
+            path = [*self.paths[row], (start, length - own)][: len(self.paths[row]) + (own < length)]
+            items += [(place, 1, *node, node[1]) for node in path]
+            suffixes.append((start + length - own, own))
+        return self._build(suffixes, items, [], split)
+
+    def prefill_plan_by_row(self) -> DecodePlan:
+        """All tokens of the prefilled node, as rows whose own keys it is."""
+        start, length = self.prefill_node
+        items = [(row, 1, *node, node[1]) for row in range(length) for node in self.prefill_path]
+        return self._build([(start, row + 1) for row in range(length)], items, [], 256)
 
     def prefill_plan(self, first: int, last: int, split: int = 256) -> DecodePlan:
         """Tokens [first, last) of the prefilled node; `first` is a multiple of QUERY_TILE."""
@@ -78,8 +91,9 @@ class Frontier:
         items = [(row, last - first, *node, node[1]) for node in self.prefill_path]
         return [*items, (row, last - first, start, last, first + 1)], list(range(start + first, start + last))
 
-    def _build(self, rows: Sequence[int], items: Sequence[Item], prefill_slots: list[int], split: int) -> DecodePlan:
-        suffixes = [self.suffixes[row] for row in rows]
+    def _build(
+        self, suffixes: Sequence[tuple[int, int]], items: Sequence[Item], prefill_slots: list[int], split: int
+    ) -> DecodePlan:
         slots = [start + length - 1 for start, length in suffixes] + prefill_slots
         starts = [start for start, _ in suffixes] + [0] * len(prefill_slots)
         lengths = [length for _, length in suffixes] + [0] * len(prefill_slots)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import cpo_kernels._csrc as _csrc
 from cpo_kernels.tolerances import random_subtree_end
 from cpo_kernels.tree_attention import tree_attention
 from cpo_kernels.tree_decode import DecodePlan, tree_decode
-from tests.cpo_kernels.decode_oracle import dense_attention, random_frontier, random_inputs
+from tests.cpo_kernels.decode_oracle import Inputs, dense_attention, random_frontier, random_inputs
 
 HEAD_SHAPES = [(6, 6, 16), (9, 3, 64), (4, 1, 24), (5, 5, 7), (70, 1, 32)]
 
@@ -92,6 +93,32 @@ def test_a_row_of_a_search_has_the_same_bits_alone(
     torch.testing.assert_close(among.double(), exact, rtol=tolerance, atol=tolerance)
     for rows in ([0], [num_rows - 1], list(range(num_rows))[::-1]):
         assert torch.equal(run(rows, frontier.decode_plan(rows)), among[rows]), rows
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 37}, {"softcap": 4.0}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("heads", HEAD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_row_has_the_same_bits_wherever_its_path_is_cut(
+    heads: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """What was its own while it was generated may be a node of it later, and that node may be computed by a prefill."""
+    frontier = random_frontier(5, 4, max_suffix=90, num_prefilled=75)
+    inputs = random_inputs(frontier, *heads, dtype)
+    if "sinks" in options:
+        options = {"sinks": torch.linspace(-1, 1, heads[0]).to(dtype)}
+    rows = range(len(frontier.paths))
+    prefilled = range(len(rows), frontier.num_rows)
+
+    def run(given: Inputs, plan: DecodePlan) -> torch.Tensor:
+        return tree_decode(given.q, given.k_new, given.v_new, *given.arena, plan, **options, impl="native")
+
+    for name in _csrc.instruction_sets():
+        _csrc.use_instruction_set(name)
+        together = run(inputs, frontier.plan())
+        for most_own in (None, 1, 2, 17):
+            plan = frontier.decode_plan(rows, most_own=most_own)
+            assert torch.equal(run(inputs.rows(rows), plan), together[: len(rows)]), (name, most_own)
+        assert torch.equal(run(inputs.rows(prefilled), frontier.prefill_plan_by_row()), together[len(rows) :]), name
 
 
 def test_a_search_has_the_same_bits_with_any_number_of_threads_and_on_any_set() -> None:

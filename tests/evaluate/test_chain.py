@@ -10,7 +10,7 @@ from cpo_fast.evaluate.chain import Chain, ChainReader, chain_search
 from cpo_fast.search.engine import run_search
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.huggingface import HuggingFaceEngine
-from cpo_fast.tasks import get_task
+from cpo_fast.tasks import common_prefix_length, get_task
 from tests.evaluate.scripted import EOS, ScriptedEngine, leaning
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -104,7 +104,7 @@ def test_chains_alone_side_by_side_and_of_plain_generate_are_the_same(model_and_
         plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0)
         assert tuple(plain[0, len(prompt) : len(prompt) + len(ids)].tolist()) == ids
     begin = tuple(prompts[PROMPTS[0]][:2])
-    num_shared = sum(2 for prompt in prompts.values() if tuple(prompt[:2]) == begin)
+    num_shared = sum(common_prefix_length(begin, prompt) for prompt in prompts.values())
     for at_once in (1, 2, 5):
         config = SearchConfig(arena_tokens=2000, questions_in_flight=at_once)
         engine = ArenaEngine(model, tokenizer, config)

@@ -163,13 +163,13 @@ def test_nothing_is_left_once_the_trees_are_on_disk(tmp_path: Path):
     assert not (tmp_path / "answers").exists()
 
 
-def test_an_infinite_log_prob_is_computed_again(tmp_path: Path):
+def test_an_infinite_log_prob_is_kept(tmp_path: Path):
     log = AnswerFiles(tmp_path, PROVENANCE)
     log.put("q", SCORING, [-math.inf, 0.0])
     log.put("q", REQUEST, SAMPLE)
     log.close()
     log = AnswerFiles(tmp_path, PROVENANCE)
-    assert (log.get("q", SCORING), log.get("q", REQUEST)) == (None, SAMPLE)
+    assert (log.get("q", SCORING), log.get("q", REQUEST)) == ([-math.inf, 0.0], SAMPLE)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def run(**sampling: Any) -> tuple[int, CudaGraphBatch]:
 
     def make_batch(runner: ModelRunner, stop_checker: StopChecker) -> CudaGraphBatch:
         runner.__class__ = IdleRunner  # the engine's, so that prefills compute nothing either
+        runner.impl = "eager"  # on a GPU too states are prefilled
         return CudaGraphBatch(runner, stop_checker, record=record)
 
     model = small_model(max_position_embeddings=4096)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpo_fast.search.engine import Requests, ScoreRequest, Search
+from cpo_fast.search.engine import Requests, SampleRequest, ScoreRequest, Search
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.kv_arena import KVArena, KVTrie
-from tests.search.engine_cases import TOKENIZER, ask, engine_config, greedy, num_free_slots, small_model
+from tests.search.engine_cases import TOKENIZER, ask, engine_config, greedy, num_free_slots, sampled, small_model
 
 NUM_TOKENS = 40
 
@@ -77,7 +77,7 @@ def test_nodes_that_are_taken_out_are_found_no_more() -> None:
     for node in trie.nodes:
         node.fixed = True
     top = paths[0][0][0]
-    assert {tuple(node.ids.tolist()) for node in trie.keep_only({top})} == {left, right, (99, 98)}
+    assert [tuple(node.ids.tolist()) for node in trie.take_out(set(trie.nodes) - {top})] == [left, right, (99, 98)]
     assert trie.nodes == [top]
     (again, lone) = trie.insert([shared + left, (99, 98)])
     assert again[0] == (top, 30)
@@ -104,12 +104,51 @@ def test_what_verdicts_of_a_question_share_is_computed_once(labels: tuple[tuple[
         engine, *turns, after=lambda: num_kept.append(4096 - len(few_shot) - num_free_slots(engine.arena))
     )
     own = sum(map(len, labels)) - len(labels)  # tokens of a label that something of it follows
-    # the question once; each line once where it ends a prompt, and once where two prompts go on from it
-    assert engine.scheduler.num_prefilled == 51 + 2 * (21 + own) + (21 + 2 * (21 + own)) + (21 + 2 * (21 + own))
-    assert num_kept == [51, 51 + 21, 51 + 21 + 21]
+    judged = 2 * (21 + own)
+    assert engine.scheduler.num_prefilled == 51 + 3 * judged  # the question once, and each line once
+    # a level's lines stay until the next prompts tell which of them go on
+    assert num_kept == [51 + judged, 51 + 21 + judged, 51 + 21 + 21 + judged]
     assert num_free_slots(engine.arena) == 4096 - len(few_shot)
     alone = [ask(arena_engine(), [item], few_shot, keep=False) for level in levels for item in level]
     assert [answer for level in answers for answer in level] == [answer for (answer,) in alone]
+
+
+def test_what_a_thought_has_computed_is_what_the_next_prompts_begin_with() -> None:
+    """Three levels, of which no prompt but the first is computed: a sample's tokens are where they were generated.
+
+    Most samples leave their leader with the token that ends them. Some have the same tokens as others.
+    """
+    num_tokens = 1 << 14
+    engine = arena_engine(batch_size=4096, arena_tokens=num_tokens)
+    prompt = tuple(range(3, 40))
+    levels: list[tuple[list[SampleRequest], list[Any]]] = []
+    num_stored: list[int] = []
+    expected = [len(prompt) - 1]
+
+    def search() -> Search[None]:
+        requests = sampled([prompt], copies=300, max_new_tokens=4)
+        for _ in range(3):
+            levels.append((requests, (yield Requests(tuple(requests), keep=True))))
+            num_stored.append(num_tokens - num_free_slots(engine.arena))
+            answered = list(zip(requests, levels[-1][1], strict=True))
+            pairs = [(item.token_ids, one.token_ids) for item, one in answered if one.stop == "newline"]
+            ended = dict.fromkeys(pairs)
+            assert len(pairs) > len(ended) > 5
+            others = {(item.token_ids, one.token_ids[:2]) for item, one in answered if one.stop == "length"}
+            assert any((above, ids[:-1]) in others for above, ids in ended)
+            first, *going_on = ended
+            expected[-1] += len(first[1])
+            expected.append(expected.pop() + sum(len(ids) for _, ids in going_on))
+            expected.append(expected[-1] - len(first[1]))  # the first is not asked for below
+            requests = sampled([above + ids for above, ids in going_on], copies=40, max_new_tokens=4)
+
+    assert [result for _, result, _ in engine.run([("", search())])] == [None]
+    assert engine.scheduler.num_prefilled == len(prompt) - 1
+    assert num_stored == expected[:-1]
+    assert num_free_slots(engine.arena) == num_tokens
+    for items, samples in levels:
+        for place in range(0, len(items), 37):
+            assert [samples[place]] == ask(arena_engine(), [items[place]])
 
 
 def test_what_verdicts_share_makes_room_where_the_arena_is_full() -> None:

@@ -29,6 +29,7 @@ class RunningRequest:
     Attributes:
         request: what is asked. owner, index: whose it is, and which of the owner's items.
         path: nodes of the prompt without its last token. first_slot: of the `max_new_tokens` KV slots of its own.
+        keep: what it computes is wanted when its line has ended.
         generated, logps: ids and raw log-probs so far. stop: why it ended. failed: its logits were not finite.
         leader: one that has the same prompt and has generated the same, whose slots hold the keys and values of both.
     """
@@ -38,6 +39,7 @@ class RunningRequest:
     index: int
     path: KVPath
     first_slot: int
+    keep: bool = False
     generated: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     stop: Stop | None = None
@@ -52,6 +54,16 @@ class RunningRequest:
         """What its next forward reads."""
         # at first the prompt's last token, so that the first logits come from the same kind of forward as all that follow
         return self.generated[-1] if self.generated else self.request.token_ids[-1]
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether its tokens may be followed by more, its own or of another request."""
+        return not self.failed and (self.stop is None or (self.keep and self.stop == "newline"))
+
+    @property
+    def leaves_node(self) -> bool:
+        """Whether its slots hold, at its end, keys and values that another prompt may begin with."""
+        return self.is_continued and self.leader is self
 
     @property
     def first_position(self) -> int:
@@ -148,7 +160,7 @@ class DecodeBatch:
 
     def _part(self, chosen: Iterable[tuple[RunningRequest, int]]) -> None:
         """Requests go on without their leader where it has ended or chose another token than they did."""
-        going_on = [(one, token) for one, token in chosen if one.stop is None and not one.failed]
+        going_on = [(one, token) for one, token in chosen if one.is_continued]
         leaders = {(one.leader, token): one for one, token in going_on if one.leader is one}
         sources: list[int] = []
         targets: list[int] = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -158,6 +158,7 @@ class KVTrie:
     """A prefix tree of prompts. A question's stands on `base`, that of the run's permanent prompts, and only reads it."""
 
     base: KVTrie | None = None
+    min_shared: int = MIN_SHARED
     nodes: list[KVNode] = field(default_factory=list)
     _children: dict[tuple[int, int], dict[int, list[KVNode]]] = field(default_factory=dict)  # and by their first token
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -183,10 +184,18 @@ class KVTrie:
             paths += [[] if end is None else _path_through(*end)] * count
         return paths
 
-    def keep_only(self, kept: Container[KVNode]) -> list[KVNode]:
-        """Take every other node out. What precedes a kept node must be kept. Returns what was taken out."""
-        gone = [node for node in self.nodes if node not in kept]
-        self.nodes = [node for node in self.nodes if node in kept]
+    def adopt(self, path: KVPath, ids: Sequence[int], start: int) -> KVNode:
+        """Add tokens that a request has computed behind a path, as a node whose first slot is `start`."""
+        parent, offset = path[-1] if path else (None, 0)
+        position = 0 if parent is None else parent.position + offset
+        node = self._add(np.asarray(ids, dtype=np.int64), parent, offset, position)
+        node.start, node.fixed = start, True
+        return node
+
+    def take_out(self, nodes: Set[KVNode]) -> list[KVNode]:
+        """Take nodes out. What follows them must be among them. Returns them in the order in which they were made."""
+        gone = [node for node in self.nodes if node in nodes]
+        self.nodes = [node for node in self.nodes if node not in nodes]
         for node in gone:
             self._siblings(node).remove(node)
         return gone
@@ -214,7 +223,7 @@ class KVTrie:
             length = _common_prefix(child.ids, ids)
             if child.fixed:
                 length = min(length, limit)
-                if length < len(child) and length < MIN_SHARED:
+                if length < len(child) and length < self.min_shared:
                     continue
             if length > longest:
                 best, longest = child, length

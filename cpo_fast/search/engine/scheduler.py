@@ -21,7 +21,7 @@ from cpo_fast.config import SearchConfig
 from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine.decode_batch import DecodeBatch, RunningRequest
 from cpo_fast.search.engine.forward_plans import ModelRunner, Read, compute_nodes
-from cpo_fast.search.engine.kv_arena import KVNode, KVPath, KVTrie
+from cpo_fast.search.engine.kv_arena import MIN_SHARED, KVNode, KVPath, KVTrie
 from cpo_fast.search.engine.requests import (
     Answer,
     AnswerCache,
@@ -46,6 +46,7 @@ class ActiveSearch:
     Attributes:
         states: the trie of the prompts that it continues. verdicts: of prompts that nothing continues, of which what
             several share is kept. trie: that of the present requests.
+        passing: of each trie, nodes that the next prompts take out unless they begin with them.
         paths: of each request, one. Of a score request, one for each continuation.
         pending: requests not yet admitted. num_open: requests without an answer.
         reads: of the score requests without an answer, what is read for each continuation. logps: what was read so far.
@@ -57,6 +58,7 @@ class ActiveSearch:
     verdicts: KVTrie
     started: float
     trie: KVTrie = field(init=False)
+    passing: dict[KVTrie, set[KVNode]] = field(default_factory=dict)
     requests: Requests = field(init=False)
     paths: list[list[KVPath]] = field(default_factory=list)
     answers: Any = None  # `send(None)` starts a generator
@@ -99,6 +101,8 @@ class Scheduler:
         self._stop_checker = stop_checker
         self._config = config
         self._batch_size, self._questions_in_flight = config.side_by_side(runner.is_tiny)
+        # where keys have the same bits whichever forward computes them and however paths are cut into nodes
+        self._is_exact = runner.impl == "native"
         self._active: list[ActiveSearch] = []
         self._cache: AnswerCache | None = None
 
@@ -152,7 +156,8 @@ class Scheduler:
     def _start(self, waiting: Iterator[tuple[str, Search[Any]]]) -> None:
         """Begin searches as long as there is room for them."""
         while len(self._active) < self._questions_in_flight and (entry := next(waiting, None)) is not None:
-            active = ActiveSearch(*entry, KVTrie(self._permanent), KVTrie(self._permanent), time.perf_counter())
+            states, verdicts = (KVTrie(self._permanent, 1 if self._is_exact else MIN_SHARED) for _ in range(2))
+            active = ActiveSearch(*entry, states, verdicts, time.perf_counter())
             self._active.append(active)
             self._resume(active)
 
@@ -161,7 +166,11 @@ class Scheduler:
         try:
             while not active.pending:  # all answered by the cache, or refused: it may go on at once
                 if active.trie is active.verdicts:
-                    self._drop_unused(active.verdicts.keep_only(_shared_nodes(active)))
+                    alone = set(active.verdicts.nodes) - _shared_nodes(active)
+                    if self._is_exact:
+                        active.passing[active.verdicts] = alone
+                    else:  # more and smaller nodes on a path, which a GPU would have to read
+                        self._take_out(active.verdicts, alone)
                 refused, active.error = active.error, None  # raised at the search's `yield`, once
                 search = active.search
                 self._accept(active, search.throw(refused) if refused else search.send(active.answers))
@@ -191,6 +200,8 @@ class Scheduler:
         limits = [len(item.token_ids) - 1 for item, some in zip(requests.items, prompts, strict=True) for _ in some]
         paths = iter(active.trie.insert(list(chain(*prompts)), limits))
         active.paths = [list(islice(paths, len(some))) for some in prompts]
+        passing = active.passing.pop(active.trie, set())
+        self._take_out(active.trie, passing.difference(node for node, _ in chain(*chain(*active.paths))))
         for item_paths, answer in zip(active.paths, active.answers, strict=True):
             if answer is not None:  # its nodes were computed once, so later prompts must not split them now either
                 for node in (node for path in item_paths for node, _ in path):
@@ -215,7 +226,24 @@ class Scheduler:
         Returns:
             Nodes to compute, sample requests that join the decode batch, and score requests: whose each is, and which of
             the owner's items.
+
+        Raises:
+            OutOfMemory: nothing runs that could end and make room, and none fits.
         """
+        nodes, running, scored = self._take_pending()
+        is_stuck = not (running or scored or self.batch.running) and any(active.pending for active in self._active)
+        if is_stuck:  # what nothing reads may lie between free intervals that are large enough together
+            for active in self._active:
+                self._drop_unused([*active.states.nodes, *active.verdicts.nodes])
+            nodes, running, scored = self._take_pending()
+            if not (running or scored):
+                raise OutOfMemory(
+                    f"the KV arena of {self._arena.num_tokens} tokens cannot hold one prompt and its longest continuation; "
+                    "raise search.arena_tokens, or lower search.max_thought_tokens"
+                )
+        return nodes, running, scored
+
+    def _take_pending(self) -> tuple[list[KVNode], list[RunningRequest], list[tuple[ActiveSearch, int]]]:
         nodes: list[KVNode] = []
         running: list[RunningRequest] = []
         scored: list[tuple[ActiveSearch, int]] = []
@@ -233,16 +261,10 @@ class Scheduler:
                     break  # a later request of this search does not overtake
                 active.pending.pop(0)
                 if isinstance(item, SampleRequest):
-                    running.append(RunningRequest(item, active, index, paths[0], first_slot))
+                    keep = self._is_exact and active.requests.keep
+                    running.append(RunningRequest(item, active, index, paths[0], first_slot, keep))
                 else:
                     scored.append((active, index))
-        # nothing runs that could end and make room
-        is_stuck = not (running or scored or self.batch.running)
-        if is_stuck and any(active.pending for active in self._active):
-            raise OutOfMemory(
-                f"the KV arena of {self._arena.num_tokens} tokens cannot hold one prompt and its longest continuation; "
-                "raise search.arena_tokens, or lower search.max_thought_tokens"
-            )
         return nodes, running, scored
 
     def _reserve(self, nodes: list[KVNode], num_own: int, to_compute: list[KVNode]) -> int | None:
@@ -299,7 +321,10 @@ class Scheduler:
         _stop_using([node for path in active.paths[index] for node, _ in path])
 
     def _finish_sample(self, running: RunningRequest) -> None:
-        self._release(running)
+        if running.leaves_node:
+            self._leave_node(running)
+        else:
+            self._release(running)
         self.num_thoughts += running.owner.requests.keep  # verdicts are not kept
         text = self._stop_checker.text(running.generated)
         sample = Sample(tuple(running.generated), text, running.stop or "length", tuple(running.logps))
@@ -313,9 +338,22 @@ class Scheduler:
         if self._cache is not None and active.error is None:
             self._cache.put(active.name, active.requests.items[index], answer)
 
+    def _leave_node(self, running: RunningRequest) -> None:
+        """Make a node of what a request has computed: a prompt that continues its thought begins behind it."""
+        active, request = running.owner, running.request
+        # the last token that was generated is the first one that the continuation reads
+        ids = [request.token_ids[-1], *running.generated[:-1]]
+        active.passing.setdefault(active.states, set()).add(active.states.adopt(running.path, ids, running.first_slot))
+        if num_unused := request.max_new_tokens - len(ids):
+            self._arena.release(running.first_slot + len(ids), num_unused)
+        _stop_using([node for node, _ in running.path])
+
     def _release(self, running: RunningRequest) -> None:
         self._arena.release(running.first_slot, running.request.max_new_tokens)
         _stop_using([node for node, _ in running.path])
+
+    def _take_out(self, trie: KVTrie, gone: set[KVNode]) -> None:
+        self._drop_unused(trie.take_out(gone))
 
     def _drop_unused(self, nodes: Iterable[KVNode]) -> None:
         for node in nodes:
