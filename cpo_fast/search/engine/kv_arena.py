@@ -9,8 +9,8 @@ There are no pages and no block tables. Intervals are handed out best fit and me
 given back. The last slot is the padding slot: rows that only fill up a forward write there.
 
 What two prompts share, by longest common prefix of their tokens, is one node of the tree. A prompt is a path: for each
-node on it, how many of its tokens the prompt uses. A computed node is never split, so the split into nodes, and therefore
-float rounding, depends only on this question's own prompts, in order.
+node on it, how many of its tokens the prompt uses. A computed node is never split. Without `KVTrie.adopt` the split into
+nodes, and therefore float rounding where that depends on it, follows from this question's own prompts, in order.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ class Requests:
 
     Attributes:
         items: in the order in which their answers are expected.
-        keep: keep the KV of these prompts after the call: True for thoughts (later prompts extend them), False for
-            verdict prompts, of which at most what several share is kept, until the next such call.
+        keep: keep the KV of these prompts after the call, and until the next such call that of what was generated behind
+            them: True for thoughts (later prompts extend them). False for verdict prompts, of which what several share,
+            or what the next such call begins with, is all that an engine may keep.
     """
 
     items: tuple[SampleRequest | ScoreRequest, ...]

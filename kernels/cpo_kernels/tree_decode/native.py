@@ -1,8 +1,9 @@
 """Tree decode on a CPU in C++ (csrc/tree_decode.cpp): each row by the same operations, whichever rows stand beside it.
 
 A row's scores, its softmax and its sum over values run over its whole path in path order, however the path is cut into
-items. Rows that read the same keys take them together, which changes no row's bits; nor does the number of threads. float32
-accumulators (float64 for float64).
+items and keys of the row's own, so a key stored by a decode step has the bits that a prefill gives it. Rows that read the
+same keys take them together, which changes no row's bits; nor does the number of threads. float32 accumulators (float64 for
+float64).
 """
 
 import numpy as np
