@@ -169,16 +169,15 @@ int64_t num_node_keys(const DecodeRows& rows, int64_t row) {
     return total;
 }
 
-// Whether two rows read the same nodes, the last perhaps not as far where nothing follows it.
+// Whether two rows read the same nodes and both have keys of their own, or neither: then the last perhaps not as far.
 bool same_nodes(const DecodeRows& rows, int64_t a, int64_t b) {
     const int64_t first = rows.offsets[a], other = rows.offsets[b], count = rows.offsets[a + 1] - first;
-    if (rows.offsets[b + 1] - other != count) {
+    if (rows.offsets[b + 1] - other != count || (rows.own_count[a] == 0) != (rows.own_count[b] == 0)) {
         return false;
     }
     for (int64_t i = 0; i < count; ++i) {
         if (rows.node[first + i] != rows.node[other + i] ||
-            ((i + 1 < count || rows.own_count[a] > 0 || rows.own_count[b] > 0) &&
-             rows.count[first + i] != rows.count[other + i])) {
+            ((i + 1 < count || rows.own_count[a] > 0) && rows.count[first + i] != rows.count[other + i])) {
             return false;
         }
     }

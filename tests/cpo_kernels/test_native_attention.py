@@ -121,6 +121,18 @@ def test_a_row_has_the_same_bits_wherever_its_path_is_cut(
         assert torch.equal(run(inputs.rows(prefilled), frontier.prefill_plan_by_row()), together[len(rows) :]), name
 
 
+@pytest.mark.parametrize("own", [[0, 0, 3, 0], [3, 0, 0, 3], [0, 3, 3, 0]], ids=str)
+@pytest.mark.parametrize("first", [2, 4])
+def test_rows_with_keys_of_their_own_stand_among_rows_that_see_further(own: list[int], first: int) -> None:
+    """All read one node of five keys: rows 0 and 2 from a number of them on, each next row one more."""
+    items = [(0, 2, 10, 5, first), (2, 2, 10, 5, first)]
+    plan = DecodePlan.build([0, 32, 42, 3], items, [20, 30, 40, 50], own)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, k_arena, v_arena = (torch.randn(n, 2, 16, generator=generator) for n in (4, 4, 4, 64, 64))
+    got, want = (tree_decode(q, k, v, k_arena.clone(), v_arena.clone(), plan, impl=i) for i in ("native", "reference"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_search_has_the_same_bits_with_any_number_of_threads_and_on_any_set() -> None:
     frontier = random_frontier(8, 4, max_node=200, num_prefilled=300)
     results = []

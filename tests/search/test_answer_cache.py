@@ -1,5 +1,6 @@
 """What was answered before a kill is not asked again, and a search that is given it grows the same tree, bit for bit."""
 
+import json
 import math
 from pathlib import Path
 
@@ -139,6 +140,31 @@ def test_what_cannot_be_read_is_asked_again(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     log = AnswerFiles(tmp_path, PROVENANCE)
     assert log.get("q", REQUEST) is None
+    log.put("q", SCORING, [1.0])
+    log.close()
+    assert AnswerFiles(tmp_path, PROVENANCE).get("q", SCORING) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": [1.0]},  # as they were written before
+        {"logps": "xy"},
+        {"logps": "00"},
+        {"logps": 3},
+        {"logps": "0" * 16, "ids": "01", "text": "a", "stop": "eos"},
+        {"logps": "0" * 16, "ids": "0" * 16, "stop": "eos"},
+    ],
+    ids=str,
+)
+def test_a_damaged_answer_is_asked_again(tmp_path: Path, row: dict):
+    log = AnswerFiles(tmp_path, PROVENANCE)
+    log.put("q", REQUEST, SAMPLE)
+    log.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + json.dumps({"item": item_digest(SCORING), **row}).encode() + b"\n")
+    log = AnswerFiles(tmp_path, PROVENANCE)
+    assert (log.get("q", REQUEST), log.get("q", SCORING)) == (None, None)
     log.put("q", SCORING, [1.0])
     log.close()
     assert AnswerFiles(tmp_path, PROVENANCE).get("q", SCORING) == [1.0]

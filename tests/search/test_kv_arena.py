@@ -1,6 +1,7 @@
 """Where keys and values are kept: no slot has two owners, and what several prompts share is computed once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpo_fast.errors import OutOfMemory
 from cpo_fast.search.engine import Requests, SampleRequest, ScoreRequest, Search
 from cpo_fast.search.engine.arena_engine import ArenaEngine
 from cpo_fast.search.engine.kv_arena import KVArena, KVTrie
@@ -149,6 +151,37 @@ def test_what_a_thought_has_computed_is_what_the_next_prompts_begin_with() -> No
     for items, samples in levels:
         for place in range(0, len(items), 37):
             assert [samples[place]] == ask(arena_engine(), [items[place]])
+
+
+@pytest.mark.parametrize("goes_on", [(False, True), (True, False), (False, True, False, True)], ids=str)
+def test_who_goes_on_after_a_line_is_not_led_by_who_ended_with_it(goes_on: tuple[bool, ...]) -> None:
+    prompt = tuple(range(3, 40))
+    some = sampled([prompt], copies=60, max_new_tokens=10)
+    line = next(item for item, one in zip(some, ask(arena_engine(), some), strict=True) if one.stop == "newline")
+    more = replace(line, goes_on=lambda ids: True)
+    items = [more if on else line for on in goes_on]
+    alone = [ask(arena_engine(), [item])[0] for item in items]
+    assert len({len(one.token_ids) for one in alone}) == 2
+    engine = arena_engine()
+    assert ask(engine, items) == alone
+    assert num_free_slots(engine.arena) == 4096
+
+
+def test_what_is_free_between_nodes_that_nothing_reads_is_found_together() -> None:
+    """Behind a thought of six tokens there is room for ten more only where the other sample was."""
+    prompt = tuple(range(3, 13))
+    some = sampled([prompt], copies=80, max_new_tokens=7)
+    answered = list(zip(some, ask(arena_engine(), some), strict=True))
+    line, thought = next((item, one) for item, one in answered if one.stop == "newline" and len(one.token_ids) == 6)
+    other = next(item for item, one in answered if one.stop == "length")
+    last = sampled([prompt + thought.token_ids], copies=1, max_new_tokens=10)
+    turns = [Requests((other, line), keep=True), Requests(tuple(last), keep=True)]
+    for num_tokens in (25, 26, 27, 28):
+        engine = arena_engine(arena_tokens=num_tokens)
+        (_, own), below = asked_in_turn(engine, *turns)
+        assert (own, below) == (thought, ask(arena_engine(), last))
+    with pytest.raises(OutOfMemory, match="cannot hold one prompt"):
+        asked_in_turn(arena_engine(arena_tokens=24), *turns)
 
 
 def test_what_verdicts_share_makes_room_where_the_arena_is_full() -> None:

@@ -159,14 +159,14 @@ class DecodeBatch:
         return ended
 
     def _part(self, chosen: Iterable[tuple[RunningRequest, int]]) -> None:
-        """Requests go on without their leader where it has ended or chose another token than they did."""
+        """Requests part from their leader where it has ended and they have not, or where it chose another token."""
         going_on = [(one, token) for one, token in chosen if one.is_continued]
-        leaders = {(one.leader, token): one for one, token in going_on if one.leader is one}
+        leaders = {(one.leader, token, one.stop): one for one, token in going_on if one.leader is one}
         sources: list[int] = []
         targets: list[int] = []
         for one, token in going_on:
             before = one.leader
-            one.leader = leaders.setdefault((before, token), one)
+            one.leader = leaders.setdefault((before, token, one.stop), one)
             if one.leader is one is not before:  # its leader's slots are still as this step left them
                 sources += range(before.first_slot, before.first_slot + len(one.generated))
                 targets += range(one.first_slot, one.first_slot + len(one.generated))

@@ -29,7 +29,7 @@ from cpo_fast.models import free_device_bytes
 CPU_SHARE = 0.25  # of the memory that is free on a CPU, where the arena has no device of its own
 CUDA_SHARE = 0.8  # the rest is for the activations of a prefill and the logits of a decode batch
 MAX_DEFAULT_TOKENS = 1 << 20  # more than 16 questions with 50 states a level ever hold
-# a prompt shares part of a computed node from so many tokens on: fewer cost more in separate sums than one read saves
+# a prompt shares part of a computed node from so many tokens on where fewer cost more in separate sums than one read saves
 MIN_SHARED = 16
 
 
@@ -155,7 +155,10 @@ KVPath = list[tuple[KVNode, int]]  # root first. Each node with how many of its 
 
 @dataclass(eq=False)
 class KVTrie:
-    """A prefix tree of prompts. A question's stands on `base`, that of the run's permanent prompts, and only reads it."""
+    """A prefix tree of prompts. A question's stands on `base`, that of the run's permanent prompts, and only reads it.
+
+    `min_shared` is of how many tokens on a prompt shares part of a computed node.
+    """
 
     base: KVTrie | None = None
     min_shared: int = MIN_SHARED

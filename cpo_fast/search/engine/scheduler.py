@@ -44,8 +44,8 @@ class ActiveSearch:
     """One search in flight.
 
     Attributes:
-        states: the trie of the prompts that it continues. verdicts: of prompts that nothing continues, of which what
-            several share is kept. trie: that of the present requests.
+        states: the trie of the prompts that it continues, and of what was generated behind them. verdicts: of prompts that
+            nothing continues, of which what several share is kept. trie: that of the present requests.
         passing: of each trie, nodes that the next prompts take out unless they begin with them.
         paths: of each request, one. Of a score request, one for each continuation.
         pending: requests not yet admitted. num_open: requests without an answer.
@@ -101,7 +101,8 @@ class Scheduler:
         self._stop_checker = stop_checker
         self._config = config
         self._batch_size, self._questions_in_flight = config.side_by_side(runner.is_tiny)
-        # where keys have the same bits whichever forward computes them and however paths are cut into nodes
+        # where attention gives keys the same bits whichever forward computes them and however paths are cut into nodes, as
+        # all else does in float32
         self._is_exact = runner.impl == "native"
         self._active: list[ActiveSearch] = []
         self._cache: AnswerCache | None = None
