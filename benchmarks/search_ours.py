@@ -29,9 +29,9 @@ class FixedLength(StopChecker):
         pass
 
     def append(self, token: int, generated: list[int], request: SampleRequest) -> Any:
-        """Append the token; the line ends when it is full."""
+        """Append the token; the line ends when it is full, as lines do that a search goes on from."""
         generated.append(token)
-        return "length" if len(generated) >= request.max_new_tokens else None
+        return "newline" if len(generated) >= request.max_new_tokens else None
 
     def text(self, ids: list[int]) -> str:
         """Nothing reads it."""
