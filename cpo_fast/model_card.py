@@ -11,9 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cpo_fast.config import Config
+from cpo_fast.config import Config, dump_yaml
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _VERSIONS = ("cpo-fast", "peft", "torch", "transformers", "deepspeed")
@@ -153,7 +151,7 @@ def code(text: str) -> str:
 
 def _card(front: Mapping[str, Any], title: str, facts: Sequence[str], sections: Sequence[tuple[str, str]]) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in _VERSIONS)
-    header = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
+    header = dump_yaml(dict(front))
     parts = [f"---\n{header}---", f"# {title}", "\n".join(facts)]
     parts += [f"## {name}\n\n{text}" for name, text in (*sections, ("Versions", versions))]
     return "\n\n".join(parts) + "\n"

@@ -292,7 +292,20 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path, below: str) -> N
 
 
 WORDS = st.sampled_from(
-    [*"#-.=:[]{},!&*|%_01~a'\"é\\ \n\t", "off", "no", "on", "null", "1e-5", "inf", "nan", ": ", "auto", "<<", "---"]
+    [
+        *"#-.=:[]{},!&*|%_01~a'\"é\\ \n\t\r\x85\u2028\u2029\ufeff",
+        "off",
+        "no",
+        "on",
+        "null",
+        "1e-5",
+        "inf",
+        "nan",
+        ": ",
+        "auto",
+        "<<",
+        "---",
+    ]
 )
 SHELL = st.one_of(st.lists(WORDS, max_size=6).map("".join), st.text(max_size=12), st.integers().map(str))
 

@@ -1,6 +1,6 @@
 """Configuration: sections (what can be set), loading (YAML, overrides, errors). Imports neither torch nor transformers."""
 
-from cpo_fast.config.load import config_hash, dump_config, keep_config, load_config, validate_config
+from cpo_fast.config.load import config_hash, dump_config, dump_yaml, keep_config, load_config, validate_config
 from cpo_fast.config.sections import (
     TREE_METHODS,
     Config,
@@ -31,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "config_hash",
     "dump_config",
+    "dump_yaml",
     "keep_config",
     "load_config",
     "validate_config",

@@ -109,7 +109,14 @@ def _validated(values: dict[str, Any], source: str, given: Mapping[str, str]) ->
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the sections. Loading it gives an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML in the value's order, in any script. Loading it gives an equal value."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    # written as they are, these are line breaks to YAML, which reads them as blanks
+    return yaml.safe_dump(value, sort_keys=False) if {"\x85", "\u2028", "\u2029"} & set(text) else text
 
 
 def keep_config(path: Path, config: Config) -> None:
