@@ -60,7 +60,7 @@ quickstart: $(RUN_STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/cpo-fast demo  # one thread for a model so small, as without make
 
 test: $(STAMP) chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not soak"
 
 # the browser of the report's tests; where none can be installed they are skipped, by the file that says so
 chromium:

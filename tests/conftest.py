@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+# A minute and more each. Begun first, so that none is left alone at the end with half of the machine idle; those that wait
+# for other processes beside those that compute.
+LONGEST_FILES = (
+    "train/test_launch.py",
+    "cpo_kernels/test_aot_tree_attention.py",
+    "train/test_several_ranks.py",
+    "cpo_kernels/test_aot_linear_logprob.py",
+    "train/test_hosts.py",
+    "models/test_matrix.py",
+    "benchmarks/test_gpu_quick.py",
+    "search/test_cuda_graph_batch.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    order = {folder / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True)
