@@ -276,7 +276,7 @@ void decode_rows(const TreeDecode<T>& of, int64_t first_row, int64_t last_row, i
         for (int64_t m = 0; m < num_queries; m += group) {
             const OwnKeys own = seen_of_own(of, first + m / group);
             arena_keys.each_chunk(own.start, own.count, own_rows, [&](const T* some, int64_t stride, int64_t at, int64_t count) {
-                make_panels(some, stride, count, dim, own_panels);
+                panels_of(some, stride, count, dim, own_panels);
                 // over what the nodes' last vector holds past them
                 T* to = scores + m * longest + num_nodes + own.place + at;
                 multiply(Product<T>{queries + m * dim, dim, 1, own_panels, width, width * dim, to, longest, group,

@@ -236,7 +236,7 @@ CPO_INLINE void transpose<float>(const float* from, int64_t stride, int64_t coun
 
 // Panels, [panel, d, lane], of `count` rows `stride` apart.
 template <typename T>
-CPO_INLINE void make_panels(const T* rows, int64_t stride, int64_t count, int64_t dim, T* panels) {
+CPO_INLINE void panels_of(const T* rows, int64_t stride, int64_t count, int64_t dim, T* panels) {
     constexpr int64_t width = Vector<T>::width;
     for (int64_t position = 0; position < count; position += width) {
         const int64_t some = count - position < width ? count - position : width;
@@ -257,11 +257,8 @@ struct Path {
     // Panels of positions [first, last), whole ones: what they held of others before `first` is written again.
     void make_panels(int64_t first, int64_t last) const {
         constexpr int64_t width = Vector<T>::width;
-        for (int64_t position = first / width * width; position < last; position += width) {
-            for (int64_t d = 0; d < dim; d += width) {
-                transpose(row(position) + d, dim, width, panels + position * dim + d * width);
-            }
-        }
+        const int64_t start = first / width * width;
+        panels_of(row(start), dim, rounded_up(last - start, width), dim, panels + start * dim);
     }
 };
 

@@ -14,6 +14,7 @@ import pytest
 
 from cpo_fast.cli import COMMANDS
 from tests import source_rules
+from tests.conftest import LONGEST_FILES
 from tests.source_rules import (
     annotations,
     docstrings,
@@ -255,3 +256,7 @@ def test_a_fault_of_the_data_is_found_before_anything_heavy_is_loaded(command: s
     config.write_text(f"{{run: {run}, model: {{path: {tmp_path}}}, task: {{path: {rows}}}, data: {{path: {rows}}}}}\n")
     loaded, code, _ = light_run(RUN, [command, str(config)])
     assert (loaded, code) == ("", 3)
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert [name for name in LONGEST_FILES if not (Path(__file__).parent / name).is_file()] == []
