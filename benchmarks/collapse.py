@@ -3,11 +3,12 @@
     python -m benchmarks.collapse [--folder runs/collapse] [--only NAME ...] [--no-record]
     python -m benchmarks.collapse --table
 
-Collects the trees of 120 questions to train on (12 of them held out) and of 150 others, with whose votes chains are
+Collects the trees of 120 questions to train on (12 of them held out) and of 800 others, with whose votes chains are
 compared, and trains `RUNS`. Each that was made is a line of `results/collapse.jsonl`: every step's metrics, and for every
-validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 150
-others whether its chain agrees with the vote (`+`), does not (`-`) or comes to no answer (`0`). Gold answers
-say here which runs collapsed: those that once lost five points of their best accuracy. No alarm reads them.
+validation those of the held-out pairs, the share of 150 dev questions that chains answer right, and for each of the 800
+others whether its chain agrees with the vote (`+`), does not (`-`), comes to no answer (`0`), or contradicts what chains
+that were sampled before training said (`x`). Gold answers say here which runs collapsed: those that once lost five points
+of their best accuracy. No alarm reads them.
 
 `--table` plays the recorded runs to the alarms of `cpo_fast.train.alarms`, with their defaults, and counts by part.
 """
@@ -27,46 +28,19 @@ import torch
 from benchmarks.harness import record, results_folder, show
 from cpo_fast.config import Config, TrainConfig, load_config
 from cpo_fast.models import load_model
+from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
 from cpo_fast.train.alarms import ChainAlarm, DriftAlarm
+from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dev_questions import DevQuestions, load_dev_questions
 from cpo_fast.train.loop import train
 
-EXAMPLE, BASE = Path("examples/reasoner"), "base-0"
-NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 150, 150
+EXAMPLE = Path("examples/reasoner")
+NUM_TRAINED, NUM_VOTED, NUM_DEV = 120, 800, 150
+ALONE = Communicator(Ranks(), torch.device("cpu"))
 COLLAPSE = 0.05  # of accuracy
 HEALTHY = 0.025  # a run is healthy that never lost so much of its best accuracy; what lies between is neither
 
-# Part 1: on these, and on others of an earlier base, the rule of the chain alarm was chosen. Parts 2 and 3, on two bases:
-# written down with the rule and its limits before the first of them was made, a validation after every step
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "cpo 3e-3, 30 steps, seed 0": (1, {"lr": 3e-3, "max_steps": 30}),
-    "cpo 1e-2, 12 steps, seed 0": (1, {"lr": 1e-2, "max_steps": 12}),
-    "cpo 1e-3, 30 steps, seed 0": (1, {"lr": 1e-3, "max_steps": 30}),
-    "sft 1e-3, 30 steps, seed 0": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
-    "fpo 3e-3, 24 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
-    "cpo 3e-3, 30 steps, seed 1": (1, {"lr": 3e-3, "max_steps": 30, "eval_every": 1}),
-    "cpo 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30}),
-    "cpo 5e-3, 24 steps, seed 2": (1, {"lr": 5e-3, "max_steps": 24, "eval_every": 1}),
-    "sft 1e-3, 30 steps, seed 1": (1, {"lr": 1e-3, "max_steps": 30, "method": "sft"}),
-    "cpo 1e-3, 30 steps, seed 2": (1, {"lr": 1e-3, "max_steps": 30}),
-    "cpo 3e-3, 30 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 30}),
-    "fpo 3e-3, 24 steps, seed 0": (1, {"lr": 3e-3, "max_steps": 24, "rule": "fpo"}),
-    "fpo 3e-3, 14 steps, seed 2": (1, {"lr": 3e-3, "max_steps": 14, "rule": "fpo"}),
-    "sft 3e-3, 14 steps, seed 3": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
-    "cpo 5e-3, 14 steps, seed 3": (1, {"lr": 5e-3, "max_steps": 14}),
-    "cpo 1e-3, 24 steps, seed 3": (1, {"lr": 1e-3, "max_steps": 24}),
-    "cpo 1e-2, 10 steps, seed 4": (1, {"lr": 1e-2, "max_steps": 10}),
-    "sft 1e-3, 24 steps, seed 4": (1, {"lr": 1e-3, "max_steps": 24, "method": "sft"}),
-    "cpo 3e-3, 20 steps, seed 5": (1, {"lr": 3e-3, "max_steps": 20}),
-    "cpo 2e-3, 16 steps, seed 6": (1, {"lr": 2e-3, "max_steps": 16}),
-    "fpo 5e-3, 10 steps, seed 7": (1, {"lr": 5e-3, "max_steps": 10, "rule": "fpo"}),
-    "sft 3e-3, 14 steps, seed 8": (1, {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
-    "cpo 7e-3, 12 steps, seed 9": (1, {"lr": 7e-3, "max_steps": 12}),
-    "cpo 1e-3, 24 steps, seed 10": (1, {"lr": 1e-3, "max_steps": 24}),
-    "cpo 3e-3, 20 steps, seed 35": (1, {"lr": 3e-3, "max_steps": 20, "eval_every": 1}),
-    "cpo 7e-3, 12 steps, seed 36": (1, {"lr": 7e-3, "max_steps": 12, "eval_every": 1}),
-}
 # each with the seeds from a first one on; the tenth was another one at first
 GRID: list[tuple[str, dict[str, Any]]] = [
     ("cpo 5e-3, 14 steps", {"lr": 5e-3, "max_steps": 14}),
@@ -83,13 +57,17 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("sft 3e-3, 14 steps", {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
 ]
 LATER = [*GRID[:9], ("sft 2e-3, 20 steps", {"lr": 2e-3, "max_steps": 20, "method": "sft"}), *GRID[10:]]
-RUNS |= {
-    f"{name}, {base}seed {seed}": (part, options | {"eval_every": 1} | more)
-    for part, grid, first_seed, base, more in (
-        (1, GRID, 11, "", {}),
-        (1, GRID, 23, "", {}),
-        (2, LATER, 37, "base-0, ", {"base": "base-0"}),
-        (3, LATER, 49, "base-1, ", {"base": "base-1"}),
+# Parts 1 to 3: on these, asked other questions, the rule of the chain alarm was chosen. Parts 4 and 5, on two bases, are
+# declared with the rule and its limits before any of them was made, and before any model was asked these 800 questions
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    f"{name}, {base}, seed {seed}": (part, options | {"eval_every": 1, "base": base})
+    for part, grid, first_seed, base in (
+        (1, GRID, 11, "base-0"),
+        (1, GRID, 23, "base-0"),
+        (2, LATER, 37, "base-0"),
+        (3, LATER, 49, "base-1"),
+        (4, LATER, 61, "base-0"),
+        (5, LATER, 73, "base-1"),
     )
     for seed, (name, options) in enumerate(grid, first_seed)
 }
@@ -100,13 +78,13 @@ KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards
 def config_of(folder: Path, name: str) -> Config:
     """The example's settings, with those of one run."""
     options = dict(RUNS[name][1])
-    base = options.pop("base", BASE)
+    base = options.pop("base")
     seed, rule = int(name.rsplit(" ", 1)[1]), options.pop("rule", "all")
     overrides = [
         f"run={folder / 'runs' / name.replace(',', '').replace(' ', '-')}",
         f"seed={seed}",
         f"model.path={EXAMPLE / base}",
-        f"data.path={search(folder, base, 'trained', 0, NUM_TRAINED)}",
+        f"data.path={search(folder, base, 'search-0', NUM_TRAINED)}",
         "data.held_out=0.1",
         f"pairs.rule={rule}",
         "train.batch_order=questions",  # a third of the tokens
@@ -118,22 +96,28 @@ def config_of(folder: Path, name: str) -> Config:
     return load_config(EXAMPLE / "config.yaml", overrides)
 
 
-def search(folder: Path, base: str, use: str, number: int, num_questions: int) -> Path:
-    """Collect a base's trees of the first so many questions of search-`number`, or find them collected."""
-    questions, run = EXAMPLE / "questions" / "plain" / f"search-{number}.jsonl", folder / base / use
+def search(folder: Path, base: str, name: str, num_questions: int) -> Path:
+    """Collect a base's trees of the first so many questions of a file, or find them collected."""
+    questions, run = EXAMPLE / "questions" / "plain" / f"{name}.jsonl", folder / base / name
     overrides = [f"run={run}", f"task.path={questions}", f"task.num_questions={num_questions}"]
     collect(load_config(EXAMPLE / "config.yaml", [*overrides, f"model.path={EXAMPLE / base}"]))
     return run / "trees.jsonl"
 
 
-def flags(asked: DevQuestions, model: Any) -> str:
-    """A character for each question: answered as expected, otherwise, or not at all."""
+def share_right(asked: DevQuestions, model: Any) -> float:
+    """The share of questions that chains answer right."""
     answers = asked.answers(model, asked.questions)
+    return sum(asked.is_as_expected(answers[question.id], question.expected) for question in asked.questions) / NUM_DEV
 
-    def flag(answer: str | None, expected: str) -> str:
-        return "0" if answer is None else "+" if asked.is_as_expected(answer, expected) else "-"
 
-    return "".join(flag(answers[question.id], question.expected) for question in asked.questions)
+def flags(voted: DevQuestions, model: Any) -> str:
+    """A character for each question: answered as voted, contradicted, answered otherwise, or not at all."""
+    asked = voted.ask(model, ALONE)
+    assert asked.contradicted is not None
+    columns = zip(asked.as_expected, asked.contradicted, asked.answered, strict=True)
+    return "".join(
+        "+" if agrees else "x" if against else "-" if answers else "0" for agrees, against, answers in columns
+    )
 
 
 def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
@@ -155,7 +139,7 @@ def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
 
     def look(step: int) -> None:
         model.eval()
-        seen = {"step": step, "gold": flags(gold, model).count("+") / NUM_DEV, "votes": flags(voted, model)}
+        seen = {"step": step, "gold": share_right(gold, model), "votes": flags(voted, model)}
         validations.append(seen)
         model.train()
 
@@ -163,6 +147,8 @@ def follow(config: Config, dev: Path, votes: Path) -> dict[str, Any]:
         if "eval_loss" in values:
             look(values["step"])
 
+    model.eval()
+    voted.sample(model, ALONE)
     look(0)
     result = train(config, model, tokenizer, progress=watch)
     lines = [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
@@ -198,7 +184,8 @@ def chain_alarm(run: Mapping[str, Any], num_questions: int = NUM_VOTED) -> Chain
     """The alarm after all validations of a run by the votes on so many questions."""
     alarm = ChainAlarm("agreement")
     for validation in run["validations"]:
-        alarm.update(validation["step"], [flag == "+" for flag in validation["votes"][:num_questions]])
+        votes = validation["votes"][:num_questions]
+        alarm.update(validation["step"], [flag == "+" for flag in votes], [flag == "x" for flag in votes])
     return alarm
 
 
@@ -261,13 +248,13 @@ def show_table() -> None:
         steps = [
             collapsed_at(run),
             chain_alarm(run).raised_at,
-            chain_alarm(run, 60).raised_at,
+            chain_alarm(run, 400).raised_at,
             drift_alarm(run).raised_at,
         ]
         numbers = ["-" if step is None else str(step) for step in steps]
         shares = map("{:.3f}".format, [*accuracies(run), most_lost(run)])
         rows.append([f"{run['run']} ({run['part']})", kind(run), *shares, *numbers])
-    columns = ["run (part)", "", "best", "kept", "last", "lost", "5 points lost", "chains", "of 60 q.", "drift"]
+    columns = ["run (part)", "", "best", "kept", "last", "lost", "5 points lost", "chains", "of 400 q.", "drift"]
     caption = (
         "accuracy at best, of the adapter that stop_on=agreement keeps, at the end; the most that was lost of the best "
         "before; steps of collapse and alarms"
@@ -312,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.folder
     command = "python -m benchmarks.collapse " + " ".join(argv if argv is not None else sys.argv[1:])
     for name in arguments.only:
-        votes = search(folder, RUNS[name][1].get("base", BASE), "voted", 1, NUM_VOTED)
+        votes = search(folder, RUNS[name][1]["base"], "votes", NUM_VOTED)
         started = time.process_time()
         found = follow(config_of(folder, name), EXAMPLE / "questions" / "plain" / "dev.jsonl", votes)
         sys.stdout.write(f"{name}: {[v['gold'] for v in found['validations']]} {time.process_time() - started:.0f} s\n")

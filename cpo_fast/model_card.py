@@ -32,6 +32,7 @@ _SHOWN = (
     "eval_accuracy",
     "eval_agreement",
     "eval_answered",
+    "eval_contradicted",
 )
 _METHODS = {
     "preference": "preference pairs, as DPO",

@@ -314,6 +314,7 @@ _LATER = {
     "dev_trees",
     "reference_cache",
     "trackers",
+    "alarm_chains",
 }  # keys of section train that did not exist always
 # methods that read trees and the values in them; all but the last one compare the thoughts that continue a state
 TREE_METHODS = ("tpo", "dvo", "tree_grpo", "full_step")
@@ -459,6 +460,12 @@ class TrainConfig(Section):
         0.5,
         gt=0,
         description="warn of a collapse when a tenth of the chosen responses lost so many nats a token since the start",
+    )
+    alarm_chains: int = Field(
+        16,
+        ge=0,
+        description="with stop_on=agreement sample so many chains a question before training, and warn of a collapse when "
+        "answers contradict them; 0: when votes are forgotten",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

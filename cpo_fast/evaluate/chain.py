@@ -1,4 +1,4 @@
-"""A greedy chain: generated through the search engine, and read token by token.
+"""One chain, greedy unless it is sampled: generated through the search engine, and read token by token.
 
 A chain is lines, `Step 1: ...` to `Answer: ...`. It ends with
 
@@ -98,9 +98,17 @@ class ChainReader:
 
 
 def chain_search(
-    tokenizer: Any, prompt: Sequence[int], task: Task, max_new_tokens: int, max_steps: int
+    tokenizer: Any,
+    prompt: Sequence[int],
+    task: Task,
+    max_new_tokens: int,
+    max_steps: int,
+    sampled: str | None = None,
 ) -> Search[Chain]:
-    """One greedy chain after `prompt`, at least one token id. The caps are as for `ChainReader`.
+    """One chain after `prompt`, at least one token id. The caps are as for `ChainReader`.
+
+    `sampled`: None for the greedy chain; else it is drawn from the model's own distribution (temperature 1, no cut), with
+    random numbers that this name decides.
 
     Raises:
         ValueError: a cap is below 1. From the engine, a prompt that does not fit the model, or logits not finite.
@@ -124,10 +132,12 @@ def chain_search(
     # one request for all lines, so that none is read a second time; an engine that ends at a newline is asked again
     while reader.stop is None:
         num_read = len(reader.token_ids)
-        # greedy: no random number is drawn, so the name does not matter; kept, because a next request continues it
+        # of a greedy chain the name does not matter, because no random number is drawn
+        uid, temperature = ("greedy", 0.0) if sampled is None else (f"{sampled}/{num_read}", 1.0)
         request = SampleRequest(
-            (*prompt, *reader.token_ids), "greedy", 0.0, 1.0, max_new_tokens - num_read, goes_on=goes_on
+            (*prompt, *reader.token_ids), uid, temperature, 1.0, max_new_tokens - num_read, goes_on=goes_on
         )
+        # kept, because a next request continues it
         (lines,) = yield Requests((request,), keep=True)
         assert isinstance(lines, Sample), "a request is answered by a sample"
         if failure is not None:

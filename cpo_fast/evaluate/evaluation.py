@@ -220,8 +220,13 @@ class _Asker:
             return _failed(question.id, error, time.perf_counter() - start)
 
     def _chain(self, question: Question) -> Search[Chain]:
-        caps = {"max_new_tokens": self._config.eval.max_new_tokens, "max_steps": self._config.search.max_steps}
-        return chain_search(self._prompts.tokenizer, self._prompts.encode(question), self._task, **caps)
+        return chain_search(
+            self._prompts.tokenizer,
+            self._prompts.encode(question),
+            self._task,
+            self._config.eval.max_new_tokens,
+            self._config.search.max_steps,
+        )
 
     def _of_chain(self, chain: Chain, seconds: float | None) -> QuestionAnswer:
         return QuestionAnswer(chain.answer(self._task), chain.num_tokens, seconds, chain.stop, chain.text)

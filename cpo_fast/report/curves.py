@@ -67,8 +67,13 @@ CHARTS = (
         "dev",
         "Questions that are not trained on",
         "Share of dev questions that greedy chains answer as expected: with the reference answer (accuracy) or with the "
-        "vote of a search (agreement).",
-        _measures(eval_accuracy="accuracy", eval_agreement="agreement", eval_answered="with an answer"),
+        "vote of a search (agreement); and of those whose answer contradicts what most chains said before training.",
+        _measures(
+            eval_accuracy="accuracy",
+            eval_agreement="agreement",
+            eval_answered="with an answer",
+            eval_contradicted="contradicted",
+        ),
         "share",
     ),
     Chart(

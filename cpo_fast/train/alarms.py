@@ -1,12 +1,12 @@
 """Two watches for a model that training makes worse while its loss falls.
 
     DriftAlarm   after every step: a tenth of the chosen responses have become less likely while margins grew
-    ChainAlarm   after every validation by chains: they answer fewer questions as expected than they did
+    ChainAlarm   after every validation by chains: they contradict what the model was sure of, or forget what they knew
 
 A preference loss sees the margin alone, which can widen by pushing both responses down, until the model has forgotten how
 to write either. Means of log-probs, margins and entropy then look as they do in a healthy run. `DriftAlarm` reads a
-lowest tenth and comes late or not at all. What chains forget often tells before answers are lost, with votes of a search
-in place of reference answers, and seldom where nothing is lost: docs/derivations.md, section 7, has the counts.
+lowest tenth and comes late or not at all. What chains contradict mostly tells before answers are lost, with votes of a
+search in place of reference answers, and seldom where nothing is lost: docs/derivations.md, section 7, has the counts.
 """
 
 from collections import deque
@@ -80,21 +80,26 @@ class DriftAlarm:
         self._margins.extend(state["margins"])
 
 
-# share of the questions, those that came back taken off. Of the votes of a good search some 7 % are wrong, and a model that
-# learns past them has lost nothing
+# shares of the questions, those that came back taken off. Of the votes of a good search some 7 % are wrong, and a model
+# that learns past them has lost nothing; of the votes that it was sure of hardly any are
 MAX_FORGOTTEN = {"accuracy": 0.05, "agreement": 0.08}
-MAX_CHANCE = 0.1  # that questions which come and go at random are so many more gone than back
+MAX_CONTRADICTED = 0.003
+MAX_CHANCE = 0.125  # that questions which come and go at random are so many more gone than back
 
 
 class ChainAlarm:
-    """Says once that chains have forgotten more than `MAX_FORGOTTEN` of the questions that they are asked.
+    """Says once that chains contradict, or have forgotten, too many of the questions that they are asked.
 
-    A question is forgotten where its chain answered as expected at some validation before and does not now. Before accuracy
-    falls, what is still being learnt hides what is already being lost, so forgotten questions are counted by themselves:
-    of those that were answered as expected at the first validation, before training, and of all. It is enough that either
-    share is too large. Some answers change back and forth all the time: of b questions forgotten now, the c that once were
-    and came back are taken off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or
-    more among b + c. The alarm is given truth values and no answers.
+    Before accuracy falls, what is still being learnt hides what is already being lost, so lost questions are counted by
+    themselves. With reference answers, or where nothing was sampled before training, a question is lost that is forgotten:
+    its chain answered as expected at some validation before and does not now. More than `MAX_FORGOTTEN` of all, or of those
+    that were answered as expected at the first validation, are too many. Where chains were sampled before training, a
+    question is lost whose chain contradicts them (`dev_questions.contradicts`) and at some validation before did not, and
+    more than `MAX_CONTRADICTED` of all are too many.
+
+    Some answers change back and forth all the time: of b questions lost now, the c that once were and came back are taken
+    off (with those that were contradicted at the first validation and are not any more), and the exact McNemar test must
+    give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. The alarm is given truth values and no answers.
     """
 
     def __init__(self, metric: str) -> None:
@@ -102,48 +107,56 @@ class ChainAlarm:
         self.metric = metric
         self.raised_at: int | None = None
         self.text = ""
-        self._start: list[bool] = []  # was answered as expected at the first validation
+        self._start: list[bool] = []  # was held (as expected, or uncontradicted) at the first validation
         self._known: list[bool] = []  # at any
         self._lost: list[bool] = []  # and, later, was not
         self._best, self._best_step = 0, 0
 
-    def update(self, step: int, as_expected: Sequence[bool]) -> str | None:
+    def update(self, step: int, as_expected: Sequence[bool], contradicted: Sequence[bool] | None = None) -> str | None:
         """Add one validation. Returns the sentence to show when the alarm is raised, once.
 
         Args:
             step: optimizer step after which it was made.
             as_expected: for each question, in the same order every time, whether its chain answered as expected.
+            contradicted: whether it contradicts what was sampled before training. None, always, where nothing was.
         """
+        held = list(as_expected) if contradicted is None else [not flag for flag in contradicted]
         if not self._known:
-            self._start = list(as_expected)
-            self._known, self._lost = [False] * len(as_expected), [False] * len(as_expected)
-        forgotten = [known and not now for known, now in zip(self._known, as_expected, strict=True)]
-        back = [lost and now for lost, now in zip(self._lost, as_expected, strict=True)]
-        self._known = [known or now for known, now in zip(self._known, as_expected, strict=True)]
-        self._lost = [lost or gone for lost, gone in zip(self._lost, forgotten, strict=True)]
+            self._start, self._known = held, [False] * len(held)
+            self._lost = [not now and contradicted is not None for now in held]
+        gone = [known and not now for known, now in zip(self._known, held, strict=True)]
+        back = [lost and now for lost, now in zip(self._lost, held, strict=True)]
+        self._known = [known or now for known, now in zip(self._known, held, strict=True)]
+        self._lost = [lost or now for lost, now in zip(self._lost, gone, strict=True)]
         if sum(as_expected) > self._best:
             self._best, self._best_step = sum(as_expected), step
         if self.raised_at is not None:
             return None
-        num_gone, num_back, num_known = _count(forgotten, self._start), _count(back, self._start), sum(self._start)
-        said = f"of the {num_known} questions that chains answered as expected before training {num_gone} are forgotten"
-        if not self._is_too_much(num_gone, num_back, num_known):
-            num_gone, num_back, num_known = sum(forgotten), sum(back), len(as_expected)
-            said = f"of {num_known} questions {num_gone} are forgotten that chains answered as expected before"
-            if not self._is_too_much(num_gone, num_back, num_known):
-                return None
+        everything = [True] * len(held)
+        if contradicted is not None:
+            limit = MAX_CONTRADICTED
+            counted = {"of {1} questions {0} are answered against what most chains said before training": everything}
+        else:
+            limit = MAX_FORGOTTEN[self.metric]
+            counted = {
+                "of the {1} questions that chains answered as expected before training {0} are forgotten": self._start,
+                "of {1} questions {0} are forgotten that chains answered as expected before": everything,
+            }
+        for said, among in counted.items():
+            num_gone, num_back, num_asked = (_count(flags, among) for flags in (gone, back, everything))
+            if _is_too_much(num_gone, num_back, limit * num_asked):
+                return self._raise(step, said.format(num_gone, num_asked), num_back, sum(as_expected) / len(held))
+        return None
+
+    def _raise(self, step: int, said: str, num_back: int, share: float) -> str:
         self.raised_at = step
-        now, best = (count / len(as_expected) for count in (sum(as_expected), self._best))
+        best = self._best / len(self._known)
         self.text = (
             f"step {step}: {said} ({num_back} others came back); the model may be beginning to collapse, whatever the loss "
-            f"says. Their {self.metric} is {now:.1%} and was {best:.1%} after step {self._best_step}; use the best "
+            f"says. Their {self.metric} is {share:.1%} and was {best:.1%} after step {self._best_step}; use the best "
             "adapter, which the run keeps, or train again with fewer steps, a lower train.lr or, on pairs, train.nll_weight"
         )
         return self.text
-
-    def _is_too_much(self, num_forgotten: int, num_back: int, num_questions: int) -> bool:
-        chance = mcnemar_exact(num_forgotten, num_back) / 2  # one side of two
-        return num_forgotten - num_back > MAX_FORGOTTEN[self.metric] * num_questions and chance <= MAX_CHANCE
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
@@ -172,3 +185,8 @@ class ChainAlarm:
 
 def _count(flags: Sequence[bool], among: Sequence[bool]) -> int:
     return sum(flag and counted for flag, counted in zip(flags, among, strict=True))
+
+
+def _is_too_much(num_gone: int, num_back: int, limit: float) -> bool:
+    chance = mcnemar_exact(num_gone, num_back) / 2  # one side of two
+    return num_gone - num_back > limit and chance <= MAX_CHANCE

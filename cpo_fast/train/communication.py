@@ -95,6 +95,14 @@ class Communicator:
             raise problem
         return value
 
+    def gather_objects(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank. They travel pickled, as in `broadcast`."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

@@ -6,10 +6,14 @@
 
 Either chooses among adapters and touches neither search nor pairs. A preference loss can fall while a model collapses. What
 a chain answers shows that, and the model's own votes on unlabelled questions need no gold to compare with.
+
+Some votes are wrong, and a model that learns past them has lost nothing. So chains are sampled before training: where they
+give the vote far more often than the answer that a chain gives now, that answer contradicts what the model was sure of.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +35,24 @@ from cpo_fast.tree import SearchTree
 logger = logging.getLogger(__name__)
 
 
+Counts = Mapping[str, int]  # how often each answer came of a question's sampled chains
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What chains answered at one validation: a truth value for each question.
+
+    Attributes:
+        as_expected: the answer is the expected one. answered: the chain comes to an answer at all.
+        contradicted: the answer contradicts a vote that the model was sure of before training. None where nothing was
+            sampled.
+    """
+
+    as_expected: list[bool]
+    answered: list[bool]
+    contradicted: list[bool] | None
+
+
 @dataclass(frozen=True)
 class DevQuestion:
     """A question's whole prompt in ids, and the normalised answer that a chain should give."""
@@ -46,6 +68,7 @@ class DevQuestions:
     Attributes:
         metric: `accuracy` or `agreement`, the name of the share in `metrics.jsonl` behind `eval_`.
         source: the file, as messages name it.
+        sampled: for each question what its sampled chains answered before training. None until `sample`.
     """
 
     def __init__(
@@ -53,6 +76,7 @@ class DevQuestions:
     ) -> None:
         self.config, self.prompts, self.metric, self.source = config, prompts, metric, source
         self.questions = list(asked)
+        self.sampled: list[Counts] | None = None
 
     def is_as_expected(self, answer: str | None, expected: str) -> bool:
         """By the task's main metric against a reference answer, equal after normalisation (as a vote counts) to a vote."""
@@ -66,11 +90,28 @@ class DevQuestions:
             trained |= {ids[:length] for ids in first.values()}
         return sum(question.prompt_ids in trained for question in self.questions)
 
-    def ask(self, model: Any, communicator: Communicator) -> tuple[list[bool], list[bool]]:
-        """Ask every question, which the ranks take in turn.
+    def sample(self, model: Any, communicator: Communicator) -> None:
+        """Sample `train.alarm_chains` of every question, which the ranks take in turn. To be called before training.
 
-        Returns:
-            For each question whether it is answered as expected, and whether its chain comes to an answer at all.
+        Raises:
+            ConfigError: a rank could ask none of its questions.
+        """
+        rank, num_ranks = communicator.rank, communicator.world_size
+        numbers = range(self.config.train.alarm_chains)
+        mine = self.questions[rank::num_ranks]
+        chains = {
+            f"{question.id}, chain {number}": (question.prompt_ids, f"{self.config.seed}/{question.id}/{number}")
+            for question in mine
+            for number in numbers
+        }
+        answers = self._answers(model, chains)
+        given = [[answers[f"{question.id}, chain {number}"] for number in numbers] for question in mine]
+        counts = [dict(Counter(answer for answer in row if answer is not None)) for row in given]
+        everyones = communicator.gather_objects(counts)
+        self.sampled = [everyones[place % num_ranks][place // num_ranks] for place in range(len(self.questions))]
+
+    def ask(self, model: Any, communicator: Communicator) -> Asked:
+        """Ask every question, which the ranks take in turn.
 
         Raises:
             ConfigError: a rank could ask none of its questions.
@@ -78,13 +119,16 @@ class DevQuestions:
         rank, num_ranks = communicator.rank, communicator.world_size
         asked = self.questions[rank::num_ranks]
         answers = self.answers(model, asked)
-        flags = torch.zeros(2, -(-len(self.questions) // num_ranks), dtype=torch.int64)
+        flags = torch.zeros(3, -(-len(self.questions) // num_ranks), dtype=torch.int64)
         for place, question in enumerate(asked):
             answer = answers[question.id]
             flags[0, place], flags[1, place] = self.is_as_expected(answer, question.expected), answer is not None
-        gathered = communicator.gather(flags.reshape(-1).to(communicator.device)).cpu().view(num_ranks, 2, -1)
-        as_expected, answered = gathered.permute(1, 2, 0).reshape(2, -1)[:, : len(self.questions)].bool().tolist()
-        return as_expected, answered
+            if self.sampled is not None:
+                counts = self.sampled[rank + place * num_ranks]
+                flags[2, place] = contradicts(answer, question.expected, counts, self.config.train.alarm_chains)
+        gathered = communicator.gather(flags.reshape(-1).to(communicator.device)).cpu().view(num_ranks, 3, -1)
+        columns = gathered.permute(1, 2, 0).reshape(3, -1)[:, : len(self.questions)].bool().tolist()
+        return Asked(columns[0], columns[1], None if self.sampled is None else columns[2])
 
     def answers(self, model: Any, questions: Sequence[DevQuestion]) -> dict[str, str | None]:
         """What a greedy chain of the model answers to each of these questions, by its id; None where it comes to no answer.
@@ -92,18 +136,22 @@ class DevQuestions:
         Raises:
             ConfigError: none could be asked.
         """
+        return self._answers(model, {question.id: (question.prompt_ids, None) for question in questions})
+
+    def _answers(self, model: Any, chains: Mapping[str, tuple[Ids, str | None]]) -> dict[str, str | None]:
+        """Of every chain the answer, by its name. Given are its prompt, and what it is sampled by, None if it is greedy."""
         config, prompts = self.config, self.prompts
-        caps = {"max_new_tokens": config.eval.max_new_tokens, "max_steps": config.search.max_steps}
-        found: dict[str, str | None] = {question.id: None for question in questions}
+        caps = (config.eval.max_new_tokens, config.search.max_steps)
+        found: dict[str, str | None] = dict.fromkeys(chains)
         if not found:
             return found
         searches = (
-            (question.id, chain_search(prompts.tokenizer, question.prompt_ids, prompts.task, **caps))
-            for question in questions
+            (name, chain_search(prompts.tokenizer, prompt_ids, prompts.task, *caps, sampled))
+            for name, (prompt_ids, sampled) in chains.items()
         )
         # an engine of its own each time, no larger than it must be: its memory is training's again afterwards
         num_side_by_side = min(len(found), config.eval.batch_size)
-        longest = max(len(question.prompt_ids) for question in questions) + config.eval.max_new_tokens
+        longest = max(len(prompt_ids) for prompt_ids, _ in chains.values()) + config.eval.max_new_tokens
         max_tokens = sum(map(len, prompts.prefixes)) + num_side_by_side * longest
         make_engine = partial(configured_engine, keep_modules=True, max_tokens=max_tokens)
         engine = build_engine(chains_side_by_side(config), prompts, model, make_engine)
@@ -125,6 +173,15 @@ class DevQuestions:
                 refused[0],
             )
         return found
+
+
+def contradicts(answer: str | None, vote: str, sampled: Counts, num_chains: int) -> bool:
+    """Whether the vote leads this answer by at least half of so many sampled chains.
+
+    Where a vote is wrong, chains of the model that voted seldom give it so much more often than the right answer.
+    """
+    lead = sampled.get(vote, 0) - (0 if answer is None else sampled.get(answer, 0))
+    return answer != vote and 2 * lead >= num_chains
 
 
 def load_dev_questions(

@@ -263,7 +263,7 @@ def _card(training: Training, trainer: Trainer, step: int, measured: Mapping[str
     values = {**((trainer.unvalidated or trainer.last) if step else {}), **measured}
     dev = trainer.validator.dev
     intervals: dict[str, tuple[float, float]] = {}
-    for name in ("eval_accuracy", "eval_agreement", "eval_answered"):
+    for name in ("eval_accuracy", "eval_agreement", "eval_answered", "eval_contradicted"):
         if dev is not None and name in values:
             number = len(dev.questions)
             intervals[name] = wilson_interval(round(values[name] * number), number)

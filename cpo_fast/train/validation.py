@@ -84,7 +84,9 @@ class Validator:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values. The best adapter lies in its folder."""
         counts = {"best_step": self.best_step, "num_without_progress": self.num_without_progress}
-        alarm = {} if self.alarm is None else {"alarm": self.alarm.state()}
+        alarm: dict[str, Any] = {} if self.alarm is None else {"alarm": self.alarm.state()}
+        if self.dev is not None and self.dev.sampled is not None:
+            alarm["sampled"] = self.dev.sampled
         return {"best": self.best, "best_digest": self.best_digest, **counts, **alarm}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -94,6 +96,8 @@ class Validator:
         self.best_digest = state["best_digest"]
         if self.alarm is not None and "alarm" in state:  # which older checkpoints lack
             self.alarm.restore(state["alarm"])
+        if self.dev is not None:
+            self.dev.sampled = state.get("sampled")  # None of older ones too: their alarm counts what is forgotten
 
     def has_best_adapter(self) -> bool:
         """Whether the folder still holds the best adapter.
@@ -132,10 +136,14 @@ class Validator:
             summary = self._held_out_metrics(engine).summary().items()
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self.dev is not None:
-            as_expected, answered = self.dev.ask(self.policy.model, self.communicator)
-            values |= {f"eval_{self.dev.metric}": fmean(as_expected), "eval_answered": fmean(answered)}
+            if not step and self.dev.metric == "agreement" and self.config.train.alarm_chains:
+                self.dev.sample(self.policy.model, self.communicator)
+            asked = self.dev.ask(self.policy.model, self.communicator)
+            values |= {f"eval_{self.dev.metric}": fmean(asked.as_expected), "eval_answered": fmean(asked.answered)}
+            if asked.contradicted is not None:
+                values["eval_contradicted"] = fmean(asked.contradicted)
             assert self.alarm is not None
-            text = self.alarm.update(step, as_expected)
+            text = self.alarm.update(step, asked.as_expected, asked.contradicted)
             if text is not None:
                 logger.warning("%s", text)
         return values

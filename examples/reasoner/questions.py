@@ -1,7 +1,7 @@
 """Write the question files: `python examples/reasoner/questions.py`, into `questions/` beside this file.
 
-For each variant three searches of 200 questions, 300 for choices (`dev`) and 600 for the comparison (`test`). All are of
-the part that no document has, and no question is in two files.
+For each variant three searches of 200 questions, 300 for choices (`dev`), 600 for the comparison (`test`) and 800 whose
+votes alarms are tried on (`votes`). All are of the part that no document has, and no question is in two files.
 """
 
 import json
@@ -11,7 +11,14 @@ from pathlib import Path
 from corpus import VARIANTS, draw_question, gold
 
 # the file, its number of questions, and the seed that draws them
-FILES = {"search-0": (200, 100), "search-1": (200, 101), "search-2": (200, 102), "dev": (300, 200), "test": (600, 300)}
+FILES = {
+    "search-0": (200, 100),
+    "search-1": (200, 101),
+    "search-2": (200, 102),
+    "dev": (300, 200),
+    "test": (600, 300),
+    "votes": (800, 104),
+}
 
 
 def question_files() -> dict[str, str]:
