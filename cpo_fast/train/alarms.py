@@ -83,8 +83,8 @@ class DriftAlarm:
 # shares of the questions, those that came back taken off. Of the votes of a good search some 7 % are wrong, and a model
 # that learns past them has lost nothing; of the votes that it was sure of hardly any are
 MAX_FORGOTTEN = {"accuracy": 0.05, "agreement": 0.08}
-MAX_CONTRADICTED = 0.003
-MAX_CHANCE = 0.125  # that questions which come and go at random are so many more gone than back
+MAX_CONTRADICTED = 0.004
+MAX_CHANCE = 0.1  # that questions which come and go at random are so many more gone than back
 
 
 class ChainAlarm:
@@ -98,8 +98,9 @@ class ChainAlarm:
     more than `MAX_CONTRADICTED` of all are too many.
 
     Some answers change back and forth all the time: of b questions lost now, the c that once were and came back are taken
-    off (with those that were contradicted at the first validation and are not any more), and the exact McNemar test must
-    give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. The alarm is given truth values and no answers.
+    off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. Few are
+    contradicted, so chance counts for more there: what came back once stays among the c and is not lost again, and what was
+    contradicted at the first validation and is not any more is among them. The alarm is given truth values and no answers.
     """
 
     def __init__(self, metric: str) -> None:
@@ -110,6 +111,7 @@ class ChainAlarm:
         self._start: list[bool] = []  # was held (as expected, or uncontradicted) at the first validation
         self._known: list[bool] = []  # at any
         self._lost: list[bool] = []  # and, later, was not
+        self._back: list[bool] = []  # and, later still, was again. Of contradictions alone
         self._best, self._best_step = 0, 0
 
     def update(self, step: int, as_expected: Sequence[bool], contradicted: Sequence[bool] | None = None) -> str | None:
@@ -124,10 +126,14 @@ class ChainAlarm:
         if not self._known:
             self._start, self._known = held, [False] * len(held)
             self._lost = [not now and contradicted is not None for now in held]
+            self._back = [False] * len(held)
         gone = [known and not now for known, now in zip(self._known, held, strict=True)]
         back = [lost and now for lost, now in zip(self._lost, held, strict=True)]
         self._known = [known or now for known, now in zip(self._known, held, strict=True)]
         self._lost = [lost or now for lost, now in zip(self._lost, gone, strict=True)]
+        if contradicted is not None:
+            back = self._back = [earlier or now for earlier, now in zip(self._back, back, strict=True)]
+            gone = [now and not earlier for now, earlier in zip(gone, back, strict=True)]
         if sum(as_expected) > self._best:
             self._best, self._best_step = sum(as_expected), step
         if self.raised_at is not None:
@@ -160,7 +166,7 @@ class ChainAlarm:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
-        kept = {"start": self._start, "known": self._known, "lost": self._lost}
+        kept = {"start": self._start, "known": self._known, "lost": self._lost, "back": self._back}
         flags = {name: [int(value) for value in values] for name, values in kept.items()}
         return {
             "raised_at": self.raised_at,
@@ -177,9 +183,10 @@ class ChainAlarm:
         if isinstance(best, list):  # an older version's: the truth values themselves
             state, best = {"known": best, "lost": [0] * len(best)}, sum(best)
         self._best = best
-        state = {"start": state["known"]} | state  # which older versions did not keep
-        self._start, self._known, self._lost = (
-            [bool(value) for value in state[name]] for name in ("start", "known", "lost")
+        # which older versions did not keep
+        state = {"start": state["known"], "back": [0] * len(state["known"])} | state
+        self._start, self._known, self._lost, self._back = (
+            [bool(value) for value in state[name]] for name in ("start", "known", "lost", "back")
         )
 
 
