@@ -41,7 +41,7 @@ ALONE = Communicator(Ranks(), torch.device("cpu"))
 COLLAPSE = 0.05  # of accuracy
 HEALTHY = 0.025  # a run is healthy that never lost so much of its best accuracy; what lies between is neither
 
-# each with the seeds from a first one on; the tenth was another one at first
+# each with the seeds from a first one on
 GRID: list[tuple[str, dict[str, Any]]] = [
     ("cpo 5e-3, 14 steps", {"lr": 5e-3, "max_steps": 14}),
     ("cpo 1e-3, 24 steps", {"lr": 1e-3, "max_steps": 24}),
@@ -52,24 +52,25 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("cpo 7e-3, 12 steps", {"lr": 7e-3, "max_steps": 12}),
     ("sft 5e-4, 24 steps", {"lr": 5e-4, "max_steps": 24, "method": "sft"}),
     ("fpo 3e-3, 14 steps", {"lr": 3e-3, "max_steps": 14, "rule": "fpo"}),
-    ("cpo 1e-3, 24 steps", {"lr": 1e-3, "max_steps": 24}),
+    ("sft 2e-3, 20 steps", {"lr": 2e-3, "max_steps": 20, "method": "sft"}),
     ("fpo 5e-3, 10 steps", {"lr": 5e-3, "max_steps": 10, "rule": "fpo"}),
     ("sft 3e-3, 14 steps", {"lr": 3e-3, "max_steps": 14, "method": "sft"}),
 ]
-LATER = [*GRID[:9], ("sft 2e-3, 20 steps", {"lr": 2e-3, "max_steps": 20, "method": "sft"}), *GRID[10:]]
-# Parts 1 to 3: on these, asked other questions, the rule of the chain alarm was chosen. Parts 4 and 5, on two bases, are
-# declared with the rule and its limits before any of them was made, and before any model was asked these 800 questions
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    f"{name}, {base}, seed {seed}": (part, options | {"eval_every": 1, "base": base})
-    for part, grid, first_seed, base in (
-        (1, GRID, 11, "base-0"),
-        (1, GRID, 23, "base-0"),
-        (2, LATER, 37, "base-0"),
-        (3, LATER, 49, "base-1"),
-        (4, LATER, 61, "base-0"),
-        (5, LATER, 73, "base-1"),
-    )
-    for seed, (name, options) in enumerate(grid, first_seed)
+# The rule of the chain alarm was chosen on parts 1 and 2, which an earlier one was declared for. Parts 3 and 4 are declared
+# with it and its limits before any of them was made, and before any model was asked the questions that they are played on
+PARTS = {
+    1: (61, "base-0", "votes"),
+    2: (73, "base-1", "votes"),
+    3: (85, "base-0", "votes-2"),
+    4: (97, "base-1", "votes-2"),
+}
+PART_OF = {
+    f"{name}, {base}, seed {seed}": part
+    for part, (first_seed, base, _) in PARTS.items()
+    for seed, (name, _) in enumerate(GRID, first_seed)
+}
+RUNS: dict[str, dict[str, Any]] = {
+    run: dict(GRID)[run.split(", base")[0]] | {"eval_every": 1, "base": PARTS[part][1]} for run, part in PART_OF.items()
 }
 KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards/accuracies", "rewards/margins",
         "logps/chosen_per_token", "logps/rejected_per_token", "logps/chosen_drift", "logps/chosen_drift_p10")  # fmt: skip
@@ -77,7 +78,7 @@ KEPT = ("loss", "pairs", "entropy", "mean_token_accuracy", "grad_norm", "rewards
 
 def config_of(folder: Path, name: str) -> Config:
     """The example's settings, with those of one run."""
-    options = dict(RUNS[name][1])
+    options = dict(RUNS[name])
     base = options.pop("base")
     seed, rule = int(name.rsplit(" ", 1)[1]), options.pop("rule", "all")
     overrides = [
@@ -237,6 +238,7 @@ def recorded(path: Path | None = None) -> list[dict[str, Any]]:
     """The runs of a file, by default of `results/collapse.jsonl`: those that collapsed first."""
     lines = (path or results_folder() / "collapse.jsonl").read_text(encoding="utf-8").splitlines()
     runs = [json.loads(line)["results"] for line in lines]
+    runs = [run | {"part": PART_OF[run["run"]]} for run in runs]
     return sorted(runs, key=lambda run: (collapsed_at(run) is None, run["part"], run["run"]))
 
 
@@ -299,14 +301,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.folder
     command = "python -m benchmarks.collapse " + " ".join(argv if argv is not None else sys.argv[1:])
     for name in arguments.only:
-        votes = search(folder, RUNS[name][1]["base"], "votes", NUM_VOTED)
+        _, base, asked = PARTS[PART_OF[name]]
+        votes = search(folder, base, asked, NUM_VOTED)
         started = time.process_time()
         found = follow(config_of(folder, name), EXAMPLE / "questions" / "plain" / "dev.jsonl", votes)
         sys.stdout.write(f"{name}: {[v['gold'] for v in found['validations']]} {time.process_time() - started:.0f} s\n")
         sys.stdout.flush()
         if not arguments.no_record:
-            part, options = RUNS[name]
-            record("collapse", command.strip(), [], {"run": name, "part": part, "options": options, **found})
+            record("collapse", command.strip(), [], {"run": name, "options": RUNS[name], **found})
     return 0
 
 

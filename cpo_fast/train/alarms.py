@@ -94,13 +94,13 @@ class ChainAlarm:
     themselves. With reference answers, or where nothing was sampled before training, a question is lost that is forgotten:
     its chain answered as expected at some validation before and does not now. More than `MAX_FORGOTTEN` of all, or of those
     that were answered as expected at the first validation, are too many. Where chains were sampled before training, a
-    question is lost whose chain contradicts them (`dev_questions.contradicts`) and at some validation before did not, and
-    more than `MAX_CONTRADICTED` of all are too many.
+    question is lost whose chain contradicts them (`dev_questions.contradicts`) and at some validation before did not. More
+    than `MAX_CONTRADICTED` of all are too many, if the first validation had not as many that its chains contradicted.
 
     Some answers change back and forth all the time: of b questions lost now, the c that once were and came back are taken
     off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. Few are
-    contradicted, so chance counts for more there: what came back once stays among the c and is not lost again, and what was
-    contradicted at the first validation and is not any more is among them. The alarm is given truth values and no answers.
+    contradicted, so chance counts for more there: what came back once stays among the c, and is not lost again. The alarm
+    is given truth values and no answers.
     """
 
     def __init__(self, metric: str) -> None:
@@ -124,9 +124,8 @@ class ChainAlarm:
         """
         held = list(as_expected) if contradicted is None else [not flag for flag in contradicted]
         if not self._known:
-            self._start, self._known = held, [False] * len(held)
-            self._lost = [not now and contradicted is not None for now in held]
-            self._back = [False] * len(held)
+            self._start = held
+            self._known, self._lost, self._back = ([False] * len(held) for _ in range(3))
         gone = [known and not now for known, now in zip(self._known, held, strict=True)]
         back = [lost and now for lost, now in zip(self._lost, held, strict=True)]
         self._known = [known or now for known, now in zip(self._known, held, strict=True)]
@@ -140,7 +139,7 @@ class ChainAlarm:
             return None
         everything = [True] * len(held)
         if contradicted is not None:
-            limit = MAX_CONTRADICTED
+            limit = max(MAX_CONTRADICTED, 1 - sum(self._start) / len(held))
             counted = {"of {1} questions {0} are answered against what most chains said before training": everything}
         else:
             limit = MAX_FORGOTTEN[self.metric]

@@ -1,7 +1,7 @@
 """Write the question files: `python examples/reasoner/questions.py`, into `questions/` beside this file.
 
-For each variant three searches of 200 questions, 300 for choices (`dev`), 600 for the comparison (`test`) and 800 whose
-votes alarms are tried on (`votes`). All are of the part that no document has, and no question is in two files.
+For each variant three searches of 200 questions, 300 for choices (`dev`) and 600 for the comparison (`test`); of the plain
+one twice 800 with whose votes alarms are tried. All are of the part that no document has, and no question is in two files.
 """
 
 import json
@@ -17,8 +17,8 @@ FILES = {
     "search-2": (200, 102),
     "dev": (300, 200),
     "test": (600, 300),
-    "votes": (800, 104),
 }
+VOTES = {"votes": (800, 104), "votes-2": (800, 105)}
 
 
 def question_files() -> dict[str, str]:
@@ -26,7 +26,7 @@ def question_files() -> dict[str, str]:
     files: dict[str, str] = {}
     for name, variant in VARIANTS.items():
         taken: set[str] = set()
-        for file, (num_questions, seed) in FILES.items():
+        for file, (num_questions, seed) in (FILES | (VOTES if name == "plain" else {})).items():
             rng, rows = random.Random(seed), []
             while len(rows) < num_questions:
                 text = draw_question(rng, variant, evaluation=True)

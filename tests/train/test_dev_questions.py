@@ -9,75 +9,26 @@ import pytest
 from click.testing import CliRunner
 
 from cpo_fast.cli.train import train_command
-from cpo_fast.config import Config, dump_config, validate_config
+from cpo_fast.config import dump_config
 from cpo_fast.data.batches import split_by_question
 from cpo_fast.data.load import load_examples
 from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.evaluate import evaluate
 from cpo_fast.models import load_model
-from cpo_fast.search.collect import collect
 from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.loop import train
 from cpo_fast.tree import SearchTree, read_trees
-from tests.golden.tiny_models import save_talker
 from tests.tiny import tiny_tokenizer
-
-SEARCHED = [f"How many are {first} + {second}?" for first in (1, 2, 3) for second in (4, 7)]
-DEV = [f"How many are {first} less {second}?" for first in (7, 12) for second in (1, 2, 3)]
-
-
-def write_questions(path: Path, texts: list[str], answers: list[Any]) -> Path:
-    rows = [{"id": f"q{number}", "question": text} for number, text in enumerate(texts)]
-    rows = [row | ({"answer": answer} if answer is not None else {}) for row, answer in zip(rows, answers, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.train.talker_runs import COLLAPSING, DEV, SEARCHED, by_votes, config_for, make_inputs, write_questions
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`talker/`, and the trees of six questions in `searched/` and of six others in `dev/`."""
+    """What `make_inputs` makes."""
     folder = tmp_path_factory.mktemp("talker")
-    save_talker(folder / "talker", answer_bonus=0.25)
-    for name, texts in (("searched", SEARCHED), ("dev", DEV)):
-        write_questions(folder / f"{name}.jsonl", texts, ["7"] * len(texts))
-        collect(config_for(folder, folder / name, task={"path": str(folder / f"{name}.jsonl")}))
+    make_inputs(folder)
     return folder
-
-
-def config_for(folder: Path, run: Path, **sections: dict[str, Any]) -> Config:
-    """A search or a training of the talker, with these sections changed."""
-    values: dict[str, Any] = {
-        "run": str(run),
-        "model": {"path": str(folder / "talker"), "dtype": "float32", "device": "cpu"},
-        "task": {},
-        "search": {
-            "num_candidates": 4,
-            "num_kept": 2,
-            "max_steps": 3,
-            "max_thought_tokens": 5,
-            "arena_tokens": 30_000,
-        },
-        "data": {"path": str(folder / "searched" / "trees.jsonl")},
-        "lora": {"r": 4, "alpha": 8},
-        "train": {"lr": 0.05, "batch_pairs": 8, "max_steps": 8, "eval_every": 2, "reference": "online"},
-        "eval": {"max_new_tokens": 20},
-    }
-    return validate_config(
-        {name: {**values.get(name, {}), **more} for name, more in sections.items()}
-        | {name: value for name, value in values.items() if name not in sections}
-    )
-
-
-def by_votes(folder: Path, run: Path, data: dict[str, Any] | None = None, **options: Any) -> Config:
-    """A training that stops on the agreement with the votes of `dev/`, unless `options` say other trees."""
-    asked = {"stop_on": "agreement", "dev_trees": str(folder / "dev" / "trees.jsonl"), **options}
-    base = config_for(folder, run)
-    return config_for(folder, run, data=data or {}, train=base.train.model_dump(exclude_unset=True) | asked)
-
-
-# at this rate chains do not come to an answer any more after two steps
-COLLAPSING = {"lr": 1.0, "eval_every": 1, "schedule": "constant", "warmup_ratio": 0.0}
 
 
 def measured(run: Path, key: str) -> list[Any]:
@@ -133,7 +84,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
 ) -> None:
     """The same bytes with right answers, wrong ones and none, in `train.dev_path` and in both files of trees.
 
-    The alarm is raised in it.
+    Chains are sampled in it, and without them the alarm of forgotten votes is raised.
     """
     for name in ("searched", "dev"):
         (tmp_path / "files" / name).mkdir(parents=True)
@@ -141,7 +92,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
     monkeypatch.chdir(tmp_path)
     data = {"path": "files/searched/trees.jsonl", "held_out": 0.2}
     options = {"dev_trees": "files/dev/trees.jsonl", **COLLAPSING}
-    runs = []
+    runs, unsampled = [], []
     for case, gold in (("right", "1"), ("wrong", "123"), ("none", None)):
         write_questions(tmp_path / "dev.jsonl", DEV, [gold] * len(DEV))
         for name in ("searched", "dev"):
@@ -150,11 +101,15 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
             (tmp_path / "files" / name / "trees.jsonl").write_text(changed)
         config = by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", patience=2, **options)
         train(config)
-        assert len(measured(Path("run"), "eval_agreement")) > 2
-        assert measured(Path("run"), "alarm")[-1] is True
+        assert len(measured(Path("run"), "eval_agreement")) == len(measured(Path("run"), "eval_contradicted")) > 2
         runs.append(files_of(Path("run")))
         Path("run").rename(f"run-{case}")
+        train(by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", alarm_chains=0, patience=2, **options))
+        assert measured(Path("run"), "alarm")[-1] is True
+        unsampled.append(files_of(Path("run")))
+        Path("run").rename(f"run-{case}-unsampled")
     assert runs[0] == runs[1] == runs[2]
+    assert unsampled[0] == unsampled[1] == unsampled[2]
     assert {"adapter/adapter_model.safetensors", "adapter-best/adapter_model.safetensors"} <= set(runs[0])
     # the same with accuracy, which does read them: the comparison can fail
     others = []
@@ -169,7 +124,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
 def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = by_votes(folder, tmp_path / "run", max_steps=4, save_every=2, **COLLAPSING)
+    config = by_votes(folder, tmp_path / "run", max_steps=4, save_every=2, alarm_chains=0, **COLLAPSING)
     with caplog.at_level(logging.WARNING):
         result = train(config)
     before, *_, after = agreement = measured(tmp_path / "run", "eval_agreement")

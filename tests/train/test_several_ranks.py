@@ -19,6 +19,7 @@ from tests.train.dpo_of_trl import BOUND as TRL_BOUND
 from tests.train.dpo_of_trl import TrlRun
 from tests.train.rank_process import Run, launch, take
 from tests.train.runs import CONSTANT_RATE, id_rows, largest_difference
+from tests.train.talker_runs import by_votes, make_inputs
 
 BOUND = 1e-5
 STAGES = (0, 1, 2, 3)
@@ -72,6 +73,12 @@ class Trained:
         newest = folder / (folder / "LATEST").read_text()
         return {file.name: file.read_bytes() for file in newest.glob("*.safetensors")}
 
+    def state(self, name: str) -> dict[str, Any]:
+        """Of the newest checkpoint."""
+        folder = self.folder / name / "checkpoints"
+        state: dict[str, Any] = json.loads((folder / (folder / "LATEST").read_text() / "state.json").read_text())
+        return state
+
     def errors(self, name: str) -> list[str]:
         return [file.read_text() for file in sorted((self.folder / name).glob("error-*"))]
 
@@ -95,6 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     write(folder / "bad.jsonl", bad)
     write(folder / "questions.jsonl", [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(3)])
     (folder / "cut-up.json").write_text(json.dumps(CUT_UP))
+    make_inputs(folder)
 
     def make(
         name: str,
@@ -127,6 +135,12 @@ def of_variant(made: Trained, name: str, where: str, **options: Any) -> Run:
     return Run(made.make(f"{name}, {where}", **VARIANTS[name][0], **options), sgd=name == "gradient")
 
 
+def sampling(made: Trained, where: str) -> Run:
+    """A run of the talker, of which chains are sampled before training: of five questions, which two ranks share."""
+    config = by_votes(made.folder, made.folder / f"sampling, {where}", max_steps=2, batch_pairs=4, zero_stage=0)
+    return Run(config.model_dump(mode="json"))
+
+
 @pytest.fixture(scope="module")
 def trained(made: Trained, trl_run: TrlRun) -> Trained:
     """Every run of `make test`."""
@@ -134,12 +148,14 @@ def trained(made: Trained, trl_run: TrlRun) -> Trained:
     for name in VARIANTS:
         take(of_variant(made, name, "one"))
     take(Run(make("bfloat16, one", dtype="bfloat16")))
+    take(sampling(made, "one"))
     take(Run(make("0@1 to 3@2"), signal_at=4))
     of_two = [
         of_variant(made, name, str(stage), zero_stage=stage)
         for name, (_, stages) in VARIANTS.items()
         for stage in stages
     ]
+    of_two.append(sampling(made, "two"))
     of_two += [Run(make(f"{what} offloaded, {stage}", zero_stage=stage, offload=what)) for stage, what in OFFLOADED]
     of_two += [Run(make(f"bad, {stage}", "broken", "bad", held_out=0.0, zero_stage=stage)) for stage in BAD_STAGES]
     of_two += [Run(make(f"bfloat16, {stage}", dtype="bfloat16", zero_stage=stage)) for stage in BFLOAT16_STAGES]
@@ -180,6 +196,19 @@ def test_two_ranks_end_at_the_parameters_and_metrics_of_one_process(trained: Tra
                 continue
             close = left[key] if isinstance(left[key], str) else pytest.approx(left[key], rel=1e-4, abs=1e-5)
             assert right[key] == close, (left["step"], key)
+
+
+def test_ranks_sample_the_chains_that_one_process_samples(trained: Trained) -> None:
+    one, two = (trained.state(f"sampling, {where}")["validator"]["sampled"] for where in ("one", "two"))
+    assert one == two
+    assert len(one) > 3
+    assert one != one[::-1]  # an exchange of places would be seen
+    assert any(one)
+    shares = [
+        [line.get("eval_contradicted") for line in trained.metrics(f"sampling, {where}")] for where in ("one", "two")
+    ]
+    assert shares[0] == shares[1]
+    assert None not in (shares[0][0], shares[0][-1])
 
 
 def test_gradients_are_clipped_and_ranks_have_several_and_not_equally_many_micro_batches(trained: Trained) -> None:
