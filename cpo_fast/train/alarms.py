@@ -139,17 +139,17 @@ class ChainAlarm:
             return None
         everything = [True] * len(held)
         if contradicted is not None:
-            limit = max(MAX_CONTRADICTED, 1 - sum(self._start) / len(held))
+            most, num_start = MAX_CONTRADICTED, len(held) - sum(self._start)  # which the start contradicted
             counted = {"of {1} questions {0} are answered against what most chains said before training": everything}
         else:
-            limit = MAX_FORGOTTEN[self.metric]
+            most, num_start = MAX_FORGOTTEN[self.metric], 0
             counted = {
                 "of the {1} questions that chains answered as expected before training {0} are forgotten": self._start,
                 "of {1} questions {0} are forgotten that chains answered as expected before": everything,
             }
         for said, among in counted.items():
             num_gone, num_back, num_asked = (_count(flags, among) for flags in (gone, back, everything))
-            if _is_too_much(num_gone, num_back, limit * num_asked):
+            if _is_too_much(num_gone, num_back, max(most * num_asked, num_start)):
                 return self._raise(step, said.format(num_gone, num_asked), num_back, sum(as_expected) / len(held))
         return None
 
