@@ -37,7 +37,7 @@ SFT_TUNED: Mapping[str, Any] = {"method": "sft", "lr": 1e-3, "max_steps": 45}
 BY_AGREEMENT: Mapping[str, Mapping[str, Any]] = {
     "pairs": {"num_questions": None},
     "data": {"held_out": 1 - NUM_TRAINED / NUM_SEARCHED},
-    "train": {"stop_on": "agreement", "eval_every": 5, "alarm_chains": 0},
+    "train": {"stop_on": "agreement", "eval_every": 5},
 }
 TRAIN = {"max_tokens": 16384, "save_every": 10_000}
 EVAL = {"batch_size": 300}

@@ -464,8 +464,8 @@ class TrainConfig(Section):
     alarm_chains: int = Field(
         16,
         ge=0,
-        description="with stop_on=agreement sample so many chains a question before training, and warn of a collapse when "
-        "answers contradict them; 0: when votes are forgotten",
+        description="with stop_on=agreement and 400 questions or more sample so many chains of each before training, and "
+        "warn of a collapse when answers contradict them; with fewer, or 0, when votes are forgotten",
     )
     log_every: int = Field(1, ge=1, description="write a line of metrics.jsonl every so many steps")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

@@ -35,6 +35,8 @@ from cpo_fast.tree import SearchTree
 logger = logging.getLogger(__name__)
 
 
+# questions: of fewer, too few are contradicted to tell a collapse before the loss, and forgotten votes tell more
+MIN_SAMPLED = 400
 Counts = Mapping[str, int]  # how often each answer came of a question's sampled chains
 
 
@@ -89,6 +91,12 @@ class DevQuestions:
         for length in {len(question.prompt_ids) for question in self.questions}:
             trained |= {ids[:length] for ids in first.values()}
         return sum(question.prompt_ids in trained for question in self.questions)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether chains are to be sampled before training."""
+        is_asked_for = self.metric == "agreement" and self.config.train.alarm_chains > 0
+        return is_asked_for and len(self.questions) >= MIN_SAMPLED
 
     def sample(self, model: Any, communicator: Communicator) -> None:
         """Sample `train.alarm_chains` of every question, which the ranks take in turn. To be called before training.

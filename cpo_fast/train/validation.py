@@ -136,7 +136,7 @@ class Validator:
             summary = self._held_out_metrics(engine).summary().items()
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self.dev is not None:
-            if not step and self.dev.metric == "agreement" and self.config.train.alarm_chains:
+            if not step and self.dev.is_sampled:
                 self.dev.sample(self.policy.model, self.communicator)
             asked = self.dev.ask(self.policy.model, self.communicator)
             values |= {f"eval_{self.dev.metric}": fmean(asked.as_expected), "eval_answered": fmean(asked.answered)}

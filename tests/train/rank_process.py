@@ -24,7 +24,9 @@ import torch
 from cpo_fast.config import TrainConfig, validate_config
 from cpo_fast.errors import CpoFastError
 from cpo_fast.models import load_model
+from cpo_fast.train import dev_questions
 from cpo_fast.train.deepspeed_engine import adamw
+from cpo_fast.train.dev_questions import MIN_SAMPLED
 from cpo_fast.train.loop import train
 from cpo_fast.train.policy import load_policy
 from tests.train.runs import memory_bytes, sgd
@@ -37,13 +39,15 @@ class Run:
     The adapter of `off_rank` adds a little to what it computes, so that the policy there is not its reference. With
     `gathers` the last step's gathers of every weight, the weights that were whole after each pass without a gradient, and
     the elements that were whole before the update, are written to `<run>/gathers.json`. With `memory` every rank's private
-    memory after the imports and at its peak, in bytes, to `<run>/memory-<rank>.json`.
+    memory after the imports and at its peak, in bytes, to `<run>/memory-<rank>.json`. With `samples` chains are sampled
+    before training of any number of questions.
     """
 
     config: dict[str, Any]
     sgd: bool = False
     gathers: bool = False
     memory: bool = False
+    samples: bool = False
     signal_at: int = 0
     signal_rank: int = 0
     off_rank: int | None = None
@@ -62,6 +66,7 @@ def take(run: Run) -> None:
             time.sleep(0.2)  # the thread that reads signals comes to run; if it does not, a later step obeys
 
     config = validate_config(run.config)
+    dev_questions.MIN_SAMPLED = 1 if run.samples else MIN_SAMPLED
     model, tokenizer = load_model(config.model) if run.gathers else (None, None)
     if run.off_rank == int(rank):
         # not in the weights, which DeepSpeed takes from rank 0

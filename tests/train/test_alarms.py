@@ -147,17 +147,17 @@ def test_more_must_be_contradicted_than_at_the_start_and_what_came_back_is_taken
     alarm = ChainAlarm("agreement")
     assert alarm.update(0, right, contradicted(5)) is None
     assert alarm.update(1, right, contradicted(5, first=100)) is None
-    assert alarm.update(2, right, contradicted(5)) is None  # the start's again, which are not lost, and five came back
+    assert alarm.update(2, right, contradicted(0)) is None  # five came back
     assert alarm.update(3, right, contradicted(10, first=200)) is None
-    assert "11 are answered against what most chains said before training (5 others" in str(
-        alarm.update(4, right, contradicted(11, first=200))
+    assert "12 are answered against what most chains said before training (5 others" in str(
+        alarm.update(4, right, contradicted(12, first=200))
     )
     alarm = ChainAlarm("agreement")
     for step in range(0, 20, 2):  # the same ones come and go
         assert alarm.update(step, right, contradicted(0)) is None
         assert alarm.update(step + 1, right, contradicted(3)) is None
     assert alarm.update(20, right, contradicted(6)) is None  # three that stay away, three that came back
-    assert alarm.update(21, right, contradicted(12, first=6)) is not None
+    assert alarm.update(21, right, contradicted(14, first=6)) is not None
 
 
 def test_answers_by_the_toss_of_a_coin_seldom_raise_the_alarm() -> None:
@@ -268,28 +268,30 @@ def counts(part: int) -> dict[tuple[str, str], int]:
 
 
 def test_the_chains_alarm_on_the_runs_that_it_was_chosen_on() -> None:
-    assert counts(1) == {
-        ("collapsed", "before"): 24,
-        ("collapsed", "at"): 1,
-        ("healthy", "silent"): 22,
-        ("healthy", "raised"): 2,
-        ("neither", "raised"): 1,
-    }
+    assert counts(1) == {("collapsed", "before"): 6, ("healthy", "silent"): 6}
+    assert counts(2) == {("collapsed", "before"): 4, ("collapsed", "at"): 1, ("healthy", "silent"): 7}
 
 
 def test_the_chains_alarm_on_runs_that_were_declared_before() -> None:
-    """On the base that it was chosen on before the loss in every collapse, on another one in one of five.
-
-    It is raised in none of twelve healthy runs.
-    """
-    assert counts(2) == {("collapsed", "before"): 6, ("healthy", "silent"): 6}
-    assert counts(3) == {
-        ("collapsed", "before"): 1,
-        ("collapsed", "at"): 2,
-        ("collapsed", "silent"): 2,
+    """Before the loss in every collapse, and raised in one healthy run, of the other base, that lost two points."""
+    assert counts(3) == {("collapsed", "before"): 5, ("healthy", "silent"): 6, ("neither", "raised"): 1}
+    assert counts(4) == {
+        ("collapsed", "before"): 4,
         ("healthy", "silent"): 6,
+        ("healthy", "raised"): 1,
         ("neither", "raised"): 1,
     }
+    (raised,) = (run for run in runs() if (kind(run), timing(run)) == ("healthy", "raised"))
+    assert raised["run"] == "sft 3e-3, 14 steps, base-1, seed 108"
+    assert most_lost(raised) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("num_questions", "num_before"), [(800, 19), (400, 13), (150, 6)])
+def test_few_questions_tell_late(num_questions: int, num_before: int) -> None:
+    found = [(chain_alarm(run, num_questions).raised_at, collapsed_at(run)) for run in runs()]
+    collapses = [(raised, step) for raised, step in found if step is not None]
+    assert len(collapses) == 20
+    assert sum(raised is not None and raised < step for raised, step in collapses) == num_before
 
 
 @pytest.mark.parametrize("part", [1, 2, 3, 4])
@@ -311,13 +313,9 @@ def test_the_adapter_with_the_best_agreement_is_near_the_best_of_a_collapse() ->
             best, kept, _ = accuracies(run)
             assert kept == {v["step"]: v["gold"] for v in run["validations"]}[kept_step(run)]
             losses[run["run"]] = best - kept
-    assert len(losses) == 36
+    assert len(losses) == 20
     far = {name: round(loss, 3) for name, loss in losses.items() if loss > 0.03}
-    assert far == {
-        "cpo 3e-3, 30 steps, seed 2": 0.067,
-        "cpo 7e-3, 12 steps, seed 29": 0.08,
-        "cpo 3e-3, 20 steps, base-0, seed 41": 0.06,
-    }
+    assert far == {"cpo 7e-3, 12 steps, base-0, seed 91": 0.053}
 
 
 def test_no_gold_answer_reaches_an_alarm() -> None:
@@ -327,7 +325,7 @@ def test_no_gold_answer_reaches_an_alarm() -> None:
         assert drift_alarm(blind).state() == drift_alarm(run).state()
 
 
-def test_the_drift_alarm_is_raised_late_in_two_thirds_of_the_collapses_and_in_one_healthy_run() -> None:
+def test_the_drift_alarm_is_raised_late_in_two_thirds_of_the_collapses_and_in_no_healthy_run() -> None:
     collapses, healthy = [], []
     for run in runs():
         raised, step = drift_alarm(run).raised_at, collapsed_at(run)
@@ -336,8 +334,8 @@ def test_the_drift_alarm_is_raised_late_in_two_thirds_of_the_collapses_and_in_on
         elif kind(run) == "healthy" and "logps/chosen_drift_p10" in run["steps"]:
             healthy.append(raised)
     told = [(raised, step) for raised, step in collapses if raised is not None]
-    assert (len(told), sum(raised < step for raised, step in told), len(collapses)) == (23, 2, 36)
-    assert (len(healthy) - healthy.count(None), len(healthy)) == (1, 17)
+    assert (len(told), sum(raised < step for raised, step in told), len(collapses)) == (13, 2, 20)
+    assert (len(healthy) - healthy.count(None), len(healthy)) == (0, 10)
 
 
 def test_validations_of_a_recorded_run_are_in_order() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cpo_fast.evaluate.chain import chain_search
 from cpo_fast.models import load_model
 from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
+from cpo_fast.tasks import load_task
+from cpo_fast.train import dev_questions
 from cpo_fast.train.communication import Communicator
 from cpo_fast.train.dev_questions import DevQuestions, contradicts, load_dev_questions
 from cpo_fast.train.loop import train
@@ -43,7 +46,7 @@ def test_a_vote_that_leads_by_half_of_the_chains_is_contradicted(
 def test_a_sampled_chain_is_drawn_from_the_model_s_own_distribution() -> None:
     """Temperature 1, nothing cut, and random numbers by name and by where its line begins."""
     _, tokenizer = load_model(config_for(Path("run")).model)
-    task = load_dev_task()
+    task = load_task(config_for(Path("run")))
     found = []
     for sampled in (None, "a", "b"):
         (request,) = next(chain_search(tokenizer, [5, 6], task, 96, 4, sampled)).items
@@ -54,16 +57,18 @@ def test_a_sampled_chain_is_drawn_from_the_model_s_own_distribution() -> None:
     assert second == (1.0, 1.0, 0, 1.0, "b/0")
 
 
-def load_dev_task() -> Any:
-    from cpo_fast.tasks import load_task
-
-    return load_task(config_for(Path("run")))
-
-
 def config_for(run: Path, *overrides: str) -> Config:
     """The reasoner's settings."""
     common = [f"run={run}", f"model.path={REASONER / 'base-0'}", f"task.file={REASONER / 'plain.yaml'}"]
     return load_config(REASONER / "config.yaml", [*common, *overrides])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_questions() -> Iterator[None]:
+    """They are enough for a collapse that leaves nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dev_questions, "MIN_SAMPLED", NUM_VOTED)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +159,18 @@ def test_what_is_sampled_is_the_training_s_and_a_rank_samples_its_own_questions_
     part.questions = part.questions[1::3]
     part.sample(model, Communicator(Ranks(), torch.device("cpu")))
     assert part.sampled == questions.sampled[1::3]
+
+
+def test_of_few_questions_and_without_chains_nothing_is_sampled(
+    trees: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model(training(trees, Path("run")).model)
+    questions = asked(trees, model, tokenizer)
+    assert questions.is_sampled
+    monkeypatch.setattr(dev_questions, "MIN_SAMPLED", NUM_VOTED + 1)
+    assert not questions.is_sampled
+    monkeypatch.setattr(dev_questions, "MIN_SAMPLED", 1)
+    config = training(trees, Path("run"), "train.alarm_chains=0")
+    unsampled = load_dev_questions(config, tokenizer, (), (), model.config.vocab_size)
+    assert unsampled is not None
+    assert not unsampled.is_sampled

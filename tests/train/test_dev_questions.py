@@ -16,6 +16,7 @@ from cpo_fast.data.pair_files import write_rows
 from cpo_fast.errors import ConfigError, DataError
 from cpo_fast.evaluate import evaluate
 from cpo_fast.models import load_model
+from cpo_fast.train import dev_questions
 from cpo_fast.train.dev_questions import load_dev_questions
 from cpo_fast.train.loop import train
 from cpo_fast.tree import SearchTree, read_trees
@@ -92,6 +93,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
     monkeypatch.chdir(tmp_path)
     data = {"path": "files/searched/trees.jsonl", "held_out": 0.2}
     options = {"dev_trees": "files/dev/trees.jsonl", **COLLAPSING}
+    monkeypatch.setattr(dev_questions, "MIN_SAMPLED", 1)
     runs, unsampled = [], []
     for case, gold in (("right", "1"), ("wrong", "123"), ("none", None)):
         write_questions(tmp_path / "dev.jsonl", DEV, [gold] * len(DEV))
@@ -124,7 +126,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
 def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = by_votes(folder, tmp_path / "run", max_steps=4, save_every=2, alarm_chains=0, **COLLAPSING)
+    config = by_votes(folder, tmp_path / "run", max_steps=4, save_every=2, **COLLAPSING)
     with caplog.at_level(logging.WARNING):
         result = train(config)
     before, *_, after = agreement = measured(tmp_path / "run", "eval_agreement")

@@ -138,7 +138,7 @@ def of_variant(made: Trained, name: str, where: str, **options: Any) -> Run:
 def sampling(made: Trained, where: str) -> Run:
     """A run of the talker, of which chains are sampled before training: of five questions, which two ranks share."""
     config = by_votes(made.folder, made.folder / f"sampling, {where}", max_steps=2, batch_pairs=4, zero_stage=0)
-    return Run(config.model_dump(mode="json"))
+    return Run(config.model_dump(mode="json"), samples=True)
 
 
 @pytest.fixture(scope="module")
