@@ -67,7 +67,8 @@ CHARTS = (
         "dev",
         "Questions that are not trained on",
         "Share of dev questions that greedy chains answer as expected: with the reference answer (accuracy) or with the "
-        "vote of a search (agreement); and of those whose answer contradicts what most chains said before training.",
+        "vote of a search (agreement); and of those whose answer contradicts what half of the chains or more said before "
+        "training.",
         _measures(
             eval_accuracy="accuracy",
             eval_agreement="agreement",

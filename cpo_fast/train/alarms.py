@@ -95,7 +95,7 @@ class ChainAlarm:
     its chain answered as expected at some validation before and does not now. More than `MAX_FORGOTTEN` of all, or of those
     that were answered as expected at the first validation, are too many. Where chains were sampled before training, a
     question is lost whose chain contradicts them (`dev_questions.contradicts`) and at some validation before did not. More
-    than `MAX_CONTRADICTED` of all are too many, if the first validation had not as many that its chains contradicted.
+    than `MAX_CONTRADICTED` of all, and more than were contradicted at the first validation, are too many.
 
     Some answers change back and forth all the time: of b questions lost now, the c that once were and came back are taken
     off, and the exact McNemar test must give a one-sided p <= `MAX_CHANCE`, the chance of b or more among b + c. Few are
@@ -140,7 +140,9 @@ class ChainAlarm:
         everything = [True] * len(held)
         if contradicted is not None:
             most, num_start = MAX_CONTRADICTED, len(held) - sum(self._start)  # which the start contradicted
-            counted = {"of {1} questions {0} are answered against what most chains said before training": everything}
+            counted = {
+                "of {1} questions {0} are answered against what half of the chains or more said before training": everything
+            }
         else:
             most, num_start = MAX_FORGOTTEN[self.metric], 0
             counted = {

@@ -11,6 +11,8 @@ Some votes are wrong, and a model that learns past them has lost nothing. So cha
 give the vote far more often than the answer that a chain gives now, that answer contradicts what the model was sure of.
 """
 
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,6 +93,12 @@ class DevQuestions:
         for length in {len(question.prompt_ids) for question in self.questions}:
             trained |= {ids[:length] for ids in first.values()}
         return sum(question.prompt_ids in trained for question in self.questions)
+
+    def digest(self) -> str:
+        """16 hex digits of what an alarm compares answers with: another one cannot go on from its state."""
+        asked = [(question.id, question.expected) for question in self.questions]
+        num_chains = self.config.train.alarm_chains if self.is_sampled else 0
+        return hashlib.sha256(json.dumps([self.metric, num_chains, asked]).encode()).hexdigest()[:16]
 
     @property
     def is_sampled(self) -> bool:
@@ -175,7 +183,7 @@ class DevQuestions:
             )
         if refused:
             logger.warning(
-                "%d of %d questions could not be asked and count as wrong; the first, %s",
+                "%d of %d chains could not be asked and come to no answer; the first, %s",
                 len(refused),
                 len(found),
                 refused[0],
@@ -184,12 +192,12 @@ class DevQuestions:
 
 
 def contradicts(answer: str | None, vote: str, sampled: Counts, num_chains: int) -> bool:
-    """Whether the vote leads this answer by at least half of so many sampled chains.
+    """Whether the vote leads this answer by at least half of so many sampled chains, of which there is one at least.
 
     Where a vote is wrong, chains of the model that voted seldom give it so much more often than the right answer.
     """
     lead = sampled.get(vote, 0) - (0 if answer is None else sampled.get(answer, 0))
-    return answer != vote and 2 * lead >= num_chains
+    return 2 * lead >= num_chains
 
 
 def load_dev_questions(

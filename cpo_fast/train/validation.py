@@ -84,9 +84,9 @@ class Validator:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values. The best adapter lies in its folder."""
         counts = {"best_step": self.best_step, "num_without_progress": self.num_without_progress}
-        alarm: dict[str, Any] = {} if self.alarm is None else {"alarm": self.alarm.state()}
-        if self.dev is not None and self.dev.sampled is not None:
-            alarm["sampled"] = self.dev.sampled
+        alarm: dict[str, Any] = {}
+        if self.dev is not None and self.alarm is not None:
+            alarm = {"alarm": self.alarm.state(), "asked": self.dev.digest(), "sampled": self.dev.sampled}
         return {"best": self.best, "best_digest": self.best_digest, **counts, **alarm}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -94,10 +94,16 @@ class Validator:
         self.best, self.best_step = state["best"], state["best_step"]
         self.num_without_progress = state["num_without_progress"]
         self.best_digest = state["best_digest"]
-        if self.alarm is not None and "alarm" in state:  # which older checkpoints lack
-            self.alarm.restore(state["alarm"])
-        if self.dev is not None:
-            self.dev.sampled = state.get("sampled")  # None of older ones too: their alarm counts what is forgotten
+        if self.dev is None or self.alarm is None or "alarm" not in state:  # which older checkpoints lack
+            return
+        if state.get("asked", self.dev.digest()) != self.dev.digest():
+            logger.warning(
+                "the questions of train.stop_on, their expected answers or train.alarm_chains are not those that this run "
+                "began with; its alarm of chains begins anew, and counts what is forgotten from now on"
+            )
+            return
+        self.alarm.restore(state["alarm"])
+        self.dev.sampled = state.get("sampled")  # None of older ones too: their alarm counts what is forgotten
 
     def has_best_adapter(self) -> bool:
         """Whether the folder still holds the best adapter.

@@ -1,6 +1,7 @@
 """Chains sampled before training: what contradicts them, and the alarm of it on a real collapse."""
 
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from cpo_fast.evaluate.chain import chain_search
 from cpo_fast.models import load_model
 from cpo_fast.ranks import Ranks
 from cpo_fast.search.collect import collect
+from cpo_fast.search.engine import Sample
 from cpo_fast.tasks import load_task
 from cpo_fast.train import dev_questions
 from cpo_fast.train.communication import Communicator
@@ -47,14 +49,16 @@ def test_a_sampled_chain_is_drawn_from_the_model_s_own_distribution() -> None:
     """Temperature 1, nothing cut, and random numbers by name and by where its line begins."""
     _, tokenizer = load_model(config_for(Path("run")).model)
     task = load_task(config_for(Path("run")))
+    line = tuple(tokenizer("12+3=15\n", add_special_tokens=False)["input_ids"])
     found = []
-    for sampled in (None, "a", "b"):
-        (request,) = next(chain_search(tokenizer, [5, 6], task, 96, 4, sampled)).items
-        found.append((request.temperature, request.top_p, request.top_k, request.repetition_penalty, request.uid))
-    greedy, first, second = found
-    assert greedy[0] == 0.0
-    assert first == (1.0, 1.0, 0, 1.0, "a/0")
-    assert second == (1.0, 1.0, 0, 1.0, "b/0")
+    for sampled in (None, "a"):
+        chain = chain_search(tokenizer, [5, 6], task, 96, 4, sampled)
+        (first,) = next(chain).items
+        # as an engine answers that ends every request with its line
+        (second,) = chain.send([Sample(line, "12+3=15\n", "newline", (0.0,) * len(line))]).items
+        found.append([(each.temperature, each.top_p, each.top_k, each.repetition_penalty) for each in (first, second)])
+    assert found == [[(0.0, 1.0, 0, 1.0)] * 2, [(1.0, 1.0, 0, 1.0)] * 2]
+    assert (first.uid, second.uid) == ("a/0", f"a/{len(line)}")
 
 
 def config_for(run: Path, *overrides: str) -> Config:
@@ -120,7 +124,7 @@ def test_a_collapse_contradicts_what_was_sampled_and_the_alarm_says_so(collapsed
     assert shares[0] <= 2 / NUM_VOTED
     assert max(shares) > 0.1
     assert f" of {NUM_VOTED} questions " in alarm
-    assert " are answered against what most chains said before training (" in alarm
+    assert " are answered against what half of the chains or more said before training (" in alarm
     raised = next(line["step"] for line in lines_of(run) if line.get("alarm"))
     assert alarm.startswith(f"step {raised}: ")
     assert shares[raised] * NUM_VOTED >= 4
@@ -139,6 +143,29 @@ def test_a_run_goes_on_with_the_chains_that_were_sampled_before_it(
     assert lines_of(tmp_path / "run") == lines_of(run)
 
 
+@pytest.mark.parametrize("changed", ["train.alarm_chains=0", "train.alarm_chains=4", "train.stop_on=accuracy"])
+def test_with_other_chains_or_questions_the_alarm_begins_anew(
+    collapsed: tuple[Path, str],
+    trees: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: str,
+) -> None:
+    """Counts of 16 chains say nothing to another number of them, nor votes to reference answers."""
+    run, _ = collapsed
+    shutil.copytree(run, tmp_path / "run")
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    monkeypatch.setattr(DevQuestions, "sample", None)
+    config = training(trees, tmp_path / "run", changed)
+    with caplog.at_level(logging.WARNING):
+        result = train(config, allow_mismatch=[changed.split("=")[0]])
+    assert "its alarm of chains begins anew" in caplog.text
+    assert "are answered against" not in result.alarm
+    assert "eval_contradicted" not in lines_of(tmp_path / "run")[-1]
+
+
 def asked(trees: dict[str, Path], model: Any, tokenizer: Any) -> DevQuestions:
     found = load_dev_questions(training(trees, Path("run")), tokenizer, (), (), model.config.vocab_size)
     assert found is not None
@@ -146,7 +173,7 @@ def asked(trees: dict[str, Path], model: Any, tokenizer: Any) -> DevQuestions:
 
 
 def test_what_is_sampled_is_the_training_s_and_a_rank_samples_its_own_questions_alike(
-    collapsed: tuple[Path, str], trees: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    collapsed: tuple[Path, str], trees: dict[str, Path]
 ) -> None:
     model, tokenizer = load_model(training(trees, Path("run")).model)
     questions = asked(trees, model.eval(), tokenizer)
@@ -159,6 +186,9 @@ def test_what_is_sampled_is_the_training_s_and_a_rank_samples_its_own_questions_
     part.questions = part.questions[1::3]
     part.sample(model, Communicator(Ranks(), torch.device("cpu")))
     assert part.sampled == questions.sampled[1::3]
+    part.config = training(trees, Path("run"), "seed=1")
+    part.sample(model, Communicator(Ranks(), torch.device("cpu")))
+    assert part.sampled != questions.sampled[1::3]
 
 
 def test_of_few_questions_and_without_chains_nothing_is_sampled(

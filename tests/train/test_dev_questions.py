@@ -118,6 +118,7 @@ def test_a_run_that_stops_on_agreement_reads_no_reference_answer(
     for answer in ("1", "123"):
         write_questions(tmp_path / "dev.jsonl", DEV, [answer] * len(DEV))
         train(by_votes(folder, Path("run"), data=data, dev_path="dev.jsonl", stop_on="accuracy"))
+        assert measured(Path("run"), "eval_contradicted") == []
         others.append(files_of(Path("run")))
         Path("run").rename(f"run-accuracy-{answer}")
     assert others[0] != others[1]

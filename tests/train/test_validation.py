@@ -214,7 +214,7 @@ def test_a_question_that_does_not_fit_the_model_counts_as_wrong_and_all_of_them_
     path.write_text(fits + long)
     for line in lines(train(asked).metrics_path):
         assert line.get("eval_accuracy", 0.0) == 0.0
-    assert "1 of 3 questions could not be asked and count as wrong" in caplog.text
+    assert "1 of 3 chains could not be asked and come to no answer" in caplog.text
     path.write_text(long)
     with pytest.raises(ConfigError, match=r"stop_on=accuracy: no question .* exceed the model's 4096 positions"):
         train(asked.model_copy(update={"run": f"{asked.run}-again"}))
