@@ -146,7 +146,7 @@ class ChainAlarm:
         else:
             most, num_start = MAX_FORGOTTEN[self.metric], 0
             counted = {
-                "of the {1} questions that chains answered as expected before training {0} are forgotten": self._start,
+                "of the {1} questions that chains answered as expected at first {0} are forgotten": self._start,
                 "of {1} questions {0} are forgotten that chains answered as expected before": everything,
             }
         for said, among in counted.items():

@@ -222,6 +222,15 @@ def load_dev_questions(
                 f"{found.source}: the prompt of '{question.id}' has token id {max(question.prompt_ids)}, outside the "
                 f"model's {vocabulary} embeddings; its trees were searched with another tokenizer"
             )
+    num_chains = config.train.alarm_chains if "alarm_chains" in config.train.model_fields_set else 0
+    if num_chains and stop_on == "agreement" and not found.is_sampled:
+        logger.warning(
+            "train.alarm_chains=%d: of %d questions no chains are sampled, because fewer than %d contradict too little to "
+            "tell a collapse in time; the alarm counts forgotten votes",
+            num_chains,
+            len(found.questions),
+            MIN_SAMPLED,
+        )
     num_shared = found.num_shared(trained)
     if num_shared:
         logger.warning(

@@ -143,6 +143,11 @@ class Validator:
             values = {f"eval_{name}": value for name, value in summary if not name.startswith("tokens/")}
         if self.dev is not None:
             if not step and self.dev.is_sampled:
+                logger.info(
+                    "sampling %d chains of each of %d questions, with which the alarm compares answers",
+                    self.config.train.alarm_chains,
+                    len(self.dev.questions),
+                )
                 self.dev.sample(self.policy.model, self.communicator)
             asked = self.dev.ask(self.policy.model, self.communicator)
             values |= {f"eval_{self.dev.metric}": fmean(asked.as_expected), "eval_answered": fmean(asked.answered)}

@@ -117,6 +117,16 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
+def cut_back(run: Path, copy: Path) -> None:
+    """The run as it was after step 2, before the alarm."""
+    shutil.copytree(run, copy)
+    steps = {folder.name: folder for folder in (copy / "checkpoints").glob("step-*")}
+    assert "step-00000002" in steps
+    for name, folder in steps.items():
+        if name > "step-00000002":
+            shutil.rmtree(folder)
+
+
 def test_a_collapse_contradicts_what_was_sampled_and_the_alarm_says_so(collapsed: tuple[Path, str]) -> None:
     run, alarm = collapsed
     shares = [line["eval_contradicted"] for line in lines_of(run) if "eval_contradicted" in line]
@@ -135,9 +145,7 @@ def test_a_run_goes_on_with_the_chains_that_were_sampled_before_it(
 ) -> None:
     """From a checkpoint before the alarm to the same one; nothing is sampled from the model that was trained since."""
     run, alarm = collapsed
-    shutil.copytree(run, tmp_path / "run")
-    for step in (4, 5):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    cut_back(run, tmp_path / "run")
     monkeypatch.setattr(DevQuestions, "sample", None)
     assert train(training(trees, tmp_path / "run")).alarm == alarm
     assert lines_of(tmp_path / "run") == lines_of(run)
@@ -154,9 +162,7 @@ def test_with_other_chains_or_questions_the_alarm_begins_anew(
 ) -> None:
     """Counts of 16 chains say nothing to another number of them, nor votes to reference answers."""
     run, _ = collapsed
-    shutil.copytree(run, tmp_path / "run")
-    for step in (4, 5):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    cut_back(run, tmp_path / "run")
     monkeypatch.setattr(DevQuestions, "sample", None)
     config = training(trees, tmp_path / "run", changed)
     with caplog.at_level(logging.WARNING):
@@ -189,6 +195,17 @@ def test_what_is_sampled_is_the_training_s_and_a_rank_samples_its_own_questions_
     part.config = training(trees, Path("run"), "seed=1")
     part.sample(model, Communicator(Ranks(), torch.device("cpu")))
     assert part.sampled != questions.sampled[1::3]
+
+
+def test_chains_that_are_asked_for_and_not_sampled_are_said(
+    trees: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dev_questions, "MIN_SAMPLED", NUM_VOTED + 1)
+    for chains, is_said in (("train.alarm_chains=8", True), ("train.alarm_chains=0", False), ("seed=0", False)):
+        caplog.clear()
+        config = training(trees, Path("run"), chains)
+        load_dev_questions(config, load_model(config.model)[1], (), (), 10**6)
+        assert (f"of {NUM_VOTED} questions no chains are sampled" in caplog.text) is is_said, chains
 
 
 def test_of_few_questions_and_without_chains_nothing_is_sampled(

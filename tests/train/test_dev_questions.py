@@ -133,7 +133,7 @@ def test_the_chains_alarm_reaches_log_metrics_and_result_and_outlives_a_kill(
     before, *_, after = agreement = measured(tmp_path / "run", "eval_agreement")
     assert before > 0.5 > after
     fallen = next(step for step, share in enumerate(agreement) if share < before)
-    said = f"step {fallen}: of the 5 questions that chains answered as expected before training 5 are forgotten (0 "
+    said = f"step {fallen}: of the 5 questions that chains answered as expected at first 5 are forgotten (0 "
     assert result.alarm.startswith(said)
     assert sum(record.getMessage().startswith(said) for record in caplog.records) == 1
     assert measured(tmp_path / "run", "alarm") == [step >= fallen for step in (1, 2, 3, 4)]
